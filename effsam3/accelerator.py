@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One accelerator for every layout: a CPU, one GPU, DDP, DeepSpeed. The recipe's numbers go in before anything is built."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
+from effsam3.errors import UserError
+
+PRECISION = {"bf16": "bf16", "fp32": "no"}
+
+
+def launched_processes() -> int:
+    """Number of processes that the launcher has started, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def make_accelerator(
+    precision: str,
+    accumulation: int = 1,
+    micro_batch: int = 1,
+    clip_grad_norm: float = 0.0,
+    trackers: tuple[str, ...] = (),
+    folder: str | None = None,
+    timeout_s: int = 1800,
+) -> Accelerator:
+    """Build the accelerator for the layout that `accelerate launch` has put into the environment.
+
+    `clip_grad_norm`, `accumulation` and `micro_batch` reach DeepSpeed's own configuration: under DeepSpeed
+    `clip_grad_norm_` only reads the norm, and an accumulation of its own would be another learning.
+
+    Raises:
+        UserError: accelerate does not see as many processes as were launched.
+    """
+    on_gpu = torch.cuda.is_available()
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported on saving, warns that there is none
+    handlers = []
+    if "LOCAL_RANK" in os.environ:
+        # Without a backend, accelerate under DeepSpeed on a CPU lets every rank believe that it is alone.
+        backend = {} if on_gpu else {"backend": "gloo"}
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s), **backend))
+    if deepspeed and not on_gpu:
+        import deepspeed.ops
+
+        # Else DeepSpeed compiles a C++ communication kernel first, minutes without a word.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = Accelerator(
+        cpu=not on_gpu and not deepspeed,
+        mixed_precision=None if deepspeed else PRECISION[precision],
+        gradient_accumulation_steps=accumulation,
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(folder, logging_dir=folder and f"{folder}/tensorboard"),
+        kwargs_handlers=handlers,
+    )
+    if accelerator.num_processes != launched_processes():
+        raise UserError(
+            f"{launched_processes()} processes were launched but accelerate sees {accelerator.num_processes}; start "
+            "with `effsam3 launch` or `accelerate launch --config_file accelerate_configs/...`"
+        )
+    if deepspeed:
+        _configure_deepspeed(accelerator, precision, accumulation, micro_batch, clip_grad_norm)
+    return accelerator
+
+
+def _configure_deepspeed(
+    accelerator: Accelerator, precision: str, accumulation: int, micro_batch: int, clip_grad_norm: float
+) -> None:
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    config["gradient_accumulation_steps"] = accumulation
+    config["train_batch_size"] = micro_batch * accumulation * accelerator.num_processes
+    config["gradient_clipping"] = clip_grad_norm
+    # DeepSpeed's own bf16 mode casts the weights and breaks BatchNorm; autocast over float32 weights does not.
+    config["torch_autocast"] = {"enabled": precision == "bf16", "dtype": "bfloat16"}
+
+
+def layout(accelerator: Accelerator) -> str:
+    """Say in a few words what the run is on, such as `2 x cpu, MULTI_CPU`."""
+    device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
+    return f"{accelerator.num_processes} x {device}, {accelerator.distributed_type.value}"

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Feature fidelity: how near the student's trunk comes to the teacher's on held-out images.
+
+Letters: B images, C channels, G grid rows and columns.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from effsam3.benchmarks.models import Pair
+from effsam3.data.transforms import normalise, valid_mask
+from effsam3.losses import agreement_sums, relative_error
+from effsam3.models.prompted import trunk_of
+
+
+def feature_fidelity(pair: Pair, batches) -> dict[str, float]:
+    """Return means over all valid positions of all images in `batches` (of `ImageFeatures`).
+
+    The means are those of `losses.agreement_sums`, by the teacher's training statistics; `neck` is the relative error
+    (0 perfect, 1 as bad as zeros) of what the tracker's neck makes of the features; `images` counts.
+    """
+    student = trunk_of(pair.student)
+    level = pair.student.config.vision_config.scale_factors.index(1.0)
+    neck = pair.student.vision_encoder.neck.fpn_layers[level]
+    sums: dict[str, torch.Tensor] = {}
+    neck_error, images = 0.0, 0
+    for batch in batches:
+        kept = batch["sizes"][:, 0] > 0
+        if not kept.any():
+            continue
+        target, pred = pair.features(normalise(batch["pixels"][kept]))
+        mask = valid_mask(batch["sizes"][kept], pair.image_size, target.shape[-1]).to(pair.device)
+        for name, value in agreement_sums(pred, target, mask, student.feature_mean, student.feature_scale).items():
+            sums[name] = sums.get(name, 0) + value
+        with torch.no_grad():
+            neck_error += float(relative_error(neck(pred), neck(target), mask)) * len(target)
+        images += len(target)
+    positions = float(sums.pop("positions"))
+    means = {name: float(value) / positions for name, value in sums.items()}
+    return means | {"neck": neck_error / images, "images": images}

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters, latency and throughput of trunk and whole model, teacher and student side by side in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from effsam3.benchmarks.models import Pair
+from effsam3.models.prompted import prompted_masks, trunk_of
+from effsam3.models.teacher import parameter_count
+
+ROUNDS = 7  # the first is a warm-up; the median of the others counts
+BATCH = {"cuda": 16, "cpu": 2}  # images at once for the throughput
+
+
+def speed(pair: Pair) -> dict:
+    """Time both models alternately, so that a busy machine slows both.
+
+    Returns for `teacher` and `student`: `trunk_parameters`, `model_parameters`, `trunk_ms` and `model_ms` (one image; the
+    model embeds it and segments one box) and `trunk_images_per_s` (a batch of `batch`); and their ratios.
+    """
+    models = {"teacher": pair.teacher, "student": pair.student}
+    side = pair.image_size
+    batch = BATCH[pair.device.type]
+    pixels = torch.rand(batch, 3, side, side, device=pair.device) * 2 - 1
+    box = torch.tensor([[side / 4, side / 4, side / 2, side / 2]], device=pair.device)
+
+    @torch.no_grad()
+    def trunk(model, count: int) -> None:
+        trunk_of(model)(pixels[:count])
+
+    def whole(model) -> None:
+        prompted_masks(model, model.get_image_embeddings(pixels[:1]), box, None)
+
+    times = {
+        "trunk_ms": alternate({name: lambda m=model: trunk(m, 1) for name, model in models.items()}, pair.device),
+        "batch_ms": alternate({name: lambda m=model: trunk(m, batch) for name, model in models.items()}, pair.device),
+        "model_ms": alternate({name: lambda m=model: whole(m) for name, model in models.items()}, pair.device),
+    }
+    result = {
+        name: {
+            "trunk_parameters": parameter_count(trunk_of(model)),
+            "model_parameters": parameter_count(model),
+            "trunk_ms": times["trunk_ms"][name],
+            "model_ms": times["model_ms"][name],
+            "trunk_images_per_s": batch * 1000 / times["batch_ms"][name],
+        }
+        for name, model in models.items()
+    }
+    teacher, student = result["teacher"], result["student"]
+    result["ratio"] = {
+        name: student[name] / teacher[name] if name == "trunk_images_per_s" else teacher[name] / student[name]
+        for name in teacher
+    }
+    threads = torch.get_num_threads()
+    device = torch.cuda.get_device_name() if pair.device.type == "cuda" else f"cpu, {threads} threads"
+    return result | {"device": device, "batch": batch}
+
+
+def alternate(calls: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each call, taken in turn `ROUNDS` times."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS):
+        for name, call in calls.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            taken[name].append((time.perf_counter() - started) * 1000)
+    return {name: statistics.median(values[1:]) for name, values in taken.items()}

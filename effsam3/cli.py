@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `effsam3 VERB ...`. A verb's module, and torch with it, is imported only when that verb runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from effsam3 import __version__
+from effsam3.errors import RecipeError, UserError, did_you_mean
+
+# verb -> what it does
+VERBS = {
+    "show": "print the resolved recipe and the numbers that follow from it; needs no GPU, no data and no torch",
+    "export": "run the teacher once over the images and store its features",
+    "train": "train the student on the stored features; the same command goes on after an interruption",
+    "merge": "put the trained student into SAM 3 and write one transformers folder",
+    "evaluate": "measure the merged model against the teacher and the annotations, and draw pictures",
+    "launch": "run one verb, or all four in order, on the layout that the recipe's `hardware` names",
+    "compare": "print the parameter tables: SAM 3, every student, what each saves",
+    "store": "show, verify or import a store of teacher features",
+}
+RECIPE_HELP = "YAML file of one run, such as recipes/stage1/image/es_rv_m.yaml"
+OVERRIDES_HELP = "change single keys of the recipe, such as optim.lr=5e-4 or train.trackers=[wandb]"
+
+
+def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
+    """Run one verb and return the exit code: 0, 1 (a check failed) or 2 (something for the user to mend).
+
+    `argv` defaults to the process's own arguments; `verb` is given by scripts that are one verb each.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if verb is None:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_usage())
+            return 0 if argv else 2
+        if argv[0] == "--version":
+            print(f"effsam3 {__version__}")
+            return 0
+        verb = argv.pop(0)
+    try:
+        return _run(verb, argv)
+    except RecipeError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank has the same recipe: say it once
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {verb:<9} {meaning}" for verb, meaning in VERBS.items())
+    return (
+        f"usage: effsam3 VERB ...\n\nDistil SAM 3 into a small student.\n\n{verbs}\n\n"
+        "A whole run:   effsam3 launch recipes/smoke/image.yaml\n"
+        "More of one:   effsam3 VERB --help"
+    )
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    """Build the parser of a verb, without the arguments that are its own."""
+    # allow_abbrev: an abbreviated option would change its meaning when a longer one is added.
+    return argparse.ArgumentParser(prog=f"effsam3 {verb}", description=VERBS[verb], allow_abbrev=False)
+
+
+def _run(verb: str, argv: list[str]) -> int:
+    if verb not in VERBS:
+        raise UserError(f"no verb is called {verb!r}{did_you_mean(verb, VERBS)}")
+    if verb == "store":
+        from effsam3.data.store_tool import main as store_main
+
+        return store_main(argv)
+    parser = _parser(verb)
+    if verb == "compare":
+        parser.add_argument("--json", action="store_true", help="the same numbers, exact, for programs")
+        arguments = parser.parse_args(argv)
+        from effsam3.compare import compare
+
+        print(compare(as_json=arguments.json))
+        return 0
+    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES_HELP)
+    if verb == "launch":
+        verbs = "export, train, merge or evaluate, before any key=value; without it all four run in order"
+        parser.description += f". VERB is {verbs}."
+        parser.usage = "effsam3 launch [-h] RECIPE [VERB] [key=value ...]"
+    if verb == "show":
+        parser.add_argument("--key", help="print this one value only, such as hardware or optim.lr")
+    if verb == "export":
+        parser.add_argument("--check", type=_count, metavar="N", help="only recompute N stored samples and compare")
+    arguments = parser.parse_intermixed_args(argv)
+    if verb == "launch":
+        from effsam3.launch import launch
+
+        return launch(arguments.recipe, arguments.overrides)
+
+    from effsam3.recipe import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if verb == "show":
+        from effsam3.show import show
+
+        print(show(recipe, arguments.key))
+    elif verb == "export":
+        from effsam3 import export
+
+        export.run(recipe, check=arguments.check)
+    elif verb == "train":
+        from effsam3 import train
+
+        train.run(recipe)
+    elif verb == "merge":
+        from effsam3 import merge
+
+        merge.run(recipe)
+    elif verb == "evaluate":
+        from effsam3 import evaluate
+
+        evaluate.run(recipe)
+    return 0
+
+
+def _count(text: str) -> int:
+    """Parse a number above 0 for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distillation losses on feature maps: pure functions, all in float32.
+
+Letters: B images, C channels, H W grid rows and columns. `valid_B1HW` is 1 on the image and 0 on padding; an image
+without one valid position (unreadable, or padding of a batch) counts nowhere.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def standardise(feat_BCHW: Tensor, mean_C: Tensor, deviation_C: Tensor) -> Tensor:
+    """Bring every channel to mean 0 and deviation 1 by the teacher's statistics."""
+    return (feat_BCHW.float() - mean_C[:, None, None]) / deviation_C[:, None, None]
+
+
+def mean_over_images(value_BHW: Tensor, valid_B1HW: Tensor) -> Tensor:
+    """Mean over each image's valid positions, then over the images that have any; 0 if none has."""
+    valid_BHW = valid_B1HW[:, 0]
+    count_B = valid_BHW.sum((1, 2))
+    mean_B = (value_BHW * valid_BHW).sum((1, 2)) / count_B.clamp(min=1)
+    return mean_B.sum() / (count_B > 0).sum().clamp(min=1)
+
+
+def mse_per_position(pred_BCHW: Tensor, target_BCHW: Tensor, channels: str) -> Tensor:
+    """Squared error (B, H, W), averaged (`channels: mean`) or summed (`channels: sum`, EfficientSAM3's) over C."""
+    error_BCHW = (pred_BCHW.float() - target_BCHW.float()).square()
+    return error_BCHW.mean(1) if channels == "mean" else error_BCHW.sum(1)
+
+
+def cosine_distance_per_position(pred_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """1 - cosine between the channel vectors, (B, H, W), 0..2."""
+    return 1 - F.cosine_similarity(pred_BCHW.float(), target_BCHW.float(), dim=1)
+
+
+def feature_loss(pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor, channels: str) -> dict[str, Tensor]:
+    """Masked MSE and masked cosine distance between feature maps, as scalars `mse` and `cosine`.
+
+    With `channels: sum` on raw features this is EfficientSAM3's stage 1 loss: the mean over images of
+    sum((p - t)^2 m) / max(sum(m), 1) and of sum((1 - cos) m) / max(sum(m), 1).
+    """
+    return {
+        "mse": mean_over_images(mse_per_position(pred_BCHW, target_BCHW, channels), valid_B1HW),
+        "cosine": mean_over_images(cosine_distance_per_position(pred_BCHW, target_BCHW), valid_B1HW),
+    }
+
+
+def relative_error(pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor) -> Tensor:
+    """Masked squared error in units of the target's own mean square: 1 for a prediction of zero. A scalar.
+
+    For maps without statistics of their own, such as what the neck makes of the features.
+    """
+    error = mean_over_images(mse_per_position(pred_BCHW, target_BCHW, "mean"), valid_B1HW)
+    energy = mean_over_images(target_BCHW.float().square().mean(1), valid_B1HW)
+    return error / energy.clamp(min=1e-12)
+
+
+def agreement_sums(
+    pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor, mean_C: Tensor, deviation_C: Tensor
+) -> dict[str, Tensor]:
+    """Sums over valid positions of what says how near a student is, to be added up over batches and ranks.
+
+    `positions` counts them. `cosine` is on raw features; `cosine_centred` and `mse` are on features standardised by the
+    teacher's mean and deviation, where always predicting the mean scores 0 and 1; `cosine_of_mean` is the raw cosine of
+    that predictor.
+    """
+    pred, target = pred_BCHW.float(), target_BCHW.float()
+    centred, target_centred = (standardise(feat, mean_C, deviation_C) for feat in (pred, target))
+    per_position = {
+        "cosine": F.cosine_similarity(pred, target, dim=1),
+        "cosine_centred": F.cosine_similarity(centred, target_centred, dim=1),
+        "mse": mse_per_position(centred, target_centred, "mean"),
+        "cosine_of_mean": F.cosine_similarity(mean_C[:, None, None].expand_as(target), target, dim=1),
+    }
+    valid = valid_B1HW[:, 0].double()
+    return {name: (value * valid).sum() for name, value in per_position.items()} | {"positions": valid.sum()}

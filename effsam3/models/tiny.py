@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations of the made-up chassis: `tiny` (a few layers, trains on a CPU) and `random` (SAM 3's full size).
+
+Both have random weights and exist only when a recipe asks for them by name. They keep SAM 3's geometry: square images,
+patch 14, a windowed ViT with global layers, a four-level neck, detector and tracker.
+"""
+
+from __future__ import annotations
+
+IMAGE_SIZE = 224  # pixels; 16 patches of 14 a side, where SAM 3 has 72
+PATCH_SIZE = 14
+GRID = IMAGE_SIZE // PATCH_SIZE
+TRUNK_WIDTH = 64  # SAM 3: 1024
+WIDTH = 128  # neck, detector and tracker, SAM 3: 256; the tracker needs a multiple of 64 above 64
+TEXT_WIDTH = 32
+
+
+def _vision() -> dict:
+    return dict(
+        model_type="sam3_vision_model",
+        backbone_config=dict(
+            model_type="sam3_vit_model",
+            hidden_size=TRUNK_WIDTH,
+            intermediate_size=2 * TRUNK_WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH_SIZE,
+            window_size=8,
+            global_attn_indexes=[1, 3],
+            pretrain_image_size=IMAGE_SIZE // 2,
+            # Wide enough that attention and MLPs bend the features: with 0.02 the trunk is nearly linear in its patches.
+            initializer_range=0.1,
+        ),
+        fpn_hidden_size=WIDTH,
+        backbone_feature_sizes=[[4 * GRID] * 2, [2 * GRID] * 2, [GRID] * 2],
+        scale_factors=[4.0, 2.0, 1.0, 0.5],
+    )
+
+
+def tiny_config():
+    """`Sam3VideoConfig` of the tiny chassis: 224 px, 16x16 grid, about 6.6 M parameters (4.7 M are the vocabulary
+    and the tracker)."""
+    from transformers import Sam3VideoConfig
+
+    attention = dict(num_attention_heads=4, dropout=0.0)
+    detector = dict(
+        model_type="sam3",
+        vision_config=_vision(),
+        text_config=dict(
+            model_type="clip_text_model",
+            vocab_size=49408,
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=32,
+            hidden_act="gelu",
+        ),
+        geometry_encoder_config=dict(
+            hidden_size=WIDTH, num_layers=1, intermediate_size=2 * WIDTH, roi_size=3, **attention
+        ),
+        detr_encoder_config=dict(hidden_size=WIDTH, num_layers=2, intermediate_size=2 * WIDTH, **attention),
+        detr_decoder_config=dict(
+            hidden_size=WIDTH, num_layers=2, num_queries=10, intermediate_size=2 * WIDTH, **attention
+        ),
+        mask_decoder_config=dict(hidden_size=WIDTH, num_upsampling_stages=3, num_attention_heads=4),
+    )
+    tracker = dict(
+        model_type="sam3_tracker_video",
+        image_size=IMAGE_SIZE,  # must be said: the config class otherwise resets every size to 1008 px
+        vision_config=_vision(),
+        prompt_encoder_config=dict(hidden_size=WIDTH, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE),
+        mask_decoder_config=dict(
+            hidden_size=WIDTH,
+            mlp_dim=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            iou_head_hidden_dim=WIDTH,
+        ),
+        memory_attention_hidden_size=WIDTH,
+        memory_attention_num_layers=2,
+        memory_attention_feed_forward_hidden_size=2 * WIDTH,
+        memory_attention_rope_feat_sizes=[GRID, GRID],
+        memory_attention_dropout=0.0,
+        memory_attention_rope_dropout=0.0,
+        memory_encoder_hidden_size=WIDTH,
+        memory_encoder_output_channels=64,  # transformers' memory attention hard-codes 64
+        mask_downsampler_embed_dim=WIDTH,
+        memory_fuser_embed_dim=WIDTH,
+        memory_fuser_intermediate_dim=2 * WIDTH,
+    )
+    return Sam3VideoConfig(detector_config=detector, tracker_config=tracker, low_res_mask_size=4 * GRID)
+
+
+def full_config():
+    """`Sam3VideoConfig` with SAM 3's own sizes: 860 M parameters, 1008 px, 72x72 grid, 1024 channels."""
+    from transformers import Sam3VideoConfig
+
+    return Sam3VideoConfig()
+
+
+MADE_UP = {"tiny": tiny_config, "random": full_config}

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image student: a timm trunk and a head that brings it to the teacher's grid and width.
+
+It is a transformers model, so that a SAM 3 config can name it as the vision backbone and `from_pretrained` rebuilds it.
+
+Letters: B images, C channels, H W rows and columns of a feature map, N = H * W positions, D the teacher's channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from effsam3.errors import UserError
+from effsam3.models.registry import FUSED_WIDTH
+
+
+class StudentError(UserError):
+    """A student that cannot be built as asked: no such weights, or weights of something else."""
+
+
+def resize_BCHW(feat_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a map bilinearly to (H, W), antialiased when it shrinks; returns the map itself when the size fits."""
+    if tuple(feat_BCHW.shape[-2:]) == tuple(size):
+        return feat_BCHW
+    shrinks = size[0] < feat_BCHW.shape[-2]
+    return F.interpolate(feat_BCHW, size, mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W). It needs no batch, so the head learns alike at any micro-batch."""
+
+    def forward(self, feat_BCHW: Tensor) -> Tensor:
+        return super().forward(feat_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Stride32Head(nn.Sequential):
+    """The published head: 1x1, BatchNorm, GELU, 3x3 on the stride-32 map, then bilinear to the grid.
+
+    Its parameters are named and shaped as in EfficientSAM3's checkpoints (`head.0`, `head.1`, `head.3`).
+    """
+
+    def __init__(self, channels: tuple[int, ...], width: int):
+        super().__init__(
+            nn.Conv2d(channels[3], width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
+        return resize_BCHW(super().forward(maps[3]), grid)
+
+
+class FusionBlock(nn.Module):
+    """Residual 3x3 convolution after a LayerNorm."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = LayerNorm2d(width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, feat_BCHW: Tensor) -> Tensor:
+        return feat_BCHW + F.gelu(self.conv(self.norm(feat_BCHW)))
+
+
+class FusedHead(nn.Module):
+    """Top-down fusion of strides 32, 16 and 8 straight onto the teacher's grid, in `FUSED_WIDTH` channels.
+
+    The grid (stride 14) lies between strides 16 and 8: the stride-8 map brings the detail that a stride-32 map has lost.
+    """
+
+    def __init__(self, channels: tuple[int, ...], width: int):
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(c, FUSED_WIDTH, 1) for c in channels[1:])
+        self.fuse16 = FusionBlock(FUSED_WIDTH)
+        self.fuse_grid = FusionBlock(FUSED_WIDTH)
+        self.norm = LayerNorm2d(FUSED_WIDTH)
+        self.project = nn.Conv2d(FUSED_WIDTH, width, 1)
+
+    def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
+        fine, middle, coarse = (lateral(feat) for lateral, feat in zip(self.lateral, maps[1:], strict=True))
+        middle = self.fuse16(middle + resize_BCHW(coarse, middle.shape[-2:]))
+        # Both are resized after the 1x1: it commutes with resizing and is cheaper on whichever map is smaller.
+        fused = self.fuse_grid(resize_BCHW(middle, grid) + resize_BCHW(fine, grid))
+        return self.project(self.norm(fused))
+
+
+HEADS = {"fused": FusedHead, "stride32": Stride32Head}
+
+
+class StudentTrunkConfig(PreTrainedConfig):
+    """What a student trunk is: enough to rebuild it without its weights.
+
+    `hidden_size`, `patch_size` and `image_size` are what SAM 3's neck reads of any backbone.
+    """
+
+    model_type = "effsam3_student_trunk"
+
+    timm_name: str = "repvit_m1_1"
+    head: str = "fused"
+    hidden_size: int = 1024
+    patch_size: int = 14
+    image_size: int = 1008
+
+
+class StudentTrunk(PreTrainedModel):
+    """A student in the place of SAM 3's ViT: normalised pixels (B, 3, S, S) to features (B, N, D), row-major.
+
+    `feature_scale` and `feature_mean` are the teacher's per-channel deviation and mean, set once before training: the
+    network then works in standardised units whatever the size of the teacher's channels, and still puts out raw ones.
+    """
+
+    config_class = StudentTrunkConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "student"
+
+    def __init__(self, config: StudentTrunkConfig):
+        import timm
+
+        super().__init__(config)
+        self.trunk = timm.create_model(config.timm_name, features_only=True, out_indices=(0, 1, 2, 3))
+        self.head = HEADS[config.head](tuple(self.trunk.feature_info.channels()), config.hidden_size)
+        self.register_buffer("feature_mean", torch.zeros(config.hidden_size))
+        self.register_buffer("feature_scale", torch.ones(config.hidden_size))
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: timm and torch have initialised everything already, and better than transformers' default would."""
+
+    def get_input_embeddings(self) -> None:
+        """None: there are no token embeddings. transformers asks every backbone."""
+
+    def set_feature_statistics(self, mean_D: Tensor, deviation_D: Tensor) -> None:
+        """Set the teacher's per-channel mean and deviation (float, D each)."""
+        self.feature_mean.copy_(mean_D)
+        self.feature_scale.copy_(deviation_D)
+
+    def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
+        """Return `last_hidden_state` (B, N, D) for pixels in -1..1; N = (S / patch_size) squared."""
+        grid = tuple(side // self.config.patch_size for side in pixel_values.shape[-2:])
+        feat_BDHW = self.head(self.trunk(pixel_values), grid)
+        # float(): under bf16 autocast the teacher's large channels would lose the small differences that matter.
+        feat_BND = feat_BDHW.flatten(2).transpose(1, 2).float()
+        return BaseModelOutput(last_hidden_state=feat_BND * self.feature_scale + self.feature_mean)
+
+
+def load_timm_weights(student: StudentTrunk, weights: str) -> None:
+    """Initialise the student's trunk from a timm classifier: `imagenet` (timm's default tag) or a local file.
+
+    Every tensor of the trunk must be there; the classifier's own head is what is left over.
+
+    Raises:
+        StudentError: timm has no such weights, cannot fetch them, or they do not cover the trunk.
+    """
+    import timm
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name = student.config.timm_name
+    overlay = {} if weights == "imagenet" else {"pretrained_cfg_overlay": {"file": weights}}
+    try:
+        source = timm.create_model(name, pretrained=True, **overlay).state_dict()
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        raise StudentError(
+            f"student_init: {weights} weights of {name} cannot be loaded ({type(error).__name__}: {error}); reach the "
+            "Hub once so that they are cached, give a local weights file, or set student_init=random"
+        ) from error
+    # A features-only model flattens one level of names: `stages.0.` becomes `stages_0.`, `stem.conv1.` stays or not.
+    flat = {key.replace(".", "_", 1): value for key, value in source.items()}
+    wanted = student.trunk.state_dict()
+    found = {key: source.get(key, flat.get(key)) for key in wanted}
+    wrong = [key for key, value in found.items() if value is None or value.shape != wanted[key].shape]
+    if wrong:
+        raise StudentError(
+            f"student_init: {len(wrong)} of {len(wanted)} tensors of {name} are not in {weights} or have another shape "
+            f"(first: {wrong[0]}); give weights of timm's {name}, or set student_init=random"
+        )
+    student.trunk.load_state_dict(found)
+
+
+AutoConfig.register(StudentTrunkConfig.model_type, StudentTrunkConfig)
+AutoModel.register(StudentTrunkConfig, StudentTrunk)

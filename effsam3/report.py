@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind for people: its folder, console lines, log.txt, metrics.jsonl and provenance."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+VERSIONS = ("effsam3", "torch", "transformers", "timm", "accelerate", "deepspeed", "datasets", "numpy")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: a temporary name, fsync, rename."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, content) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def provenance() -> dict:
+    """Where the results of this process come from: code, versions, machine, command."""
+    return {
+        "command": " ".join(sys.argv),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "versions": {name: _version(name) for name in VERSIONS},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """Ask git about the checkout that this package runs from; None when it is installed from a wheel."""
+    here = Path(__file__).resolve().parent
+    try:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+class Report:
+    """Speaks for a run: on rank 0 to the console and the run folder, on other ranks not at all."""
+
+    def __init__(self, folder: str | Path, is_main: bool = True):
+        self.folder, self.is_main = Path(folder), is_main
+        if is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def say(self, text: str = "") -> None:
+        """Print a line and keep it in log.txt."""
+        if self.is_main:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stdout)  # does not tear a progress bar
+            sys.stdout.flush()
+            with open(self.folder / "log.txt", "a") as log:
+                log.write(text + "\n")
+
+    def header(self, title: str, lines: dict[str, str]) -> None:
+        """Print what the run is: a title and one line per fact, aligned."""
+        self.say(f"\n{title}")
+        for name, text in lines.items():
+            self.say(f"{name:<8} {text}")
+        self.say()
+
+    def metrics(self, values: dict[str, float], step: int) -> None:
+        """Append one JSON object to metrics.jsonl."""
+        if self.is_main:
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop metrics of steps that a resumed run will take again."""
+        path = self.folder / "metrics.jsonl"
+        if self.is_main and path.is_file():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+            write_text(path, "".join(line + "\n" for line in lines))
+
+    def write_json(self, name: str, content) -> None:
+        """Write a JSON file into the run folder, rank 0 only."""
+        if self.is_main:
+            write_json(self.folder / name, content)
+
+
+def table(rows: list[list[str]], header: list[str]) -> str:
+    """Format rows as an aligned Markdown table; the first column to the left, the others to the right."""
+    cells = [header, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        first, *rest = (
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        return "| " + " | ".join([first, *rest]) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `show`: the resolved recipe and the numbers that follow from it, without torch and without reading data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from effsam3.errors import RecipeError, UserError, did_you_mean
+from effsam3.layouts import layout_file, layout_processes
+from effsam3.models.registry import chassis_facts, head_params, image_student
+from effsam3.recipe import accumulation, dump_recipe, flat, total_steps, warmup_steps
+
+PAGE, SMALL, LINE = 4096, 64 << 10, 64  # a store pads records to whole pages, small ones to cache lines
+BYTES = {"float16": 2, "int8": 1}
+
+
+def show(recipe: Any, key: str | None = None) -> str:
+    """Return the recipe as YAML followed by the derived numbers as YAML comments, or the value of one dotted key.
+
+    Raises:
+        UserError: there is no such key, or a number cannot be derived because keys contradict the layout or the data.
+    """
+    if key is not None:
+        values = flat(recipe)
+        if key not in values:
+            raise UserError(f"--key: the recipe has no {key}{did_you_mean(key, values)}")
+        value = values[key]
+        return " ".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else str(value)
+    lines = [f"# {title:<9} {_known(number, recipe)}" for title, number in DERIVED.items()]
+    return dump_recipe(recipe) + "\n" + "\n".join(lines)
+
+
+def _known(number: Callable[[Any], str], recipe: Any) -> str:
+    try:
+        return number(recipe)
+    except RecipeError:
+        raise
+    except UserError as error:  # something is not on this machine yet: the other numbers still hold
+        return f"unknown yet: {error}"
+
+
+def _layout(recipe: Any) -> str:
+    file = layout_file(recipe.hardware)
+    return f"{file}, processes: {layout_processes(file)}"
+
+
+def _batch(recipe: Any) -> str:
+    processes = layout_processes(layout_file(recipe.hardware))
+    micros = accumulation(recipe, processes)
+    batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    return f"{batch} = {micro} per process x {processes} (processes) x {micros} (accumulated)"
+
+
+def image_counts(recipe: Any) -> dict[str, int]:
+    """Return how many images of each split the recipe uses, from the report that was written beside the index.
+
+    Raises:
+        UserError: there is no report.
+    """
+    report = Path(recipe.data.index.removesuffix(".parquet") + ".report.json")
+    if not report.is_file():
+        if recipe.data.source == "synthetic":
+            raise UserError(f"{recipe.data.synthetic_images} images will be drawn by export or train")
+        raise UserError(f"no {report}; scripts/index_sa1b.py makes it")
+    counts = json.loads(report.read_text(encoding="utf-8"))["images"]
+    return {split: min(counts[split], recipe.data.limit or counts[split]) for split in ("train", "val")}
+
+
+def _images(recipe: Any) -> str:
+    counts = image_counts(recipe)
+    return f"{counts['train']:,} to learn from, {counts['val']:,} held out"
+
+
+def _length(recipe: Any) -> str:
+    images = image_counts(recipe)["train"]
+    steps, warmup = total_steps(recipe, images), warmup_steps(recipe, images)
+    epochs = steps * recipe.train.global_batch_size / images
+    return f"{steps:,} steps = {epochs:.1f} epochs, {warmup:,} steps of them warm-up"
+
+
+def _student(recipe: Any) -> str:
+    student, facts = image_student(recipe.student), chassis_facts(recipe.sam3.checkpoint)
+    head = head_params(recipe.head, student.channels, _channels(recipe))
+    total = student.trunk_params + head
+    saved = 100 * (1 - total / facts.trunk_params)
+    verdict = f"{abs(saved):.2f} % {'fewer' if saved > 0 else 'more'} than the {facts.trunk_params:,} they replace"
+    return f"{student.trunk_params:,} trunk + {head:,} {recipe.head} head = {total:,} parameters, {verdict}"
+
+
+def _channels(recipe: Any) -> int:
+    facts = chassis_facts(recipe.sam3.checkpoint)
+    return facts.hidden_size if recipe.export.tap == "trunk" else facts.fpn_hidden_size
+
+
+def record_bytes(recipe: Any) -> int:
+    """Return the bytes that one image takes in the store, padding included.
+
+    Raises:
+        UserError: the sizes of the recipe's SAM 3 are not known.
+    """
+    facts, channels = chassis_facts(recipe.sam3.checkpoint), _channels(recipe)
+    grid = recipe.export.grid or facts.grid
+    payload = channels * grid * grid * BYTES[recipe.export.dtype]
+    if recipe.export.dtype == "int8":
+        payload += 4 * channels  # one float32 scale per channel
+    if recipe.export.pixels:
+        payload += 3 * facts.image_size**2 + 2 * 4  # uint8 image and its size before padding
+    unit = PAGE if payload >= SMALL else LINE
+    return -(-payload // unit) * unit
+
+
+def _store(recipe: Any) -> str:
+    if recipe.teacher == "online":
+        return "none: the teacher runs beside the student"
+    size = record_bytes(recipe)
+    grid = recipe.export.grid or chassis_facts(recipe.sam3.checkpoint).grid
+    text = f"{size:,} bytes per image ({_channels(recipe)} x {grid} x {grid} {recipe.export.dtype}"
+    text += " and pixels)" if recipe.export.pixels else ")"
+    try:
+        total = size * sum(image_counts(recipe).values())
+    except UserError:
+        return text
+    return f"{text}, {total / 1e9:,.2f} GB in all"
+
+
+DERIVED = {
+    "layout": _layout,
+    "batch": _batch,
+    "images": _images,
+    "length": _length,
+    "student": _student,
+    "store": _store,
+}

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The package and what it needs. `pip install -e .[dev]` in a clone.
+
+Lower bounds are the first versions with what is used here, not the newest ones.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PACKAGE = Path(__file__).parent / "effsam3"
+VERSION = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"))[1]
+
+setup(
+    name="effsam3",
+    version=VERSION,
+    description="Distil SAM 3 into small students: recipes, training, merging, evaluation",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["effsam3", "effsam3.*"]),
+    entry_points={"console_scripts": ["effsam3=effsam3.cli:main"]},
+    install_requires=[
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        # Its wheels are for these two only; there is nothing to build it from elsewhere.
+        "decord>=0.6; platform_system == 'Windows' or (platform_system == 'Linux' and platform_machine == 'x86_64')",
+        "deepspeed>=0.17.2",  # torch_autocast
+        "huggingface_hub>=1.5",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "open_clip_torch>=3.2",  # MobileCLIP2
+        "peft>=0.19",  # transformers 5.6 asks for it
+        "pillow>=10.1",
+        "pyarrow>=15",
+        "pycocotools>=2.0.8",
+        "pyyaml>=6.0",
+        "safetensors>=0.4.3",
+        "tensorboard>=2.16",
+        "timm>=1.0.20",
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "tqdm>=4.66",
+        "transformers>=5.6",  # sam3_video came with 5.0, sam3_lite_text with 5.6
+        "wandb>=0.18",
+        "xxhash>=3.4",
+    ],
+    extras_require={"dev": ["pytest>=8", "ruff>=0.9"]},
+)

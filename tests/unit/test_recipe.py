@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reader of recipes: every recipe in the repository, every kind of mistake, YAML's traps, derived numbers."""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import pytest
+import yaml
+
+from effsam3.layouts import layout_processes
+from effsam3.models.registry import IMAGE_STUDENTS
+from effsam3.recipe import (
+    RecipeError,
+    accumulation,
+    differing_keys,
+    dump_recipe,
+    flat,
+    load_recipe,
+    total_steps,
+    warmup_steps,
+)
+from effsam3.schema import STAGES
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if file.name != "base.yaml")
+BASE = ROOT / "recipes" / "stage1" / "image" / "base.yaml"
+SMOKE = ROOT / "recipes" / "smoke" / "image.yaml"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Return a function that writes a recipe which inherits the smoke recipe, and returns its path."""
+
+    def writer(text, name="recipe.yaml", inherits=SMOKE):
+        path = tmp_path / name
+        path.write_text((f"inherits: {inherits}\n" if inherits else "") + text, encoding="utf-8")
+        return path
+
+    return writer
+
+
+def problems_of(path, overrides=()):
+    """Return the lines of the error that loading raises, without the file's name."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    return [line.removeprefix("  - ") for line in str(caught.value).splitlines()[1:]]
+
+
+# ---- the recipes of the repository
+
+
+def test_all_recipes_are_here():
+    leaves = {f"es_{family}_{size}" for family in ("rv", "tv", "ev") for size in "sml"}
+    assert {file.stem for file in RECIPES if file.parent == BASE.parent} == leaves
+    assert len(RECIPES) >= 10
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_recipe_loads_and_round_trips(path, tmp_path):
+    recipe = load_recipe(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(copy) == recipe
+    assert (ROOT / "accelerate_configs" / f"{recipe.hardware}.yaml").is_file()
+
+
+def test_names_of_runs_are_unique():
+    names = [load_recipe(path).name for path in RECIPES]
+    assert len(set(names)) == len(names)
+
+
+def test_stage1_image_recipes_name_every_published_student():
+    students = {load_recipe(path).student for path in RECIPES if path.parent == BASE.parent}
+    assert students == {name for name, row in IMAGE_STUDENTS.items() if row.published_millions is not None}
+
+
+def test_a_base_lacks_only_what_makes_it_one_run():
+    assert problems_of(BASE) == ["name is missing; expected text", "student is missing; expected text"]
+
+
+def test_published_hyperparameters():
+    recipe = load_recipe(BASE.with_name("es_rv_m.yaml"))
+    assert recipe.name == "stage1-image-es_rv_m"
+    optim, train = recipe.optim, recipe.train
+    assert (optim.lr, optim.warmup_lr, optim.min_lr) == (1e-3, 1e-6, 1e-5)
+    assert (optim.weight_decay, optim.betas, optim.eps, optim.clip_grad_norm) == (0.01, (0.9, 0.999), 1e-8, 5.0)
+    assert (train.epochs, optim.warmup_epochs, train.global_batch_size) == (50, 5, 512)
+
+
+# ---- reading
+
+
+def test_child_merges_mappings_and_replaces_the_rest(write):
+    recipe = load_recipe(write("optim: {lr: 0.5}\ntrain: {trackers: []}\n"))
+    parent = load_recipe(SMOKE)
+    assert differing_keys(parent, recipe) == ["optim.lr 0.002 -> 0.5", "train.trackers ('tensorboard',) -> ()"]
+
+
+def test_inherits_is_relative_to_the_file_and_goes_on(write):
+    write("name: middle\nhardware: gpu\n", "middle.yaml")
+    recipe = load_recipe(write("name: leaf\n", inherits="middle.yaml"))
+    assert (recipe.name, recipe.hardware, recipe.student) == ("leaf", "gpu", "tiny_convnext")
+
+
+def test_inheriting_in_a_circle(write):
+    write("", "a.yaml", inherits="b.yaml")
+    with pytest.raises(RecipeError, match=r"circle: .*a\.yaml -> .*b\.yaml -> .*a\.yaml"):
+        load_recipe(write("", "b.yaml", inherits="a.yaml").with_name("a.yaml"))
+
+
+@pytest.mark.parametrize("parent", ["[a.yaml, b.yaml]", "", "{a: b}"])
+def test_inherits_takes_one_path(write, parent):
+    with pytest.raises(RecipeError, match="inherits: expected the path of one recipe"):
+        load_recipe(write(f"inherits: {parent}\n", inherits=None))
+
+
+def test_missing_parent_is_named(write):
+    with pytest.raises(RecipeError, match=r"bse.yaml \(inherited by recipe.yaml\); did you mean .*base.yaml"):
+        load_recipe(write("", inherits=BASE.with_name("bse.yaml")))
+
+
+def test_missing_recipe_suggests_a_neighbour():
+    with pytest.raises(RecipeError, match=r"es_rvm.yaml; did you mean .*image/es_rv_m.yaml\?$"):
+        load_recipe(BASE.with_name("es_rvm.yaml"))
+
+
+def test_a_folder_lists_its_recipes():
+    with pytest.raises(RecipeError, match=r"is a folder; name one recipe in it: base.yaml, es_ev_l.yaml"):
+        load_recipe(BASE.parent)
+
+
+def test_overrides_come_last_and_are_yaml():
+    recipe = load_recipe(SMOKE, ["optim.lr=5e-4", "evaluate.prompts=[box]", "train={seed: 3, ema: .9}"])
+    assert (recipe.optim.lr, recipe.evaluate.prompts) == (5e-4, ("box",))
+    assert (recipe.train.seed, recipe.train.ema, recipe.train.steps) == (3, 0.9, 150)
+
+
+def test_a_later_override_wins():
+    assert load_recipe(SMOKE, ["train.seed=1", "train.seed=2"]).train.seed == 2
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "=3", "--lr"])
+def test_what_is_not_an_override(override):
+    assert problems_of(SMOKE, [override])[0].startswith(f"{override!r} is not an override; write section.key=value")
+
+
+# ---- mistakes
+
+
+def test_all_mistakes_at_once_with_suggestions(write):
+    path = write("""
+student: repvit_m11
+lr: 1.0e-3
+optimizer: {lr: 3}
+data: {contxt_length: 77}
+train: {stepz: 3, micro_batch_size: two, precision: fp16, warmup_steps: 3}
+""")
+    found = problems_of(path, ["loss.mse=-1", "checkpoint=last"])
+    expected = [
+        "unknown key lr; did you mean optim.lr? (recipe.yaml line 4)",
+        "unknown key optimizer; did you mean optim? (recipe.yaml line 5)",
+        "unknown key checkpoint; did you mean sam3.checkpoint or merge.checkpoint? (command line)",
+        "student: 'repvit_m11' is not a student; did you mean repvit_m1_1? (recipe.yaml line 3)",
+        "loss.mse: must be 0 or more, got -1.0 (command line)",
+        "unknown key train.stepz; did you mean train.steps? (recipe.yaml line 7)",
+        "unknown key train.warmup_steps; did you mean optim.warmup_steps? (recipe.yaml line 7)",
+        "train.micro_batch_size: expected int, got 'two' (recipe.yaml line 7)",
+        "train.precision: 'fp16' is not one of bf16, fp32; did you mean bf16? (recipe.yaml line 7)",
+    ]
+    assert set(expected) < set(found)
+    assert any(problem.startswith("unknown key data.contxt_length; choose from source, index,") for problem in found)
+    assert len(found) == len(expected) + 1
+
+
+def test_a_mistake_in_a_parent_names_the_parent(write):
+    write("optm: {}\n", "parent.yaml")
+    assert problems_of(write("", inherits="parent.yaml")) == [
+        "unknown key optm; did you mean optim? (parent.yaml line 2)"
+    ]
+
+
+def test_missing_keys_are_all_named(write):
+    found = problems_of(write("stage: image\nname: x\nstudent: tiny_convnext\n", inherits=None))
+    assert "data.index is missing; expected text" in found
+    assert "data.source is missing; expected sa1b or synthetic" in found
+    assert "optim.lr is missing; expected float" in found
+    assert "train.eval_every is missing; expected int" in found
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "stage is missing; choose from image"),
+        ("stage: imag\n", "stage: 'imag' is not a stage; did you mean image? (recipe.yaml line 1)"),
+        ("stage: text\n", "stage: 'text' is not a stage; choose from image (recipe.yaml line 1)"),
+        ("stage: [image]\n", "stage: 'a list' is not a stage; choose from image (recipe.yaml line 1)"),
+    ],
+)
+def test_stage(write, text, message):
+    assert problems_of(write("name: x\n" if not text else text, inherits=None)) == [message]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.synthetic_images=0", "data.synthetic_images: source synthetic needs to know how many to draw"),
+        ("data.source=sa1b", "data.synthetic_images: 96 asked for, but source is sa1b"),
+        ("data.index=photos", "data.index: 'photos' must end in .parquet"),
+        ("data.limit=0", "data.limit: must be above 0, got 0"),
+        ("optim.min_lr=1", "optim.min_lr: 1.0 is above optim.lr (0.002)"),
+        ("optim.warmup_lr=1", "optim.warmup_lr: 1.0 is above optim.lr (0.002)"),
+        ("optim.warmup_epochs=1", "optim.warmup_epochs: warmup_epochs (1) and warmup_steps (10) are both set"),
+        ("optim.warmup_steps=null", "optim.warmup_epochs: give it or warmup_steps; neither is set"),
+        ("optim.warmup_steps=150", "optim.warmup_steps: 150 is not below train.steps (150)"),
+        ("optim.betas=[0.9, 1]", "optim.betas: must be at least 0 and below 1, got 1.0"),
+        ("optim.betas=[0.9]", "optim.betas: expected a list of 2, got 1 values"),
+        ("optim.clip_grad_norm=0", "optim.clip_grad_norm: must be above 0, got 0.0"),
+        ("train.epochs=1", "train.epochs: epochs (1) and steps (150) are both set; set one of them to null"),
+        ("train.steps=null", "train.epochs: give it or steps; neither is set"),
+        ("train.micro_batch_size=3", "train.global_batch_size: 8 is not a multiple of train.micro_batch_size (3)"),
+        ("train.ema=1", "train.ema: must be at least 0 and below 1, got 1.0"),
+        ("train.trackers=[wandb, wandb]", "train.trackers: wandb is listed twice"),
+        ("train.trackers=wandb", "train.trackers: expected a list, got 'wandb'; write [wandb]"),
+        ("evaluate.benchmarks=[]", "evaluate.benchmarks: is empty; list at least one"),
+        ("evaluate.benchmarks=[mask]", "evaluate.benchmarks: 'mask' is not one of fidelity, masks, speed; did"),
+        ("loss={mse: 0, cosine: 0}", "loss.mse: all weights (mse, cosine, neck) are 0"),
+        ("loss=3", "loss: expected keys below it, got '3'"),
+        ("loss=", "loss: expected keys below it, got nothing"),
+        ("optim.lr.max=3", "optim.lr: expected float, got a mapping"),
+        ("optim.lr=[3]", "optim.lr: expected float, got a list"),
+        ("name=../x", "name: '../x' must be letters, digits"),
+        ("name=", "name: expected text, got nothing"),
+        ("hardware=zero2/x", "hardware: 'zero2/x' must be letters, digits"),
+        ("student_init=imagenet1k", "student_init: 'imagenet1k' is not imagenet, random or a weights file"),
+        ("inherits=x", "unknown key inherits; it belongs at the top of a file"),
+    ],
+)
+def test_mistake(override, message):
+    found = problems_of(SMOKE, [override])
+    assert len(found) == 1
+    assert found[0].startswith(message)
+
+
+def test_neck_loss_needs_the_trunk():
+    found = problems_of(SMOKE, ["loss.neck=1", "export.tap=neck"])
+    assert found == ["loss.neck: 1.0 needs the trunk's output, but export.tap is neck; set one of them back"]
+
+
+# ---- YAML's traps
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1E3", 1000.0), ("5", 5.0), (".5", 0.5), ("+2.", 2.0), ("1_000.5", 1000.5), ("0.001", 1e-3)],
+)
+def test_floats(text, value):
+    read = load_recipe(SMOKE, [f"optim.clip_grad_norm={text}"]).optim.clip_grad_norm
+    assert read == value and type(read) is float
+
+
+NOT_FLOATS = [".nan", "nan", ".inf", "-.inf", "inf", "1e999", "1:30", "0x1p3", "true", "'1.0'", "1,5", "012.5"]
+NOT_INTEGERS = ["012", "0o12", "0x10", "7.0", "1e3", "true", "yes", "'7'", "1__0", "null", "1:30", "seven"]
+
+
+@pytest.mark.parametrize("text", NOT_FLOATS)
+def test_not_floats(text):
+    assert problems_of(SMOKE, [f"optim.clip_grad_norm={text}"])[0].startswith("optim.clip_grad_norm: ")
+
+
+@pytest.mark.parametrize(("text", "value"), [("10_000", 10_000), ("+7", 7), ("7", 7)])
+def test_integers(text, value):
+    read = load_recipe(SMOKE, [f"train.log_every={text}"]).train.log_every
+    assert read == value and type(read) is int
+
+
+@pytest.mark.parametrize("text", NOT_INTEGERS)
+def test_not_integers(text):
+    assert problems_of(SMOKE, [f"train.log_every={text}"])[0].startswith("train.log_every: ")
+
+
+def test_a_leading_zero_is_explained():
+    assert "octal" in problems_of(SMOKE, ["train.log_every=012"])[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("true", True), ("yes", True), ("On", True), ("false", False), ("no", False), ("OFF", False)]
+)
+def test_booleans(text, value):
+    assert load_recipe(SMOKE, [f"export.pixels={text}"]).export.pixels is value
+
+
+@pytest.mark.parametrize("text", ["1", "0", "'true'", "y", "null"])
+def test_not_booleans(text):
+    assert problems_of(SMOKE, [f"export.pixels={text}"])[0].startswith("export.pixels: expected true or false")
+
+
+@pytest.mark.parametrize("text", ["no", "on", "off", "1e-3", "012", "1:30", "2026-11-21", "true"])
+def test_text_stays_as_it_is_written(text):
+    recipe = load_recipe(SMOKE, [f"train.wandb_project={text}", f"sam3.revision={text}"])
+    assert recipe.train.wandb_project == recipe.sam3.revision == text
+
+
+def test_null_is_a_value_only_where_one_may_be_missing():
+    assert load_recipe(SMOKE, ["sam3.revision=null"]).sam3.revision is None
+    assert load_recipe(SMOKE, ["sam3.revision='null'"]).sam3.revision == "null"
+    assert problems_of(SMOKE, ["sam3.checkpoint=null"])[0].startswith("sam3.checkpoint: expected text, got nothing")
+
+
+def test_a_repeated_key(write):
+    found = problems_of(write("train:\n  seed: 1\n  seed: 2\n"))
+    assert found == ["key seed is given twice (recipe.yaml line 3, recipe.yaml line 4); keep one"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [a\n", r"recipe.yaml is not YAML: .* \(line \d+\)"),
+        ("name: a\n---\nname: b\n", "is not YAML: expected a single document"),
+        ("\tname: a\n", "is not YAML"),
+        ("data: &x {index: *x}\n", "alias to the mapping or list it is in"),
+        ("name: !!python/name:os.system\n", "is a YAML tag"),
+        ("name: !include other.yaml\n", "is a YAML tag"),
+        ("? [a, b]\n: 3\n", "a key must be one word"),
+    ],
+)
+def test_what_yaml_can_do_and_recipes_do_not(write, text, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(text))
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just text\n"])
+def test_a_file_that_is_no_recipe(write, text):
+    with pytest.raises(RecipeError, match="a recipe is made of lines `key: value`"):
+        load_recipe(write(text, inherits=None))
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00name")
+    with pytest.raises(RecipeError, match="not a text file in UTF-8"):
+        load_recipe(tmp_path / "x.yaml")
+
+
+# ---- the resolved copy
+
+
+AWKWARD = [
+    "null",
+    "~",
+    "",
+    " x ",
+    "no",
+    "1e-3",
+    "012",
+    "a: b",
+    "# x",
+    "*x",
+    "!x",
+    "\u4e2d",
+    "a\nb",
+    "'",
+    '"',
+    "{a",
+    "\x85",
+]
+
+
+@pytest.mark.parametrize("text", AWKWARD)
+def test_any_text_survives_the_copy(text, tmp_path):
+    recipe = load_recipe(SMOKE)
+    recipe = dataclasses.replace(recipe, sam3=dataclasses.replace(recipe.sam3, checkpoint=text, revision=text))
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_recipe(recipe), encoding="utf-8", newline="\n")
+    assert load_recipe(copy) == recipe
+
+
+def test_any_number_survives_the_copy(tmp_path):
+    recipe, random_numbers = load_recipe(SMOKE), random.Random(0)
+    for _ in range(50):
+        lr = 10 ** random_numbers.uniform(-12, 12)
+        optim = dataclasses.replace(recipe.optim, lr=lr, min_lr=lr / 3, warmup_lr=lr / 7)
+        copy = tmp_path / "copy.yaml"
+        copy.write_text(dump_recipe(dataclasses.replace(recipe, optim=optim)), encoding="utf-8")
+        assert load_recipe(copy).optim == optim
+
+
+def test_the_copy_is_plain_yaml_too():
+    recipe = load_recipe(SMOKE)
+    read = yaml.safe_load(dump_recipe(recipe))
+    assert "inherits" not in read
+    assert read["optim"]["betas"] == [0.9, 0.999] and read["train"]["epochs"] is None
+    assert list(read) == [field.name for field in dataclasses.fields(STAGES["image"])]
+
+
+def test_flat_has_every_key_once():
+    keys = list(flat(load_recipe(SMOKE)))
+    assert {"stage", "optim.betas", "merge.checkpoint"} < set(keys) and len(keys) == len(set(keys))
+
+
+def test_recipes_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        load_recipe(SMOKE).train.steps = 3
+
+
+# ---- derived numbers
+
+
+def test_accumulation():
+    recipe = load_recipe(BASE.with_name("es_rv_m.yaml"))
+    assert [accumulation(recipe, world) for world in (1, 2, 8, 32)] == [32, 16, 4, 1]
+    message = r"global_batch_size \(512\) is not a multiple of micro_batch_size x world size \(16 x 7 = 112\); change"
+    with pytest.raises(RecipeError, match=message):
+        accumulation(recipe, 7)
+
+
+def test_steps_of_epochs():
+    recipe = load_recipe(BASE.with_name("es_rv_m.yaml"))
+    assert total_steps(recipe, 512) == 50 and warmup_steps(recipe, 512) == 5
+    assert total_steps(recipe, 513) == 51  # a begun step is a step
+    assert total_steps(recipe, 100_000) == -(-100_000 * 50 // 512)
+    recipe = load_recipe(BASE.with_name("es_rv_m.yaml"), ["train.epochs=1.1", "optim.warmup_epochs=0.1"])
+    assert total_steps(recipe, 51200) == 110  # floats make it 110.00000000000001 and then 111
+    assert warmup_steps(recipe, 51200) == 10
+    assert total_steps(load_recipe(SMOKE), 3) == 150 and warmup_steps(load_recipe(SMOKE), 3) == 10
+
+
+def test_warmup_longer_than_training():
+    recipe = load_recipe(SMOKE, ["train.steps=null", "train.epochs=1"])
+    with pytest.raises(RecipeError, match="warm-up takes 10 steps and the whole training 10"):
+        warmup_steps(recipe, 80)
+
+
+# ---- layouts
+
+
+def test_processes_of_layouts():
+    processes = {file.stem: layout_processes(file) for file in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert processes == {
+        "cpu": 1,
+        "gpu": 1,
+        "ddp": 8,
+        "ddp_cpu": 2,
+        "zero1": 8,
+        "zero2": 8,
+        "zero3": 8,
+        "zero2_cpu": 2,
+        "zero3_cpu": 2,
+        "multinode_zero2": 16,
+    }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_accepts_the_layout_and_it_says_nothing_about_learning(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == layout_processes(path)
+    assert config.mixed_precision is None
+    learning = {"gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file"}
+    assert not learning & set(config.deepspeed_config)

@@ -1,0 +1,519 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embedding store: round trips, named errors, damage, resume, import of upstream's shards, the command."""
+
+import json
+import os
+import pickle
+import re
+import resource
+
+import numpy as np
+import pytest
+import torch
+
+from effsam3.data import store_tool
+from effsam3.data.store import (
+    Field,
+    StoreError,
+    StoreReader,
+    StoreWriter,
+    create_store,
+    dequantise_int8,
+    finish_store,
+    open_manifest,
+    quantise_int8,
+    repair_store,
+    to_float16,
+    verify_store,
+)
+from effsam3.data.store_import import import_upstream
+
+FIELDS = [Field("features", "float16", (8, 5, 5))]
+KEYS = [f"sa_{i}" for i in range(10)]
+
+
+def record(key: str, fields=FIELDS) -> dict[str, np.ndarray]:
+    """Values that depend on the key alone."""
+    random = np.random.default_rng(list(key.encode()))
+    return {f.name: (random.standard_normal(f.shape) * 50).astype(f.dtype) for f in fields}
+
+
+def make(root, keys=KEYS, fields=FIELDS, finish=True, writer=0, **options):
+    create_store(root, fields, {"tap": "trunk", "grid": 5}, expected=len(keys))
+    repair_store(root)
+    with StoreWriter(root, writer, **options) as out:
+        for key in keys:
+            if key not in out.done:
+                out.write(key, record(key, fields))
+    if finish:
+        finish_store(root, keys, {"mean": [0.5] * 8})
+    return root
+
+
+def assert_holds(root, keys, fields=FIELDS, **options):
+    reader = StoreReader(root, **options)
+    found = reader.read(reader.positions(keys), verify=True)
+    for i, key in enumerate(keys):
+        for name, value in record(key, fields).items():
+            np.testing.assert_array_equal(found[name][i].numpy(), value)
+
+
+# ---- round trip
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 7, 9), (4, 128, 100)])
+def test_round_trip_of_all_dtypes(tmp_path, shape):
+    fields = [Field(dtype, dtype, shape) for dtype in ("int8", "float16", "uint8", "float32", "int32")]
+    fields.append(Field("one", "int32", ()))
+    make(tmp_path / "s", fields=fields, shard_bytes=1 << 20)
+    manifest = open_manifest(tmp_path / "s")
+    assert manifest.payload == int(np.prod(shape)) * 12 + 4
+    assert manifest.stride % (4096 if manifest.payload >= 65536 else 64) == 0
+    assert 0 <= manifest.stride - manifest.payload < 4096
+    assert_holds(tmp_path / "s", KEYS[::-1], fields)
+    reader = StoreReader(tmp_path / "s")
+    assert len(reader) == 10 and reader.keys == KEYS and reader.contains("sa_3") and not reader.contains("sa_33")
+    assert reader.positions([]).dtype == np.int64
+
+
+def test_tensors_are_written_and_read_into_reused_memory(tmp_path):
+    create_store(tmp_path, FIELDS, {})
+    with StoreWriter(tmp_path, 0) as out:
+        for key in KEYS:
+            strided = torch.from_numpy(record(key)["features"]).transpose(1, 2).contiguous().transpose(1, 2)
+            out.write(key, {"features": strided})
+    reader = StoreReader(tmp_path, allow_unfinished=True)
+    buffers = reader.allocate(4)
+    address = buffers["features"].data_ptr()
+    for positions in ([3, 1, 3, 9], [7, 2]):
+        found = reader.read(positions, out=buffers)["features"]
+        assert found.data_ptr() == address and found.shape == (len(positions), 8, 5, 5)
+        for row, position in zip(found, positions, strict=True):
+            np.testing.assert_array_equal(row, record(KEYS[position])["features"])
+
+
+def test_shards_roll_over_and_every_writer_counts(tmp_path):
+    stride = open_manifest(make(tmp_path, KEYS[:3], finish=False)).stride
+    for writer, keys in ((1, KEYS[3:5]), (2, KEYS[5:])):
+        make(tmp_path, keys, finish=False, writer=writer, shard_bytes=2 * stride)
+    assert len(list(tmp_path.glob("shard-00002-*.bin"))) == 3
+    make(tmp_path, [*KEYS, "sa_10", "sa_11"], writer=1, shard_bytes=2 * stride)  # three writers before, now one
+    assert_holds(tmp_path, [*KEYS, "sa_10", "sa_11"])
+    assert open_manifest(tmp_path).records == 12
+
+
+def test_positions_are_exact_among_many_keys(tmp_path):
+    keys = [f"k{i * 7919}" for i in range(5000)]
+    make(tmp_path, keys, [Field("features", "uint8", (2,))])
+    reader = StoreReader(tmp_path)
+    order = np.random.default_rng(0).permutation(5000)
+    np.testing.assert_array_equal(reader.positions([keys[i] for i in order]), order)
+    with pytest.raises(StoreError, match=r"lacks 2 of 3 keys: k1, k2\. Run export"):
+        reader.positions(["k1", keys[0], "k2"])
+
+
+class Records(torch.utils.data.Dataset):
+    def __init__(self, reader):
+        self.reader = reader
+
+    def __len__(self):
+        return len(self.reader)
+
+    def __getitem__(self, position):
+        return self.reader.read([position])["features"][0]
+
+
+def test_reading_after_pickling_and_in_forked_workers(tmp_path):
+    reader = StoreReader(make(tmp_path))
+    expected = reader.read(range(10), verify=True)["features"]
+    copy = pickle.loads(pickle.dumps(reader))
+    assert not copy._files
+    torch.testing.assert_close(copy.read(range(10))["features"], expected, rtol=0, atol=0)
+    workers = torch.utils.data.DataLoader(Records(reader), 5, num_workers=2, multiprocessing_context="fork")
+    torch.testing.assert_close(torch.cat(list(workers)), expected, rtol=0, atol=0)
+
+
+# ---- manifest
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    make(tmp_path)
+    with pytest.raises(StoreError) as error:
+        create_store(tmp_path, [Field("features", "int8", (8, 5, 5))], {"grid": 6, "teacher": {"revision": "x"}})
+    for part in (
+        '["features float16[8, 5, 5]"] -> ["features int8[8, 5, 5]"]',
+        'description.tap: "trunk" -> absent',
+        "description.grid: 5 -> 6",
+        'description.teacher.revision: absent -> "x"',
+    ):
+        assert part in str(error.value)
+    assert create_store(tmp_path, FIELDS, {"grid": 5, "tap": "trunk"}).records == 10
+
+
+def test_missing_malformed_and_newer_manifests_are_named(tmp_path):
+    with pytest.raises(StoreError, match=r"no manifest.json.*effsam3 export"):
+        StoreReader(tmp_path)
+    manifest = make(tmp_path) / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for text in ("{", "[]", json.dumps(content | {"surprise": 1}), json.dumps({"format": "effsam3-store"})):
+        manifest.write_text(text)
+        with pytest.raises(StoreError, match="malformed"):
+            StoreReader(tmp_path)
+    manifest.write_text(json.dumps(content | {"version": 2}))
+    with pytest.raises(StoreError, match="not version 1"):
+        StoreReader(tmp_path)
+    manifest.unlink()
+    with pytest.raises(StoreError, match=r"no manifest.json"):
+        create_store(tmp_path, FIELDS, {})
+
+
+@pytest.mark.parametrize("finish", [True, False])
+def test_wrong_manifest_is_named_and_never_repaired_with(tmp_path, finish):
+    make(tmp_path, finish=finish)
+    sizes = {path.name: path.stat().st_size for path in tmp_path.glob("shard-*")}
+    path = tmp_path / "manifest.json"
+    content = json.loads(path.read_text())
+    content["fields"][0]["shape"] = [8, 5, 4]
+    path.write_text(json.dumps(content))
+    for use in (lambda: StoreReader(tmp_path, allow_unfinished=True), lambda: repair_store(tmp_path)):
+        with pytest.raises(StoreError, match="wrong manifest"):
+            use()
+    assert sizes == {path.name: path.stat().st_size for path in tmp_path.glob("shard-*")}
+
+
+def test_unfinished_store_says_how_far_it_is(tmp_path):
+    make(tmp_path, finish=False)
+    create_store(tmp_path, FIELDS, {"tap": "trunk", "grid": 5}, expected=200)
+    with pytest.raises(StoreError, match="10 of 200 records; run export again"):
+        StoreReader(tmp_path)
+    assert len(StoreReader(tmp_path, allow_unfinished=True)) == 10
+
+
+def test_finish_wants_every_key_and_names_skipped_ones(tmp_path):
+    create_store(tmp_path, FIELDS, {})
+    with StoreWriter(tmp_path, 0) as out:
+        out.write("a", record("a"))
+        out.skip("b", "cannot\tbe\nread")
+        out.skip("c", "first try")
+    with StoreWriter(tmp_path, 1) as out:
+        assert out.done == {"a"}
+        out.write("c", record("c"))
+    with pytest.raises(StoreError, match="2 of 5 keys are neither stored nor skipped: d, e"):
+        finish_store(tmp_path, ["a", "b", "c", "d", "e"])
+    manifest = finish_store(tmp_path, ["a", "b", "c"], {"mean": [1.0, 2.0]})
+    assert manifest.skipped == ({"key": "b", "reason": "cannot be read"},) and manifest.records == 2
+    before = (tmp_path / "manifest.json").read_bytes()
+    finish_store(tmp_path, ["a", "b", "c"], {"mean": [1.0, 2.0]})
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    assert open_manifest(tmp_path) == manifest
+
+
+# ---- writer
+
+
+def test_wrong_records_are_refused(tmp_path):
+    create_store(tmp_path, FIELDS, {})
+    good = record("a")["features"]
+    with StoreWriter(tmp_path, 0) as out:
+        for bad, words in (
+            ({"features": good.astype(np.float32)}, r"float32\[8, 5, 5\].*wants features float16"),
+            ({"features": good[:, :4]}, r"float16\[8, 4, 5\]"),
+            ({}, "has fields"),
+            ({"features": good, "scale": good}, "has fields"),
+        ):
+            with pytest.raises(StoreError, match=words):
+                out.write("a", bad)
+        for key in ("", "a\tb", "a\nb", "a\rb", "\udcff"):
+            with pytest.raises(StoreError, match="cannot be stored"):
+                out.write(key, {"features": good})
+        out.write('"quoted, key" of Ünïcode', {"features": good})
+        with pytest.raises(StoreError, match="already stored"):
+            out.write('"quoted, key" of Ünïcode', {"features": good})
+    assert StoreReader(tmp_path, allow_unfinished=True).keys == ['"quoted, key" of Ünïcode']
+
+
+def test_one_live_process_per_writer(tmp_path):
+    create_store(tmp_path, FIELDS, {})
+    with StoreWriter(tmp_path, 0) as out:
+        out.write("a", record("a"))
+        for use in (lambda: StoreWriter(tmp_path, 0), lambda: repair_store(tmp_path)):
+            with pytest.raises(StoreError, match="writer 0 is a live process"):
+                use()
+        StoreWriter(tmp_path, 1).close()
+        reader, ready = os.pipe()
+        child = os.fork()  # a data worker that lives on must not keep the writer locked
+        if not child:
+            os.write(ready, b"1")
+            os.read(os.pipe()[0], 1)
+        os.read(reader, 1)
+    try:
+        StoreWriter(tmp_path, 0).close()
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+
+
+def test_full_disk_is_named_and_harmless(tmp_path):
+    big = [Field("features", "float16", (64, 32, 32))]
+    create_store(tmp_path, big, {}, expected=10)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = StoreWriter(tmp_path, 0)
+    for key in KEYS[:3]:
+        out.write(key, record(key, big))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 131072 + 5000, hard))  # the fourth record fits in part
+    try:
+        with pytest.raises(StoreError, match=r"'sa_3' of 131072 bytes.*7 records to come need.*run the same export"):
+            out.write("sa_3", record("sa_3", big))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    out.close()
+    assert verify_store(tmp_path).checked == 3
+    make_rest = StoreWriter(tmp_path, 0)
+    assert make_rest.done == set(KEYS[:3])
+    for key in KEYS[3:]:
+        make_rest.write(key, record(key, big))
+    make_rest.close()
+    assert_holds(tmp_path, KEYS, big, allow_unfinished=True)
+
+
+# ---- damage
+
+
+def cut(path, count):
+    os.truncate(path, path.stat().st_size - count)
+
+
+def garbage(path, count):
+    with open(path, "ab") as file:
+        file.write(np.random.default_rng(count).bytes(count))
+
+
+def zeros(path, count):
+    with open(path, "r+b") as file:
+        file.seek(-count, 2)
+        file.write(bytes(count))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "harm", "count", "lost"),
+    [
+        ("tsv", cut, 1, 1),
+        ("tsv", cut, 20, 1),
+        ("tsv", garbage, 3, 0),
+        ("tsv", zeros, 9, 1),
+        ("bin", cut, 1, 1),
+        ("bin", cut, 448, 1),
+        ("bin", cut, 449, 2),
+        ("bin", garbage, 1000, 0),
+        ("bin", zeros, 9, 1),
+        ("bin", zeros, 448 + 9, 2),
+    ],
+)
+def test_torn_tail_is_cut_and_written_again(tmp_path, suffix, harm, count, lost):
+    make(tmp_path, finish=False)
+    assert (open_manifest(tmp_path).payload, open_manifest(tmp_path).stride) == (400, 448)
+    harm(tmp_path / f"shard-00000-0000.{suffix}", count)
+    repair_store(tmp_path)
+    with StoreWriter(tmp_path, 1) as out:
+        assert out.done == set(KEYS[: 10 - lost])
+    make(tmp_path)
+    assert_holds(tmp_path, KEYS)
+    assert verify_store(tmp_path).checked == 10
+
+
+def test_journal_line_without_sense_is_cut(tmp_path):
+    make(tmp_path, finish=False)
+    with open(tmp_path / "shard-00000-0000.tsv", "ab") as file:
+        file.write(b"\0\0 lost by a power failure\n")
+    garbage(tmp_path / "shard-00000-0000.bin", 448)
+    assert repair_store(tmp_path) == {"shard-00000-0000.bin": 1}
+    assert_holds(make(tmp_path), KEYS)
+
+
+def test_journal_cut_anywhere_loses_nothing_before_the_cut(tmp_path):
+    original = (make(tmp_path, KEYS[:2], finish=False) / "shard-00000-0000.tsv").read_bytes()
+    for size in range(len(original)):
+        (tmp_path / "shard-00000-0000.tsv").write_bytes(original[:size])
+        repair_store(tmp_path)
+        done = max(original[:size].count(b"\n") - 1, 0)
+        make(tmp_path, KEYS[:2], finish=False)
+        assert (tmp_path / "shard-00000-0000.tsv").read_bytes() == original, (size, done)
+
+
+def test_flipped_byte_is_found(tmp_path):
+    path = make(tmp_path) / "shard-00000-0000.bin"
+    data = bytearray(path.read_bytes())
+    data[4 * 448 + 17] ^= 1
+    path.write_bytes(data)
+    report = verify_store(tmp_path)
+    assert [(bad.key, bad.reason) for bad in report.bad] == [("sa_4", "wrong checksum")] and report.checked == 9
+    reader = StoreReader(tmp_path)
+    reader.read(range(10))
+    reader.read([3, 5], verify=True)
+    with pytest.raises(StoreError, match=r"record sa_4.*is damaged.*delete shard-00000-0000.bin"):
+        reader.read([3, 4], verify=True)
+    for name in ("shard-00000-0000.bin", "shard-00000-0000.tsv"):  # the remedy that the message names
+        (tmp_path / name).unlink()
+    assert_holds(make(tmp_path), KEYS)
+
+
+def test_truncated_and_missing_shards_are_named(tmp_path):
+    path = make(tmp_path) / "shard-00000-0000.bin"
+    reader = StoreReader(tmp_path)
+    os.truncate(path, 1000)
+    with pytest.raises(StoreError, match=r"truncated shard .*shard-00000-0000.bin: has 1000 of 4432 bytes"):
+        StoreReader(tmp_path)
+    with pytest.raises(StoreError, match="truncated shard"):
+        reader.read([9])
+    assert len(verify_store(tmp_path).bad) == 8
+    path.unlink()
+    with pytest.raises(StoreError, match=r"shard-00000-0000.bin is missing"):
+        StoreReader(tmp_path)
+    assert len(verify_store(tmp_path).bad) == 10
+    cut(tmp_path / "shard-00000-0000.tsv", 1)
+    with pytest.raises(StoreError, match=r"truncated journal .* has 9 of 10 lines"):
+        StoreReader(tmp_path)
+
+
+def test_damaged_journal_is_named(tmp_path):
+    path = make(tmp_path) / "shard-00000-0000.tsv"
+    path.write_bytes(path.read_bytes().replace(b"sa_4\t", b"sa_4 "))
+    with pytest.raises(StoreError, match=r"shard-00000-0000.tsv is damaged"):
+        StoreReader(tmp_path)
+
+
+# ---- payloads
+
+
+def test_int8_against_the_plain_formula():
+    torch.manual_seed(0)
+    features = torch.randn(3, 16, 12, 12) * torch.logspace(-3, 3, 16)[:, None, None]
+    features[1, 5] = 0
+    values, scale = quantise_int8(features)
+    assert values.dtype == torch.int8 and scale.shape == (3, 16) and scale.dtype == torch.float32
+    for b in range(3):
+        for c in range(16):
+            step = features[b, c].abs().max() / 127 if features[b, c].any() else torch.tensor(1.0)
+            assert scale[b, c] == step
+            assert (values[b, c] == torch.round(features[b, c] / step)).all()
+    restored = dequantise_int8(values, scale)
+    assert ((restored - features).abs() <= scale[..., None, None] * 0.5001).all()
+    assert torch.cosine_similarity(restored.flatten(1), features.flatten(1)).min() > 0.9999
+    assert not restored[1, 5].any()
+    assert values.abs().max() == 127
+    torch.testing.assert_close(quantise_int8(features.half()[0])[1], scale[0], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("value", [65505.0, -1e6, float("inf"), float("nan")])
+def test_values_that_float16_cannot_hold_are_refused(value):
+    features = torch.zeros(2, 3, 3)
+    features[1, 2, 0] = value
+    if np.isfinite(value):
+        with pytest.raises(StoreError, match=rf"'sa_1'.*{re.escape(f'{abs(value):g}')}.*export.dtype: int8"):
+            to_float16(features, "sa_1")
+        assert quantise_int8(features)[1][1] > 500
+    else:
+        for use in (to_float16, quantise_int8):
+            with pytest.raises(StoreError, match=r"'sa_1'.*not finite"):
+                use(features, "sa_1")
+    features[1, 2, 0] = 65504
+    assert to_float16(features, "sa_1")[1, 2, 0] == 65504
+
+
+# ---- upstream's shards and the command
+
+
+def write_upstream(folder, shape, ranks):
+    """Files exactly as upstream's exporter leaves them; returns the value that counts for every key."""
+    folder.mkdir()
+    expected, random = {}, np.random.default_rng(0)
+    for rank, keys in enumerate(ranks):
+        with open(folder / f"rank{rank}-values.bin", "wb") as file:
+            for key in keys:
+                value = random.standard_normal(shape).astype("<f2")
+                expected.setdefault(key, value)
+                file.write(np.int32(random.integers(2**31 - 1)).tobytes() + value.tobytes())
+        (folder / f"rank{rank}-keys.txt").write_text("".join(f"{key}\n" for key in keys))
+    return expected
+
+
+@pytest.mark.parametrize("shape", [(1024, 72, 72), (256, 64, 64), (16, 256)])
+def test_import_reads_upstream_shards_in_place(tmp_path, shape):
+    ranks = [["sa_7", "sa_3"], ["sa_9", "sa_7"]]  # the sampler repeats sa_7 to pad rank 1
+    expected = write_upstream(tmp_path / "up", shape, ranks)
+    lines = []
+    manifest = import_upstream(tmp_path / "up", tmp_path / "s", report=lines.append)
+    assert manifest.records == 3 and manifest.fields[0].shape == shape
+    assert any("1 records repeat a key" in line for line in lines)
+    assert any("ImageNet-normalised" in line for line in lines) == (len(shape) == 3)
+    reader = StoreReader(tmp_path / "s")
+    assert reader.keys == ["sa_7", "sa_3", "sa_9"]
+    name = manifest.fields[0].name
+    found = reader.read(reader.positions(list(expected)))[name].numpy()
+    np.testing.assert_array_equal(found, np.stack(list(expected.values())))
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["manifest.json"]
+    assert sum(path.stat().st_size for path in (tmp_path / "s").iterdir()) < 100_000
+    report = verify_store(tmp_path / "s")
+    assert (report.checked, report.unchecked, report.bad) == (0, 4, [])
+    with pytest.raises(StoreError, match="no checksums"):
+        reader.read([0], verify=True)
+    with pytest.raises(StoreError, match="already holds a store"):
+        import_upstream(tmp_path / "up", tmp_path / "s")
+    if len(shape) == 3:
+        values = np.stack([expected[key] for key in ("sa_7", "sa_3", "sa_9")]).astype(np.float64)
+        np.testing.assert_allclose(manifest.statistics["mean"], values.mean((0, 2, 3)), atol=1e-6)
+        np.testing.assert_allclose(manifest.statistics["deviation"], values.std((0, 2, 3)), atol=1e-6)
+        assert manifest.description["resize"] == "longest_side" and manifest.description["grid"] == shape[-1]
+
+
+def test_import_of_torn_files(tmp_path):
+    source = tmp_path / "up"
+    expected = write_upstream(source, (16, 256), [["a", "b"], ["c", "d"]])
+    values = source / "rank0-values.bin"
+    whole = values.read_bytes()
+    lines = []
+    values.write_bytes(whole + whole[:100])
+    import_upstream(source, tmp_path / "s", report=lines.append)
+    assert "2 whole records of 8196 bytes (tokens float16[16, 256]) and 100 bytes more, 2 keys" in lines[0]
+    assert set(StoreReader(tmp_path / "s").keys) == set(expected)
+    for content, keys, words in (
+        (whole[:-1], "a\nb\n", "1 whole records of 8196 bytes.*8195 bytes more, 2 keys: the file is cut"),
+        (whole, "", "2 whole records.*0 keys: this export was killed"),
+        (whole, None, "no rank0-keys.txt beside it"),
+    ):
+        values.write_bytes(content)
+        (source / "rank0-keys.txt").unlink()
+        if keys is not None:
+            (source / "rank0-keys.txt").write_text(keys)
+        with pytest.raises(StoreError, match=words):
+            import_upstream(source, tmp_path / "t")
+        assert not (tmp_path / "t").exists()
+    (source / "rank0-keys.txt").write_text("a\nb\n")
+    os.truncate(source / "rank1-values.bin", 100)
+    with pytest.raises(StoreError, match=r"truncated shard .*rank1-values.bin: has 100 of 16392 bytes"):
+        StoreReader(tmp_path / "s")
+    with pytest.raises(StoreError, match="holds no rank"):
+        import_upstream(tmp_path / "s", tmp_path / "t")
+
+
+def test_command(tmp_path, capsys):
+    path = make(tmp_path / "s") / "shard-00000-0000.bin"
+    assert store_tool.main(["show", str(tmp_path / "s")]) == 0
+    text = capsys.readouterr().out
+    for part in ("finished", "records    10", "float16", "8 x 5 x 5", "400", "tap", "trunk", "mean"):
+        assert part in text
+    assert store_tool.main(["verify", str(tmp_path / "s")]) == 0
+    assert "10 of 10 records have the right checksum" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[::-1])
+    assert store_tool.main(["verify", str(tmp_path / "s")]) == 1
+    assert "sa_0 in shard-00000-0000.bin: wrong checksum" in capsys.readouterr().out
+
+    expected = write_upstream(tmp_path / "up", (6, 3, 3), [["a"]])
+    with pytest.raises(StoreError, match="--channels and --grid"):
+        store_tool.main(["import", str(tmp_path / "up"), str(tmp_path / "t")])
+    assert (
+        store_tool.main(["import", str(tmp_path / "up"), str(tmp_path / "t"), "--channels", "6", "--grid", "3"]) == 0
+    )
+    text = capsys.readouterr().out
+    assert "ImageNet-normalised" in text and "6 x 3 x 3" in text
+    np.testing.assert_array_equal(StoreReader(tmp_path / "t").read([0])["features"][0], expected["a"])
