@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches for feature distillation: resized images and, from a store, the teacher's features for them.
+
+Letters: B images of a batch, C channels, G grid rows and columns, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from effsam3.data.sa1b import UnreadableImage, read_image
+from effsam3.data.sampler import PADDING
+from effsam3.data.store import StoreReader, dequantise_int8
+from effsam3.data.transforms import resize_image
+
+
+class ImageFeatures(Dataset):
+    """Map-style dataset that builds a whole batch at a time from the positions of its images.
+
+    Args:
+        index: rows of an SA-1B index, a Hugging Face dataset.
+        folder: what the rows' files are relative to.
+        image_size: S.
+        resize: `square` or `longest_side`, see `transforms.resize_image`.
+        store: the teacher's features; None gives images alone (export, or a teacher that runs beside the student).
+    """
+
+    def __init__(self, index, folder: Path, image_size: int, resize: str, store: StoreReader | None = None):
+        self.index, self.folder = index, folder
+        self.image_size, self.resize = image_size, resize
+        self.store = store
+        self.keys: list[str] = list(index["key"])
+        self.records = None if store is None else store.positions(self.keys)
+        self.pixels_stored = store is not None and "pixels" in store.names
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitems__(self, positions: list[int]) -> dict:
+        """Return the batch of `positions`, of which `PADDING` ones come out as images without valid pixels.
+
+        Keys of the batch: `pixels` uint8 (B, 3, S, S); `sizes` int64 (B, 2), the valid rows and columns, (0, 0) for
+        padding and unreadable images; `positions` int64 (B,); `unreadable`, pairs (key, reason); and the store's
+        fields, such as `features`.
+        """
+        batch = {"positions": torch.tensor(positions), "unreadable": []}
+        if self.store is not None:
+            # A record is read for padding, too: fixed shapes, and the valid mask keeps it out of everything.
+            batch |= self.store.read(self.records[np.maximum(positions, 0)])
+        if self.pixels_stored:
+            batch["sizes"] = batch["sizes"].long()
+            batch["sizes"][batch["positions"] == PADDING] = 0
+            return batch
+        side = self.image_size
+        batch["pixels"] = torch.zeros(len(positions), 3, side, side, dtype=torch.uint8)
+        batch["sizes"] = torch.zeros(len(positions), 2, dtype=torch.int64)
+        for place, position in enumerate(positions):
+            if position == PADDING:
+                continue
+            try:
+                image_HW3 = read_image(self.index[position], self.folder)
+            except UnreadableImage as error:
+                batch["unreadable"].append((error.key, error.reason))
+                continue
+            batch["pixels"][place], size = resize_image(image_HW3, side, self.resize)
+            batch["sizes"][place] = torch.tensor(size)
+        return batch
+
+
+def stored_features(batch: dict) -> Tensor:
+    """Return a batch's stored features as float32 (B, C, G, G), whatever the store's payload."""
+    if "scale" in batch:
+        return dequantise_int8(batch["features"], batch["scale"])
+    return batch["features"].float()
+
+
+def loader(dataset: Dataset, batches: Sequence | Callable, workers: int, pin: bool) -> DataLoader:
+    """A loader of whole batches, in order; `batches` iterates over lists of positions."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=False,
+    )
+
+
+def _as_it_is(batch: dict) -> dict:
+    """A batch is already collated: `ImageFeatures.__getitems__` built it whole."""
+    return batch

@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build the parquet index of SA-1B (`sa1b.COLUMNS`) from folders or tars, and report what was left out and why.
+
+The sources are listed first; then parts of PART_IMAGES images are checked in parallel, each written to
+`<stem>.parts/` under a hash of all it was made from, so that a re-run after a kill knows the finished ones by their
+names; at the end the parts become one parquet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import NamedTuple
+
+from effsam3.data import sa1b
+from effsam3.data.layouts_sa1b import Entry, Listing, check_sources, list_sources, printable
+from effsam3.errors import UserError
+
+VERSION = 1  # of what a part holds; another number makes older parts void
+PART_IMAGES = 500  # about 20 s of decoding SA-1B: what a kill can cost each worker
+NAMED_CONVERSIONS = 100  # keys that a report names for each kind of conversion
+PART_COLUMNS = sa1b.COLUMNS | {  # what the report is made of
+    "image_name": "string",
+    "annotation_name": "string",
+    "excluded": "string",  # reason, or ""
+    "annotation_problem": "string",  # reason, or ""
+}
+
+
+class Check(NamedTuple):
+    """What an image must pass to be indexed."""
+
+    decode: bool
+    min_side: int  # pixels
+    max_pixels: int
+
+
+def build_index(
+    sources: Iterable[str | Path],
+    out: str | Path,
+    val_fraction: float = 0.1,
+    workers: int | None = None,
+    check: str = "decode",
+    min_side: int = 16,
+    max_pixels: int = sa1b.MAX_PIXELS,
+    progress: bool = True,
+) -> dict:
+    """Write the index `out` (.parquet) and `<stem>.report.json` beside it; return the report.
+
+    `check`: `decode` decodes every image to its end, `header` reads sizes only and so lets truncated images through.
+    `min_side` is in pixels. `workers` defaults to one per core; with 1 all is done in this process.
+    The same sources give the same bytes, whatever the workers and the interruptions.
+    Raises UserError for sources or values that cannot be used, when no image is usable, and when a worker was killed.
+    """
+    started = time.monotonic()
+    sources, out = [Path(source) for source in sources], Path(out)
+    check_sources(sources)
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out} must end in .parquet")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1")
+    if check not in ("decode", "header"):
+        raise UserError(f"--check {check} must be decode or header")
+    if min_side < 1 or not 1 <= max_pixels <= sa1b.MAX_PIXELS:
+        raise UserError(f"--min-side {min_side} must be 1 or more, --max-pixels {max_pixels} 1 to {sa1b.MAX_PIXELS}")
+
+    parts = out.parent / f"{out.stem}.parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    folder = out.parent.resolve()
+    options = Check(check == "decode", min_side, max_pixels)
+    with _pool(workers or os.cpu_count()) as submit:
+        listing = list_sources(sources, folder, val_fraction, submit)
+        slices = [group[i : i + PART_IMAGES] for group in listing.groups for i in range(0, len(group), PART_IMAGES)]
+        files = {parts / f"{_fingerprint(entries, options)}.parquet": entries for entries in slices}
+        _make_parts(files, folder, options, submit, progress)
+
+    table = _read_parts(files)
+    report = _report(table, listing) | {
+        "check": check,
+        "val_fraction": val_fraction,
+        "min_side": min_side,
+        "max_pixels": max_pixels,
+        "sources": [printable(str(source)) for source in sources],
+        "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    report_file = out.with_name(f"{out.stem}.report.json")
+    sa1b.write_atomic(report_file, json.dumps(report, indent=1).encode())
+    if not sum(report["images"].values()):
+        raise UserError(f"no usable image in {', '.join(report['sources'])}\n{summary(report)}\nreport: {report_file}")
+    usable = table.filter(_is_empty(table["excluded"])).select(list(sa1b.COLUMNS))
+    sa1b.write_atomic(out, _parquet_bytes(usable))
+    shutil.rmtree(parts)
+    return report
+
+
+def summary(report: dict) -> str:
+    """Return the report as a few lines to read, the first names of each kind included."""
+    images = report["images"]
+    lines = [
+        f"{sum(images.values()):,} images ({images['train']:,} train, {images['val']:,} val), "
+        f"{report['masks']:,} masks, {report['without_annotations']:,} images without annotations"
+    ]
+    if report["check"] == "header":
+        lines.append("checked headers only: truncated images are still in; --check decode finds them")
+    for title in ("converted", "excluded", "annotation_problems", "tars"):
+        for reason, found in report[title].items():
+            names = found["keys" if title == "converted" else "files"]
+            more = ", ..." if found["count"] > 3 else ""
+            lines.append(f"{title.replace('_', ' ')}: {reason} {found['count']:,} ({', '.join(names[:3])}{more})")
+    return "\n".join(lines)
+
+
+# ---- parts
+
+
+def _make_parts(
+    files: dict[Path, list[Entry]], folder: Path, options: Check, submit: Callable, progress: bool
+) -> None:
+    from tqdm import tqdm
+
+    total = sum(map(len, files.values()))
+    missing = {file: entries for file, entries in files.items() if not file.exists()}
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
+    with tqdm(total=total, desc="images", mininterval=interval, disable=not progress) as bar:
+        bar.update(total - sum(map(len, missing.values())))
+        futures = []
+        for file, entries in missing.items():
+            futures.append(submit(_make_part, entries, folder, options, file))
+            futures[-1].add_done_callback(functools.partial(_advance, bar, len(entries)))
+        for future in futures:
+            future.result()
+
+
+def _advance(bar, images: int, _: Future) -> None:
+    bar.update(images)
+
+
+def _make_part(entries: list[Entry], folder: Path, options: Check, file: Path) -> None:
+    import pyarrow
+
+    rows = [_check(entry, folder, options) for entry in entries]
+    sa1b.write_atomic(file, _parquet_bytes(pyarrow.Table.from_pylist(rows, _schema())))
+
+
+def _check(entry: Entry, folder: Path, options: Check) -> dict:
+    """Return the row of an image, with the reasons why it or its annotations are left out."""
+    image, annotation = entry.image, entry.annotation
+    row = {
+        "key": entry.key,
+        "split": entry.split,
+        "image_file": image.file,
+        "image_offset": image.offset,
+        "image_bytes": image.size,
+        "annotation_file": None,
+        "annotation_offset": 0,
+        "annotation_bytes": 0,
+        "width": 0,
+        "height": 0,
+        "num_masks": 0,
+        "converted": "",
+        "image_name": image.name,
+        "annotation_name": annotation.name if annotation else "",
+        "excluded": "",
+        "annotation_problem": "",
+    }
+    try:
+        data = sa1b.read_indexed(row, folder, "image")
+        row["width"], row["height"], kinds = sa1b.image_header(data, options.max_pixels, entry.key)
+        if min(row["width"], row["height"]) < options.min_side:
+            raise sa1b.UnreadableImage(entry.key, "too_small")
+        if options.decode:
+            _, kinds = sa1b.decode_image(data, options.max_pixels, entry.key)
+    except sa1b.UnreadableImage as fault:
+        return row | {"excluded": fault.reason}
+    row["converted"] = ",".join(kinds)
+    if annotation:
+        place = {
+            "annotation_file": annotation.file,
+            "annotation_offset": annotation.offset,
+            "annotation_bytes": annotation.size,
+        }
+        try:
+            row |= place | {"num_masks": len(sa1b.read_annotations(row | place, folder))}
+        except sa1b.UnreadableAnnotations as fault:
+            row["annotation_problem"] = fault.reason
+    return row
+
+
+def _fingerprint(entries: list[Entry], options: Check) -> str:
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(repr((VERSION, options, entries)).encode("utf-8", "backslashreplace"))
+
+
+@contextlib.contextmanager
+def _pool(workers: int) -> Iterator[Callable[..., Future]]:
+    """Give `submit(function, *arguments)`, which returns a future."""
+    if workers == 1:
+        yield _run_now
+        return
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    try:
+        yield executor.submit
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory; the finished parts are kept: "
+            "run the same command again to go on, with fewer --workers if memory is short"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _run_now(function: Callable, *arguments) -> Future:
+    future = Future()
+    future.set_result(function(*arguments))
+    return future
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and without a traceback
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # a killed parent leaves nobody who could stop this worker
+
+
+# ---- merging
+
+
+def _schema():
+    import pyarrow
+
+    return pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in PART_COLUMNS.items()])
+
+
+def _parquet_bytes(table) -> memoryview:
+    import pyarrow.parquet as parquet
+
+    sink = io.BytesIO()
+    parquet.write_table(table, sink)
+    return sink.getbuffer()
+
+
+def _read_parts(files: Iterable[Path]):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    tables = [parquet.read_table(file, partitioning=None) for file in files]
+    return pyarrow.concat_tables([_schema().empty_table(), *tables]).sort_by("key")
+
+
+def _is_empty(column):
+    import pyarrow.compute as compute
+
+    return compute.equal(column, "")
+
+
+def _report(table, listing: Listing) -> dict:
+    usable = table.filter(_is_empty(table["excluded"]))
+    splits = usable["split"].to_pylist()
+    converted: dict[str, list[str]] = {}
+    for key, kinds in zip(usable["key"].to_pylist(), usable["converted"].to_pylist(), strict=True):
+        for kind in filter(None, kinds.split(",")):
+            converted.setdefault(kind, []).append(key)
+    excluded = _names_by_reason(table, "excluded", "image_name", listing.excluded)
+    problems = _names_by_reason(table, "annotation_problem", "annotation_name", listing.annotation_problems)
+    return {
+        "images": {split: splits.count(split) for split in sa1b.SPLITS},
+        "masks": sum(usable["num_masks"].to_pylist()),
+        "without_annotations": usable["annotation_file"].null_count,
+        "converted": {
+            kind: {"count": len(converted[kind]), "keys": converted[kind][:NAMED_CONVERSIONS]}
+            for kind in sa1b.CONVERSIONS
+            if kind in converted
+        },
+        "excluded": _counted(excluded),
+        "annotation_problems": _counted(problems),
+        "tars": _counted(listing.tars),
+    }
+
+
+def _names_by_reason(table, reason: str, name: str, listed: dict[str, list[str]]) -> dict[str, list[str]]:
+    found = {word: list(names) for word, names in listed.items()}
+    for word, one in zip(table[reason].to_pylist(), table[name].to_pylist(), strict=True):
+        if word:
+            found.setdefault(word, []).append(one)
+    return found
+
+
+def _counted(names: dict[str, list[str]]) -> dict:
+    return {reason: {"count": len(some), "files": sorted(some)} for reason, some in sorted(names.items()) if some}

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: verbs, errors, `show` without torch, `launch` as processes, the scripts."""
+
+import ast
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import effsam3
+from effsam3 import launch as launcher
+from effsam3.cli import VERBS, main
+from effsam3.data.store import Field, Manifest
+from effsam3.errors import RecipeError, UserError
+from effsam3.models.registry import SAM3, chassis_facts
+from effsam3.recipe import load_recipe
+from effsam3.show import record_bytes, show
+
+ROOT = Path(__file__).parents[2]
+SMOKE = str(ROOT / "recipes" / "smoke" / "image.yaml")
+ES_RV_M = str(ROOT / "recipes" / "stage1" / "image" / "es_rv_m.yaml")
+HEAVY = ["torch", "numpy", "transformers", "timm", "datasets", "accelerate", "pyarrow", "PIL"]
+
+
+def run(*arguments, **env):
+    """Run a Python process in the repository and return what it did."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def verb_called(monkeypatch):
+    """Replace the module of a verb by one that notes the call; return a function that does it."""
+
+    def replace(verb, raises=None):
+        calls = []
+
+        def fake_run(recipe, **options):
+            calls.append((recipe.name, options))
+            if raises is not None:
+                raise raises
+
+        module = types.SimpleNamespace(run=fake_run)
+        monkeypatch.setitem(sys.modules, f"effsam3.{verb}", module)
+        monkeypatch.setattr(effsam3, verb, module, raising=False)
+        return calls
+
+    return replace
+
+
+# ---- errors
+
+
+def test_an_error_is_two_lines_and_exit_code_2_in_a_real_process():
+    result = run("-m", "effsam3.cli", "train", "recipes/smoke/image.yaml", "lr=1")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == (
+        "error: recipes/smoke/image.yaml:\n  - unknown key lr; did you mean optim.lr? (command line)\n"
+    )
+
+
+def test_scripts_report_errors_alike():
+    result = run("scripts/merge.py", "recipes/smoke/imag.yaml")
+    assert result.returncode == 2
+    assert result.stderr == "error: no recipe at recipes/smoke/imag.yaml; did you mean recipes/smoke/image.yaml?\n"
+
+
+def test_an_unknown_verb(capsys):
+    assert main(["trian", SMOKE]) == 2
+    assert capsys.readouterr().err == "error: no verb is called 'trian'; did you mean train?\n"
+
+
+def test_a_users_mistake_has_no_traceback_anything_else_keeps_it(verb_called, capsys):
+    verb_called("train", raises=UserError("the store is empty; export first"))
+    assert main(["train", SMOKE]) == 2
+    assert capsys.readouterr().err == "error: the store is empty; export first\n"
+    verb_called("train", raises=ValueError("a bug"))
+    with pytest.raises(ValueError, match="a bug"):
+        main(["train", SMOKE])
+
+
+def test_recipe_errors_are_said_by_one_rank_others_by_all(verb_called, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["train", SMOKE, "lr=1"]) == 2
+    assert capsys.readouterr().err == ""
+    verb_called("train", raises=UserError("disk full"))
+    assert main(["train", SMOKE]) == 2
+    assert capsys.readouterr().err == "error: disk full\n"
+
+
+# ---- verbs
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {verb} " in text for verb in VERBS)
+    assert main([]) == 2
+    capsys.readouterr()
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"effsam3 {effsam3.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main([verb, "--help"])
+    assert exited.value.code == 0
+    assert f"usage: effsam3 {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["train", "merge", "evaluate"])
+def test_recipe_verbs_get_the_overridden_recipe(verb, verb_called):
+    calls = verb_called(verb)
+    assert main([SMOKE, "name=other"], verb=verb) == 0
+    assert calls == [("other", {})]
+
+
+@pytest.mark.parametrize(
+    "argv", [["--check", "3", SMOKE, "name=x"], [SMOKE, "--check", "3", "name=x"], [SMOKE, "name=x", "--check=3"]]
+)
+def test_export_check_may_stand_anywhere(argv, verb_called):
+    calls = verb_called("export")
+    assert main(["export", *argv]) == 0
+    assert main(["export", SMOKE]) == 0
+    assert calls == [("x", {"check": 3}), ("smoke-image", {"check": None})]
+
+
+@pytest.mark.parametrize("argv", [["export", SMOKE, "--check", "0"], ["train", SMOKE, "--check", "3"], ["train"]])
+def test_wrong_options(argv, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(argv)
+    assert exited.value.code == 2
+
+
+def test_store_is_passed_on(monkeypatch):
+    from effsam3.data import store_tool
+
+    monkeypatch.setattr(store_tool, "main", lambda argv: {"verify": 1}[argv[0]])
+    assert main(["store", "verify", "somewhere"]) == 1
+
+
+# ---- show
+
+
+@pytest.mark.parametrize("argv", [["show", SMOKE], ["show", ES_RV_M], ["compare"], ["compare", "--json"], ["--help"]])
+def test_light_verbs_import_nothing_heavy(argv):
+    code = f"import sys; from effsam3.cli import main; main({argv!r}); print(sorted(set({HEAVY}) & set(sys.modules)))"
+    result = run("-c", code)
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert result.returncode == 0
+
+
+def test_importing_the_package_imports_nothing():
+    assert run("-c", "import sys, effsam3; print([m for m in sys.modules if m.startswith('effsam3')])").stdout == (
+        "['effsam3']\n"
+    )
+
+
+def test_what_show_prints_is_the_recipe(capsys, tmp_path):
+    assert main(["show", ES_RV_M, "optim.lr=5e-4"]) == 0
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_recipe(copy) == load_recipe(ES_RV_M, ["optim.lr=5e-4"])
+
+
+def test_show_derives_numbers(tmp_path):
+    report = tmp_path / "photos.report.json"
+    report.write_text(json.dumps({"images": {"train": 100_000, "val": 11_000}}))
+    recipe = load_recipe(ES_RV_M, [f"data.index={tmp_path}/photos.parquet"])
+    rows = dict(line[2:].split(maxsplit=1) for line in show(recipe).splitlines() if line.startswith("#"))
+    assert rows["layout"].endswith("accelerate_configs/zero2.yaml, processes: 8")
+    assert rows["batch"] == "512 = 16 per process x 8 (processes) x 4 (accumulated)"
+    assert rows["images"] == "100,000 to learn from, 11,000 held out"
+    assert rows["length"] == "9,766 steps = 50.0 epochs, 977 steps of them warm-up"
+    assert rows["student"].startswith("7,774,864 trunk + 1,675,008 fused head = 9,449,872 parameters, 97.88 % fewer")
+    assert rows["store"] == "10,616,832 bytes per image (1024 x 72 x 72 float16), 1,178.47 GB in all"
+    limited = load_recipe(ES_RV_M, [f"data.index={tmp_path}/photos.parquet", "data.limit=20_000"])
+    assert "# images    20,000 to learn from, 11,000 held out" in show(limited)
+
+
+def test_show_says_what_is_not_there_yet():
+    text = show(load_recipe(ES_RV_M, ["data.index=nowhere/x.parquet", "sam3.checkpoint=someone/sam3"]))
+    assert "# images    unknown yet: no nowhere/x.report.json; scripts/index_sa1b.py makes it" in text
+    assert "# store     unknown yet: sam3.checkpoint: the sizes of 'someone/sam3' are not known" in text
+    assert "# store     none" in show(load_recipe(SMOKE, ["teacher=online"]))
+
+
+def test_show_refuses_a_batch_that_the_layout_cannot_divide(capsys):
+    assert main(["show", SMOKE, "hardware=zero2"]) == 2
+    assert "(8) is not a multiple of micro_batch_size x world size (4 x 8 = 32)" in capsys.readouterr().err
+
+
+def test_show_one_key(capsys):
+    assert main(["show", ES_RV_M, "--key", "hardware"]) == 0
+    assert main(["show", SMOKE, "--key", "train.trackers"]) == 0
+    assert capsys.readouterr().out == "zero2\ntensorboard\n"
+    assert main(["show", SMOKE, "--key", "train.trackrs"]) == 2
+    assert "did you mean train.trackers?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny", "random"])
+@pytest.mark.parametrize("tap", ["trunk", "neck"])
+@pytest.mark.parametrize("pixels", ["true", "false"])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("grid", ["null", "8"])
+def test_record_bytes_are_the_stores(checkpoint, tap, pixels, dtype, grid):
+    overrides = [f"sam3.checkpoint={checkpoint}", f"export={{tap: {tap}, pixels: {pixels}, dtype: {dtype}, grid: {grid}}}"]
+    recipe, facts = load_recipe(SMOKE, overrides), chassis_facts(checkpoint)
+    side, channels = recipe.export.grid or facts.grid, {"trunk": facts.hidden_size, "neck": facts.fpn_hidden_size}[tap]
+    fields = [Field("features", dtype, (channels, side, side))]
+    if dtype == "int8":
+        fields += [Field("scale", "float32", (channels,))]
+    if recipe.export.pixels:
+        fields += [Field("pixels", "uint8", (3, facts.image_size, facts.image_size)), Field("sizes", "int32", (2,))]
+    assert record_bytes(recipe) == Manifest(tuple(fields), {}).stride
+
+
+def test_facts_of_a_local_folder(tmp_path):
+    config = {"image_size": 1008, "patch_size": 14, "hidden_size": 1024, "intermediate_size": 4736}
+    backbone = {**config, "num_hidden_layers": 32, "pretrain_image_size": 336}
+    vision = {"fpn_hidden_size": 256, "backbone_config": backbone}
+    (tmp_path / "config.json").write_text(json.dumps({"detector_config": {"vision_config": vision}}))
+    assert chassis_facts(str(tmp_path)) == SAM3
+    assert (SAM3.grid, SAM3.trunk_params) == (72, 446_236_672)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match=r"is not of a SAM 3 .*KeyError: 'detector_config'"):
+        chassis_facts(str(tmp_path))
+
+
+# ---- launch
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Note commands instead of running them; their exit codes are taken from `codes`."""
+    noted = types.SimpleNamespace(lines=[], codes=[])
+
+    def fake_run(command):
+        noted.lines.append(command)
+        return noted.codes.pop(0) if noted.codes else 0
+
+    monkeypatch.setattr(launcher, "_run", fake_run)
+    monkeypatch.chdir(ROOT)
+    return noted
+
+
+def test_launch_runs_all_verbs_in_order(commands, capsys):
+    assert main(["launch", "recipes/smoke/image.yaml", "optim.lr=5e-4", "train.seed=1"]) == 0
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    rest = ["recipes/smoke/image.yaml", "optim.lr=5e-4", "train.seed=1"]
+    assert commands.lines == [
+        [*accelerate, "scripts/export.py", *rest],
+        [*accelerate, "scripts/train.py", *rest],
+        [sys.executable, "scripts/merge.py", *rest],
+        [sys.executable, "scripts/evaluate.py", *rest],
+    ]
+    assert capsys.readouterr().out.splitlines() == [f"+ {shlex.join(line)}" for line in commands.lines]
+
+
+def test_launch_stops_at_the_first_failure(commands):
+    commands.codes = [0, 75]
+    assert main(["launch", SMOKE]) == 75
+    assert len(commands.lines) == 2
+
+
+def test_launch_one_verb_on_the_overridden_layout(commands):
+    assert main(["launch", SMOKE, "train", "hardware=ddp_cpu"]) == 0
+    assert len(commands.lines) == 1
+    assert "accelerate_configs/ddp_cpu.yaml" in commands.lines[0] and "scripts/train.py" in commands.lines[0]
+
+
+def test_an_online_teacher_exports_nothing(commands):
+    assert main(["launch", SMOKE, "teacher=online"]) == 0
+    assert [Path(line[line.index(SMOKE) - 1]).stem for line in commands.lines] == ["train", "merge", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "'trian' cannot be launched; did you mean train?"),
+        (["lr=1"], "unknown key lr"),
+        (["hardware=zero22"], "there is no accelerate_configs/zero22.yaml; did you mean zero2?"),
+    ],
+)
+def test_launch_checks_before_it_starts_anything(arguments, message, commands, capsys):
+    assert main(["launch", SMOKE, *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert commands.lines == []
+
+
+def test_exit_codes_come_through():
+    assert launcher._run([sys.executable, "-c", "raise SystemExit(3)"]) == 3
+    assert launcher._run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == 137
+
+
+def test_requests_to_stop_are_passed_on():
+    child = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('up', flush=True); signal.pause()"
+    parent = f"import sys; from effsam3.launch import _run; sys.exit(_run([sys.executable, '-c', {child!r}]))"
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 7
+
+
+# ---- scripts
+
+
+@pytest.mark.parametrize("verb", ["export", "train", "merge", "evaluate"])
+def test_scripts_are_thin_and_show_a_command_that_exists(verb):
+    text = (ROOT / "scripts" / f"{verb}.py").read_text()
+    assert len(text.splitlines()) <= 15
+    command = shlex.split(ast.get_docstring(ast.parse(text)).splitlines()[-1])
+    assert f"scripts/{verb}.py" in command
+    files = [word for word in command if "/" in word]
+    assert files and all((ROOT / word).is_file() for word in files)
+
+
+def test_run_sh_runs_the_launcher():
+    bash = ["bash", str(ROOT / "scripts" / "run.sh")]
+    result = subprocess.run(bash, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "bash scripts/run.sh RECIPE" in result.stderr
+
+
+def test_recipe_errors_are_user_errors():
+    assert issubclass(RecipeError, UserError) and issubclass(UserError, ValueError)
