@@ -61,8 +61,10 @@ def run(recipe, check: int | None = None) -> None:
         return _check(recipe, teacher_pass, accelerator, report, check)
     root = Path(recipe.export.to)
     if accelerator.is_main_process:
-        create_store(root, teacher_pass.fields(), teacher_pass.description())
-        repair_store(root)
+        images = sum(map(len, teacher_pass.datasets))
+        create_store(root, teacher_pass.fields(), teacher_pass.description(), expected=images)
+        for shard, records in repair_store(root).items():
+            report.say(f"{shard}: {records} torn records of an interrupted export cut off, they are made again")
     accelerator.wait_for_everyone()
     _announce(recipe, teacher_pass, accelerator, report)
     started = time.monotonic()
@@ -154,7 +156,7 @@ def _write(recipe, keys, batch: dict, feat_BCGG: torch.Tensor, writer: StoreWrit
 def _payload(dtype: str, feat_CGG: torch.Tensor, key: str) -> dict:
     if dtype == "float16":
         return {"features": to_float16(feat_CGG, key)}
-    features, scale = quantise_int8(feat_CGG)
+    features, scale = quantise_int8(feat_CGG, key)
     return {"features": features, "scale": scale}
 
 

@@ -57,9 +57,12 @@ def ready_index(recipe, accelerator) -> Path:
 def image_dataset(
     recipe, index: Path, split: str, image_size: int, store: StoreReader | None = None, most: int | None = None
 ) -> ImageFeatures:
-    """The images of one split, the first `data.limit` and at most `most` of them."""
+    """The images of one split, the first `data.limit` and at most `most` of them, less those that export skipped."""
     limits = [limit for limit in (recipe.data.limit, most) if limit is not None]
     rows = load_index(index, split, min(limits, default=None))
+    if store is not None and store.manifest.skipped:
+        skipped = {entry["key"] for entry in store.manifest.skipped}
+        rows = rows.select([position for position, key in enumerate(rows["key"]) if key not in skipped])
     return ImageFeatures(rows, index.parent, image_size, recipe.data.resize, store)
 
 

@@ -217,9 +217,13 @@ def test_show_one_key(capsys):
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("grid", ["null", "8"])
 def test_record_bytes_are_the_stores(checkpoint, tap, pixels, dtype, grid):
-    overrides = [f"sam3.checkpoint={checkpoint}", f"export={{tap: {tap}, pixels: {pixels}, dtype: {dtype}, grid: {grid}}}"]
-    recipe, facts = load_recipe(SMOKE, overrides), chassis_facts(checkpoint)
-    side, channels = recipe.export.grid or facts.grid, {"trunk": facts.hidden_size, "neck": facts.fpn_hidden_size}[tap]
+    export = f"{{tap: {tap}, pixels: {pixels}, dtype: {dtype}, grid: {grid}}}"
+    recipe, facts = (
+        load_recipe(SMOKE, [f"sam3.checkpoint={checkpoint}", f"export={export}"]),
+        chassis_facts(checkpoint),
+    )
+    side = recipe.export.grid or facts.grid
+    channels = facts.hidden_size if tap == "trunk" else facts.fpn_hidden_size
     fields = [Field("features", dtype, (channels, side, side))]
     if dtype == "int8":
         fields += [Field("scale", "float32", (channels,))]
@@ -307,7 +311,8 @@ def test_exit_codes_come_through():
 
 
 def test_requests_to_stop_are_passed_on():
-    child = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('up', flush=True); signal.pause()"
+    child = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
+    child += "print('up', flush=True); signal.pause()"
     parent = f"import sys; from effsam3.launch import _run; sys.exit(_run([sys.executable, '-c', {child!r}]))"
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"

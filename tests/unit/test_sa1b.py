@@ -29,13 +29,13 @@ def encode(image, kind, **options) -> bytes:
     return file.getvalue()
 
 
-def png(rows: np.ndarray, colour_type: int) -> bytes:
-    """Return a 16-bit PNG of values [H, W, channels], written by hand: Pillow writes none with colours."""
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    height, width = rows.shape[:2]
+def png(rows: np.ndarray, colour_type: int, size: tuple[int, int] | None = None) -> bytes:
+    """Return a 16-bit PNG of values [H, W, channels], by hand: Pillow writes none with colours. The header may lie."""
+    height, width = size or rows.shape[:2]
     lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in rows)
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
@@ -52,6 +52,7 @@ def test_plain_jpeg_and_png_are_as_pillow_decodes_them():
 GREY = SMOOTH[..., 0]
 ALPHA = np.dstack([SMOOTH, RNG.integers(0, 255, (24, 40), dtype=np.uint8)])
 DEEP = RNG.integers(0, 65536, (24, 40, 4))
+PALETTE = Image.fromarray(SMOOTH).quantize(256)
 
 
 @pytest.mark.parametrize(
@@ -62,14 +63,15 @@ DEEP = RNG.integers(0, 65536, (24, 40, 4))
         (encode(Image.fromarray(ALPHA).convert("LA"), "PNG"), None, ["grayscale", "alpha"], 0),
         (encode(ALPHA, "PNG"), SMOOTH, ["alpha"], 0),
         (encode(ALPHA, "WEBP", lossless=True, exact=True), SMOOTH, ["alpha"], 0),
-        (encode(Image.fromarray(SMOOTH).quantize(256), "PNG"), SMOOTH, ["palette"], 12),
+        (encode(PALETTE, "PNG"), np.asarray(PALETTE.convert("RGB")), ["palette"], 0),
+        (encode(PALETTE, "PNG", transparency=3), np.asarray(PALETTE.convert("RGB")), ["palette", "alpha"], 0),
         (encode(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG", quality=100), SMOOTH, ["cmyk"], 8),
         (png(DEEP[..., :1], 0), np.round(DEEP[..., :1] / 257), ["grayscale", "16bit"], 0),
         (encode(DEEP[..., 0].astype(np.uint16), "TIFF"), np.round(DEEP[..., :1] / 257), ["grayscale", "16bit"], 0),
         (png(DEEP[..., :3], 2), DEEP[..., :3] / 257, ["16bit"], 1),
         (png(DEEP, 6), DEEP[..., :3] / 257, ["16bit", "alpha"], 1),
     ],
-    ids=["grey", "bilevel", "grey-alpha", "png-alpha", "webp-alpha", "palette", "cmyk", "grey16-png", "grey16-tiff", "rgb16", "rgba16"],
+    ids="grey bilevel grey-alpha png-alpha webp-alpha palette palette-alpha cmyk png16 tiff16 rgb16 rgba16".split(),
 )  # fmt: skip
 def test_other_kinds_become_rgb_and_are_named(data, expected_HWC, kinds, tolerance):
     pixels, found = sa1b.decode_image(data)
@@ -122,8 +124,7 @@ def test_damaged_exif_leaves_the_image_upright():
 NOISY_JPEG = encode(RNG.integers(0, 255, (64, 64, 3), dtype=np.uint8), "JPEG")
 
 
-def huge_header(width=30000, height=30000) -> bytes:
-    return encode(SMOOTH, "PNG")[:16] + struct.pack(">II", width, height) + encode(SMOOTH, "PNG")[24:]
+HUGE = png(DEEP[..., :3], 2, (30000, 30000))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def huge_header(width=30000, height=30000) -> bytes:
         (encode(SMOOTH, "PNG")[:-40], "truncated"),
         (encode(SMOOTH.astype(np.float32)[..., 0], "TIFF"), "unsupported_mode"),
         (encode(SMOOTH.astype(np.int32)[..., 0], "TIFF"), "unsupported_mode"),
-        (huge_header(), "huge"),
+        (HUGE, "huge"),
     ],
 )
 def test_unusable_images_are_named_errors(data, reason):
@@ -148,7 +149,7 @@ def test_unusable_images_are_named_errors(data, reason):
 
 
 def test_big_images_are_judged_by_max_pixels_and_pillow_keeps_quiet():
-    data = huge_header(12000, 12000)  # between Pillow's warning and its error
+    data = png(DEEP[..., :3], 2, (12000, 12000))  # between Pillow's warning and its error
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert sa1b.image_header(data)[:2] == (12000, 12000)

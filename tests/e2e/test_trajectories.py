@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs that must learn the same: any micro-batch, any number of processes, interrupted or not, stored or online."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, command, metrics, run
+from safetensors.torch import load_file
+
+STEPS = 8
+SHORT = (
+    f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=4", "train.save_every=2", "optim.warmup_steps=2",
+    "train.ema=0.5", "train.keep_checkpoints=9",
+)  # fmt: skip
+KEYS = ("train/loss", "train/mse", "train/cosine", "train/grad_norm", "train/lr")
+
+
+@pytest.fixture(scope="module")
+def reference(shared) -> dict[int, dict]:
+    folder, overrides = shared
+    run(folder, "train", *overrides, *SHORT, "name=reference")
+    return metrics(folder / "runs/reference")
+
+
+def assert_same(reference: dict, other: dict, tolerance: float) -> None:
+    assert reference.keys() == other.keys() == set(range(1, STEPS + 1))
+    for step, values in reference.items():
+        for key in KEYS:
+            assert other[step][key] == pytest.approx(values[key], rel=tolerance, abs=1e-9), (step, key)
+
+
+@pytest.mark.parametrize("micro", [8, 2])
+def test_micro_batch_times_accumulation(shared, reference, micro):
+    folder, overrides = shared
+    run(folder, "train", *overrides, *SHORT, f"train.micro_batch_size={micro}", f"name=micro-{micro}")
+    assert_same(reference, metrics(folder / f"runs/micro-{micro}"), 1e-4)
+
+
+def test_two_processes(shared, reference):
+    folder, overrides = shared
+    printed = run(folder, "train", *overrides, *SHORT, "hardware=ddp_cpu", "name=ddp", launch=True)
+    assert "2 x cpu" in printed
+    assert_same(reference, metrics(folder / "runs/ddp"), 1e-4)
+    # The held-out images are divided among the ranks: the same numbers all the same.
+    for step, values in metrics(folder / "runs/reference", "val/cosine").items():
+        other = metrics(folder / "runs/ddp", "val/cosine")[step]
+        assert all(other[key] == pytest.approx(value, rel=1e-4) for key, value in values.items())
+
+
+def test_teacher_beside_the_student(shared, reference):
+    """Stored features are rounded to float16, which is all that may differ."""
+    folder, overrides = shared
+    run(folder, "train", *overrides, *SHORT, "teacher=online", "name=online")
+    assert_same(reference, metrics(folder / "runs/online"), 5e-3)
+
+
+def test_other_samples_are_noticed(shared, reference):
+    """The comparison can fail: another seed is another trajectory."""
+    folder, overrides = shared
+    run(folder, "train", *overrides, *SHORT, "train.seed=1", "name=seed")
+    with pytest.raises(AssertionError):
+        assert_same(reference, metrics(folder / "runs/seed"), 5e-3)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_interrupted_and_resumed(shared, reference, how):
+    folder, overrides = shared
+    name = f"interrupted-{how.name}"
+    arguments = ("train", *overrides, *SHORT, f"name={name}")
+    checkpoints = folder / "runs" / name / "checkpoints"
+    process = subprocess.Popen(
+        command(*arguments), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(lambda: (checkpoints / "step-000002").is_dir(), process)
+    process.send_signal(how)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == (75 if how == signal.SIGTERM else -signal.SIGKILL), printed
+    assert not (checkpoints / f"step-{STEPS:06d}").is_dir()
+    printed = run(folder, *arguments)
+    assert "going on from step" in printed
+    assert_same(reference, metrics(folder / "runs" / name), 1e-12)
+    whole, resumed = (
+        load_file(folder / "runs" / run_name / "checkpoints" / f"step-{STEPS:06d}" / "student.safetensors")
+        for run_name in ("reference", name)
+    )
+    assert all((whole[key] == resumed[key]).all() for key in whole)
+
+
+def test_wandb_without_a_login_stays_on_disk(shared, tmp_path):
+    folder, overrides = shared
+    environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("WANDB")}
+    short = ("train.steps=2", "train.log_every=1", "optim.warmup_steps=1", "name=tracked")
+    printed = run(
+        folder, "train", *overrides, *short, "train.trackers=[wandb, tensorboard]",
+        environment=environment | {"HOME": str(tmp_path), "EFFSAM3_CACHE": os.environ["EFFSAM3_CACHE"]},
+    )  # fmt: skip
+    assert "wandb sync" in printed
+    (recorded,) = Path(folder / "runs/tracked/wandb").glob("offline-run-*/*.wandb")
+    assert b"train/loss" in recorded.read_bytes() and b"val/cosine" in recorded.read_bytes()
+    (events,) = (folder / "runs/tracked/tensorboard").rglob("events*.0")
+    assert b"train/loss" in events.read_bytes()

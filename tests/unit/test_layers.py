@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of the package, read from its import statements: nothing reaches up, and light modules stay light."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "effsam3"
+
+# The lowest layer first. A module may import those of lower layers and, except among the verbs, of its own.
+# `models.registry` and `models.tiny` are plain data, so that recipes can be checked and shown without torch.
+LAYERS = [
+    {"__init__", "errors", "typed_yaml", "schema", "recipe", "layouts", "report", "models.registry", "models.tiny"},
+    {"models", "data", "losses", "optim", "checkpoint", "accelerator", "trackers"},
+    {"stages", "benchmarks"},
+    {"export", "train", "merge", "evaluate", "show", "compare", "launch"},
+    {"cli"},
+]
+VERBS = LAYERS[3]
+READS_RECIPES = {"recipe", "schema"}
+FORBIDDEN = {"sam3"}  # SAM 3 is used through transformers; its own package has another licence and pins old versions
+
+
+def modules():
+    """Return the package's files by dotted name without `effsam3.`."""
+    files = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        files[".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)] = file
+    return files
+
+
+def imports(file, top_level_only=False):
+    """Return the dotted names of everything a file imports, `from a import b` as a.b and relative ones resolved."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import; write the whole name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def own_imports(file, files):
+    """Return which of the package's modules a file imports."""
+    found = set()
+    for name in imports(file):
+        if name.split(".")[0] == "effsam3":
+            inner = name.removeprefix("effsam3").removeprefix(".")
+            while inner and inner not in files:  # `from effsam3.recipe import load_recipe` is the module recipe
+                inner = inner.rpartition(".")[0]
+            found.add(inner or "__init__")
+    return found
+
+
+def unit(module):
+    """Return the entry of LAYERS that a module belongs to: itself, or the folder it is in."""
+    listed = set().union(*LAYERS)
+    return module if module in listed else module.split(".")[0]
+
+
+def layer(module):
+    """Return the number of the layer."""
+    assert unit(module) in set().union(*LAYERS), (
+        f"effsam3/{module}: give it a place in LAYERS of {Path(__file__).name}"
+    )
+    return next(number for number, units in enumerate(LAYERS) if unit(module) in units)
+
+
+def mistakes(module, imported):
+    """Yield what is wrong with one import inside the package."""
+    mine, theirs = unit(module), unit(imported)
+    if layer(imported) > layer(module):
+        yield f"{module} (layer {layer(module)}) imports {imported} (layer {layer(imported)})"
+    if mine in VERBS and theirs in VERBS and mine != theirs:
+        yield f"verb {module} imports verb {imported}; verbs meet only through files"
+    if {mine, theirs} == {"models", "data"}:
+        yield f"{module} imports {imported}; models and data do not know each other"
+    if layer(module) == 1 and theirs in READS_RECIPES:
+        yield f"{module} imports {imported}; it takes plain arguments, never a recipe"
+
+
+def test_nothing_reaches_up():
+    files = modules()
+    assert len(files) > 15
+    found = [
+        m for module, file in files.items() for other in own_imports(file, files) for m in mistakes(module, other)
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("recipe", "models.vision"),
+        ("data.store", "models.registry_of_heads"),
+        ("models.sam3", "data.transforms"),
+        ("models.vision", "recipe"),
+        ("losses", "schema"),
+        ("data.sa1b", "stages.image"),
+        ("train", "export"),
+        ("stages.image", "train"),
+        ("show", "cli"),
+    ],
+)
+def test_the_rules_can_fail(module, imported):
+    assert list(mistakes(module, imported))
+
+
+@pytest.mark.parametrize(
+    ("module", "imported"),
+    [
+        ("schema", "models.registry"),
+        ("data.store", "errors"),
+        ("stages.image", "recipe"),
+        ("train", "stages"),
+        ("cli", "train"),
+    ],
+)
+def test_the_rules_can_pass(module, imported):
+    assert not list(mistakes(module, imported))
+
+
+def test_the_lowest_layer_needs_only_python_and_yaml():
+    allowed = set(sys.stdlib_module_names) | {"yaml", "effsam3"}
+    files = modules()
+    found = {
+        (module, name)
+        for module, file in files.items()
+        if layer(module) == 0
+        for name in imports(file, top_level_only=True)
+        if name.split(".")[0] not in allowed
+    }
+    assert found == set()
+
+
+def test_the_command_line_imports_verbs_only_when_they_run():
+    top = imports(PACKAGE / "cli.py", top_level_only=True)
+    assert {name.split(".")[1] for name in top if name.startswith("effsam3.")} <= {"errors", "__version__"}
+
+
+def test_nobody_imports_forbidden_packages():
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    found = {(str(file), name) for file in files for name in imports(file) if name.split(".")[0] in FORBIDDEN}
+    assert found == set()
+
+
+def test_every_file_says_its_licence_and_what_it_is():
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), ROOT / "setup.py"]:
+        text = file.read_text(encoding="utf-8")
+        assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n"), file
+        assert text.isascii(), file
+        body = ast.parse(text)
+        assert ast.get_docstring(body) or not body.body, f"{file} has no docstring"
