@@ -31,7 +31,7 @@ setup(
         "numpy>=1.26",
         "open_clip_torch>=3.2",  # MobileCLIP2
         "peft>=0.19",  # transformers 5.6 asks for it
-        "pillow>=10.1",
+        "pillow>=11",
         "pyarrow>=15",
         "pycocotools>=2.0.8",
         "pyyaml>=6.0",

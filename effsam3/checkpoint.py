@@ -62,10 +62,11 @@ def chosen(checkpoints: Path, which: str) -> Path:
     )
 
 
-def save(accelerator, student, ema, checkpoints: Path, trainer: dict, keep: int, is_best: bool) -> Path:
+def save(accelerator, student, average, checkpoints: Path, trainer: dict, keep: int, is_best: bool) -> Path:
     """Save a checkpoint of all ranks, mark it best if it is, and drop all but the newest `keep`.
 
-    Collective: every rank calls it. Rank 0 alone renames and removes.
+    `average` is the student with averaged weights, None without averaging. Collective: every rank calls it; rank 0
+    alone renames and removes.
     """
     folder = step_folder(checkpoints, trainer["step"])
     partial = folder.with_name(folder.name + ".partial")
@@ -78,8 +79,8 @@ def save(accelerator, student, ema, checkpoints: Path, trainer: dict, keep: int,
     if accelerator.is_main_process:
         from safetensors.torch import save_file
 
-        if ema is not None:
-            weights = ema.state_dict()
+        if average is not None:
+            weights = average.state_dict()
         save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / WEIGHTS)
         (partial / "trainer.json").write_text(json.dumps(trainer, indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # of the same step, from before a resume

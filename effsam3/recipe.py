@@ -58,10 +58,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML with lists on one line and nothing by reference."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    """YAML with lists on one line."""
 
 
 _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))

@@ -98,9 +98,9 @@ def run(recipe) -> None:
             ema.module.load_state_dict(load_file(last / checkpoint.WEIGHTS))
         report.forget_metrics_after(state["step"])
     announce(recipe, stage, accelerator, report, steps, micros, state)
-    released = student if ema is None else ema.module
+    average = None if ema is None else ema.module
     if state["step"] == 0:
-        state["untrained"] = validate(recipe, stage, accelerator, released)
+        state["untrained"] = validate(recipe, stage, accelerator, average or student)
         report.metrics(state["untrained"], 0)
         report.say(f"step {0:>6}/{steps}  held out: {line_of(state['untrained'])}  (untrained)")
 
@@ -148,7 +148,7 @@ def run(recipe) -> None:
                 )
             record(accelerator, report, values, done, step_line(done, steps, values))
         if final or done % recipe.train.eval_every == 0:
-            values = validate(recipe, stage, accelerator, released)
+            values = validate(recipe, stage, accelerator, average or student)
             improved = state["best"] is None or values[stage.metric] > state["best"][stage.metric]
             state["worse"] = 0 if improved else state["worse"] + 1
             if improved:
@@ -158,7 +158,7 @@ def run(recipe) -> None:
         enough = 0 < recipe.train.patience <= state["worse"]
         if improved or asked or final or enough or done % recipe.train.save_every == 0:
             checkpoint.save(
-                accelerator, student, ema, folder / "checkpoints", state, recipe.train.keep_checkpoints, improved
+                accelerator, student, average, folder / "checkpoints", state, recipe.train.keep_checkpoints, improved
             )
         if asked and not final:
             report.say(f"asked to stop: saved at step {done}; the same command goes on from there")

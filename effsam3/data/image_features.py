@@ -66,7 +66,7 @@ class ImageFeatures(Dataset):
             try:
                 image_HW3 = read_image(self.index[position], self.folder)
             except UnreadableImage as error:
-                batch["unreadable"].append((error.key, error.reason))
+                batch["unreadable"].append((error.key, f"{error.reason}: {error.detail}"))
                 continue
             batch["pixels"][place], size = resize_image(image_HW3, side, self.resize)
             batch["sizes"][place] = torch.tensor(size)

@@ -31,7 +31,7 @@ from effsam3.data.layouts_sa1b import Entry, Listing, check_sources, list_source
 from effsam3.errors import UserError
 
 VERSION = 1  # of what a part holds; another number makes older parts void
-PART_IMAGES = 500  # about 20 s of decoding SA-1B: what a kill can cost each worker
+PART_IMAGES = 250  # about 10 s of decoding SA-1B: what a kill can cost each worker
 NAMED_CONVERSIONS = 100  # keys that a report names for each kind of conversion
 PART_COLUMNS = sa1b.COLUMNS | {  # what the report is made of
     "image_name": "string",
@@ -146,8 +146,9 @@ def _make_parts(
             future.result()
 
 
-def _advance(bar, images: int, _: Future) -> None:
-    bar.update(images)
+def _advance(bar, images: int, future: Future) -> None:
+    if not future.cancelled() and future.exception() is None:
+        bar.update(images)
 
 
 def _make_part(entries: list[Entry], folder: Path, options: Check, file: Path) -> None:

@@ -218,10 +218,8 @@ def test_show_one_key(capsys):
 @pytest.mark.parametrize("grid", ["null", "8"])
 def test_record_bytes_are_the_stores(checkpoint, tap, pixels, dtype, grid):
     export = f"{{tap: {tap}, pixels: {pixels}, dtype: {dtype}, grid: {grid}}}"
-    recipe, facts = (
-        load_recipe(SMOKE, [f"sam3.checkpoint={checkpoint}", f"export={export}"]),
-        chassis_facts(checkpoint),
-    )
+    recipe = load_recipe(SMOKE, [f"sam3.checkpoint={checkpoint}", f"export={export}"])
+    facts = chassis_facts(checkpoint)
     side = recipe.export.grid or facts.grid
     channels = facts.hidden_size if tap == "trunk" else facts.fpn_hidden_size
     fields = [Field("features", dtype, (channels, side, side))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building the index: every layout gives the same rows, every bad file is named, a killed run goes on."""
+"""Building the index: rows that say what the files are, every bad file named, a killed run that goes on."""
 
 import io
 import json
@@ -18,13 +18,10 @@ from PIL import Image
 
 from effsam3.data import index_sa1b, sa1b
 from effsam3.data.index_sa1b import build_index, summary
-from effsam3.data.layouts_sa1b import scan_tar
-from effsam3.data.reorganise_sa1b import reorganise
 from effsam3.data.synthetic import make_synthetic_sa1b, sa1b_record
 from effsam3.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-PLACE = {"image_file", "image_offset", "annotation_file", "annotation_offset"}
 
 
 def build(source, out, **options):
@@ -32,8 +29,8 @@ def build(source, out, **options):
     return build_index(sources, out, **({"workers": 1, "progress": False} | options))
 
 
-def rows(out, without=frozenset()):
-    return [{name: row[name] for name in row if name not in without} for row in parquet.read_table(out).to_pylist()]
+def rows(out):
+    return parquet.read_table(out).to_pylist()
 
 
 def names(report, reason, section="excluded"):
@@ -46,12 +43,6 @@ def save(path, pixels, **options):
     (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path, **options)
 
 
-def pack(tar_file, folder, members, prefix=""):
-    with tarfile.open(tar_file, "w") as tar:
-        for name in members:
-            tar.add(folder / name, prefix + name)
-
-
 @pytest.fixture(scope="module")
 def flat(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sa1b") / "flat"
@@ -60,17 +51,7 @@ def flat(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def tars(flat):
-    folder = flat.parent / "tars"
-    folder.mkdir()
-    members = sorted(path.name for path in flat.glob("sa_*"))
-    pack(folder / "sa_000000.tar", flat, [name for name in members if int(name[3:].split(".")[0]) <= 12], "./")
-    pack(folder / "sa_000001.tar", flat, [name for name in members if int(name[3:].split(".")[0]) > 12])
-    return folder
-
-
-# ---- layouts
+# ---- rows
 
 
 def test_rows_say_what_the_files_are(flat, tmp_path):
@@ -96,57 +77,6 @@ def test_rows_say_what_the_files_are(flat, tmp_path):
     assert report["converted"] == report["excluded"] == report["annotation_problems"] == report["tars"] == {}
     assert json.loads((tmp_path / "index.report.json").read_text()) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == ["index.parquet", "index.report.json"]
-
-
-def test_every_layout_gives_the_same_rows(flat, tars, tmp_path):
-    reorganise(tars, tmp_path / "tree", progress=False)
-    nested = tmp_path / "nested"
-    for image in flat.glob("sa_*"):
-        (nested / f"sa_00000{image.stem[-1]}").mkdir(parents=True, exist_ok=True)
-        (nested / f"sa_00000{image.stem[-1]}" / image.name).write_bytes(image.read_bytes())
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    (linked / "data").symlink_to(flat)
-    (linked / "loop").symlink_to(linked)
-    sources = {
-        "flat": flat,
-        "nested": nested,
-        "linked": linked,
-        "tree": tmp_path / "tree",
-        "tars": tars,
-        "each": sorted(tars.iterdir()),
-        "twice": [flat, flat, flat.parent / "flat"],
-    }
-    for name, source in sources.items():
-        report = build(source, tmp_path / f"{name}.parquet")
-        assert report["images"]["train"] + report["images"]["val"] == 30, name
-        assert not report["excluded"], name
-    expected = rows(tmp_path / "flat.parquet", PLACE)
-    for name in sources:
-        assert rows(tmp_path / f"{name}.parquet", PLACE) == expected, name
-    assert (tmp_path / "tars.parquet").read_bytes() == (tmp_path / "each.parquet").read_bytes()
-
-
-def test_members_of_tars_are_read_in_place(flat, tars, tmp_path):
-    build(tars, tmp_path / "index.parquet")
-    for row in sa1b.load_index(tmp_path / "index.parquet"):
-        assert row["image_file"].endswith(".tar") and row["image_offset"] > 0
-        extracted = sa1b.decode_image((flat / f"{row['key']}.jpg").read_bytes())[0]
-        np.testing.assert_array_equal(sa1b.read_image(row, tmp_path), extracted)
-        if row["annotation_file"]:
-            record = json.loads((flat / f"{row['key']}.json").read_text())
-            assert sa1b.read_annotations(row, tmp_path) == record["annotations"]
-
-
-def test_the_trees_folders_decide_the_split(flat, tmp_path):
-    for split, numbers in (("train", range(1, 6)), ("val", range(6, 10))):
-        for kind, suffix in (("images", ".jpg"), ("annotations", ".json")):
-            folder = tmp_path / "tree" / kind / split
-            folder.mkdir(parents=True)
-            for number in numbers:
-                (folder / f"sa_{number}{suffix}").write_bytes((flat / f"sa_{number}{suffix}").read_bytes())
-    report = build(tmp_path / "tree", tmp_path / "index.parquet", val_fraction=0.5)
-    assert report["images"] == {"train": 5, "val": 4} and report["without_annotations"] == 0
 
 
 def test_photographs_without_json_are_usable(tmp_path):
@@ -313,46 +243,6 @@ def test_names_that_are_not_utf8_are_named(flat, tmp_path):
     assert names(report, "undecodable_name") == ["caf\\udce9.jpg"]
 
 
-def test_truncated_compressed_and_corrupt_tars_are_named(flat, tars, tmp_path):
-    whole = (tars / "sa_000001.tar").read_bytes()
-    members = {Path(name).name: (offset, size) for name, offset, size in scan_tar(tars / "sa_000001.tar").members}
-    folder = tmp_path / "data"
-    folder.mkdir()
-    cut_in = "sa_20.jpg"
-    (folder / "cut.tar").write_bytes(whole[: members[cut_in][0] + members[cut_in][1] // 2])
-    (folder / "zip.tar.gz").write_bytes(b"\x1f\x8b whatever")
-    (folder / "renamed.tar").write_bytes(b"\x1f\x8b whatever")
-    (folder / "text.tar").write_text("hello" * 500)
-    (folder / "empty.tar").touch()
-    report = build(folder, tmp_path / "index.parquet")
-    assert {reason: names(report, reason, "tars") for reason in report["tars"]} == {
-        "compressed": ["renamed.tar", "zip.tar.gz"],
-        "corrupt": ["empty.tar", "text.tar"],
-        "truncated": ["cut.tar"],
-    }
-    assert [name.split(":")[1] for name in names(report, "truncated")] == [cut_in]
-    before = {name.split(".")[0] for name, (offset, _) in members.items() if offset < members[cut_in][0]}
-    assert {row["key"] for row in rows(tmp_path / "index.parquet")} == before - {"sa_20"}
-
-
-@pytest.mark.parametrize("where", ["in a header", "between members", "without an end"])
-def test_a_tar_cut_anywhere_keeps_its_whole_members(tars, tmp_path, where):
-    whole = scan_tar(tars / "sa_000001.tar")
-    assert not whole.problem
-    data = (tars / "sa_000001.tar").read_bytes()
-    header = whole.members[4][1] - 512  # in ustar, right before the data
-    last = whole.members[-1]
-    end = {
-        "in a header": header + 100,
-        "between members": header,
-        "without an end": last[1] + -(-last[2] // 512) * 512,
-    }
-    (tmp_path / "cut.tar").write_bytes(data[: end[where]])
-    scan = scan_tar(tmp_path / "cut.tar")
-    assert scan.problem == "truncated" and not scan.cut
-    assert scan.members == (whole.members if where == "without an end" else whole.members[:4])
-
-
 def test_unusable_requests_are_user_errors(flat, tmp_path):
     (tmp_path / "sa.tar.gz").touch()
     (tmp_path / "sa.zip").touch()
@@ -484,7 +374,11 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_the_scripts(tars, tmp_path):
+def test_the_scripts(flat, tmp_path):
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    with tarfile.open(tars / "sa_000000.tar", "w") as tar:
+        tar.add(flat, "")
     done = run("index_sa1b.py", tars, "--out", tmp_path / "index.parquet", "--workers", "2")
     assert done.returncode == 0, done.stderr
     assert "30 images" in done.stdout and "index.report.json" in done.stdout and "30/30" in done.stderr
@@ -492,46 +386,3 @@ def test_the_scripts(tars, tmp_path):
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
     done = run("reorg_sa1b.py", tars, tmp_path / "tree")
     assert done.returncode == 0 and "images without json: 1" in done.stdout and "sa_30.jpg" in done.stdout, done.stderr
-
-
-# ---- reorganise
-
-
-def test_reorganised_files_are_the_members_and_a_second_run_writes_nothing(flat, tars, tmp_path):
-    report = reorganise(tars, tmp_path, val_fraction=0.3, progress=False)
-    for path in flat.glob("sa_*"):
-        kind = "images" if path.suffix == ".jpg" else "annotations"
-        target = tmp_path / kind / sa1b.split_of(path.stem, 0.3) / path.name
-        assert target.read_bytes() == path.read_bytes()
-    assert sum(report["images"].values()) == 30 and report["files"] == 59 and report["already_there"] == 0
-    torn = next((tmp_path / "images" / "val").iterdir())
-    content = torn.read_bytes()
-    torn.write_bytes(content[:10])
-    assert reorganise(tars, tmp_path, val_fraction=0.3, progress=False)["already_there"] == 58
-    assert torn.read_bytes() == content
-
-
-def test_reorganise_refuses_paths_out_of_the_tree_and_names_the_unpaired(flat, tmp_path):
-    (tmp_path / "tars").mkdir()
-    with tarfile.open(tmp_path / "tars" / "a.tar", "w") as tar:
-        tar.add(flat / "sa_1.jpg", "../../sa_1.jpg")
-        member = tar.gettarinfo(flat / "sa_2.jpg")
-        member.name = "/sa_2.jpg"
-        with open(flat / "sa_2.jpg", "rb") as file:
-            tar.addfile(member, file)
-        tar.add(flat / "sa_3.jpg", "sa_3.jpg")
-        tar.add(flat / "sa_4.json", "sa_4.json")
-        tar.add(flat / "sa_5.jpg", "sa_5.jpg")
-        tar.add(flat / "sa_5.json", "sa_5.json")
-    pack(tmp_path / "tars" / "b.tar", flat, ["sa_5.jpg"])
-    report = reorganise(tmp_path / "tars", tmp_path / "out", val_fraction=0, progress=False)
-    written = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("sa_*"))
-    assert written == ["annotations/train/sa_5.json", "images/train/sa_3.jpg", "images/train/sa_5.jpg"]
-    assert [report[kind]["count"] for kind in ("unsafe_path", "images_without_json", "json_without_image")] == [
-        2,
-        1,
-        1,
-    ]
-    assert report["duplicate"]["files"] == [f"{tmp_path}/tars/b.tar:sa_5.jpg"]
-    with pytest.raises(UserError, match="no .tar"):
-        reorganise(flat, tmp_path / "out", progress=False)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Export under fire: killed, resumed with other processes, bad images, other payloads; and training from what is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from conftest import ENVIRONMENT, SMOKE, command, metrics, run
+
+import effsam3.export
+import effsam3.merge
+import effsam3.train
+from effsam3.data.image_features import stored_features
+from effsam3.data.sa1b import load_index
+from effsam3.data.store import StoreError, StoreReader, repair_store, verify_store
+from effsam3.errors import UserError
+from effsam3.recipe import load_recipe
+
+VERBS = {"export": effsam3.export.run, "train": effsam3.train.run, "merge": effsam3.merge.run}
+SHORT = ("train.steps=4", "train.log_every=1", "train.eval_every=4", "optim.warmup_steps=1")
+
+
+def call(verb: str, overrides, *more: str, **options):
+    """Run a verb in this process: seconds less than a fresh one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return VERBS[verb](load_recipe(SMOKE, [*overrides, *more]), **options)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+@pytest.fixture
+def own(shared, tmp_path, monkeypatch):
+    """A copy of the drawn images and their index to spoil; the overrides that use it; nothing exported yet."""
+    folder, overrides = shared
+    shutil.copytree(folder / "data", tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    kept = [item for item in overrides if not item.startswith(("data.index", "export.to"))]
+    return tmp_path, (*kept, f"data.index={tmp_path}/data/index.parquet", f"export.to={tmp_path}/teacher")
+
+
+def spoil(folder: Path, split: str) -> str:
+    """Cut an image of a split short, after it was indexed; returns its key."""
+    row = load_index(folder / "data/index.parquet", split)[0]
+    path = folder / "data" / row["image_file"]
+    path.write_bytes(path.read_bytes()[: row["image_bytes"] // 2])
+    return row["key"]
+
+
+def test_killed_and_resumed_with_another_number_of_processes(shared, own):
+    reference = StoreReader(shared[0] / "teacher")
+    folder, overrides = own
+    slow = (*overrides, "export.batch_size=1", "hardware=ddp_cpu")
+    process = subprocess.Popen(
+        command("export", *slow, launch=True),
+        cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 300
+
+    def written() -> int:
+        return sum(len(path.read_bytes().splitlines()) for path in folder.glob("teacher/shard-*.tsv"))
+
+    while written() < 6:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    family = [*psutil.Process(process.pid).children(recursive=True), process]
+    for member in family:  # the launcher gives its ranks sessions of their own
+        member.kill()
+    process.wait()
+    psutil.wait_procs(family, timeout=30)
+    repair_store(folder / "teacher")
+    saved = set(StoreReader(folder / "teacher", allow_unfinished=True).keys)
+    assert 0 < len(saved) < len(reference), "the kill came too late to prove anything"
+    with pytest.raises(StoreError, match="run export again"):
+        call("train", overrides, *SHORT)
+    before = {path.name: path.read_bytes() for path in folder.glob("teacher/*.bin")}
+    call("export", overrides)
+    store = StoreReader(folder / "teacher")
+    assert sorted(store.keys) == sorted(reference.keys) and not verify_store(folder / "teacher").bad
+    assert saved <= set(store.keys)
+    for name, content in before.items():
+        assert (folder / "teacher" / name).read_bytes().startswith(content), "a saved record was made again"
+    for key in reference.keys:
+        ours, theirs = (stored_features(reader.read(reader.positions([key]))) for reader in (store, reference))
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)  # kernels round by batch size
+
+
+def test_an_image_that_went_bad_is_named_skipped_and_survived(own, capsys):
+    folder, overrides = own
+    trained, held_out = spoil(folder, "train"), spoil(folder, "val")
+    call("export", overrides)
+    manifest = StoreReader(folder / "teacher").manifest
+    assert {entry["key"] for entry in manifest.skipped} == {trained, held_out}
+    assert all("when indexed" in entry["reason"] for entry in manifest.skipped)
+    assert trained in capsys.readouterr().out
+    call("train", overrides, *SHORT)
+    assert metrics(folder / "runs/smoke-image")[4]["train/loss"] > 0
+
+
+def test_an_image_that_goes_bad_during_training_is_counted_not_replaced(own, capsys):
+    folder, overrides = own
+    call("export", overrides)
+    key = spoil(folder, "train")
+    # Every image is seen in 6 steps of 8.
+    call("train", overrides, *SHORT, "train.steps=6")
+    named = [json.loads(line) for line in (folder / "runs/smoke-image/unreadable.jsonl").read_text().splitlines()]
+    assert {entry["key"] for entry in named} == {key}
+    assert "unreadable.jsonl" in capsys.readouterr().out
+    with pytest.raises(UserError, match="data.max_unreadable=0"):
+        call("train", overrides, *SHORT, "train.steps=6", "data.max_unreadable=0", "name=strict")
+
+
+def test_pixels_in_the_store_replace_the_photographs(own):
+    folder, overrides = own
+    call("export", overrides)
+    call("train", overrides, *SHORT)
+    with_pixels = (*overrides, f"export.to={folder}/with-pixels", "export.pixels=true")
+    call("export", with_pixels)
+    shutil.rmtree(folder / "data/images")
+    call("train", with_pixels, *SHORT, "name=from-pixels")
+    assert metrics(folder / "runs/from-pixels").keys() == {1, 2, 3, 4}
+    for step, values in metrics(folder / "runs/smoke-image").items():
+        assert metrics(folder / "runs/from-pixels")[step]["train/loss"] == pytest.approx(values["train/loss"], rel=1e-6)
+
+
+def test_int8_halves_the_store_and_hardly_changes_the_loss(own):
+    folder, overrides = own
+    call("export", overrides)
+    call("train", overrides, *SHORT)
+    int8 = (*overrides, f"export.to={folder}/int8", "export.dtype=int8")
+    call("export", int8)
+    size = {name: sum(path.stat().st_size for path in (folder / name).glob("*.bin")) for name in ("teacher", "int8")}
+    assert size["int8"] < 0.6 * size["teacher"]
+    call("train", int8, *SHORT, "name=int8")
+    for step, values in metrics(folder / "runs/smoke-image").items():
+        assert metrics(folder / "runs/int8")[step]["train/loss"] == pytest.approx(values["train/loss"], rel=1e-2)
+
+
+def test_check_recomputes(shared, capsys):
+    _, overrides = shared
+    call("export", overrides, check=3)
+    printed = capsys.readouterr().out
+    assert "3 of 48 records recomputed; lowest cosine 0.9999" in printed or "lowest cosine 1.0" in printed
+    with pytest.raises(StoreError, match="does not hold this teacher's features"):
+        call("export", overrides, "data.resize=longest_side", check=3)
+
+
+def test_another_preprocessing_does_not_go_into_the_same_store(shared):
+    _, overrides = shared
+    with pytest.raises(StoreError, match='resize: "square" -> "longest_side"'):
+        call("export", overrides, "data.resize=longest_side")
+    with pytest.raises(StoreError, match="data.resize"):
+        call("train", overrides, "data.resize=longest_side")
+
+
+def test_letterbox_trains_with_the_padding_left_out(own):
+    folder, overrides = own
+    letterbox = (*overrides, "data.resize=longest_side")
+    call("export", letterbox)
+    call("train", letterbox, *SHORT)
+    assert metrics(folder / "runs/smoke-image")[4]["train/loss"] < metrics(folder / "runs/smoke-image")[1]["train/loss"]
+
+
+def test_neck_features_train_but_do_not_merge(own):
+    folder, overrides = own
+    neck = (*overrides, "export.tap=neck", "export.grid=8")
+    call("export", neck)
+    call("train", neck, *SHORT)
+    assert StoreReader(folder / "teacher").manifest.fields[0].shape == (128, 8, 8)
+    with pytest.raises(UserError, match="export.tap=trunk to merge"):
+        call("merge", neck, *SHORT)
+
+
+def test_a_smaller_grid_still_merges(own):
+    folder, overrides = own
+    small = (*overrides, "export.grid=8")
+    call("export", small)
+    call("train", small, *SHORT)
+    assert (call("merge", small, *SHORT) / "model.safetensors").is_file()
+    with pytest.raises(UserError, match="loss.neck=0"):
+        call("train", small, *SHORT, "loss.neck=1", "name=neck-loss")
+
+
+def test_the_neck_loss_is_learned_from(own):
+    folder, overrides = own
+    call("export", overrides)
+    call("train", overrides, *SHORT, "loss.neck=1", "train.steps=10")
+    losses = metrics(folder / "runs/smoke-image")
+    assert losses[10]["train/neck"] < 0.8 * losses[1]["train/neck"]
+    assert losses[1]["train/loss"] == pytest.approx(sum(losses[1][f"train/{name}"] for name in ("mse", "cosine", "neck")))
+
+
+def test_the_command_line_reports_errors_without_a_traceback(shared):
+    folder, overrides = shared
+    printed = run(folder, "train", *overrides, "export.to=nowhere", "name=lost", code=2)
+    assert "nowhere" in printed and "export" in printed and "Traceback" not in printed
