@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One accelerator for every layout: a CPU, one GPU, DDP, DeepSpeed. The recipe's numbers go in before anything is built."""
+"""One accelerator for every layout: a CPU, one GPU, DDP, DeepSpeed. The recipe's numbers go in before
+anything is built."""
 
 from __future__ import annotations
 

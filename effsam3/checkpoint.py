@@ -2,8 +2,8 @@
 """Checkpoints: written whole or not at all, found again, thinned out.
 
 `checkpoints/step-000100/` holds `state/` (accelerate's, to resume exactly), `student.safetensors` (the weights to
-release: the moving average if there is one) and `trainer.json`. `checkpoints/best-step-000100/` holds the weights alone.
-A folder without the suffix `.partial` is complete.
+release: the moving average if there is one) and `trainer.json`. `checkpoints/best-step-000100/` holds the weights
+alone. A folder without the suffix `.partial` is complete.
 """
 
 from __future__ import annotations

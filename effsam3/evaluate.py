@@ -49,8 +49,8 @@ def run(recipe) -> dict:
     if "masks" in recipe.evaluate.benchmarks:
         if not any(index["num_masks"]):
             raise UserError(
-                f"evaluate.benchmarks has `masks`, but no held-out image of {index_path} has annotations; leave `masks` "
-                "out, or index images with their sa_*.json"
+                f"evaluate.benchmarks has `masks`, but no held-out image of {index_path} has annotations; leave "
+                "`masks` out, or index images with their sa_*.json"
             )
         results["masks"] = prompted_mask_quality(
             pair, index, index_path.parent, recipe.evaluate.prompts, recipe.evaluate.max_images,
@@ -123,8 +123,8 @@ def summarise(results: dict, recipe) -> str:
         parts.append(table(rows, header))
     if recipe.sam3.checkpoint in MADE_UP:
         parts.append(
-            f"The chassis `{recipe.sam3.checkpoint}` has random weights: its masks mean nothing, only how far the student's "
-            "agree with them."
+            f"The chassis `{recipe.sam3.checkpoint}` has random weights: its masks mean nothing, only how far the "
+            "student's agree with them."
             + (" It is smaller than any student, too: no speed is gained." if recipe.sam3.checkpoint == "tiny" else "")
         )
     return "\n\n".join(parts)

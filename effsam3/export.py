@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from effsam3.accelerator import layout, make_accelerator
 from effsam3.data.image_features import loader, stored_features
 from effsam3.data.statistics import FeatureStatistics, statistics_sample
 from effsam3.data.store import (
@@ -29,7 +30,6 @@ from effsam3.data.store import (
 )
 from effsam3.data.transforms import resized_size
 from effsam3.errors import UserError
-from effsam3.accelerator import layout, make_accelerator
 from effsam3.report import Report
 from effsam3.stages.image import ImageTeacherPass
 
@@ -121,7 +121,8 @@ def _export(recipe, dataset, teacher_pass, writer: StoreWriter, done: frozenset,
         total=len(mine), unit="image", desc="export", disable=not (accelerator.is_main_process and sys.stderr.isatty())
     )
     written, checked = 0, False
-    # One thread writes while the teacher works on the next batch; waiting for it here bounds the memory to two batches.
+    # One thread writes while the teacher works on the next batch; waiting for it here bounds the memory to two
+    # batches.
     with ThreadPoolExecutor(1) as disk, bar:
         pending: Future | None = None
         for batch in loader(dataset, batches, recipe.data.workers, pin=False):
@@ -211,6 +212,6 @@ def _check(recipe, teacher_pass: ImageTeacherPass, accelerator, report: Report, 
     report.say(f"{len(positions)} of {len(reader):,} records recomputed; lowest cosine {worst:.6f}")
     if worst < CHECK_COSINE:
         raise StoreError(
-            f"the store at {recipe.export.to} does not hold this teacher's features of these images (cosine {worst:.4f}, "
-            f"expected {CHECK_COSINE} or more); export again to another export.to"
+            f"the store at {recipe.export.to} does not hold this teacher's features of these images (cosine "
+            f"{worst:.4f}, expected {CHECK_COSINE} or more); export again to another export.to"
         )

@@ -62,9 +62,9 @@ def agreement_sums(
 ) -> dict[str, Tensor]:
     """Sums over valid positions of what says how near a student is, to be added up over batches and ranks.
 
-    `positions` counts them. `cosine` is on raw features; `cosine_centred` and `mse` are on features standardised by the
-    teacher's mean and deviation, where always predicting the mean scores 0 and 1; `cosine_of_mean` is the raw cosine of
-    that predictor.
+    `positions` counts them. `cosine` is on raw features; `cosine_centred` and `mse` are on features standardised by
+    the teacher's mean and deviation, where always predicting the mean scores 0 and 1; `cosine_of_mean` is the raw
+    cosine of that predictor.
     """
     pred, target = pred_BCHW.float(), target_BCHW.float()
     centred, target_centred = (standardise(feat, mean_C, deviation_C) for feat in (pred, target))

@@ -107,8 +107,9 @@ def refuse_neck(features: dict) -> None:
     if features["tap"] != "trunk":
         raise MergeError(
             f"this student learned tap={features['tap']}: {features['channels']} channels, what SAM 3's detector neck "
-            "makes of the trunk's features. The slot `image` is the trunk, whose features also feed the second neck, the "
-            "tracker's; neck features cannot be turned back into them. Export and train with export.tap=trunk to merge"
+            "makes of the trunk's features. The slot `image` is the trunk, whose features also feed the second neck, "
+            "the tracker's; neck features cannot be turned back into them. Export and train with export.tap=trunk to "
+            "merge"
         )
 
 
@@ -123,8 +124,8 @@ def merged_config(trained, config, weights: dict):
     width = len(weights["feature_mean"])
     if width != backbone.hidden_size:
         raise MergeError(
-            f"the student gives {width} channels, the chassis' trunk {backbone.hidden_size}; train against this chassis "
-            f"({trained.sam3.checkpoint})"
+            f"the student gives {width} channels, the chassis' trunk {backbone.hidden_size}; train against this "
+            f"chassis ({trained.sam3.checkpoint})"
         )
     student = StudentTrunkConfig(
         timm_name=IMAGE_STUDENTS[trained.student].timm_name,
@@ -139,8 +140,8 @@ def merged_config(trained, config, weights: dict):
     if wanted != found:
         wrong = sorted(set(wanted.items()) ^ set(found.items()))
         raise MergeError(
-            f"{len(wrong)} tensors of the checkpoint are not those of {trained.student} with head {trained.head} (first: "
-            f"{wrong[0][0]} {wrong[0][1]}); was the recipe changed after training?"
+            f"{len(wrong)} tensors of the checkpoint are not those of {trained.student} with head {trained.head} "
+            f"(first: {wrong[0][0]} {wrong[0][1]}); was the recipe changed after training?"
         )
     config = deepcopy(config)
     config.detector_config.vision_config.backbone_config = deepcopy(student)

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from effsam3 import checkpoint
+from effsam3.accelerator import launched_processes, layout, make_accelerator
 from effsam3.data.image_features import loader
 from effsam3.data.sampler import StepSampler, sequential_batches
 from effsam3.errors import UserError
 from effsam3.layouts import layout_file, layout_processes
-from effsam3.accelerator import launched_processes, layout, make_accelerator
 from effsam3.optim import adamw, lr_at
 from effsam3.recipe import accumulation, differing_keys, dump_recipe, load_recipe, total_steps, warmup_steps
 from effsam3.report import Report, provenance, write_text
@@ -136,7 +136,8 @@ def run(recipe) -> None:
         if state["unreadable"] > recipe.data.max_unreadable:
             raise UserError(
                 f"{state['unreadable']} images could not be read, more than data.max_unreadable="
-                f"{recipe.data.max_unreadable}; {folder}/unreadable.jsonl names them. Repair them or build the index again"
+                f"{recipe.data.max_unreadable}; {folder}/unreadable.jsonl names them. Repair them or build the index "
+                "again"
             )
         final, improved = done == steps, False
         if final or done % recipe.train.log_every == 0:
@@ -191,7 +192,8 @@ def resumable(recipe, folder: Path) -> Path | None:
     ]
     if differing:
         raise UserError(
-            f"{folder} holds a run of another recipe ({'; '.join(differing)}); choose another name, or delete the folder"
+            f"{folder} holds a run of another recipe ({'; '.join(differing)}); choose another name, or delete the "
+            "folder"
         )
     return last
 

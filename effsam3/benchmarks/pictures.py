@@ -73,7 +73,9 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path) -> list[Path]:
         agreement = F.cosine_similarity(*standard, dim=0)
         panels = [
             ("image", image),
-            *zip(("teacher features", "student features"), shared_pca(teacher, student, mean_C, scale_C)),
+            *zip(
+                ("teacher features", "student features"), shared_pca(teacher, student, mean_C, scale_C), strict=False
+            ),
         ]
         panels.append((f"agreement, mean {agreement.mean():.2f}", agreement.numpy()))
         panels += _mask_panels(pair, row, folder, image, pixels)

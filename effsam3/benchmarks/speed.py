@@ -20,8 +20,8 @@ BATCH = {"cuda": 16, "cpu": 2}  # images at once for the throughput
 def speed(pair: Pair) -> dict:
     """Time both models alternately, so that a busy machine slows both.
 
-    Returns for `teacher` and `student`: `trunk_parameters`, `model_parameters`, `trunk_ms` and `model_ms` (one image; the
-    model embeds it and segments one box) and `trunk_images_per_s` (a batch of `batch`); and their ratios.
+    Returns for `teacher` and `student`: `trunk_parameters`, `model_parameters`, `trunk_ms` and `model_ms` (one image;
+    the model embeds it and segments one box) and `trunk_images_per_s` (a batch of `batch`); and their ratios.
     """
     models = {"teacher": pair.teacher, "student": pair.student}
     side = pair.image_size

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks for box and point prompts on still images, through SAM 3's tracker heads.
 
-Letters: O prompts (objects), M candidate masks per prompt, L low-resolution mask side (4 per trunk position), S image side.
+Letters: O prompts (objects), M candidate masks per prompt, L low-resolution mask side (4 per trunk position), S image
+side.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def load_tracker(folder: Path) -> Sam3TrackerVideoModel:
 
 
 def trunk_of(tracker: Sam3TrackerVideoModel) -> torch.nn.Module:
-    """The vision trunk, teacher's or student's: pixels (B, 3, S, S) to an output with `last_hidden_state` (B, N, D)."""
+    """The vision trunk, teacher's or student's: pixels (B, 3, S, S) to an output with `last_hidden_state`
+    (B, N, D).
+    """
     return tracker.vision_encoder.backbone
 
 

@@ -237,7 +237,7 @@ def chassis_facts(checkpoint: str) -> ChassisFacts:
     if checkpoint in ("facebook/sam3", "random"):
         return SAM3
     if checkpoint == "tiny":
-        return _facts(tiny._vision())
+        return _facts(tiny.vision_config())
     config_file = Path(checkpoint) / "config.json"
     if not config_file.is_file():
         raise UserError(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chassis: a SAM 3 checkpoint as a local folder in transformers' layout, read part by part.
 
-Whatever a recipe's `sam3.checkpoint` names (a Hub id, a local folder, `tiny`, `random`) becomes a folder first, so that
-everything after this file is one code path.
+Whatever a recipe's `sam3.checkpoint` names (a Hub id, a local folder, `tiny`, `random`) becomes a folder first, so
+that everything after this file is one code path.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
             files.setdefault(path, []).append(name)
     if not files:
         raise ChassisError(
-            f"sam3.checkpoint: no tensor of {folder} starts with {prefix!r}; expected transformers' Sam3VideoModel names"
+            f"sam3.checkpoint: no tensor of {folder} starts with {prefix!r}; expected the names of transformers' "
+            "Sam3VideoModel"
         )
     tensors = {}
     for path, names in files.items():

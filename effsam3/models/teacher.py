@@ -47,8 +47,8 @@ class Teacher(nn.Module):
         config = read_config(folder).detector_config.vision_config
         if config.backbone_config.model_type != "sam3_vit_model":
             raise ChassisError(
-                f"sam3.checkpoint: the trunk of {folder} is a {config.backbone_config.model_type!r}, a student already; "
-                "the teacher must be SAM 3 itself (backbone 'sam3_vit_model')"
+                f"sam3.checkpoint: the trunk of {folder} is a {config.backbone_config.model_type!r}, a student "
+                "already; the teacher must be SAM 3 itself (backbone 'sam3_vit_model')"
             )
         tensors = read_tensors(folder, TRUNK)
         self.fingerprint = fingerprint(tensors)

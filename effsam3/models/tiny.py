@@ -15,7 +15,8 @@ WIDTH = 128  # neck, detector and tracker, SAM 3: 256; the tracker needs a multi
 TEXT_WIDTH = 32
 
 
-def _vision() -> dict:
+def vision_config() -> dict:
+    """The tiny chassis' vision encoder as it stands in config.json."""
     return dict(
         model_type="sam3_vision_model",
         backbone_config=dict(
@@ -29,7 +30,8 @@ def _vision() -> dict:
             window_size=8,
             global_attn_indexes=[1, 3],
             pretrain_image_size=IMAGE_SIZE // 2,
-            # Wide enough that attention and MLPs bend the features: with 0.02 the trunk is nearly linear in its patches.
+            # Wide enough that attention and MLPs bend the features: with 0.02 the trunk is nearly linear in its
+            # patches.
             initializer_range=0.1,
         ),
         fpn_hidden_size=WIDTH,
@@ -46,7 +48,7 @@ def tiny_config():
     attention = dict(num_attention_heads=4, dropout=0.0)
     detector = dict(
         model_type="sam3",
-        vision_config=_vision(),
+        vision_config=vision_config(),
         text_config=dict(
             model_type="clip_text_model",
             vocab_size=49408,
@@ -70,7 +72,7 @@ def tiny_config():
     tracker = dict(
         model_type="sam3_tracker_video",
         image_size=IMAGE_SIZE,  # must be said: the config class otherwise resets every size to 1008 px
-        vision_config=_vision(),
+        vision_config=vision_config(),
         prompt_encoder_config=dict(hidden_size=WIDTH, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE),
         mask_decoder_config=dict(
             hidden_size=WIDTH,

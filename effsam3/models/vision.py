@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The image student: a timm trunk and a head that brings it to the teacher's grid and width.
 
-It is a transformers model, so that a SAM 3 config can name it as the vision backbone and `from_pretrained` rebuilds it.
+It is a transformers model, so that a SAM 3 config can name it as the vision backbone and `from_pretrained` rebuilds
+it.
 
 Letters: B images, C channels, H W rows and columns of a feature map, N = H * W positions, D the teacher's channels.
 """
@@ -70,7 +71,8 @@ class FusionBlock(nn.Module):
 class FusedHead(nn.Module):
     """Top-down fusion of strides 32, 16 and 8 straight onto the teacher's grid, in `FUSED_WIDTH` channels.
 
-    The grid (stride 14) lies between strides 16 and 8: the stride-8 map brings the detail that a stride-32 map has lost.
+    The grid (stride 14) lies between strides 16 and 8: the stride-8 map brings the detail that a stride-32 map has
+    lost.
     """
 
     def __init__(self, channels: tuple[int, ...], width: int):
@@ -175,8 +177,8 @@ def load_timm_weights(student: StudentTrunk, weights: str) -> None:
     wrong = [key for key, value in found.items() if value is None or value.shape != wanted[key].shape]
     if wrong:
         raise StudentError(
-            f"student_init: {len(wrong)} of {len(wanted)} tensors of {name} are not in {weights} or have another shape "
-            f"(first: {wrong[0]}); give weights of timm's {name}, or set student_init=random"
+            f"student_init: {len(wrong)} of {len(wanted)} tensors of {name} are not in {weights} or have another "
+            f"shape (first: {wrong[0]}); give weights of timm's {name}, or set student_init=random"
         )
     student.trunk.load_state_dict(found)
 

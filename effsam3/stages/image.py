@@ -201,9 +201,9 @@ class ImageStage:
         own_grid = chassis_facts(self.recipe.sam3.checkpoint).grid
         if self.facts["tap"] != "trunk" or self.facts["grid"] != own_grid:
             raise UserError(
-                f"loss.neck compares what SAM 3's neck makes of whole trunk maps; these are {self.facts['tap']} features "
-                f"on a {self.facts['grid']}x{self.facts['grid']} grid. Export with export.tap=trunk and without "
-                "export.grid, or set loss.neck=0"
+                f"loss.neck compares what SAM 3's neck makes of whole trunk maps; these are {self.facts['tap']} "
+                f"features on a {self.facts['grid']}x{self.facts['grid']} grid. Export with export.tap=trunk and "
+                "without export.grid, or set loss.neck=0"
             )
         return load_neck(chassis_folder(self.recipe.sam3.checkpoint, self.recipe.sam3.revision)).to(self.device)
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Export under fire: killed, resumed with other processes, bad images, other payloads; and training from what is left."""
+"""Export under fire: killed, resumed with other processes, bad images, other payloads; and training from
+what is left."""
 
 from __future__ import annotations
 
@@ -132,7 +133,9 @@ def test_pixels_in_the_store_replace_the_photographs(own):
     call("train", with_pixels, *SHORT, "name=from-pixels")
     assert metrics(folder / "runs/from-pixels").keys() == {1, 2, 3, 4}
     for step, values in metrics(folder / "runs/smoke-image").items():
-        assert metrics(folder / "runs/from-pixels")[step]["train/loss"] == pytest.approx(values["train/loss"], rel=1e-6)
+        assert metrics(folder / "runs/from-pixels")[step]["train/loss"] == pytest.approx(
+            values["train/loss"], rel=1e-6
+        )
 
 
 def test_int8_halves_the_store_and_hardly_changes_the_loss(own):
@@ -170,7 +173,9 @@ def test_letterbox_trains_with_the_padding_left_out(own):
     letterbox = (*overrides, "data.resize=longest_side")
     call("export", letterbox)
     call("train", letterbox, *SHORT)
-    assert metrics(folder / "runs/smoke-image")[4]["train/loss"] < metrics(folder / "runs/smoke-image")[1]["train/loss"]
+    assert (
+        metrics(folder / "runs/smoke-image")[4]["train/loss"] < metrics(folder / "runs/smoke-image")[1]["train/loss"]
+    )
 
 
 def test_neck_features_train_but_do_not_merge(own):
@@ -199,7 +204,9 @@ def test_the_neck_loss_is_learned_from(own):
     call("train", overrides, *SHORT, "loss.neck=1", "train.steps=10")
     losses = metrics(folder / "runs/smoke-image")
     assert losses[10]["train/neck"] < 0.8 * losses[1]["train/neck"]
-    assert losses[1]["train/loss"] == pytest.approx(sum(losses[1][f"train/{name}"] for name in ("mse", "cosine", "neck")))
+    assert losses[1]["train/loss"] == pytest.approx(
+        sum(losses[1][f"train/{name}"] for name in ("mse", "cosine", "neck"))
+    )
 
 
 def test_the_command_line_reports_errors_without_a_traceback(shared):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole sequence as a user runs it: export, train, merge, evaluate; then the merged model in plain transformers."""
+"""The whole sequence as a user runs it: export, train, merge, evaluate; then the merged model
+in plain transformers."""
 
 from __future__ import annotations
 
@@ -78,8 +79,8 @@ def test_merge_accounts_for_every_tensor(pipeline):
 LOAD = """
 import sys, torch
 import effsam3.models.vision
-from transformers import AutoModel, Sam3Model, Sam3TrackerModel, Sam3TrackerVideoModel, Sam3VideoModel, Sam3VideoProcessor
-torch.set_num_threads(1)
+from transformers import AutoModel, Sam3Model, Sam3TrackerModel, Sam3TrackerVideoModel, Sam3VideoModel,
+Sam3VideoProcessor torch.set_num_threads(1)
 folder, out = sys.argv[1:]
 for model_class in (Sam3VideoModel, Sam3Model, Sam3TrackerVideoModel, Sam3TrackerModel):
     model, info = model_class.from_pretrained(folder, output_loading_info=True)
