@@ -72,7 +72,7 @@ def save(accelerator, student, average, checkpoints: Path, trainer: dict, keep: 
     partial = folder.with_name(folder.name + ".partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        (partial / "state").mkdir(parents=True)  # here: under DeepSpeed a rank may write before rank 0 has made it
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial / "state"))
     weights = accelerator.get_state_dict(student)  # collective under ZeRO-3

@@ -109,9 +109,8 @@ def summarise(results: dict, recipe) -> str:
             ]
             for name in ("teacher", "student")
         ]
-        ratio = timing["ratio"]
-        rows.append(["ratio", *(f"{ratio[name]:.2f}x" for name in ("trunk_parameters", "trunk_ms", "trunk_images_per_s",
-                                                                 "model_parameters", "model_ms"))])  # fmt: skip
+        timed = ("trunk_parameters", "trunk_ms", "trunk_images_per_s", "model_parameters", "model_ms")
+        rows.append(["ratio", *(f"{timing['ratio'][name]:.2f}x" for name in timed)])
         header = [
             f"speed on {timing['device']}",
             "trunk",

@@ -71,12 +71,8 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path) -> list[Path]:
         teacher, student = (feat[0] for feat in pair.features(pixels))
         standard = [(feat.cpu() - mean_C[:, None, None]) / scale_C[:, None, None] for feat in (teacher, student)]
         agreement = F.cosine_similarity(*standard, dim=0)
-        panels = [
-            ("image", image),
-            *zip(
-                ("teacher features", "student features"), shared_pca(teacher, student, mean_C, scale_C), strict=False
-            ),
-        ]
+        colours = shared_pca(teacher, student, mean_C, scale_C)
+        panels = [("image", image), ("teacher features", colours[0]), ("student features", colours[1])]
         panels.append((f"agreement, mean {agreement.mean():.2f}", agreement.numpy()))
         panels += _mask_panels(pair, row, folder, image, pixels)
         rows = -(-len(panels) // 4)

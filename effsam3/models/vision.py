@@ -27,8 +27,11 @@ def resize_BCHW(feat_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a map bilinearly to (H, W), antialiased when it shrinks; returns the map itself when the size fits."""
     if tuple(feat_BCHW.shape[-2:]) == tuple(size):
         return feat_BCHW
-    shrinks = size[0] < feat_BCHW.shape[-2]
-    return F.interpolate(feat_BCHW, size, mode="bilinear", align_corners=False, antialias=shrinks)
+    if size[0] >= feat_BCHW.shape[-2]:
+        return F.interpolate(feat_BCHW, size, mode="bilinear", align_corners=False)
+    # In float32: torch's antialiased kernel knows no bfloat16 on the CPU.
+    resized = F.interpolate(feat_BCHW.float(), size, mode="bilinear", align_corners=False, antialias=True)
+    return resized.to(feat_BCHW.dtype)
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from effsam3.data.image_features import ImageFeatures, loader, stored_features
-from effsam3.data.sa1b import load_index
+from effsam3.data.sa1b import SPLITS, load_index
 from effsam3.data.statistics import FeatureStatistics, statistics_sample
 from effsam3.data.store import Field, StoreError, StoreReader
 from effsam3.data.synthetic import make_synthetic_sa1b
@@ -73,7 +73,11 @@ class ImageTeacherPass:
         self.recipe, self.device = recipe, accelerator.device
         self.teacher = make_teacher(recipe, accelerator)
         index = ready_index(recipe, accelerator)
-        self.datasets = [image_dataset(recipe, index, split, self.teacher.image_size) for split in ("train", "val")]
+        # Features may be wanted of photographs that are all in one split; training will ask for both.
+        present = set(load_index(index)["split"])
+        self.datasets = [
+            image_dataset(recipe, index, split, self.teacher.image_size) for split in SPLITS if split in present
+        ]
         self.autocast = accelerator.autocast
 
     def fields(self) -> list[Field]:

@@ -42,14 +42,15 @@ def test_micro_batch_times_accumulation(shared, reference, micro):
     assert_same(reference, metrics(folder / f"runs/micro-{micro}"), 1e-4)
 
 
-def test_two_processes(shared, reference):
+@pytest.mark.parametrize("layout", ["ddp_cpu", "zero2_cpu"])
+def test_two_processes(shared, reference, layout):
     folder, overrides = shared
-    printed = run(folder, "train", *overrides, *SHORT, "hardware=ddp_cpu", "name=ddp", launch=True)
+    printed = run(folder, "train", *overrides, *SHORT, f"hardware={layout}", f"name={layout}", launch=True)
     assert "2 x cpu" in printed
-    assert_same(reference, metrics(folder / "runs/ddp"), 1e-4)
+    assert_same(reference, metrics(folder / "runs" / layout), 1e-4)
     # The held-out images are divided among the ranks: the same numbers all the same.
     for step, values in metrics(folder / "runs/reference", "val/cosine").items():
-        other = metrics(folder / "runs/ddp", "val/cosine")[step]
+        other = metrics(folder / "runs" / layout, "val/cosine")[step]
         assert all(other[key] == pytest.approx(value, rel=1e-4) for key, value in values.items())
 
 
@@ -58,6 +59,26 @@ def test_teacher_beside_the_student(shared, reference):
     folder, overrides = shared
     run(folder, "train", *overrides, *SHORT, "teacher=online", "name=online")
     assert_same(reference, metrics(folder / "runs/online"), 5e-3)
+
+
+def test_bf16_stays_close(shared, reference):
+    folder, overrides = shared
+    run(folder, "train", *overrides, *SHORT, "train.precision=bf16", "name=bf16")
+    for step, values in metrics(folder / "runs/bf16").items():
+        assert values["train/loss"] == pytest.approx(reference[step]["train/loss"], rel=0.05)
+        assert values["train/loss"] != reference[step]["train/loss"]
+
+
+def test_stops_when_it_gets_no_better(shared):
+    folder, overrides = shared
+    rates = ("optim.lr=1e-3", "optim.warmup_steps=2", "optim.min_lr=0", "optim.warmup_lr=0")
+    # From step 2 on nothing moves any more, so that the second validation after it cannot be better.
+    printed = run(
+        folder, "train", *overrides, *rates, "train.steps=200", "train.eval_every=2", "train.patience=2",
+        "train.log_every=100", "optim.clip_grad_norm=1e-30", "optim.weight_decay=0", "optim.eps=1", "name=patient",
+    )  # fmt: skip
+    assert "no better for 2 validations in a row: stopping at step 6" in printed
+    assert "student, step 2" in printed
 
 
 def test_other_samples_are_noticed(shared, reference):

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Pass the tests, in the same .venv as the demo: no network, no GPU, two cores.
+#   bash scripts/test.sh [pytest arguments]       such as: bash scripts/test.sh tests/unit
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+bash scripts/setup.sh dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check --quiet .
+exec .venv/bin/python -m pytest "$@"
