@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from effsam3.accelerator import layout, make_accelerator
 from effsam3.data.image_features import loader, stored_features
-from effsam3.data.statistics import FeatureStatistics, statistics_sample
+from effsam3.data.statistics import SAMPLE, FeatureStatistics, statistics_sample
 from effsam3.data.store import (
     StoreError,
     StoreReader,
@@ -87,17 +88,14 @@ def run(recipe, check: int | None = None) -> None:
         )
         for entry in manifest.skipped[:10]:
             report.say(f"  skipped {entry['key']}: {entry['reason']}")
-        report.say(
-            f"next: effsam3 train (the whole sequence: bash scripts/run.sh). Look inside: effsam3 store show {root}"
-        )
+        report.say(f"next: train with the same recipe. Look inside: effsam3 store show {root}")
     accelerator.wait_for_everyone()
 
 
 def _announce(recipe, teacher_pass: ImageTeacherPass, accelerator, report: Report) -> None:
     facts = teacher_pass.description()
     images = sum(map(len, teacher_pass.datasets))
-    bytes_each = 2 if recipe.export.dtype == "float16" else 1
-    total = images * facts["channels"] * facts["grid"] ** 2 * bytes_each
+    total = images * sum(field.nbytes for field in teacher_pass.fields())
     report.header(
         f"export   {recipe.name}   {layout(accelerator)}",
         {
@@ -165,11 +163,8 @@ def _statistics(root: Path, teacher_pass: ImageTeacherPass) -> dict:
     """Per-channel mean and deviation over a fixed sample of the training images, from what was stored."""
     reader = StoreReader(root, allow_unfinished=True)
     train = teacher_pass.datasets[0]
-    stored = [
-        position for position in statistics_sample(train.keys, len(train)) if reader.contains(train.keys[position])
-    ]
+    sample = stored_sample(reader, train.keys, SAMPLE)
     statistics = FeatureStatistics(teacher_pass.teacher.channels)
-    sample = stored[: len(statistics_sample(train.keys))]
     if not sample:
         raise StoreError(
             f"none of the {len(train)} training images of {train.folder} could be exported; see the reasons above"
@@ -179,6 +174,12 @@ def _statistics(root: Path, teacher_pass: ImageTeacherPass) -> dict:
         record = reader.read(reader.positions([train.keys[position]]))
         statistics.update(stored_features(record), teacher_pass.valid({"sizes": size[None]}))
     return statistics.result()
+
+
+def stored_sample(reader: StoreReader, keys: list[str], size: int) -> list[int]:
+    """The first `size` positions of the statistics' fixed order whose images are in the store."""
+    order = statistics_sample(keys, len(keys))
+    return list(islice((position for position in order if reader.contains(keys[position])), size))
 
 
 def _sizes(dataset, positions: list[int], teacher_pass: ImageTeacherPass) -> torch.Tensor:
@@ -196,9 +197,7 @@ def _check(recipe, teacher_pass: ImageTeacherPass, accelerator, report: Report, 
     """Recompute `samples` records and compare them with the store."""
     reader = StoreReader(recipe.export.to)
     dataset = teacher_pass.datasets[0]
-    positions = [p for p in statistics_sample(dataset.keys, len(dataset)) if reader.contains(dataset.keys[p])][
-        :samples
-    ]
+    positions = stored_sample(reader, dataset.keys, samples)
     worst = 1.0
     for batch in loader(dataset, [[position] for position in positions], 0, pin=False):
         key = dataset.keys[int(batch["positions"][0])]

@@ -219,4 +219,4 @@ def slot_table(trained, owners: dict, expected: dict, chassis_shapes: dict, sour
     ]
     rows.append(["dropped", f"{trained.sam3.checkpoint} trunk", f"{len(dropped):,}", f"-{sum(dropped) / 1e6:.2f} M"])
     rows.append(["merged", "", f"{len(owners):,}", f"{sum(size.values()) / 1e6:.2f} M"])
-    return table(rows, ["slot", "from", "tensors", "elements"])
+    return table(rows, ["slot", "from", "tensors", "elements"], text_columns=2)

@@ -104,17 +104,19 @@ class Report:
             write_json(self.folder / name, content)
 
 
-def table(rows: list[list[str]], header: list[str]) -> str:
-    """Format rows as an aligned Markdown table; the first column to the left, the others to the right."""
+def table(rows: list[list[str]], header: list[str], text_columns: int = 1) -> str:
+    """Format rows as an aligned Markdown table; the first `text_columns` to the left, the others to the right."""
     cells = [header, *rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
 
     def line(row: list[str]) -> str:
-        first, *rest = (
-            cell.ljust(width) if not column else cell.rjust(width)
+        padded = [
+            cell.ljust(width) if column < text_columns else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *rest]) + " |"
+        ]
+        return "| " + " | ".join(padded) + " |"
 
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return "\n".join([line(header), rule, *map(line, rows)])
+    rules = [
+        "-" * (width + 2) if column < text_columns else "-" * (width + 1) + ":" for column, width in enumerate(widths)
+    ]
+    return "\n".join([line(header), "|" + "|".join(rules) + "|", *map(line, rows)])

@@ -56,8 +56,11 @@ def overlay(image_HW3: np.ndarray, masks_OHW: np.ndarray) -> np.ndarray:
     return canvas
 
 
-def draw(pair: Pair, index, folder: Path, count: int, out: Path) -> list[Path]:
-    """Draw one PNG for each of the first `count` images of the index into `out`; returns their paths."""
+def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) -> list[Path]:
+    """Draw one PNG for each of the first `count` images of the index into `out`; returns their paths.
+
+    `masks` adds a second row: the annotated masks and what both models make of their boxes.
+    """
     from matplotlib.figure import Figure
 
     out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +77,8 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path) -> list[Path]:
         colours = shared_pca(teacher, student, mean_C, scale_C)
         panels = [("image", image), ("teacher features", colours[0]), ("student features", colours[1])]
         panels.append((f"agreement, mean {agreement.mean():.2f}", agreement.numpy()))
-        panels += _mask_panels(pair, row, folder, image, pixels)
+        if masks and row["num_masks"]:
+            panels += _mask_panels(pair, row, folder, image, pixels)
         rows = -(-len(panels) // 4)
         figure = Figure(figsize=(3.2 * 4, (3.2 * height / width + 0.3) * rows), layout="constrained", dpi=100)
         for axis, (title, content) in zip(figure.subplots(rows, 4).flat, panels, strict=False):
@@ -94,8 +98,6 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path) -> list[Path]:
 def _mask_panels(
     pair: Pair, row: dict, folder: Path, image: np.ndarray, pixels: Tensor
 ) -> list[tuple[str, np.ndarray]]:
-    if not row["num_masks"]:
-        return []
     height, width = image.shape[:2]
     annotations = choose_annotations(read_annotations(row, folder), OBJECTS)
     truth = np.stack([mask_of(annotation, height, width) for annotation in annotations])

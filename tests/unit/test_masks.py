@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompted masks and their scores, against transformers one prompt at a time and against counting pixels."""
 
+import copy
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
 from transformers import Sam3TrackerModel
 
-from effsam3.benchmarks.masks import choose_annotations, iou_each, size_of
+from effsam3.benchmarks.masks import choose_annotations, iou_each, prompted_mask_quality, size_of
+from effsam3.benchmarks.models import Pair
+from effsam3.benchmarks.pictures import draw
+from effsam3.data.index_sa1b import build_index
+from effsam3.data.sa1b import load_index
+from effsam3.data.synthetic import make_synthetic_sa1b
 from effsam3.models.prompted import load_tracker, prompted_masks
 from effsam3.models.sam3 import ChassisError, chassis_folder
+from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +87,26 @@ def test_size_is_measured_in_grid_positions():
     assert size_of({"area": 3 * 100}, 160, 160, 16) == "small"
     assert size_of({"area": 4 * 100}, 160, 160, 16) == "medium"
     assert size_of({"area": 64 * 100}, 160, 160, 16) == "large"
+
+
+def test_pictures_with_masks(models, tmp_path):
+    """Two rows of four panels: the masks that are drawn are those of the annotations."""
+    tracker, _ = models
+    make_synthetic_sa1b(tmp_path / "images", 6)
+    build_index([tmp_path / "images"], tmp_path / "index.parquet", 0.5, workers=1, progress=False)
+    torch.manual_seed(0)
+    student = StudentTrunk(StudentTrunkConfig(timm_name="test_convnext", hidden_size=64, image_size=224)).eval()
+    other = copy.deepcopy(tracker)
+    other.vision_encoder.backbone = student
+    pair = Pair(tracker, other, torch.device("cpu"))
+    index = load_index(tmp_path / "index.parquet", "val")
+    wide, tall = (
+        draw(pair, index, tmp_path, 1, tmp_path / name, masks) for name, masks in (("a", False), ("b", True))
+    )
+    with Image.open(wide[0]) as without, Image.open(tall[0]) as with_masks:
+        assert with_masks.width == without.width and with_masks.height > 1.8 * without.height
+    # The masks that teacher and student share a prompt for are measured on every annotated image.
+    result = prompted_mask_quality(pair, index, tmp_path, ("box",), 2, 3)
+    assert result["images"] == 2 and 2 <= result["box"]["masks"] <= 6
+    same = prompted_mask_quality(Pair(tracker, tracker, pair.device), index, tmp_path, ("point",), 2, 3)
+    assert same["point"]["agreement"] == 1.0 and same["point"]["student"] == same["point"]["teacher"]

@@ -133,7 +133,7 @@ def test_a_folder_lists_its_recipes():
 def test_overrides_come_last_and_are_yaml():
     recipe = load_recipe(SMOKE, ["optim.lr=5e-4", "evaluate.prompts=[box]", "train={seed: 3, ema: .9}"])
     assert (recipe.optim.lr, recipe.evaluate.prompts) == (5e-4, ("box",))
-    assert (recipe.train.seed, recipe.train.ema, recipe.train.steps) == (3, 0.9, 150)
+    assert (recipe.train.seed, recipe.train.ema, recipe.train.steps) == (3, 0.9, 200)
 
 
 def test_a_later_override_wins():
@@ -205,18 +205,18 @@ def test_stage(write, text, message):
     ("override", "message"),
     [
         ("data.synthetic_images=0", "data.synthetic_images: source synthetic needs to know how many to draw"),
-        ("data.source=sa1b", "data.synthetic_images: 96 asked for, but source is sa1b"),
+        ("data.source=sa1b", "data.synthetic_images: 160 asked for, but source is sa1b"),
         ("data.index=photos", "data.index: 'photos' must end in .parquet"),
         ("data.limit=0", "data.limit: must be above 0, got 0"),
         ("optim.min_lr=1", "optim.min_lr: 1.0 is above optim.lr (0.002)"),
         ("optim.warmup_lr=1", "optim.warmup_lr: 1.0 is above optim.lr (0.002)"),
         ("optim.warmup_epochs=1", "optim.warmup_epochs: warmup_epochs (1) and warmup_steps (10) are both set"),
         ("optim.warmup_steps=null", "optim.warmup_epochs: give it or warmup_steps; neither is set"),
-        ("optim.warmup_steps=150", "optim.warmup_steps: 150 is not below train.steps (150)"),
+        ("optim.warmup_steps=200", "optim.warmup_steps: 200 is not below train.steps (200)"),
         ("optim.betas=[0.9, 1]", "optim.betas: must be at least 0 and below 1, got 1.0"),
         ("optim.betas=[0.9]", "optim.betas: expected a list of 2, got 1 values"),
         ("optim.clip_grad_norm=0", "optim.clip_grad_norm: must be above 0, got 0.0"),
-        ("train.epochs=1", "train.epochs: epochs (1) and steps (150) are both set; set one of them to null"),
+        ("train.epochs=1", "train.epochs: epochs (1) and steps (200) are both set; set one of them to null"),
         ("train.steps=null", "train.epochs: give it or steps; neither is set"),
         ("train.micro_batch_size=3", "train.global_batch_size: 8 is not a multiple of train.micro_batch_size (3)"),
         ("train.ema=1", "train.ema: must be at least 0 and below 1, got 1.0"),
@@ -327,7 +327,7 @@ def test_steps_of_epochs():
     recipe = load_recipe(BASE.with_name("es_rv_m.yaml"), ["train.epochs=1.1", "optim.warmup_epochs=0.1"])
     assert total_steps(recipe, 51200) == 110  # floats make it 110.00000000000001 and then 111
     assert warmup_steps(recipe, 51200) == 10
-    assert total_steps(load_recipe(SMOKE), 3) == 150 and warmup_steps(load_recipe(SMOKE), 3) == 10
+    assert total_steps(load_recipe(SMOKE), 3) == 200 and warmup_steps(load_recipe(SMOKE), 3) == 10
 
 
 def test_warmup_longer_than_training():
