@@ -84,7 +84,7 @@ def run(recipe, check: int | None = None) -> None:
         size = sum(path.stat().st_size for path in root.glob("*.bin"))
         report.say(
             f"{manifest.records:,} records, {size / 1e9:.2f} GB in {root} ({exported:,} made now, "
-            f"{exported / seconds:.1f} images/s, {len(manifest.skipped)} images skipped)"
+            f"{exported / seconds:.3g} images/s, {len(manifest.skipped)} images skipped)"
         )
         for entry in manifest.skipped[:10]:
             report.say(f"  skipped {entry['key']}: {entry['reason']}")

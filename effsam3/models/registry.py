@@ -35,9 +35,20 @@ class TextStudent:
 
     label: str
     tower: str
-    published_millions: float
+    published_millions: float | None  # as the EfficientSAM3 documents print it; None: not one of theirs
     encoder_params: int  # the tower alone, with its 77-token position table
     total_params: int  # with the projector to SAM 3's 256 channels
+    hidden_size: int  # its MLPs are four times as wide
+    num_hidden_layers: int
+    num_attention_heads: int
+    use_repmixer_blocks: bool  # the first and the last layer are convolutions with BatchNorm
+    weights: str | None  # where MobileCLIP's own are, as models/text_weights.py reads it
+    source: str  # paper and licence of the weights
+
+    def params(self, context_length: int, channels: int) -> int:
+        """Parameters of the student with `context_length` positions and a projector to `channels`."""
+        table = self.encoder_params + (context_length - 77) * self.hidden_size
+        return table + (self.hidden_size + 1) * channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +190,10 @@ IMAGE_STUDENTS = {
     ),
 }
 
+# Apple's research licence: the weights, and what is trained from them, are not for commercial use.
+_MOBILECLIP = {"source": "Vasu et al., CVPR 2024, arXiv:2311.17049; weights apple-amlr"}
+_MOBILECLIP2 = {"source": "Faghri et al., TMLR 2025, arXiv:2508.20691; weights apple-amlr"}
+
 TEXT_STUDENTS = {
     "mobileclip_s0": TextStudent(
         label="ES-MC-S",
@@ -186,6 +201,12 @@ TEXT_STUDENTS = {
         published_millions=42.57,
         encoder_params=42_441_216,
         total_params=42_572_544,
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        use_repmixer_blocks=True,
+        weights="apple/MobileCLIP-S0/mobileclip_s0.pt",
+        **_MOBILECLIP,
     ),
     "mobileclip_s1": TextStudent(
         label="ES-MC-M",
@@ -193,6 +214,12 @@ TEXT_STUDENTS = {
         published_millions=63.56,
         encoder_params=63_428_096,
         total_params=63_559_424,
+        hidden_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        use_repmixer_blocks=False,
+        weights="MobileCLIP-S1",
+        **_MOBILECLIP,
     ),
     "mobileclip2_l": TextStudent(
         label="ES-MC-L",
@@ -200,6 +227,37 @@ TEXT_STUDENTS = {
         published_millions=123.6,
         encoder_params=123_650_304,
         total_params=123_847_168,
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        use_repmixer_blocks=False,
+        weights="MobileCLIP2-L-14",
+        **_MOBILECLIP2,
+    ),
+}
+
+# For tests and the smoke recipe. The second has no BatchNorm, so its trajectory does not depend on the micro-batch.
+_TINY = {"label": "tiny", "published_millions": None, "weights": None, "source": "made up"}
+TINY_TEXT_STUDENTS = {
+    "tiny_text": TextStudent(
+        tower="RepMixer, transformer layer, RepMixer",
+        encoder_params=0,
+        total_params=0,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        use_repmixer_blocks=True,
+        **_TINY,
+    ),
+    "tiny_text_plain": TextStudent(
+        tower="two transformer layers",
+        encoder_params=0,
+        total_params=0,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        use_repmixer_blocks=False,
+        **_TINY,
     ),
 }
 
@@ -213,6 +271,18 @@ def image_student(name: str) -> ImageStudent:
     if name not in IMAGE_STUDENTS:
         raise UserError(f"no image student is called {name!r}{did_you_mean(name, IMAGE_STUDENTS)}")
     return IMAGE_STUDENTS[name]
+
+
+def text_student_row(name: str) -> TextStudent:
+    """Return the text student's row, published or tiny.
+
+    Raises:
+        UserError: no student has that name.
+    """
+    rows = TEXT_STUDENTS | TINY_TEXT_STUDENTS
+    if name not in rows:
+        raise UserError(f"no text student is called {name!r}{did_you_mean(name, rows)}")
+    return rows[name]
 
 
 def head_params(head: str, channels: tuple[int, int, int, int], width: int) -> int:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from effsam3.errors import UserError
 from effsam3.models.tiny import MADE_UP
+from effsam3.models.tokens import clip_tokenizer
 
 TRUNK = "detector_model.vision_encoder.backbone."  # the slot `image`
 NECK = "detector_model.vision_encoder.neck."  # the detector's FPN; the tracker has its own, `tracker_neck.`
@@ -156,23 +157,6 @@ def processor(config):
         video_processor=Sam2VideoVideoProcessor(size=size, image_mean=half, image_std=half),
         tokenizer=clip_tokenizer(),
     )
-
-
-def clip_tokenizer():
-    """CLIP's tokenizer (49,408 entries, context 32), built from the vocabulary file in open_clip."""
-    import gzip
-    from importlib.resources import files
-
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    text = gzip.decompress(files("open_clip").joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-    merges = [tuple(line.split()) for line in text.split("\n")[1 : 49152 - 256 - 2 + 1]]
-    letters = list(bytes_to_unicode().values())
-    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=32)
 
 
 def read_config(folder: Path):
