@@ -13,7 +13,8 @@ from effsam3.benchmarks.masks import prompted_mask_quality
 from effsam3.benchmarks.models import load_pair
 from effsam3.benchmarks.pictures import draw
 from effsam3.benchmarks.speed import speed
-from effsam3.data.image_features import ImageFeatures, loader
+from effsam3.data.image_features import ImageFeatures
+from effsam3.data.loader import loader
 from effsam3.data.sa1b import load_index
 from effsam3.data.sampler import sequential_batches
 from effsam3.errors import UserError

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from effsam3.accelerator import layout, make_accelerator
-from effsam3.data.image_features import loader, stored_features
+from effsam3.data.image_features import stored_features
+from effsam3.data.loader import loader
 from effsam3.data.statistics import SAMPLE, FeatureStatistics, statistics_sample
 from effsam3.data.store import (
     StoreError,

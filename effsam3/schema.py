@@ -178,7 +178,7 @@ class Train(Section):
     eval_every: PositiveInt  # steps between validations
     save_every: PositiveInt  # steps between checkpoints
     keep_checkpoints: PositiveInt = 3  # newest ones; the best one is kept besides
-    eval_images: PositiveInt = 512  # held-out images per validation
+    eval_samples: PositiveInt = 512  # held-out images per validation
     patience: NonNegativeInt = 0  # stop after so many validations without improvement; 0: never
     trackers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], each_once] = ()  # besides metrics.jsonl
     wandb_project: str = "effsam3"  # used when trackers has wandb

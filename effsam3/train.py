@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from effsam3 import checkpoint
 from effsam3.accelerator import launched_processes, layout, make_accelerator
-from effsam3.data.image_features import loader
+from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler, sequential_batches
 from effsam3.errors import UserError
 from effsam3.layouts import layout_file, layout_processes

@@ -6,13 +6,12 @@ Letters: B images of a batch, C channels, G grid rows and columns, S image side 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from effsam3.data.sa1b import UnreadableImage, read_image
 from effsam3.data.sampler import PADDING
@@ -78,20 +77,3 @@ def stored_features(batch: dict) -> Tensor:
     if "scale" in batch:
         return dequantise_int8(batch["features"], batch["scale"])
     return batch["features"].float()
-
-
-def loader(dataset: Dataset, batches: Sequence | Callable, workers: int, pin: bool) -> DataLoader:
-    """A loader of whole batches, in order; `batches` iterates over lists of positions."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        pin_memory=pin,
-        persistent_workers=False,
-    )
-
-
-def _as_it_is(batch: dict) -> dict:
-    """A batch is already collated: `ImageFeatures.__getitems__` built it whole."""
-    return batch

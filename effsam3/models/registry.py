@@ -190,7 +190,7 @@ IMAGE_STUDENTS = {
     ),
 }
 
-# Apple's research licence: the weights, and what is trained from them, are not for commercial use.
+# apple-amlr is Apple's licence for research purposes only.
 _MOBILECLIP = {"source": "Vasu et al., CVPR 2024, arXiv:2311.17049; weights apple-amlr"}
 _MOBILECLIP2 = {"source": "Faghri et al., TMLR 2025, arXiv:2508.20691; weights apple-amlr"}
 
@@ -241,8 +241,8 @@ _TINY = {"label": "tiny", "published_millions": None, "weights": None, "source":
 TINY_TEXT_STUDENTS = {
     "tiny_text": TextStudent(
         tower="RepMixer, transformer layer, RepMixer",
-        encoder_params=0,
-        total_params=0,
+        encoder_params=1_616_064,
+        total_params=1_624_512,
         hidden_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
@@ -251,8 +251,8 @@ TINY_TEXT_STUDENTS = {
     ),
     "tiny_text_plain": TextStudent(
         tower="two transformer layers",
-        encoder_params=0,
-        total_params=0,
+        encoder_params=1_610_016,
+        total_params=1_618_464,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from effsam3.data.image_features import ImageFeatures, loader, stored_features
+from effsam3.data.image_features import ImageFeatures, stored_features
+from effsam3.data.loader import loader
 from effsam3.data.sa1b import SPLITS, load_index
 from effsam3.data.statistics import FeatureStatistics, statistics_sample
 from effsam3.data.store import Field, StoreError, StoreReader
@@ -176,7 +177,7 @@ class ImageStage:
             self.facts = store.manifest.description
         side = self.facts["image_size"]
         self.train_data = image_dataset(recipe, index, "train", side, store)
-        self.val_data = image_dataset(recipe, index, "val", side, store, most=recipe.train.eval_images)
+        self.val_data = image_dataset(recipe, index, "val", side, store, most=recipe.train.eval_samples)
         if not len(self.train_data) or not len(self.val_data):
             raise UserError(
                 f"data.index: {index} has {len(self.train_data)} training and {len(self.val_data)} held-out images; "

@@ -53,7 +53,7 @@ def shared(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         "data.synthetic_images=48",
         f"data.index={folder}/data/index.parquet",
         f"export.to={folder}/teacher",
-        "train.eval_images=8",
+        "train.eval_samples=8",
         "train.trackers=[]",
         "evaluate.max_images=4",
         "evaluate.pictures=1",
