@@ -82,6 +82,14 @@ def _configure_deepspeed(
     config["torch_autocast"] = {"enabled": precision == "bf16", "dtype": "bfloat16"}
 
 
+def teacher_autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
+    """The autocast context of a frozen teacher, the same in every layout.
+
+    accelerate's own does nothing under DeepSpeed, whose engine autocasts the student alone.
+    """
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 def layout(accelerator: Accelerator) -> str:
     """Say in a few words what the run is on, such as `2 x cpu, MULTI_CPU`."""
     device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from effsam3.accelerator import teacher_autocast
 from effsam3.data.image_features import ImageFeatures, stored_features
 from effsam3.data.loader import loader
 from effsam3.data.sa1b import SPLITS, load_index
@@ -79,7 +80,7 @@ class ImageTeacherPass:
         self.datasets = [
             image_dataset(recipe, index, split, self.teacher.image_size) for split in SPLITS if split in present
         ]
-        self.autocast = accelerator.autocast
+        self.accelerator = accelerator
 
     def fields(self) -> list[Field]:
         """The record's fields: features, for int8 their scales, and on request the pixels they were made of."""
@@ -115,7 +116,7 @@ class ImageTeacherPass:
     def features(self, batch: dict, check: bool = False) -> Tensor:
         """Run the teacher on a batch; `check` also asks the guard whether these can be SAM 3's features."""
         pixels = normalise(batch["pixels"].to(self.device))
-        with self.autocast():
+        with teacher_autocast(self.accelerator, self.recipe.train.precision):
             feat_BCGG = self.teacher(pixels)
         if check:
             check_features(feat_BCGG, pixels)
@@ -252,7 +253,7 @@ class ImageStage:
                 name: batch[name].to(self.device, non_blocking=True) for name in ("features", "scale") if name in batch
             }
             return stored_features(fields)
-        with self.accelerator.autocast():
+        with teacher_autocast(self.accelerator, self.recipe.train.precision):
             return self.teacher(self.pixels(batch))
 
     def pixels(self, batch: dict) -> Tensor:
