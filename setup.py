@@ -26,6 +26,7 @@ setup(
         # Its wheels are for these two only; there is nothing to build it from elsewhere.
         "decord>=0.6; platform_system == 'Windows' or (platform_system == 'Linux' and platform_machine == 'x86_64')",
         "deepspeed>=0.17.2",  # torch_autocast
+        "ftfy>=6.1",
         "huggingface_hub>=1.5",
         "matplotlib>=3.8",
         "numpy>=1.26",
@@ -35,9 +36,11 @@ setup(
         "pyarrow>=15",
         "pycocotools>=2.0.8",
         "pyyaml>=6.0",
+        "regex>=2023.12",
         "safetensors>=0.4.3",
         "tensorboard>=2.16",
         "timm>=1.0.20",
+        "tokenizers>=0.22",
         "torch>=2.6",
         "torchvision>=0.21",
         "tqdm>=4.66",

@@ -8,8 +8,8 @@ import math
 from torch import nn
 from torch.optim import AdamW
 
-# TinyViT's table of relative positions is a bias although it has two dimensions.
-NO_DECAY_NAMES = ("attention_biases",)
+# Tables of positions and scales of layers, which only look like matrices.
+NO_DECAY_NAMES = ("attention_biases", "position_embedding", "layer_scale")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import html
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,12 +29,13 @@ PROCESSOR_LENGTH = 32
 
 # As in CLIP, with open_clip's names of the two special tokens: written out in a text, they are those tokens.
 _SPECIAL = {"<start_of_text>": [START_ID], "<end_of_text>": [END_ID]}
-_WORD = regex.compile(
-    "|".join(_SPECIAL) + r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
-)
+_FIRST = "|".join(_SPECIAL) + "|'s|'t|'re|'ve|'m|'ll|'d|"
+_words_of = regex.compile(_FIRST + r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE).findall
+# The same on what `clean` leaves of ASCII, which is lower-case; Python's own engine is twice as fast.
+_words_of_ascii = re.compile(_FIRST + r"[a-z]+|[0-9]|[^\sa-z0-9]+").findall
 # Printable ASCII without `&`, and line breaks: what neither ftfy nor html.unescape would change but for line breaks,
 # which are white space after as before.
-_CLEAN = regex.compile(r"[\t\n\r -%'-~]*")
+_CLEAN = re.compile(r"[\t\n\r -%'-~]*")
 _MAX_KNOWN_WORDS = 2**18  # about 60 MB
 
 
@@ -71,7 +73,7 @@ def clean(text: str) -> str:
     return " ".join(text.split()).lower()
 
 
-class _Words(dict):
+class _KnownWords(dict):
     """{word: its ids}, filled by byte-pair encoding as words are met; forgets all when full."""
 
     def __init__(self):
@@ -94,15 +96,17 @@ class Tokenizer:
     """Texts to token ids. Words already met cost one look-up, so keep one tokenizer per process."""
 
     def __init__(self):
-        self._words = _Words()
+        self._known = _KnownWords()
 
     def tokenize(self, texts: list[str], context_length: int) -> list[list[int]]:
         """Return each text's ids, start and end token included, cut to `context_length`; the end token stays last."""
-        words, most = self._words, context_length - 2
-        return [
-            [START_ID, *[index for word in _WORD.findall(clean(text)) for index in words[word]][:most], END_ID]
-            for text in texts
-        ]
+        known, most = self._known, context_length - 2
+        rows = []
+        for text in texts:
+            text = clean(text)
+            words = (_words_of_ascii if text.isascii() else _words_of)(text)
+            rows.append([START_ID, *[index for word in words for index in known[word]][:most], END_ID])
+        return rows
 
     def encode(self, texts: list[str], context_length: int) -> tuple[Tensor, Tensor]:
         """Return `pad(tokenize(texts, context_length))`."""
