@@ -38,7 +38,7 @@ def make_accelerator(
     Raises:
         UserError: accelerate does not see as many processes as were launched.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported on saving, warns that there is none
@@ -82,7 +82,7 @@ def _configure_deepspeed(
     config["torch_autocast"] = {"enabled": precision == "bf16", "dtype": "bfloat16"}
 
 
-def teacher_autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
+def frozen_autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
     """The autocast context of a frozen teacher, the same in every layout.
 
     accelerate's own does nothing under DeepSpeed, whose engine autocasts the student alone.

@@ -9,6 +9,7 @@ alone. A folder without the suffix `.partial` is complete.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -83,6 +84,7 @@ def save(accelerator, student, average, checkpoints: Path, trainer: dict, keep: 
             weights = average.state_dict()
         save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / WEIGHTS)
         (partial / "trainer.json").write_text(json.dumps(trainer, indent=1))
+        sync(partial)
         shutil.rmtree(folder, ignore_errors=True)  # of the same step, from before a resume
         partial.rename(folder)
         if is_best:
@@ -93,6 +95,14 @@ def save(accelerator, student, average, checkpoints: Path, trainer: dict, keep: 
     return folder
 
 
+def sync(folder: Path) -> None:
+    """Bring a finished folder to the disk, readable for colleagues, before it gets its final name."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
 def _keep_best(folder: Path) -> None:
     best = folder.with_name(f"best-{folder.name}")
     partial = best.with_name(best.name + ".partial")
@@ -100,6 +110,7 @@ def _keep_best(folder: Path) -> None:
     partial.mkdir()
     for name in (WEIGHTS, "trainer.json"):
         shutil.copyfile(folder / name, partial / name)
+    sync(partial)
     shutil.rmtree(best, ignore_errors=True)
     partial.rename(best)
     for old in complete(folder.parent, best=True):

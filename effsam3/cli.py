@@ -49,6 +49,12 @@ def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `effsam3 show ... | head`
+        sys.stdout = None
+        return 0
 
 
 def _usage() -> str:

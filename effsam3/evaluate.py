@@ -6,6 +6,7 @@ python scripts/evaluate.py recipes/stage1/image/es_rv_m.yaml
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from effsam3.benchmarks.fidelity import feature_fidelity
@@ -18,13 +19,13 @@ from effsam3.data.loader import loader
 from effsam3.data.sa1b import load_index
 from effsam3.data.sampler import sequential_batches
 from effsam3.errors import UserError
-from effsam3.models.sam3 import chassis_folder
+from effsam3.models.sam3 import chassis_folder, elements
 from effsam3.models.tiny import MADE_UP
 from effsam3.report import Report, provenance, table, write_json, write_text
 
 
 def run(recipe) -> dict:
-    """Run the recipe's benchmarks on the held-out images; returns what it writes to `runs/<name>/eval`.
+    """Run the recipe's benchmarks on held-out data; returns what it writes to `runs/<name>/eval`.
 
     Raises:
         UserError: there is no merged model yet, or prompts are asked for and no held-out image has annotations.
@@ -33,50 +34,60 @@ def run(recipe) -> dict:
     if not (folder / "merged" / "config.json").is_file():
         raise UserError(f"{folder}/merged is not there; run `effsam3 merge` first")
     report = Report(folder)
-    chassis = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
-    pair = load_pair(chassis, folder / "merged")
-    index_path = Path(recipe.data.index)
-    index = load_index(index_path, "val", recipe.data.limit)
-    out = folder / "eval"
-    out.mkdir(exist_ok=True)
-    results = {}
-    if "fidelity" in recipe.evaluate.benchmarks:
-        rows = index.select(range(min(recipe.evaluate.max_images, len(index))))
-        images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
-        batches = loader(
-            images, sequential_batches(len(images), recipe.export.batch_size, 0, 1), recipe.data.workers, False
-        )
-        results["fidelity"] = feature_fidelity(pair, batches)
-    if "masks" in recipe.evaluate.benchmarks:
-        if not any(index["num_masks"]):
-            raise UserError(
-                f"evaluate.benchmarks has `masks`, but no held-out image of {index_path} has annotations; leave "
-                "`masks` out, or index images with their sa_*.json"
-            )
-        results["masks"] = prompted_mask_quality(
-            pair, index, index_path.parent, recipe.evaluate.prompts, recipe.evaluate.max_images,
-            recipe.evaluate.masks_per_image,
-        )  # fmt: skip
-    if "speed" in recipe.evaluate.benchmarks:
-        results["speed"] = speed(pair)
-    made_by = provenance() | {"chassis": recipe.sam3.checkpoint, "data": str(index_path)}
-    for name, result in results.items():
-        write_json(out / f"{name}.json", result | {"provenance": made_by})
-    # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.
-    with_masks = "masks" in results and recipe.sam3.checkpoint not in MADE_UP
-    pictures = draw(pair, index, index_path.parent, recipe.evaluate.pictures, folder / "pictures", with_masks)
-    summary = summarise(results, recipe)
-    write_text(out / "summary.md", summary + "\n")
+    # What was merged is what is measured, whatever has been changed in the recipe since.
+    merged = json.loads((folder / "merged" / "effsam3.json").read_text())
+    chassis = chassis_folder(merged["chassis"], merged["revision"])
+    made_by = provenance() | {"chassis": merged["chassis"], "slots": merged["slots"]}
+    results, pictures = {}, []
+    for name, result in _benchmarks(recipe, folder, chassis, merged):
+        if name == "pictures":
+            pictures = result
+            continue
+        results[name] = result
+        (folder / "eval").mkdir(exist_ok=True)
+        write_json(folder / "eval" / f"{name}.json", result | {"provenance": made_by})
+    summary = summarise(results, merged)
+    write_text(folder / "eval" / "summary.md", summary + "\n")
     report.say(summary)
     if pictures:
         report.say(f"\n{len(pictures)} pictures in {folder / 'pictures'}")
-    report.say(f"numbers in {out}/*.json, this table in {out / 'summary.md'}")
+    report.say(f"numbers in {folder}/eval/*.json, this table in {folder / 'eval' / 'summary.md'}")
     return results
 
 
-def summarise(results: dict, recipe) -> str:
-    """The results as Markdown tables."""
-    parts = [f"# {recipe.name}: {recipe.student} in the place of {recipe.sam3.checkpoint}'s trunk"]
+def _benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
+    """Yield (name, result) as they are made, pictures last."""
+    index_path, asked = Path(recipe.data.index), recipe.evaluate
+    index = load_index(index_path, "val", recipe.data.limit)
+    if "masks" in asked.benchmarks and not any(index["num_masks"]):
+        raise UserError(
+            f"evaluate.benchmarks has `masks`, but no held-out image of {index_path} has annotations; leave `masks` "
+            "out (evaluate.benchmarks=[fidelity,speed]), or index images with their sa_*.json"
+        )
+    pair = load_pair(chassis, folder / "merged")
+    if "fidelity" in asked.benchmarks:
+        rows = index.select(range(min(asked.max_images, len(index))))
+        images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
+        batches = sequential_batches(len(images), recipe.export.batch_size, 0, 1)
+        yield "fidelity", feature_fidelity(pair, loader(images, batches, recipe.data.workers, pin=False))
+    if "masks" in asked.benchmarks:
+        yield (
+            "masks",
+            prompted_mask_quality(
+                pair, index, index_path.parent, asked.prompts, asked.max_images, asked.masks_per_image
+            ),
+        )
+    if "speed" in asked.benchmarks:
+        yield "speed", speed(pair, {"teacher": elements(chassis), "student": elements(folder / "merged")})
+    # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.
+    with_masks = "masks" in asked.benchmarks and merged["chassis"] not in MADE_UP
+    yield "pictures", draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
+
+
+def summarise(results: dict, merged: dict) -> str:
+    """The results as Markdown tables; `merged` is the model's effsam3.json."""
+    filled = ", ".join(f"{slot['student']} in the slot `{name}`" for name, slot in merged["slots"].items())
+    parts = [f"# {filled} of {merged['chassis']}"]
     if (fidelity := results.get("fidelity")) is not None:
         rows = [
             ["student", *(f"{fidelity[name]:.4f}" for name in ("cosine", "cosine_centred", "mse", "neck"))],
@@ -86,7 +97,7 @@ def summarise(results: dict, recipe) -> str:
         parts.append(table(rows, header))
     if (masks := results.get("masks")) is not None:
         rows = []
-        for prompt in recipe.evaluate.prompts:
+        for prompt in (prompt for prompt in ("box", "point") if prompt in masks):
             for label, group in [
                 (prompt, masks[prompt]),
                 *((f"{prompt}, {s}", g) for s, g in masks[prompt]["by_size"].items()),
@@ -109,24 +120,33 @@ def summarise(results: dict, recipe) -> str:
                 f"{timing[name]['trunk_images_per_s']:.1f}",
                 f"{timing[name]['model_parameters'] / 1e6:.2f} M",
                 f"{timing[name]['model_ms']:.1f}",
+                f"{timing[name]['model_images_per_s']:.1f}",
             ]
             for name in ("teacher", "student")
         ]
-        timed = ("trunk_parameters", "trunk_ms", "trunk_images_per_s", "model_parameters", "model_ms")
+        timed = (
+            "trunk_parameters",
+            "trunk_ms",
+            "trunk_images_per_s",
+            "model_parameters",
+            "model_ms",
+            "model_images_per_s",
+        )
         rows.append(["gain", *(f"{timing['ratio'][name]:.2f}x" for name in timed)])
         header = [
             f"speed on {timing['device']}",
             "trunk",
             "ms",
             f"images/s (x{timing['batch']})",
-            "trunk + tracker",
+            "whole model",
             "ms",
+            "images/s",
         ]
         parts.append(table(rows, header))
-    if recipe.sam3.checkpoint in MADE_UP:
+    if merged["chassis"] in MADE_UP:
         parts.append(
-            f"The chassis `{recipe.sam3.checkpoint}` has random weights: its masks mean nothing, only how far the "
+            f"The chassis `{merged['chassis']}` has random weights: its masks mean nothing, only how far the "
             "student's agree with them."
-            + (" It is smaller than any student, too: no speed is gained." if recipe.sam3.checkpoint == "tiny" else "")
+            + (" It is smaller than any student, too: no speed is gained." if merged["chassis"] == "tiny" else "")
         )
     return "\n\n".join(parts)

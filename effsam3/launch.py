@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effsam3.errors import UserError, did_you_mean
-from effsam3.layouts import REPOSITORY, layout_file
+from effsam3.layouts import REPOSITORY, layout_environment, layout_file, layout_processes
 from effsam3.recipe import load_recipe
 
 DISTRIBUTED = {"export": True, "train": True, "merge": False, "evaluate": False}  # verb -> started by accelerate
@@ -34,7 +35,7 @@ def launch(recipe_path: str, arguments: Sequence[str]) -> int:
         verbs = [verb for verb in DISTRIBUTED if verb != "export" or recipe.teacher == "stored"]
     for command in [command_of(verb, recipe.hardware, [recipe_path, *overrides]) for verb in verbs]:
         print(f"+ {shlex.join(command)}", flush=True)
-        if code := _run(command):
+        if code := _run(command, layout_environment(layout_file(recipe.hardware))):
             return code
     return 0
 
@@ -48,8 +49,11 @@ def command_of(verb: str, hardware: str, arguments: Sequence[str]) -> list[str]:
     script = REPOSITORY / "scripts" / f"{verb}.py"
     if not script.is_file():
         raise UserError(f"{script} is not there; `effsam3 launch` needs a clone of the repository (pip install -e .)")
-    accelerate = ["-m", "accelerate.commands.launch", "--config_file", _short(layout_file(hardware))]
-    return [sys.executable, *(accelerate if DISTRIBUTED[verb] else []), _short(script), *arguments]
+    file = layout_file(hardware)
+    # One process needs no launcher, which would stand between it and the signals of a batch system.
+    distributed = DISTRIBUTED[verb] and layout_processes(file) > 1
+    accelerate = ["-m", "accelerate.commands.launch", "--config_file", _short(file)] if distributed else []
+    return [sys.executable, *accelerate, _short(script), *arguments]
 
 
 def _short(path: Path) -> str:
@@ -57,11 +61,12 @@ def _short(path: Path) -> str:
     return str(path.resolve().relative_to(Path.cwd()) if path.resolve().is_relative_to(Path.cwd()) else path)
 
 
-def _run(command: list[str]) -> int:
+def _run(command: list[str], environment: dict[str, str]) -> int:
     """Run a command to its end, passing on requests to stop; returns its exit code, 128 + signal if one ended it."""
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=os.environ | environment)
     # Batch systems signal this process only; the run itself must hear it to save. Ctrl-C reaches it by itself.
-    reactions = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), lambda number, frame: process.send_signal(number))
+    # SIGUSR1 goes on as SIGTERM: the launcher of several processes forwards only the latter to them.
+    reactions = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), lambda number, frame: process.terminate())
     reactions[signal.SIGINT] = signal.SIG_IGN
     before = {number: signal.signal(number, reaction) for number, reaction in reactions.items()}
     code = process.wait()

@@ -31,3 +31,9 @@ def layout_processes(file: Path) -> int:
     # BaseLoader: NO stays text instead of becoming a boolean.
     layout = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     return 1 if layout["distributed_type"] == "NO" else int(layout["num_processes"])
+
+
+def layout_environment(file: Path) -> dict[str, str]:
+    """Return what accelerate's launcher would put into the environment of a single process: to stay on the CPU."""
+    layout = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    return {"ACCELERATE_USE_CPU": "true"} if layout.get("use_cpu") == "true" else {}

@@ -13,7 +13,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from effsam3 import checkpoint
 from effsam3.errors import UserError
@@ -22,17 +21,28 @@ from effsam3.models.sam3 import (
     PROCESSOR_FILES,
     TRUNK,
     chassis_folder,
+    fingerprint,
     load_part,
     quiet_transformers,
     read_config,
     read_tensors,
-    shard_of,
+    shapes_of,
 )
+from effsam3.models.text import (
+    DETECTOR,
+    TEXT_ENCODER,
+    TEXT_PROJECTION,
+    lite_text_config,
+    lite_text_detector_config,
+    text_student,
+    to_lite_text_tensors,
+)
+from effsam3.models.tokens import PROCESSOR_LENGTH
 from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
 from effsam3.recipe import load_recipe
 from effsam3.report import Report, provenance, table, write_json
 
-SLOTS = {"image": TRUNK}  # slot -> the tensors it owns in a Sam3VideoModel
+SLOTS = {"image": (TRUNK,), "text": (TEXT_ENCODER, TEXT_PROJECTION)}  # slot -> what it owns in a Sam3VideoModel
 
 
 class MergeError(UserError):
@@ -53,21 +63,25 @@ def run(recipe) -> Path:
     trained = load_recipe(folder / "recipe.yaml")
     features = json.loads((folder / "provenance.json").read_text())["features"]
     report = Report(folder)
-    refuse_neck(features)
     chassis = chassis_folder(trained.sam3.checkpoint, trained.sam3.revision)
     weights = checkpoint.read_weights(source)
-    config, student_config = merged_config(trained, read_config(chassis), weights)
+    slot = trained.stage
+    if slot == "image":
+        refuse_neck(features)
+        config = image_config(trained, read_config(chassis), weights)
+        placed = {TRUNK + name: tensor for name, tensor in weights.items()}
+    else:
+        config, placed = text_config(trained, read_config(chassis), weights)
 
     with torch.device("meta"):
         expected = {
             name: tuple(tensor.shape) for name, tensor in Sam3VideoModel(deepcopy(config)).state_dict().items()
         }
-    owners = assign(expected, {"image": {TRUNK + name: tuple(tensor.shape) for name, tensor in weights.items()}},
-                    {name: shape for name, shape in shapes_of(chassis).items()})  # fmt: skip
+    student_shapes = {name: tuple(tensor.shape) for name, tensor in placed.items()}
+    owners = assign(expected, {slot: student_shapes}, shapes_of(chassis))
     kept = read_tensors(chassis)
-    tensors = {
-        name: weights[name.removeprefix(TRUNK)] if owner == "image" else kept[name] for name, owner in owners.items()
-    }
+    refuse_other_chassis(features["teacher"], slot, kept, trained.sam3.checkpoint)
+    tensors = {name: placed[name] if owner == slot else kept[name] for name, owner in owners.items()}
     model = load_part(Sam3VideoModel, config, dict(tensors))
     merged = folder / "merged"
     partial = folder / "merged.partial"
@@ -80,18 +94,18 @@ def run(recipe) -> Path:
     write_json(
         partial / "effsam3.json",
         {
-            "slots": {
-                "image": {"student": trained.student, "head": trained.head, "from": f"{folder.name}/{source.name}"}
-            },
+            "slots": {slot: {"student": trained.student, "from": f"{folder.name}/{source.name}"}},
             "chassis": trained.sam3.checkpoint,
+            "revision": trained.sam3.revision,
             "validation": json.loads((source / "trainer.json").read_text())["best"],
             "provenance": provenance(),
         },
     )
     verify(partial, tensors)
+    checkpoint.sync(partial)
     shutil.rmtree(merged, ignore_errors=True)
     partial.rename(merged)
-    report.say(slot_table(trained, owners, expected, shapes_of(chassis), source, chassis))
+    report.say(slot_table(trained, owners, expected, shapes_of(chassis), source))
     report.say(
         f"\n{merged} holds the whole model; it reads back bit for bit. next: effsam3 evaluate {folder}/recipe.yaml"
     )
@@ -113,9 +127,27 @@ def refuse_neck(features: dict) -> None:
         )
 
 
-def merged_config(trained, config, weights: dict):
-    """Return the chassis' config with the student as vision backbone (detector's and tracker's view of it), and the
-    student's own config.
+def refuse_other_chassis(teacher: dict, slot: str, chassis: dict, name: str) -> None:
+    """Refuse to put a student into another SAM 3 than the one it learned from; an imported store names none.
+
+    Raises:
+        MergeError: the fingerprint of the chassis' own slot is not the teacher's.
+    """
+    if "fingerprint" not in teacher:
+        return
+    prefixes = SLOTS[slot]
+    parts = {key: tensor for key, tensor in chassis.items() if key.startswith(prefixes)}
+    if len(prefixes) == 1:  # a teacher of one part is fingerprinted without the part's prefix
+        parts = {key.removeprefix(prefixes[0]): tensor for key, tensor in parts.items()}
+    if (found := fingerprint(parts)) != teacher["fingerprint"]:
+        raise MergeError(
+            f"the student learned from {teacher['checkpoint']} (fingerprint {teacher['fingerprint']}), the chassis "
+            f"{name} is another ({found}); merge into the SAM 3 that it learned from (sam3.checkpoint, sam3.revision)"
+        )
+
+
+def image_config(trained, config, weights: dict):
+    """Return the chassis' config with the student as vision backbone, in the detector's and the tracker's view of it.
 
     Raises:
         MergeError: the student's width is not the trunk's, or its tensors are not this student's.
@@ -135,28 +167,43 @@ def merged_config(trained, config, weights: dict):
         patch_size=backbone.patch_size,
     )
     with torch.device("meta"):
-        wanted = {name: tuple(tensor.shape) for name, tensor in StudentTrunk(student).state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if wanted != found:
-        wrong = sorted(set(wanted.items()) ^ set(found.items()))
-        raise MergeError(
-            f"{len(wrong)} tensors of the checkpoint are not those of {trained.student} with head {trained.head} "
-            f"(first: {wrong[0][0]} {wrong[0][1]}); was the recipe changed after training?"
-        )
+        wanted = StudentTrunk(student).state_dict()
+    refuse_other_student(wanted, weights, f"{trained.student} with head {trained.head}")
     config = deepcopy(config)
     config.detector_config.vision_config.backbone_config = deepcopy(student)
     config.tracker_config.vision_config.backbone_config = deepcopy(student)
-    return config, student
+    return config
 
 
-def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a folder's tensors, without reading them."""
-    shapes = {}
-    files = shard_of(folder)
-    for path in set(files.values()):
-        with safe_open(path, "pt") as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    return shapes
+def text_config(trained, config, weights: dict):
+    """Return the chassis' config with a `sam3_lite_text` detector, and the student's tensors as the merged model
+    names them.
+
+    Raises:
+        MergeError: the tensors are not this student's.
+    """
+    student = text_student(trained.student, PROCESSOR_LENGTH, config.detector_config.detr_encoder_config.hidden_size)
+    refuse_other_student(student.state_dict(), weights, trained.student)
+    student.load_state_dict(weights)
+    config = deepcopy(config)
+    lite_text = lite_text_config(trained.student, PROCESSOR_LENGTH)
+    config.detector_config = lite_text_detector_config(config.detector_config, lite_text)
+    return config, {DETECTOR + name: tensor for name, tensor in to_lite_text_tensors(student).items()}
+
+
+def refuse_other_student(wanted: dict, found: dict, name: str) -> None:
+    """Refuse weights whose names or shapes are not the student's.
+
+    Raises:
+        MergeError: they are not; the message names the first.
+    """
+    wanted, found = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (wanted, found))
+    if wanted != found:
+        wrong = sorted(set(wanted.items()) ^ set(found.items()))
+        raise MergeError(
+            f"{len(wrong)} tensors of the checkpoint are not those of {name} (first: {wrong[0][0]} {wrong[0][1]}); "
+            "was the recipe changed after training?"
+        )
 
 
 def assign(expected: dict, students: dict[str, dict], chassis: dict) -> dict[str, str]:
@@ -170,7 +217,7 @@ def assign(expected: dict, students: dict[str, dict], chassis: dict) -> dict[str
     Raises:
         MergeError: a tensor without an owner, with two, of another shape, or left over.
     """
-    dropped = tuple(SLOTS[slot] for slot in students)
+    dropped = tuple(prefix for slot in students for prefix in SLOTS[slot])
     kept = {name: shape for name, shape in chassis.items() if not name.startswith(dropped)}
     offers = {**students, "chassis": kept}
     owners, problems = {}, []
@@ -205,18 +252,16 @@ def verify(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         raise MergeError(f"{folder} does not read back as written: {len(wrong)} tensors differ (first: {wrong[0]})")
 
 
-def slot_table(trained, owners: dict, expected: dict, chassis_shapes: dict, source: Path, chassis: Path) -> str:
+def slot_table(trained, owners: dict, expected: dict, chassis_shapes: dict, source: Path) -> str:
     """The printed account: who owns how many tensors and elements, and what was dropped."""
+    slot, checkpoint_name = trained.stage, trained.sam3.checkpoint
     size = {name: int(torch.Size(shape).numel()) for name, shape in expected.items()}
-    origin = {"image": f"{trained.student}, {source}", "chassis": f"{trained.sam3.checkpoint}"}
     tensors, elements = Counter(owners.values()), Counter()
     for name, owner in owners.items():
         elements[owner] += size[name]
-    dropped = [torch.Size(shape).numel() for name, shape in chassis_shapes.items() if name.startswith(TRUNK)]
-    rows = [
-        [owner, origin[owner], f"{tensors[owner]:,}", f"{elements[owner] / 1e6:.2f} M"]
-        for owner in ("image", "chassis")
-    ]
-    rows.append(["dropped", f"{trained.sam3.checkpoint} trunk", f"{len(dropped):,}", f"-{sum(dropped) / 1e6:.2f} M"])
+    gone = [torch.Size(shape).numel() for name, shape in chassis_shapes.items() if name.startswith(SLOTS[slot])]
+    origin = {slot: f"{trained.student}, {source}", "chassis": checkpoint_name}
+    rows = [[owner, origin[owner], f"{tensors[owner]:,}", f"{elements[owner] / 1e6:.2f} M"] for owner in origin]
+    rows.append(["dropped", f"{checkpoint_name}, slot {slot}", f"{len(gone):,}", f"-{sum(gone) / 1e6:.2f} M"])
     rows.append(["merged", "", f"{len(owners):,}", f"{sum(size.values()) / 1e6:.2f} M"])
     return table(rows, ["slot", "from", "tensors", "elements"], text_columns=2)

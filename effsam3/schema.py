@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from effsam3.errors import did_you_mean
-from effsam3.models.registry import IMAGE_STUDENTS
+from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, TINY_TEXT_STUDENTS
 
 WEIGHTS_FILES = (".safetensors", ".bin", ".pth", ".pt")  # what timm loads
 
@@ -29,6 +29,14 @@ def not_negative(value: float) -> str:
 
 def below_one(value: float) -> str:
     return "" if 0 <= value < 1 else f"must be at least 0 and below 1, got {value}"
+
+
+def context(value: int) -> str:
+    return "" if value in (16, 32) else f"must be 16 or 32, got {value}: SAM 3's text encoder reads 32 tokens at most"
+
+
+def share(value: float) -> str:
+    return "" if 0 <= value <= 1 else f"must be between 0 and 1, got {value}"
 
 
 def file_name(value: str) -> str:
@@ -51,6 +59,17 @@ def at_least_one(values: tuple[str, ...]) -> str:
 
 def image_student_name(value: str) -> str:
     return "" if value in IMAGE_STUDENTS else f"{value!r} is not a student{did_you_mean(value, IMAGE_STUDENTS)}"
+
+
+def text_student_name(value: str) -> str:
+    rows = TEXT_STUDENTS | TINY_TEXT_STUDENTS
+    return "" if value in rows else f"{value!r} is not a text student{did_you_mean(value, rows)}"
+
+
+def text_initialisation(value: str) -> str:
+    if value in ("mobileclip", "random") or value.endswith(WEIGHTS_FILES):
+        return ""
+    return f"{value!r} is not mobileclip, random or a weights file ({', '.join(WEIGHTS_FILES)})"
 
 
 def initialisation(value: str) -> str:
@@ -215,6 +234,14 @@ class ImageEvaluate(Section):
     pictures: NonNegativeInt = 8  # images to draw
 
 
+def warmup_fits(recipe: object) -> Iterator[str]:
+    """Yield a sentence when the warm-up is as long as the training or longer."""
+    for name in ("epochs", "steps"):
+        warmup, length = getattr(recipe.optim, f"warmup_{name}"), getattr(recipe.train, name)
+        if warmup is not None and length is not None and warmup >= length:
+            yield f"optim.warmup_{name}: {warmup:g} is not below train.{name} ({length:g})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageRecipe(Section):
     """Stage 1, image: a student learns the output of SAM 3's ViT trunk, then takes its place."""
@@ -236,12 +263,99 @@ class ImageRecipe(Section):
     merge: Merge = Merge()
 
     def check(self) -> Iterator[str]:
-        for name in ("epochs", "steps"):
-            warmup, length = getattr(self.optim, f"warmup_{name}"), getattr(self.train, name)
-            if warmup is not None and length is not None and warmup >= length:
-                yield f"optim.warmup_{name}: {warmup:g} is not below train.{name} ({length:g})"
+        yield from warmup_fits(self)
         if self.loss.neck > 0 and self.export.tap == "neck":
             yield f"loss.neck: {self.loss.neck} needs the trunk's output, but export.tap is neck; set one of them back"
 
 
-STAGES = {"image": ImageRecipe}  # stage -> class of its recipes
+@dataclass(frozen=True, kw_only=True)
+class TextData(Section):
+    """The captions: a caption set, lists of noun phrases, or a mix of both."""
+
+    source: Literal["recap", "synthetic"]  # synthetic: made from a grammar, never used unless asked for here
+    captions: str | None = None  # folder of Recap-DataComp parquet, or its Hub id; null: phrases alone
+    column: Literal["re_caption", "org_caption", "mix"] = "re_caption"  # mix: one of the two, by the row's key
+    phrases: tuple[str, ...] = ()  # files of noun phrases: txt, json, csv or parquet
+    phrase_share: Annotated[float, share] = 0.0  # of the samples that come from the phrases
+    context_length: Annotated[int, context] = 32  # most tokens of a text, start and end included; SAM 3 reads 32
+    streaming: bool = False  # read captions as they come, without an index; needs train.steps
+    held_out: Annotated[float, share] = 0.01  # of captions and phrases, chosen by their text
+    synthetic_captions: NonNegativeInt = 0  # how many to make; source synthetic only
+    limit: PositiveInt | None = None  # use only the first so many captions; null: all
+    workers: NonNegativeInt = 4  # data loader processes per rank; 0: load in the main process
+
+    def check(self) -> Iterator[str]:
+        if self.source == "synthetic" and self.synthetic_captions == 0:
+            yield "synthetic_captions: source synthetic needs to know how many to make; set it above 0"
+        if self.source != "synthetic" and self.synthetic_captions > 0:
+            yield (
+                f"synthetic_captions: {self.synthetic_captions} asked for, but source is {self.source}; "
+                "set data.source=synthetic or leave it 0"
+            )
+        if self.streaming and (self.captions is None or self.phrases):
+            yield "streaming: reads data.captions alone; set it false, or leave data.phrases out"
+        if self.captions is None and not self.phrases:
+            yield "captions: neither data.captions nor data.phrases is given; there is nothing to read"
+        if self.phrases and self.phrase_share == 0:
+            yield "phrase_share: data.phrases are given but their share is 0; set it above 0, 1 for phrases alone"
+        if not self.phrases and self.phrase_share > 0:
+            yield f"phrase_share: {self.phrase_share:g}, but there are no data.phrases"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextExport(Section):
+    """The teacher's features, for `teacher: stored`."""
+
+    to: str = "data/teacher/sam3-text"  # store folder
+    batch_size: PositiveInt = 256  # captions per rank per teacher forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLoss(Section):
+    """Weights of the terms of the loss, per token."""
+
+    mse: NonNegativeFloat = 1.0  # mean squared error of standardised channels
+    cosine: NonNegativeFloat = 1.0  # 1 - cosine similarity
+    padding_mask: bool = True  # count valid tokens alone; false: padding too, as upstream's first runs did
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEvaluate(Section):
+    """What the merged model's text features are measured on."""
+
+    benchmarks: Annotated[tuple[Literal["similarity", "speed"], ...], at_least_one, each_once] = (
+        "similarity",
+        "speed",
+    )
+    max_captions: PositiveInt = 2000  # held-out captions, and as many phrases
+    phrases: str | None = None  # file of noun phrases to measure on; null: the held-out ones of data.phrases
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe(Section):
+    """Stage 1, text: a student learns the features of SAM 3's text encoder, then takes its place."""
+
+    stage: Literal["text"]
+    name: FileName  # of the run folder, <train.runs>/<name>
+    hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
+    student: Annotated[str, text_student_name]  # a row of effsam3/models/registry.py; see `effsam3 compare`
+    student_init: Annotated[str, text_initialisation] = "mobileclip"  # mobileclip, random, or a local weights file
+    teacher: Literal["stored", "online"] = "online"  # online: costs less than reading stored targets
+    sam3: Sam3 = Sam3()
+    data: TextData
+    export: TextExport = TextExport()
+    loss: TextLoss = TextLoss()
+    optim: Optim
+    train: Train
+    evaluate: TextEvaluate = TextEvaluate()
+    merge: Merge = Merge()
+
+    def check(self) -> Iterator[str]:
+        yield from warmup_fits(self)
+        if self.data.streaming and self.train.steps is None:
+            yield "train.steps: a stream has no length; give steps instead of epochs"
+        if self.data.streaming and self.teacher == "stored":
+            yield "teacher: a stream cannot be stored; set teacher=online or data.streaming=false"
+
+
+STAGES = {"image": ImageRecipe, "text": TextRecipe}  # stage -> class of its recipes

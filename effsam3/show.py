@@ -10,10 +10,11 @@ from typing import Any
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
 from effsam3.layouts import layout_file, layout_processes
-from effsam3.models.registry import chassis_facts, head_params, image_student
+from effsam3.models.registry import TEACHER, chassis_facts, head_params, image_student, text_student_row
 from effsam3.recipe import accumulation, dump_recipe, flat, total_steps, warmup_steps
 
 PAGE, SMALL, LINE = 4096, 64 << 10, 64  # a store pads records to whole pages, small ones to cache lines
+CONTEXT_LENGTH = 32  # positions of a text student: what transformers' SAM 3 processors pad every prompt to
 BYTES = {"float16": 2, "int8": 1}
 
 
@@ -29,7 +30,7 @@ def show(recipe: Any, key: str | None = None) -> str:
             raise UserError(f"--key: the recipe has no {key}{did_you_mean(key, values)}")
         value = values[key]
         return " ".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else str(value)
-    lines = [f"# {title:<9} {_known(number, recipe)}" for title, number in DERIVED.items()]
+    lines = [f"# {title:<9} {_known(number, recipe)}" for title, number in DERIVED[recipe.stage].items()]
     return dump_recipe(recipe) + "\n" + "\n".join(lines)
 
 
@@ -126,11 +127,43 @@ def _store(recipe: Any) -> str:
     return f"{text}, {total / 1e9:,.2f} GB in all"
 
 
+def _text_length(recipe: Any) -> str:
+    if recipe.train.steps is None:
+        raise UserError("the captions are counted when they are opened; export or train prints the steps")
+    return f"{recipe.train.steps:,} steps of {recipe.train.global_batch_size} texts"
+
+
+def _text_student(recipe: Any) -> str:
+    row = text_student_row(recipe.student)
+    total = row.params(CONTEXT_LENGTH, chassis_facts(recipe.sam3.checkpoint).fpn_hidden_size)
+    text = f"{total:,} parameters with {CONTEXT_LENGTH} positions and the projector"
+    if recipe.sam3.checkpoint == "tiny":
+        return text
+    return f"{text}, {100 * (1 - total / TEACHER.text):.2f} % fewer than the {TEACHER.text:,} they replace"
+
+
+def _text_store(recipe: Any) -> str:
+    if recipe.teacher == "online":
+        return "none: the teacher runs beside the student"
+    channels = chassis_facts(recipe.sam3.checkpoint).fpn_hidden_size
+    size = recipe.data.context_length * channels * 2 + 4  # float16 features and the number of tokens
+    return f"{-(-size // LINE) * LINE:,} bytes per text ({recipe.data.context_length} x {channels} float16)"
+
+
 DERIVED = {
-    "layout": _layout,
-    "batch": _batch,
-    "images": _images,
-    "length": _length,
-    "student": _student,
-    "store": _store,
+    "image": {
+        "layout": _layout,
+        "batch": _batch,
+        "images": _images,
+        "length": _length,
+        "student": _student,
+        "store": _store,
+    },
+    "text": {
+        "layout": _layout,
+        "batch": _batch,
+        "length": _text_length,
+        "student": _text_student,
+        "store": _text_store,
+    },
 }

@@ -6,16 +6,23 @@ from __future__ import annotations
 import netrc
 import os
 from pathlib import Path
+from urllib.parse import urlparse
+
+INIT_TIMEOUT_S = 30  # to reach wandb before the run goes on without it
 
 
 def has_wandb_login() -> bool:
-    """Whether wandb would find a key: in the environment or in ~/.netrc."""
+    """Whether wandb would find a key: in the environment, or in ~/.netrc for the host that it would log in to."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    import wandb
+
+    host = urlparse(wandb.Settings().base_url).hostname
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        found = netrc.netrc()
     except (FileNotFoundError, netrc.NetrcParseError):
         return False
+    return any(found.authenticators(name) is not None for name in (host, "api.wandb.ai"))
 
 
 def start_trackers(accelerator, trackers: tuple[str, ...], project: str, name: str, folder: Path, config: dict) -> str:
@@ -36,16 +43,16 @@ def start_trackers(accelerator, trackers: tuple[str, ...], project: str, name: s
         for key, value in (values.items() if isinstance(values, dict) else [("", values)])
     }
     flat = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flat.items()}
-    options = {"wandb": {"name": name, "dir": str(folder)}} if "wandb" in trackers else {}
     if "wandb" not in trackers:
-        accelerator.init_trackers(project, flat, options)
+        accelerator.init_trackers(project, flat)
         return note
-    from wandb.errors import CommError, UsageError
+    import wandb
 
+    options = {"name": name, "dir": str(folder), "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_S)}
     try:
-        accelerator.init_trackers(project, flat, options)
-    except (CommError, UsageError) as error:
-        os.environ["WANDB_MODE"] = "offline"
-        accelerator.init_trackers(project, flat, options)
-        note = f"wandb: {error}; the run stays on disk, upload it later with `wandb sync {folder}/wandb/offline-run-*`"
+        accelerator.init_trackers(project, flat, {"wandb": options})
+    except wandb.errors.Error as error:  # no network, a key that is refused: the run matters more
+        reason = str(error).splitlines()[0]
+        accelerator.init_trackers(project, flat, {"wandb": options | {"mode": "offline"}})
+        note = f"wandb: {reason} The run stays on disk, upload it with `wandb sync {folder}/wandb/offline-run-*`"
     return note

@@ -10,7 +10,6 @@ import json
 import math
 import signal
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,11 +18,12 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from effsam3 import checkpoint
-from effsam3.accelerator import launched_processes, layout, make_accelerator
+from effsam3.accelerator import frozen_autocast, launched_processes, layout, make_accelerator
 from effsam3.data.loader import loader
-from effsam3.data.sampler import StepSampler, sequential_batches
+from effsam3.data.sampler import sequential_batches
 from effsam3.errors import UserError
 from effsam3.layouts import layout_file, layout_processes
+from effsam3.meters import Unreadable, Window, line_of, step_line
 from effsam3.optim import adamw, lr_at
 from effsam3.recipe import accumulation, differing_keys, dump_recipe, load_recipe, total_steps, warmup_steps
 from effsam3.report import Report, provenance, write_text
@@ -48,14 +48,16 @@ FREE_KEYS = ("hardware", "data.workers", "data.max_unreadable", "export.batch_si
 
 
 class Stop:
-    """Remembers a request to stop, so that it is obeyed between two steps."""
+    """Remembers a request to stop (SIGTERM, SIGUSR1, Ctrl-C), so that it is obeyed between two steps."""
 
     def __init__(self):
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame) -> None:
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt  # a second Ctrl-C means now
         self.asked = True
 
 
@@ -83,39 +85,45 @@ def run(recipe) -> None:
     last = resumable(recipe, folder)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     stage = make_stage(recipe, report, accelerator)
-    steps, warmup = (count(recipe, len(stage.train_data)) for count in (total_steps, warmup_steps))
+    steps, warmup = (count(recipe, stage.train_size) for count in (total_steps, warmup_steps))
     optim = recipe.optim
     optimizer = adamw(stage.student, optim.lr, optim.weight_decay, optim.betas, optim.eps)
     ema = make_ema(recipe, accelerator, stage.student)
     student, optimizer = accelerator.prepare(stage.student.train(), optimizer)
 
     # ---- resume
-    state = {"step": 0, "best": None, "untrained": None, "worse": 0, "unreadable": 0}
+    state = {"step": 0, "best": None, "untrained": None, "worse": 0, "ended": False, "state_of": kind_of(accelerator)}
     if last is not None:
+        found = json.loads((last / "trainer.json").read_text())
+        refuse_other_kind(found["state_of"], state["state_of"], last)
         accelerator.load_state(str(last / "state"))
-        state |= json.loads((last / "trainer.json").read_text())
+        accelerator.step = 0  # its count of micro-batches belongs to the layout that saved it
+        state |= found
         if ema is not None:
             ema.module.load_state_dict(load_file(last / checkpoint.WEIGHTS))
-        report.forget_metrics_after(state["step"])
+    report.forget_metrics_after(state["step"] if last is not None else -1)
     announce(recipe, stage, accelerator, report, steps, micros, state)
     average = None if ema is None else ema.module
+    unreadable = Unreadable(folder)
+    if state["ended"] or state["step"] == steps:
+        report.say(f"this run is complete: {state['step']} steps, nothing to do")
+        state["ended"] = True
     if state["step"] == 0:
-        state["untrained"] = validate(recipe, stage, accelerator, average or student)
+        state["untrained"] = validate(recipe, stage, accelerator, average or student, unreadable, 0)
         report.metrics(state["untrained"], 0)
         report.say(f"step {0:>6}/{steps}  held out: {line_of(state['untrained'])}  (untrained)")
 
     # ---- loop
-    batches = iter(train_loader(recipe, stage, accelerator, state["step"], steps))
+    batches = iter(stage.train_batches(state["step"], steps))
     bar = progress_bar(accelerator, steps, state["step"])
     window = Window(accelerator, recipe.train.global_batch_size)
-    for step in range(state["step"], steps):
+    for step in range(state["step"], state["step"] if state["ended"] else steps):
         lr = lr_at(step, steps, warmup, optim.lr, optim.min_lr, optim.warmup_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        unreadable = 0
         for micro in range(micros):
             batch = window.wait_for(batches)
-            unreadable += name_unreadable(batch, folder, step)
+            unreadable.note(batch, step + 1)
             # Dropout and drop path depend on where in the run they are drawn, not on what ran before.
             torch.manual_seed(sample_seed(recipe.train.seed, step, micro, accelerator.process_index))
             with accelerator.accumulate(student):
@@ -131,25 +139,21 @@ def run(recipe) -> None:
         bar.update()
 
         state["step"] = done = step + 1
-        asked, unreadable = agree(accelerator, stop.asked, unreadable)
-        state["unreadable"] += unreadable
-        if state["unreadable"] > recipe.data.max_unreadable:
-            raise UserError(
-                f"{state['unreadable']} images could not be read, more than data.max_unreadable="
-                f"{recipe.data.max_unreadable}; {folder}/unreadable.jsonl names them. Repair them or build the index "
-                "again"
-            )
+        asked, bad = agree(accelerator, stop.asked, len(unreadable.keys))
+        refuse_many_unreadable(bad, stage, folder)
         final, improved = done == steps, False
+        due = {name: final or done % getattr(recipe.train, name) == 0 for name in ("eval_every", "save_every")}
+        if asked or any(due.values()):
+            refuse_not_finite(float(accelerator.reduce(parts["loss"].detach(), "mean")), done)
         if final or done % recipe.train.log_every == 0:
             values = window.close(lr, grad_norm)
-            if not math.isfinite(values["train/loss"]):
-                raise UserError(
-                    f"the loss is {values['train/loss']} by step {done}; the last checkpoint is intact. Lower "
-                    "optim.lr, lengthen the warm-up, or set train.precision=fp32"
-                )
+            refuse_not_finite(values["train/loss"], done)
             record(accelerator, report, values, done, step_line(done, steps, values))
-        if final or done % recipe.train.eval_every == 0:
-            values = validate(recipe, stage, accelerator, average or student)
+        if any(due.values()) or asked:
+            share_buffers(accelerator, student, average)
+        if due["eval_every"]:
+            values = validate(recipe, stage, accelerator, average or student, unreadable, done)
+            refuse_not_finite(values[stage.metric], done)
             improved = state["best"] is None or values[stage.metric] > state["best"][stage.metric]
             state["worse"] = 0 if improved else state["worse"] + 1
             if improved:
@@ -157,7 +161,8 @@ def run(recipe) -> None:
             line = f"step {done:>6}/{steps}  held out: {line_of(values)}{'  best' if improved else ''}"
             record(accelerator, report, values, done, line)
         enough = 0 < recipe.train.patience <= state["worse"]
-        if improved or asked or final or enough or done % recipe.train.save_every == 0:
+        state["ended"] = final or enough
+        if improved or asked or enough or due["save_every"]:
             checkpoint.save(
                 accelerator, student, average, folder / "checkpoints", state, recipe.train.keep_checkpoints, improved
             )
@@ -173,8 +178,8 @@ def run(recipe) -> None:
     bar.close()
     accelerator.end_training()
     report.say("\n" + stage.conclude(state["untrained"], state["best"]))
-    if state["unreadable"]:
-        report.say(f"{state['unreadable']} samples were unreadable and left out: {folder}/unreadable.jsonl")
+    if (folder / "unreadable.jsonl").is_file():
+        report.say(f"some images were unreadable and left out, {folder}/unreadable.jsonl names them")
     report.say(f"\nnext: effsam3 merge {folder}/recipe.yaml")
 
 
@@ -212,7 +217,7 @@ def make_ema(recipe, accelerator, student):
     return ModelEmaV3(student, decay=recipe.train.ema, device=accelerator.device)
 
 
-def validate(recipe, stage, accelerator, model) -> dict[str, float]:
+def validate(recipe, stage, accelerator, model, unreadable: Unreadable, step: int) -> dict[str, float]:
     """The stage's numbers on the held-out images, over all ranks; leaves the model in the mode it was in."""
     training = model.training
     model.eval()
@@ -220,25 +225,14 @@ def validate(recipe, stage, accelerator, model) -> dict[str, float]:
     batches = sequential_batches(
         len(stage.val_data), recipe.train.micro_batch_size, accelerator.process_index, accelerator.num_processes
     )
-    for batch in loader(stage.val_data, batches, recipe.data.workers, pin=False):
-        for name, value in stage.validate(model, batch).items():
-            sums[name] = sums.get(name, 0) + value
+    # Around the averaged weights: what accelerate or DeepSpeed wraps has its own autocast.
+    with frozen_autocast(accelerator, recipe.train.precision):
+        for batch in loader(stage.val_data, batches, recipe.data.workers, pin=False):
+            unreadable.note(batch, step)
+            for name, value in stage.validate(model, batch).items():
+                sums[name] = sums.get(name, 0) + value
     model.train(training)
     return stage.summarise({name: accelerator.reduce(value) for name, value in sums.items()})
-
-
-def train_loader(recipe, stage, accelerator, start: int, steps: int):
-    """This rank's micro-batches from step `start` on."""
-    sampler = StepSampler(
-        len(stage.train_data),
-        recipe.train.seed,
-        recipe.train.global_batch_size,
-        recipe.train.micro_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    pin = accelerator.device.type == "cuda"
-    return loader(stage.train_data, sampler.micro_batches(start, steps), recipe.data.workers, pin)
 
 
 def progress_bar(accelerator, steps: int, done: int) -> tqdm:
@@ -260,12 +254,50 @@ def agree(accelerator, asked: bool, unreadable: int) -> tuple[bool, int]:
     return counts[0] > 0, counts[1]
 
 
-def name_unreadable(batch: dict, folder: Path, step: int) -> int:
-    """Write the batch's unreadable images to unreadable.jsonl; returns their number."""
-    for key, reason in batch["unreadable"]:
-        with open(folder / "unreadable.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, "key": key, "reason": reason}) + "\n")
-    return len(batch["unreadable"])
+def refuse_many_unreadable(count: int, stage, folder: Path) -> None:
+    """Stop when more images are unreadable than the recipe allows."""
+    if count > stage.max_unreadable:
+        raise UserError(
+            f"{count} images could not be read, more than data.max_unreadable={stage.max_unreadable}; "
+            f"{folder}/unreadable.jsonl names them. Repair them or build the index again"
+        )
+
+
+def refuse_not_finite(value: float, step: int) -> None:
+    """Stop before a loss or metric that is not finite is saved as progress."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"the loss or metric is {value} at step {step}; nothing of this step was saved. Lower optim.lr, lengthen "
+            "the warm-up, or set train.precision=fp32"
+        )
+
+
+def kind_of(accelerator) -> str:
+    """What a saved state can be resumed under: any count of plain processes, or this ZeRO stage on these many."""
+    plugin = accelerator.state.deepspeed_plugin
+    return "plain" if plugin is None else f"ZeRO-{plugin.zero_stage} on {accelerator.num_processes} processes"
+
+
+def refuse_other_kind(saved: str, now: str, checkpoint_folder: Path) -> None:
+    """Refuse to resume a state that was divided among ranks in another way.
+
+    Raises:
+        UserError: it was; the message names both layouts.
+    """
+    if saved != now:
+        raise UserError(
+            f"{checkpoint_folder} was saved under {saved}, this is {now}: its optimizer state cannot be read here. Go "
+            "on under the first layout, or start anew under another name"
+        )
+
+
+def share_buffers(accelerator, student, average) -> None:
+    """Give every rank rank 0's buffers: BatchNorm's statistics are its own on each rank, and rank 0's are saved."""
+    if accelerator.num_processes > 1:
+        models = [accelerator.unwrap_model(student)] + ([average] if average is not None else [])
+        for model in models:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
 
 def sample_seed(seed: int, step: int, micro: int, rank: int) -> int:
@@ -273,54 +305,12 @@ def sample_seed(seed: int, step: int, micro: int, rank: int) -> int:
     return hash((seed, step, micro, rank)) & 0x7FFF_FFFF_FFFF_FFFF
 
 
-class Window:
-    """Sums up the steps since the last report."""
-
-    def __init__(self, accelerator, global_batch: int):
-        self.accelerator, self.global_batch = accelerator, global_batch
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.micros, self.waited, self.started = 0, 0.0, time.perf_counter()
-
-    def wait_for(self, batches) -> dict:
-        """Take the next batch and count how long that takes."""
-        started = time.perf_counter()
-        batch = next(batches)
-        self.waited += time.perf_counter() - started
-        return batch
-
-    def add(self, parts: dict[str, torch.Tensor]) -> None:
-        """Add a micro-batch's losses, without waiting for the device."""
-        for name, value in parts.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        self.micros += 1
-
-    def close(self, lr: float, grad_norm) -> dict[str, float]:
-        """Return the window's means over all ranks and its speed, and begin the next window."""
-        names = list(self.sums)
-        means = self.accelerator.reduce(
-            torch.stack([self.sums[name] for name in names]) / self.micros, "mean"
-        ).tolist()
-        seconds = time.perf_counter() - self.started
-        images = self.micros / self.accelerator.gradient_accumulation_steps * self.global_batch
-        values = {f"train/{name}": value for name, value in zip(names, means, strict=True)}
-        values |= {"train/lr": lr, "perf/images_per_s": images / seconds, "perf/data_wait": self.waited / seconds}
-        if grad_norm is not None:  # DeepSpeed keeps it to itself at stage 0
-            values["train/grad_norm"] = float(grad_norm)
-        if self.accelerator.device.type == "cuda":
-            values["perf/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self._reset()
-        return values
-
-
 def announce(recipe, stage, accelerator, report: Report, steps: int, micros: int, state: dict) -> None:
     """Print what the run is and what it will take, keep its recipe and provenance, start the trackers."""
-    epochs = steps * recipe.train.global_batch_size / len(stage.train_data)
+    epochs = f" = {steps * recipe.train.global_batch_size / stage.train_size:.1f} epochs" if stage.train_size else ""
     batch = (
         f"{recipe.train.global_batch_size} = {recipe.train.micro_batch_size} per device x {accelerator.num_processes} "
-        f"x {micros} accumulated; {steps:,} steps = {epochs:.1f} epochs"
+        f"x {micros} accumulated; {steps:,} steps{epochs}"
     )
     resumed = f"   (going on from step {state['step']:,})" if state["step"] else ""
     report.header(
@@ -335,26 +325,10 @@ def announce(recipe, stage, accelerator, report: Report, steps: int, micros: int
         )
     if accelerator.is_main_process:
         write_text(report.folder / "recipe.yaml", dump_recipe(recipe))
-    facts = {"layout": layout(accelerator), "data": recipe.data.index, "features": stage.facts}
+    facts = {"layout": layout(accelerator), "recipe": recipe.name, "features": stage.facts}
     report.write_json("provenance.json", provenance() | facts)
     note = start_trackers(
         accelerator, recipe.train.trackers, recipe.train.wandb_project, recipe.name, report.folder, asdict(recipe)
     )
     if note:
         report.say(note)
-
-
-def step_line(step: int, steps: int, values: dict[str, float]) -> str:
-    """One fixed-width console line."""
-    shown = {name.removeprefix("train/"): value for name, value in values.items() if name.startswith("train/")}
-    lr, grad_norm = shown.pop("lr"), shown.pop("grad_norm", math.nan)
-    losses = "  ".join(f"{name} {value:8.4f}" for name, value in shown.items())
-    speed, waited = values["perf/images_per_s"], values["perf/data_wait"]
-    return (
-        f"step {step:>6}/{steps}  {losses}  lr {lr:.1e}  grad {grad_norm:7.3f}  {speed:7.1f} img/s  wait {waited:4.0%}"
-    )
-
-
-def line_of(values: dict[str, float]) -> str:
-    """Validation numbers in one line."""
-    return "  ".join(f"{name.split('/')[-1]} {value:.4f}" for name, value in values.items())

@@ -24,8 +24,9 @@ def feature_fidelity(pair: Pair, batches) -> dict[str, float]:
     level = pair.student.config.vision_config.scale_factors.index(1.0)
     neck = pair.student.vision_encoder.neck.fpn_layers[level]
     sums: dict[str, torch.Tensor] = {}
-    neck_error, images = 0.0, 0
+    neck_error, images, unreadable = 0.0, 0, []
     for batch in batches:
+        unreadable += [f"{key}: {reason}" for key, reason in batch["unreadable"]]
         kept = batch["sizes"][:, 0] > 0
         if not kept.any():
             continue
@@ -38,4 +39,4 @@ def feature_fidelity(pair: Pair, batches) -> dict[str, float]:
         images += len(target)
     positions = float(sums.pop("positions"))
     means = {name: float(value) / positions for name, value in sums.items()}
-    return means | {"neck": neck_error / images, "images": images}
+    return means | {"neck": neck_error / images, "images": images, "unreadable": unreadable}

@@ -6,6 +6,9 @@ Letters: O objects of an image, L low-resolution mask side, H W rows and columns
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -13,12 +16,18 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from effsam3.benchmarks.models import Pair
-from effsam3.data.sa1b import read_annotations, read_image
+from effsam3.data.sa1b import Unreadable, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.models.prompted import prompted_masks
 
 # An object's size in positions of the trunk's grid: the grid is what small objects are lost on.
 SIZES = (("small", 0.0, 4.0), ("medium", 4.0, 64.0), ("large", 64.0, float("inf")))
+
+
+def annotated_rows(index, most: int) -> Iterator[dict]:
+    """Yield the first `most` rows that have annotations."""
+    places = (place for place, masks in enumerate(index["num_masks"]) if masks)
+    yield from (index[place] for place in islice(places, most))
 
 
 def choose_annotations(annotations: list[dict], count: int) -> list[dict]:
@@ -69,12 +78,17 @@ def prompted_mask_quality(pair: Pair, index, folder, prompts: tuple[str, ...], m
     masks), the same by object size, and the number of masks; and the number of `images`.
     """
     grid = pair.image_size // pair.teacher.config.vision_config.backbone_config.patch_size
-    rows = [index[position] for position in range(len(index)) if index[position]["num_masks"]][:most]
     found: dict[str, list[dict]] = {prompt: [] for prompt in prompts}
-    for row in rows:
-        image = read_image(row, folder)
+    images, unreadable = 0, []
+    for row in annotated_rows(index, most):
+        try:
+            image, annotations = read_image(row, folder), read_annotations(row, folder)
+        except Unreadable as error:
+            unreadable.append(str(error))
+            continue
+        images += 1
         height, width = image.shape[:2]
-        chosen = choose_annotations(read_annotations(row, folder), per_image)
+        chosen = choose_annotations(annotations, per_image)
         pixels = normalise(resize_image(image, pair.image_size, "square")[0])[None].to(pair.device)
         truths = [annotation["segmentation"] for annotation in chosen]
         embeddings = {name: model.get_image_embeddings(pixels) for name, model in
@@ -100,7 +114,7 @@ def prompted_mask_quality(pair: Pair, index, folder, prompts: tuple[str, ...], m
     for prompt, entries in found.items():
         by_size = {name: [entry for entry in entries if entry["size"] == name] for name, _, _ in SIZES}
         result[prompt]["by_size"] = {name: _means(group) for name, group in by_size.items() if group}
-    return result | {"images": len(rows)}
+    return result | {"images": images, "unreadable": unreadable}
 
 
 def _means(entries: list[dict]) -> dict:

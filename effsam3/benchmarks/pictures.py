@@ -15,7 +15,7 @@ from torch import Tensor
 
 from effsam3.benchmarks.masks import choose_annotations, segment
 from effsam3.benchmarks.models import Pair
-from effsam3.data.sa1b import mask_of, read_annotations, read_image
+from effsam3.data.sa1b import UnreadableImage, mask_of, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.models.prompted import trunk_of
 
@@ -68,7 +68,10 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) ->
     mean_C, scale_C = student_trunk.feature_mean.cpu(), student_trunk.feature_scale.cpu()
     paths = []
     for row in (index[position] for position in range(min(count, len(index)))):
-        image = read_image(row, folder)
+        try:
+            image = read_image(row, folder)
+        except UnreadableImage:
+            continue  # the benchmarks name it
         height, width = image.shape[:2]
         pixels = normalise(resize_image(image, pair.image_size, "square")[0])[None]
         teacher, student = (feat[0] for feat in pair.features(pixels))

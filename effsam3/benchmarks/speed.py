@@ -17,11 +17,14 @@ ROUNDS = 7  # the first is a warm-up; the median of the others counts
 BATCH = {"cuda": 16, "cpu": 2}  # images at once for the throughput
 
 
-def speed(pair: Pair) -> dict:
+def speed(pair: Pair, elements: dict[str, int]) -> dict:
     """Time both models alternately, so that a busy machine slows both.
 
-    Returns for `teacher` and `student`: `trunk_parameters`, `model_parameters`, `trunk_ms` and `model_ms` (one image;
-    the model embeds it and segments one box) and `trunk_images_per_s` (a batch of `batch`); and their ratios.
+    Args:
+        elements: the size of either whole model (text encoder, detector and tracker included), which is not loaded.
+
+    Returns for `teacher` and `student`: `trunk_parameters`, `model_parameters`, `trunk_ms`, `trunk_images_per_s` (a
+    batch of `batch`), `model_ms` and `model_images_per_s` (one image: embed it, segment one box); and their ratios.
     """
     models = {"teacher": pair.teacher, "student": pair.student}
     side = pair.image_size
@@ -44,16 +47,17 @@ def speed(pair: Pair) -> dict:
     result = {
         name: {
             "trunk_parameters": parameter_count(trunk_of(model)),
-            "model_parameters": parameter_count(model),
+            "model_parameters": elements[name],
             "trunk_ms": times["trunk_ms"][name],
             "model_ms": times["model_ms"][name],
+            "model_images_per_s": 1000 / times["model_ms"][name],
             "trunk_images_per_s": batch * 1000 / times["batch_ms"][name],
         }
         for name, model in models.items()
     }
     teacher, student = result["teacher"], result["student"]
     result["ratio"] = {
-        name: student[name] / teacher[name] if name == "trunk_images_per_s" else teacher[name] / student[name]
+        name: student[name] / teacher[name] if name.endswith("per_s") else teacher[name] / student[name]
         for name in teacher
     }
     threads = torch.get_num_threads()

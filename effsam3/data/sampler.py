@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -18,8 +18,19 @@ class StepSampler:
     the same samples in the same step.
     """
 
-    def __init__(self, size: int, seed: int, global_batch: int, micro_batch: int, rank: int, world: int):
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world: int,
+        arrange: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        """`arrange` may reorder a step's positions before they are divided, such as by length."""
         assert global_batch % (micro_batch * world) == 0
+        self.arrange = arrange
         self.size, self.seed = size, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world = rank, world
@@ -34,7 +45,10 @@ class StepSampler:
     def micro_batches(self, start: int, stop: int) -> Iterator[list[int]]:
         """Yield this rank's micro-batches of the steps `start` to `stop` (exclusive), in order."""
         for step in range(start, stop):
-            micros = self.positions(step).reshape(-1, self.world, self.micro_batch)
+            positions = self.positions(step)
+            if self.arrange is not None:
+                positions = self.arrange(positions)
+            micros = positions.reshape(-1, self.world, self.micro_batch)
             for micro in micros[:, self.rank]:
                 yield micro.tolist()
 

@@ -219,6 +219,21 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     return tensors
 
 
+def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a folder's tensors, without reading them."""
+    shapes = {}
+    files = shard_of(folder)
+    for path in set(files.values()):
+        with safe_open(path, "pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return shapes
+
+
+def elements(folder: Path) -> int:
+    """Number of elements of all tensors of a folder, without reading them."""
+    return sum(torch.Size(shape).numel() for shape in shapes_of(folder).values())
+
+
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
     """Return a 128-bit hash (hex) over names, types, shapes and bytes, independent of the order."""
     digest = xxhash.xxh3_128()
@@ -235,11 +250,21 @@ def load_part(model_class, config, tensors: dict[str, torch.Tensor]):
     Raises:
         ChassisError: a tensor is missing, left over or of another shape; the message names the first ones.
     """
-    with quiet_transformers():
-        model, info = model_class.from_pretrained(
-            None, config=config, state_dict=tensors, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+    model = model_class(config)
+    wanted = model.state_dict()
+    info = {
+        "missing": sorted(wanted.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {tuple(tensor.shape)} for {tuple(wanted[name].shape)}"
+            for name, tensor in tensors.items()
+            if name in wanted and tensor.shape != wanted[name].shape
+        ],
+    }
     refuse_partial(info, f"the checkpoint's tensors do not fit {model_class.__name__} as its config.json says")
+    # Not `from_pretrained`, which under ZeRO-3 divides a frozen model among the ranks; assigned, so that the tensors
+    # keep their types and stay where they are mapped.
+    model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
 
 

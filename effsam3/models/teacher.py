@@ -61,7 +61,7 @@ class Teacher(nn.Module):
                 f"{self.own_grid}, or leave it out"
             )
         self.tap = tap
-        self.trunk = load_part(Sam3ViTModel, config.backbone_config, tensors)
+        self.trunk = load_part(Sam3ViTModel, config.backbone_config, tensors).float()
         self.neck = load_neck(folder) if tap == "neck" else None
         self.channels = config.backbone_config.hidden_size if tap == "trunk" else config.fpn_hidden_size
         self.eval().requires_grad_(False)

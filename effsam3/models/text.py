@@ -58,7 +58,7 @@ class TextTeacher(nn.Module):
         self.fingerprint = fingerprint(named | {TEXT_PROJECTION + name: tensor for name, tensor in projection.items()})
         self.context_length = config.text_config.max_position_embeddings
         self.channels = config.detr_encoder_config.hidden_size
-        self.text_encoder = load_part(CLIPTextModelWithProjection, config.text_config, encoder)
+        self.text_encoder = load_part(CLIPTextModelWithProjection, config.text_config, encoder).float()
         self.text_projection = nn.Linear(config.text_config.hidden_size, self.channels)
         self.text_projection.load_state_dict(projection)
         self.eval().requires_grad_(False)

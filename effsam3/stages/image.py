@@ -12,21 +12,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from effsam3.accelerator import teacher_autocast
+from effsam3.accelerator import frozen_autocast
 from effsam3.data.image_features import ImageFeatures, stored_features
 from effsam3.data.loader import loader
 from effsam3.data.sa1b import SPLITS, load_index
-from effsam3.data.statistics import FeatureStatistics, statistics_sample
-from effsam3.data.store import Field, StoreError, StoreReader
+from effsam3.data.statistics import statistics_sample
+from effsam3.data.store import Field, StoreError, StoreReader, quantise_int8, to_float16
 from effsam3.data.synthetic import make_synthetic_sa1b
-from effsam3.data.transforms import normalise, valid_mask
+from effsam3.data.transforms import normalise, resized_size, valid_mask
 from effsam3.errors import UserError
 from effsam3.losses import agreement_sums, feature_loss, relative_error, standardise
 from effsam3.models.registry import IMAGE_STUDENTS, chassis_facts
 from effsam3.models.sam3 import chassis_folder
 from effsam3.models.teacher import Neck, Teacher, check_features, check_weights, load_neck, parameter_count, to_map
 from effsam3.models.vision import StudentTrunk, StudentTrunkConfig, load_timm_weights, resize_BCHW
-from effsam3.report import table
+from effsam3.report import write_json
+from effsam3.stages.base import Stage
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn images: they are few
 
@@ -43,10 +44,15 @@ def ready_index(recipe, accelerator) -> Path:
     if recipe.data.source == "synthetic" and accelerator.is_main_process:
         made = {"images": recipe.data.synthetic_images, "side_px": recipe.data.synthetic_side_px}
         stamp = index.parent / "synthetic.json"
-        if not (index.is_file() and stamp.is_file()):
+        if index.is_file() and not stamp.is_file():
+            raise UserError(
+                f"data.index: {index} is an index of real images; give data.source: synthetic another path, or set "
+                "data.source=sa1b to use it"
+            )
+        if not stamp.is_file():
             make_synthetic_sa1b(index.parent / "images", made["images"], side_px=made["side_px"])
             build_index([index.parent / "images"], index, SYNTHETIC_HELD_OUT, workers=1, progress=False)
-            stamp.write_text(json.dumps(made))
+            write_json(stamp, made)
         elif (found := json.loads(stamp.read_text())) != made:
             raise UserError(
                 f"{index.parent} holds synthetic images made as {found}, the recipe asks for {made}; give data.index "
@@ -68,12 +74,30 @@ def image_dataset(
     return ImageFeatures(rows, index.parent, image_size, recipe.data.resize, store)
 
 
+def refuse_other_teacher(recipe, teacher: dict) -> None:
+    """Refuse a store whose manifest names another teacher than the recipe; upstream's stores name none.
+
+    Raises:
+        StoreError: another checkpoint, or another fingerprint than `sam3.fingerprint`.
+    """
+    made_by, asked = teacher["checkpoint"], recipe.sam3.checkpoint
+    fingerprint = recipe.sam3.fingerprint
+    if "fingerprint" in teacher and (made_by != asked or fingerprint not in (None, teacher["fingerprint"])):
+        raise StoreError(
+            f"the store at {recipe.export.to} was made by {made_by} (fingerprint {teacher['fingerprint']}), the "
+            f"recipe says sam3.checkpoint={asked}{f' with fingerprint {fingerprint}' if fingerprint else ''}; change "
+            "sam3, or export to another export.to"
+        )
+
+
 class ImageTeacherPass:
     """What `export` runs: the teacher over every image of the index, and what a record of the store is made of."""
 
     def __init__(self, recipe, accelerator):
         self.recipe, self.device = recipe, accelerator.device
         self.teacher = make_teacher(recipe, accelerator)
+        self.channels = self.teacher.channels
+        self.max_unreadable = recipe.data.max_unreadable
         index = ready_index(recipe, accelerator)
         # Features may be wanted of photographs that are all in one split; training will ask for both.
         present = set(load_index(index)["split"])
@@ -113,18 +137,48 @@ class ImageTeacherPass:
             },
         }
 
+    def describe(self) -> dict[str, str]:
+        """Lines for the export's header."""
+        facts = self.description()
+        images = sum(map(len, self.datasets))
+        total = images * sum(field.nbytes for field in self.fields())
+        return {
+            "teacher": f"{facts['teacher']['checkpoint']} {facts['tap']}  {facts['teacher']['trunk_parameters']:,} "
+            f"parameters, fingerprint {facts['teacher']['fingerprint'][:12]}",
+            "features": f"{facts['channels']} x {facts['grid']} x {facts['grid']} {facts['payload']}, from "
+            f"{facts['image_size']} px {facts['resize']}",
+            "data": f"{self.recipe.data.index}  {images:,} images, about {total / 1e9:.2f} GB",
+        }
+
     def features(self, batch: dict, check: bool = False) -> Tensor:
         """Run the teacher on a batch; `check` also asks the guard whether these can be SAM 3's features."""
         pixels = normalise(batch["pixels"].to(self.device))
-        with teacher_autocast(self.accelerator, self.recipe.train.precision):
+        with frozen_autocast(self.accelerator, self.recipe.train.precision):
             feat_BCGG = self.teacher(pixels)
-        if check:
-            check_features(feat_BCGG, pixels)
+        readable = batch["sizes"][:, 0] > 0
+        if check and readable.any():
+            check_features(feat_BCGG[readable], pixels[readable])
         return feat_BCGG
 
-    def valid(self, batch: dict) -> Tensor:
-        """The valid mask (B, 1, G, G) of a batch."""
-        return valid_mask(batch["sizes"], self.teacher.image_size, self.teacher.grid)
+    def record(self, batch: dict, place: int, feat_CGG: Tensor, key: str) -> dict:
+        """What the store keeps of one image of a batch."""
+        if self.recipe.export.dtype == "float16":
+            record = {"features": to_float16(feat_CGG, key)}
+        else:
+            record = dict(zip(("features", "scale"), quantise_int8(feat_CGG, key), strict=True))
+        if self.recipe.export.pixels:
+            record |= {"pixels": batch["pixels"][place], "sizes": batch["sizes"][place].int()}
+        return record
+
+    def stored(self, reader: StoreReader, dataset: ImageFeatures, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Read features (B, C, G, G) and valid mask (B, 1, G, G) of some images back; their sizes are the index's."""
+        rows = dataset.index.select(positions)
+        sizes = [
+            resized_size(height, width, dataset.image_size, dataset.resize)
+            for height, width in zip(rows["height"], rows["width"], strict=True)
+        ]
+        features = stored_features(reader.read(reader.positions(list(rows["key"]))))
+        return features, valid_mask(torch.tensor(sizes), self.teacher.image_size, self.teacher.grid)
 
 
 def make_teacher(recipe, accelerator) -> Teacher:
@@ -152,14 +206,14 @@ def make_student(recipe, channels: int, image_size: int, patch_size: int) -> Stu
     return student
 
 
-class ImageStage:
+class ImageStage(Stage):
     """The training side: student, data, loss and validation."""
 
-    metric = "val/cosine"
+    unit = "images"
 
     def __init__(self, recipe, report, accelerator):
-        self.recipe, self.report, self.accelerator = recipe, report, accelerator
-        self.device = accelerator.device
+        super().__init__(recipe, report, accelerator)
+        self.max_unreadable = recipe.data.max_unreadable
         index = ready_index(recipe, accelerator)
         facts = chassis_facts(recipe.sam3.checkpoint)
         self.teacher: Teacher | None = None
@@ -171,6 +225,7 @@ class ImageStage:
                 "channels": self.teacher.channels,
                 "image_size": self.teacher.image_size,
                 "resize": recipe.data.resize,
+                "teacher": {"checkpoint": recipe.sam3.checkpoint, "fingerprint": self.teacher.fingerprint},
             }
             store = None
         else:
@@ -184,12 +239,10 @@ class ImageStage:
                 f"data.index: {index} has {len(self.train_data)} training and {len(self.val_data)} held-out images; "
                 "both are needed (scripts/index_sa1b.py --val-fraction divides them)"
             )
-        statistics = self._online_statistics() if store is None else store.manifest.statistics
-        self.mean_C, self.deviation_C = (
-            torch.tensor(statistics[name], dtype=torch.float32, device=self.device) for name in ("mean", "deviation")
-        )
-        self.student = make_student(recipe, self.facts["channels"], self.facts["image_size"], facts.patch_size)
-        self.student.set_feature_statistics(self.mean_C, self.deviation_C)
+        self.train_size = len(self.train_data)
+        self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
+        student = make_student(recipe, self.facts["channels"], self.facts["image_size"], facts.patch_size)
+        self.set_student(student)
         self.neck = self._load_neck() if recipe.loss.neck else None
 
     def _open_store(self) -> StoreReader:
@@ -201,6 +254,7 @@ class ImageStage:
                 f"the store at {recipe.export.to} was made with resize={facts['resize']}, the recipe says data.resize="
                 f"{recipe.data.resize}; change data.resize, or export again to another export.to"
             )
+        refuse_other_teacher(recipe, facts["teacher"])
         return store
 
     def _load_neck(self) -> Neck:
@@ -213,25 +267,17 @@ class ImageStage:
             )
         return load_neck(chassis_folder(self.recipe.sam3.checkpoint, self.recipe.sam3.revision)).to(self.device)
 
-    def _online_statistics(self) -> dict:
-        """The teacher's statistics when there is no store: made once per run by rank 0, kept in the run folder."""
-        path = self.report.folder / "feature_statistics.json"
-        if self.accelerator.is_main_process and not path.is_file():
-            statistics = FeatureStatistics(self.teacher.channels)
-            sample = statistics_sample(self.train_data.keys)
-            size = self.recipe.export.batch_size
-            chunks = [sample[start : start + size] for start in range(0, len(sample), size)]
-            for batch in loader(self.train_data, chunks, self.recipe.data.workers, pin=False):
-                statistics.update(self.target(batch), self.valid(batch))
-            self.report.write_json(path.name, statistics.result())
-        self.accelerator.wait_for_everyone()
-        return json.loads(path.read_text())
+    def statistics_batches(self):
+        """A fixed sample of the training images, in batches."""
+        sample, size = statistics_sample(self.train_data.keys), self.recipe.export.batch_size
+        chunks = [sample[start : start + size] for start in range(0, len(sample), size)]
+        return loader(self.train_data, chunks, self.recipe.data.workers, pin=False)
 
     def describe(self) -> dict[str, str]:
         """Lines for the run's header: what is learned, from what."""
         row = IMAGE_STUDENTS[self.recipe.student]
         replaced = chassis_facts(self.recipe.sam3.checkpoint).trunk_params
-        own = parameter_count(self.student)
+        own = self.student_parameters
         grid, channels = self.facts["grid"], self.facts["channels"]
         source = "beside the student" if self.teacher is not None else f"from {self.recipe.export.to}"
         return {
@@ -253,7 +299,7 @@ class ImageStage:
                 name: batch[name].to(self.device, non_blocking=True) for name in ("features", "scale") if name in batch
             }
             return stored_features(fields)
-        with teacher_autocast(self.accelerator, self.recipe.train.precision):
+        with frozen_autocast(self.accelerator, self.recipe.train.precision):
             return self.teacher(self.pixels(batch))
 
     def pixels(self, batch: dict) -> Tensor:
@@ -284,18 +330,3 @@ class ImageStage:
         """Sums of a batch for `summarise`: what `losses.agreement_sums` counts."""
         target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
         return agreement_sums(pred, target, valid, self.mean_C, self.deviation_C)
-
-    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Turn the sums of `validate` into means."""
-        positions = max(float(sums.pop("positions")), 1.0)
-        return {f"val/{name}": float(value) / positions for name, value in sums.items()}
-
-    def conclude(self, untrained: dict[str, float], best: dict[str, float]) -> str:
-        """A table: the student beside its untrained self and beside the predictor of the mean."""
-        names = ("val/cosine", "val/cosine_centred", "val/mse")
-        rows = [
-            ["untrained student", *(f"{untrained[name]:.4f}" for name in names)],
-            ["mean of the features", f"{best['val/cosine_of_mean']:.4f}", "0.0000", "1.0000"],
-            [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in names)],
-        ]
-        return table(rows, ["held-out images", "cosine", "centred cosine", "mse"])

@@ -16,13 +16,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ENVIRONMENT, SMOKE, command, metrics, run
+from safetensors.torch import load_file
 
 import effsam3.export
 import effsam3.merge
 import effsam3.train
 from effsam3.data.image_features import stored_features
 from effsam3.data.sa1b import load_index
-from effsam3.data.store import StoreError, StoreReader, repair_store, verify_store
+from effsam3.data.store import StoreError, StoreReader, open_manifest, repair_store, verify_store
 from effsam3.errors import UserError
 from effsam3.recipe import load_recipe
 
@@ -34,7 +35,7 @@ def call(verb: str, overrides, *more: str, **options):
     """Run a verb in this process: seconds less than a fresh one."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         return VERBS[verb](load_recipe(SMOKE, [*overrides, *more]), **options)
     finally:
@@ -207,6 +208,61 @@ def test_the_neck_loss_is_learned_from(own):
     assert losses[1]["train/loss"] == pytest.approx(
         sum(losses[1][f"train/{name}"] for name in ("mse", "cosine", "neck"))
     )
+
+
+def test_a_real_index_is_never_overwritten_by_drawings(own):
+    folder, overrides = own
+    (folder / "data/synthetic.json").unlink()
+    before = (folder / "data/index.parquet").read_bytes()
+    with pytest.raises(UserError, match="an index of real images"):
+        call("export", overrides)
+    assert (folder / "data/index.parquet").read_bytes() == before
+
+
+def test_a_store_of_another_teacher_is_refused(own):
+    folder, overrides = own
+    call("export", overrides)
+    call("train", overrides, *SHORT)
+    with pytest.raises(StoreError, match="was made by tiny .*sam3.checkpoint=random"):
+        call("train", overrides, *SHORT, "sam3.checkpoint=random", "name=other")
+    with pytest.raises(StoreError, match="with fingerprint deadbeef"):
+        call("train", overrides, *SHORT, "sam3.fingerprint=deadbeef", "name=other")
+    # The chassis may have changed behind its name since: the merge looks at the weights.
+    facts = folder / "runs/smoke-image/provenance.json"
+    facts.write_text(facts.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    with pytest.raises(UserError, match="the student learned from tiny"):
+        call("merge", overrides, *SHORT)
+
+
+def test_most_photographs_gone_leaves_the_store_unfinished(own):
+    folder, overrides = own
+    for path in sorted((folder / "data/images").glob("*.jpg"))[::2]:
+        path.unlink()
+    with pytest.raises(StoreError, match="24 of 48 images could not be read, more than data.max_unreadable=3"):
+        call("export", overrides, "data.max_unreadable=3")
+    assert not open_manifest(folder / "teacher").finished
+
+
+def test_a_loss_that_is_not_finite_is_never_saved(own):
+    folder, overrides = own
+    call("export", overrides)
+    wild = ("train.steps=8", "train.log_every=100", "train.save_every=2", "train.eval_every=4", "optim.lr=1e25")
+    with pytest.raises(UserError, match="not|nan|inf"):
+        call("train", overrides, *SHORT, *wild)
+    for saved in (folder / "runs/smoke-image/checkpoints").glob("*/student.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(saved).values()), saved
+
+
+def test_online_statistics_are_not_another_runs(own):
+    folder, overrides = own
+    call("train", overrides, *SHORT, "teacher=online")
+    path = folder / "runs/smoke-image/feature_statistics.json"
+    first = json.loads(path.read_text())
+    shutil.rmtree(folder / "runs/smoke-image/checkpoints")
+    call("train", overrides, *SHORT, "teacher=online", "export.tap=neck")
+    second = json.loads(path.read_text())
+    assert len(first["mean"]) == 64 and len(second["mean"]) == 128
+    assert set(metrics(folder / "runs/smoke-image")) == {1, 2, 3, 4}  # of the second run alone
 
 
 def test_the_command_line_reports_errors_without_a_traceback(shared):

@@ -79,8 +79,9 @@ def test_merge_accounts_for_every_tensor(pipeline):
 LOAD = """
 import sys, torch
 import effsam3.models.vision
-from transformers import AutoModel, Sam3Model, Sam3TrackerModel, Sam3TrackerVideoModel, Sam3VideoModel,
-Sam3VideoProcessor torch.set_num_threads(1)
+from transformers import AutoModel, Sam3Model, Sam3TrackerModel, Sam3TrackerVideoModel
+from transformers import Sam3VideoModel, Sam3VideoProcessor
+torch.set_num_threads(1)
 folder, out = sys.argv[1:]
 for model_class in (Sam3VideoModel, Sam3Model, Sam3TrackerVideoModel, Sam3TrackerModel):
     model, info = model_class.from_pretrained(folder, output_loading_info=True)
@@ -145,6 +146,6 @@ def test_a_second_run_goes_on_where_the_first_ended(pipeline):
     before = (run_folder / "metrics.jsonl").read_text()
     recipe = run_folder / "recipe.yaml"
     printed = run(run_folder.parents[1], "train", recipe=recipe)
-    assert "going on from step 60" in printed and (run_folder / "metrics.jsonl").read_text() == before
+    assert "this run is complete: 60 steps" in printed and (run_folder / "metrics.jsonl").read_text() == before
     printed = run(run_folder.parents[1], "train", "optim.lr=5e-4", "data.workers=1", recipe=recipe, code=2)
     assert "optim.lr 0.002 -> 0.0005" in printed and "workers" not in printed and "Traceback" not in printed

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -79,6 +81,8 @@ def test_stops_when_it_gets_no_better(shared):
     )  # fmt: skip
     assert "no better for 2 validations in a row: stopping at step 6" in printed
     assert "student, step 2" in printed
+    again = run(folder, "train", recipe=folder / "runs/patient/recipe.yaml")
+    assert "this run is complete: 6 steps" in again
 
 
 def test_other_samples_are_noticed(shared, reference):
@@ -119,6 +123,36 @@ def test_interrupted_and_resumed(shared, reference, how):
         for run_name in ("reference", name)
     )
     assert all((whole[key] == resumed[key]).all() for key in whole)
+
+
+def test_resumed_under_another_layout(shared, reference):
+    """Saved after an odd number of steps on two processes, finished on one: the same steps."""
+    folder, overrides = shared
+    short = tuple(item for item in SHORT if not item.startswith("train.save_every"))
+    more = (*overrides, *short, "train.save_every=3", "name=moved")
+    run(folder, "train", *more, "hardware=ddp_cpu", launch=True)
+    for path in (folder / "runs/moved/checkpoints").iterdir():
+        if path.name != "step-000003":
+            shutil.rmtree(path)
+    assert "going on from step 3" in run(folder, "train", *more)
+    assert_same(reference, metrics(folder / "runs/moved"), 1e-4)
+    printed = run(folder, "train", *more, "hardware=zero2_cpu", launch=True, code=1)
+    assert "was saved under plain, this is ZeRO-2 on 2 processes" in printed
+
+
+def test_batchnorm_is_validated_as_it_is_saved(shared):
+    """Each rank has its own running statistics until rank 0's are shared: what is reported is what is released."""
+    folder, overrides = shared
+    run(
+        folder, "train", *overrides, "student=efficientvit_b0", "train.steps=3", "train.eval_every=3",
+        "train.log_every=3", "optim.warmup_steps=1", "optim.lr=1e-3", "hardware=zero2_cpu", "name=batchnorm",
+        launch=True,
+    )  # fmt: skip
+    reported = metrics(folder / "runs/batchnorm", "val/cosine")[3]["val/cosine"]
+    run(folder, "merge", *overrides, "name=batchnorm")
+    run(folder, "evaluate", *overrides, "name=batchnorm", "evaluate.benchmarks=[fidelity]", "evaluate.max_images=8")
+    measured = json.loads((folder / "runs/batchnorm/eval/fidelity.json").read_text())["cosine"]
+    assert measured == pytest.approx(reported, rel=1e-4)
 
 
 def test_wandb_without_a_login_stays_on_disk(shared, tmp_path):

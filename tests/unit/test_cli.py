@@ -18,6 +18,7 @@ from effsam3 import launch as launcher
 from effsam3.cli import VERBS, main
 from effsam3.data.store import Field, Manifest
 from effsam3.errors import RecipeError, UserError
+from effsam3.layouts import layout_environment, layout_file
 from effsam3.models.registry import SAM3, chassis_facts
 from effsam3.recipe import load_recipe
 from effsam3.show import record_bytes, show
@@ -251,7 +252,7 @@ def commands(monkeypatch):
     """Note commands instead of running them; their exit codes are taken from `codes`."""
     noted = types.SimpleNamespace(lines=[], codes=[])
 
-    def fake_run(command):
+    def fake_run(command, environment):
         noted.lines.append(command)
         return noted.codes.pop(0) if noted.codes else 0
 
@@ -260,10 +261,18 @@ def commands(monkeypatch):
     return noted
 
 
+def test_one_process_needs_no_launcher_and_stays_on_the_cpu(commands):
+    assert main(["launch", "recipes/smoke/image.yaml", "train"]) == 0
+    assert commands.lines == [[sys.executable, "scripts/train.py", "recipes/smoke/image.yaml"]]
+    assert layout_environment(layout_file("cpu")) == {"ACCELERATE_USE_CPU": "true"}
+    assert layout_environment(layout_file("gpu")) == {}
+
+
 def test_launch_runs_all_verbs_in_order(commands, capsys):
-    assert main(["launch", "recipes/smoke/image.yaml", "optim.lr=5e-4", "train.seed=1"]) == 0
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
-    rest = ["recipes/smoke/image.yaml", "optim.lr=5e-4", "train.seed=1"]
+    assert main(["launch", "recipes/smoke/image.yaml", "optim.lr=5e-4", "hardware=ddp_cpu"]) == 0
+    config = "accelerate_configs/ddp_cpu.yaml"
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    rest = ["recipes/smoke/image.yaml", "optim.lr=5e-4", "hardware=ddp_cpu"]
     assert commands.lines == [
         [*accelerate, "scripts/export.py", *rest],
         [*accelerate, "scripts/train.py", *rest],
@@ -305,14 +314,14 @@ def test_launch_checks_before_it_starts_anything(arguments, message, commands, c
 
 
 def test_exit_codes_come_through():
-    assert launcher._run([sys.executable, "-c", "raise SystemExit(3)"]) == 3
-    assert launcher._run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == 137
+    assert launcher._run([sys.executable, "-c", "raise SystemExit(3)"], {}) == 3
+    assert launcher._run([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"], {}) == 137
 
 
 def test_requests_to_stop_are_passed_on():
     child = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
     child += "print('up', flush=True); signal.pause()"
-    parent = f"import sys; from effsam3.launch import _run; sys.exit(_run([sys.executable, '-c', {child!r}]))"
+    parent = f"import sys; from effsam3.launch import _run; sys.exit(_run([sys.executable, '-c', {child!r}], {{}}))"
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)

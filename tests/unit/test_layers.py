@@ -14,7 +14,7 @@ PACKAGE = ROOT / "effsam3"
 # `models.registry` and `models.tiny` are plain data, so that recipes can be checked and shown without torch.
 LAYERS = [
     {"__init__", "errors", "typed_yaml", "schema", "recipe", "layouts", "report", "models.registry", "models.tiny"},
-    {"models", "data", "losses", "optim", "checkpoint", "accelerator", "trackers"},
+    {"models", "data", "losses", "optim", "checkpoint", "accelerator", "trackers", "meters"},
     {"stages", "benchmarks"},
     {"export", "train", "merge", "evaluate", "show", "compare", "launch"},
     {"cli"},

@@ -191,10 +191,10 @@ def test_missing_keys_are_all_named(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "stage is missing; choose from image"),
+        ("", "stage is missing; choose from image, text"),
         ("stage: imag\n", "stage: 'imag' is not a stage; did you mean image? (recipe.yaml line 1)"),
-        ("stage: text\n", "stage: 'text' is not a stage; choose from image (recipe.yaml line 1)"),
-        ("stage: [image]\n", "stage: 'a list' is not a stage; choose from image (recipe.yaml line 1)"),
+        ("stage: video\n", "stage: 'video' is not a stage; choose from image, text (recipe.yaml line 1)"),
+        ("stage: [image]\n", "stage: 'a list' is not a stage; choose from image, text (recipe.yaml line 1)"),
     ],
 )
 def test_stage(write, text, message):

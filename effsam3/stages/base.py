@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the stages have in common: standardised features, how they are summed up, and the order of samples."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from effsam3.data.loader import loader
+from effsam3.data.sampler import StepSampler
+from effsam3.data.statistics import FeatureStatistics
+from effsam3.models.teacher import parameter_count
+from effsam3.report import table
+
+
+class Stage:
+    """A student that learns a frozen teacher's features.
+
+    A subclass sets `student`, `teacher` (None when a store has its features), `facts`, `train_data`, `train_size` and
+    `val_data`, and has `describe`, `loss`, `validate`, `target`, `valid` and `statistics_batches`.
+    """
+
+    metric = "val/cosine"  # the validation number to maximise
+    unit = "samples"
+    max_unreadable = 0
+
+    def __init__(self, recipe, report, accelerator):
+        self.recipe, self.report, self.accelerator = recipe, report, accelerator
+        self.device = accelerator.device
+
+    def set_statistics(self, statistics: dict) -> None:
+        """Keep the teacher's per-channel mean and deviation on the device."""
+        self.mean_C, self.deviation_C = (
+            torch.tensor(statistics[name], dtype=torch.float32, device=self.device) for name in ("mean", "deviation")
+        )
+
+    def set_student(self, student) -> None:
+        """Keep the student, set to the teacher's statistics."""
+        student.set_feature_statistics(self.mean_C, self.deviation_C)
+        self.student = student
+        self.student_parameters = parameter_count(student)  # now: ZeRO-3 leaves none to count
+
+    def online_statistics(self) -> dict:
+        """The teacher's statistics when there is no store: made once per run by rank 0, kept in the run folder."""
+        path = self.report.folder / "feature_statistics.json"
+        made_from = {"features": self.facts, "data": asdict(self.recipe.data)}
+        made_from["data"].pop("workers")
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        if self.accelerator.is_main_process and kept.get("made_from") != json.loads(json.dumps(made_from)):
+            statistics = FeatureStatistics(self.facts["channels"])
+            for batch in self.statistics_batches():
+                statistics.update(self.target(batch), self.valid(batch))
+            self.report.write_json(path.name, statistics.result() | {"made_from": made_from})
+        self.accelerator.wait_for_everyone()
+        return json.loads(path.read_text())
+
+    def train_batches(self, start: int, steps: int):
+        """This rank's micro-batches from step `start` on."""
+        return self.divide(start, steps)
+
+    def divide(self, start: int, steps: int, arrange=None):
+        """Divide every step's samples among the ranks; `arrange` may reorder them first."""
+        train, accelerator = self.recipe.train, self.accelerator
+        sampler = StepSampler(
+            self.train_size,
+            train.seed,
+            train.global_batch_size,
+            train.micro_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            arrange,
+        )
+        pin = self.device.type == "cuda"
+        return loader(self.train_data, sampler.micro_batches(start, steps), self.recipe.data.workers, pin)
+
+    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Turn the sums of `validate` into means."""
+        positions = max(float(sums.pop("positions")), 1.0)
+        return {f"val/{name}": float(value) / positions for name, value in sums.items()}
+
+    def conclude(self, untrained: dict[str, float], best: dict[str, float]) -> str:
+        """A table: the student beside its untrained self and beside the predictor of the mean."""
+        names = ("val/cosine", "val/cosine_centred", "val/mse")
+        rows = [
+            ["untrained student", *(f"{untrained[name]:.4f}" for name in names)],
+            ["mean of the features", f"{best['val/cosine_of_mean']:.4f}", "0.0000", "1.0000"],
+            [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in names)],
+        ]
+        return table(rows, [f"held-out {self.unit}", "cosine", "centred cosine", "mse"])
