@@ -7,6 +7,7 @@ python scripts/evaluate.py recipes/stage1/image/es_rv_m.yaml
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from effsam3.benchmarks.fidelity import feature_fidelity
@@ -14,13 +15,17 @@ from effsam3.benchmarks.masks import prompted_mask_quality
 from effsam3.benchmarks.models import load_pair
 from effsam3.benchmarks.pictures import draw
 from effsam3.benchmarks.speed import speed
+from effsam3.benchmarks.text import load_text_features, plot_similarity, text_similarity, text_speed
+from effsam3.data.captions import open_captions
 from effsam3.data.image_features import ImageFeatures
 from effsam3.data.loader import loader
 from effsam3.data.sa1b import load_index
 from effsam3.data.sampler import sequential_batches
 from effsam3.errors import UserError
 from effsam3.models.sam3 import chassis_folder, elements
+from effsam3.models.text import TextTeacher, fold_repmixer
 from effsam3.models.tiny import MADE_UP
+from effsam3.models.tokens import Tokenizer
 from effsam3.report import Report, provenance, table, write_json, write_text
 
 
@@ -39,7 +44,8 @@ def run(recipe) -> dict:
     chassis = chassis_folder(merged["chassis"], merged["revision"])
     made_by = provenance() | {"chassis": merged["chassis"], "slots": merged["slots"]}
     results, pictures = {}, []
-    for name, result in _benchmarks(recipe, folder, chassis, merged):
+    benchmarks = {"image": _image_benchmarks, "text": _text_benchmarks}[recipe.stage]
+    for name, result in benchmarks(recipe, folder, chassis, merged):
         if name == "pictures":
             pictures = result
             continue
@@ -55,7 +61,7 @@ def run(recipe) -> dict:
     return results
 
 
-def _benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
+def _image_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     """Yield (name, result) as they are made, pictures last."""
     index_path, asked = Path(recipe.data.index), recipe.evaluate
     index = load_index(index_path, "val", recipe.data.limit)
@@ -82,6 +88,34 @@ def _benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.
     with_masks = "masks" in asked.benchmarks and merged["chassis"] not in MADE_UP
     yield "pictures", draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
+
+
+def _text_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
+    """Yield (name, result) as they are made, pictures last."""
+    teacher, student = TextTeacher(chassis), load_text_features(folder / "merged")
+    asked, data = recipe.evaluate, recipe.data
+    if "similarity" in asked.benchmarks:
+        if data.streaming:
+            raise UserError("evaluate reads held-out texts from disk; fetch captions and set data.streaming=false")
+        phrases = data.phrases if asked.phrases is None else (asked.phrases,)
+        captions = open_captions(
+            data.captions, data.column, phrases, data.phrase_share, held_out=data.held_out, limit=data.limit
+        )
+        encode = partial(Tokenizer().encode, context_length=data.context_length)
+        result = {}
+        for source in ("captions", "phrases"):
+            part = captions.only("val", source)
+            if len(part) > 1:
+                texts = part.texts(range(min(len(part), asked.max_captions)))
+                result[source] = text_similarity(teacher, student, encode, texts)
+        yield "similarity", result
+        picture = folder / "pictures" / "similarity.png"
+        picture.parent.mkdir(exist_ok=True)
+        plot_similarity(result, picture)
+    if "speed" in asked.benchmarks:
+        yield "speed", text_speed(teacher, fold_repmixer(student))
+    if "similarity" in asked.benchmarks:
+        yield "pictures", [picture]
 
 
 def summarise(results: dict, merged: dict) -> str:
@@ -111,7 +145,28 @@ def summarise(results: dict, merged: dict) -> str:
                 )
         header = [f"masks, {masks['images']} images, mIoU in %", "masks", "student", "teacher", "student vs teacher"]
         parts.append(table(rows, header))
-    if (timing := results.get("speed")) is not None:
+    if (similarity := results.get("similarity")) is not None:
+        names = ("cosine", "cosine_centred", "pooled_cosine", "retrieval", "neighbour_agreement")
+        rows = [[name, str(one["texts"]), *(f"{one[key]:.4f}" for key in names)] for name, one in similarity.items()]
+        header = ["held-out texts", "texts", "cosine", "centred cosine", "pooled", "retrieval", "same neighbour"]
+        parts.append(table(rows, header))
+    if (timing := results.get("speed")) is not None and "text" in merged["slots"]:
+        timed = ("8_tokens_ms", "32_tokens_ms", "8_tokens_captions_per_s", "32_tokens_captions_per_s")
+        rows = [
+            [name, f"{timing[name]['parameters'] / 1e6:.2f} M", *(f"{timing[name][key]:.1f}" for key in timed)]
+            for name in ("teacher", "student")
+        ]
+        rows.append(["gain", *(f"{timing['ratio'][key]:.2f}x" for key in ("parameters", *timed))])
+        header = [
+            f"text on {timing['device']}",
+            "parameters",
+            "ms, 8 tokens",
+            "32 tokens",
+            "texts/s, 8 tokens",
+            "32 tokens",
+        ]
+        parts.append(table(rows, header))
+    elif timing is not None:
         rows = [
             [
                 name,
@@ -145,8 +200,8 @@ def summarise(results: dict, merged: dict) -> str:
         parts.append(table(rows, header))
     if merged["chassis"] in MADE_UP:
         parts.append(
-            f"The chassis `{merged['chassis']}` has random weights: its masks mean nothing, only how far the "
-            "student's agree with them."
+            f"The chassis `{merged['chassis']}` has random weights: its features and masks mean nothing, only how "
+            "near the student comes to them."
             + (" It is smaller than any student, too: no speed is gained." if merged["chassis"] == "tiny" else "")
         )
     return "\n\n".join(parts)
