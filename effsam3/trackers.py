@@ -5,38 +5,48 @@ from __future__ import annotations
 
 import netrc
 import os
+import socket
 from pathlib import Path
 from urllib.parse import urlparse
 
-INIT_TIMEOUT_S = 30  # to reach wandb before the run goes on without it
+CONNECT_TIMEOUT_S = 10
 
 
-def has_wandb_login() -> bool:
-    """Whether wandb would find a key: in the environment, or in ~/.netrc for the host that it would log in to."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
+def wandb_obstacle() -> str:
+    """Say why wandb cannot be reached from here, empty if it can: no login, or no connection to its host.
+
+    Asked before wandb is started, because wandb itself retries for minutes and cannot be sent offline afterwards.
+    """
     import wandb
 
-    host = urlparse(wandb.Settings().base_url).hostname
+    url = urlparse(os.environ.get("WANDB_BASE_URL", wandb.Settings().base_url))
+    if not os.environ.get("WANDB_API_KEY"):
+        try:
+            logins = netrc.netrc()
+        except (FileNotFoundError, netrc.NetrcParseError):
+            return "no login"
+        if not any(logins.authenticators(host) for host in (url.hostname, "api.wandb.ai")):
+            return "no login"
     try:
-        found = netrc.netrc()
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-    return any(found.authenticators(name) is not None for name in (host, "api.wandb.ai"))
+        socket.create_connection((url.hostname, url.port or 443), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return f"{url.hostname} cannot be reached ({error})"
+    return ""
 
 
 def start_trackers(accelerator, trackers: tuple[str, ...], project: str, name: str, folder: Path, config: dict) -> str:
     """Start the trackers and return what to tell the user about them, empty if there is nothing to tell.
 
-    wandb without a login, or with one but without a network, writes to `folder` and can be uploaded later
-    (`wandb sync`).
+    wandb that cannot be reached writes to `folder`, to be uploaded later (`wandb sync`); a key that it refuses leaves
+    the run without wandb. `WANDB_MODE`, where it is set, is obeyed.
     """
     if not trackers:
         return ""
-    note = ""
-    if "wandb" in trackers and not has_wandb_login() and "WANDB_MODE" not in os.environ:
-        os.environ["WANDB_MODE"] = "offline"
-        note = f"wandb: no login, so the run stays on disk; upload it with `wandb sync {folder}/wandb/offline-run-*`"
+    obstacle = ""
+    if accelerator.is_main_process and "wandb" in trackers and "WANDB_MODE" not in os.environ:
+        if obstacle := wandb_obstacle():
+            os.environ["WANDB_MODE"] = "offline"
+            os.environ.pop("WANDB_API_KEY", None)  # not needed offline, and wandb would judge it all the same
     flat = {
         f"{section}.{key}" if isinstance(values, dict) else section: value
         for section, values in config.items()
@@ -45,14 +55,15 @@ def start_trackers(accelerator, trackers: tuple[str, ...], project: str, name: s
     flat = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flat.items()}
     if "wandb" not in trackers:
         accelerator.init_trackers(project, flat)
-        return note
-    import wandb
+        return ""
+    from wandb.errors import Error
 
-    options = {"name": name, "dir": str(folder), "settings": wandb.Settings(init_timeout=INIT_TIMEOUT_S)}
     try:
-        accelerator.init_trackers(project, flat, {"wandb": options})
-    except wandb.errors.Error as error:  # no network, a key that is refused: the run matters more
-        reason = str(error).splitlines()[0]
-        accelerator.init_trackers(project, flat, {"wandb": options | {"mode": "offline"}})
-        note = f"wandb: {reason} The run stays on disk, upload it with `wandb sync {folder}/wandb/offline-run-*`"
-    return note
+        accelerator.init_trackers(project, flat, {"wandb": {"name": name, "dir": str(folder)}})
+    except Error as error:
+        accelerator.log_with = [tracker for tracker in accelerator.log_with if str(tracker) != "wandb"]
+        accelerator.init_trackers(project, flat)
+        return f"wandb: {str(error).splitlines()[0]}; this run goes on without it, its numbers are in metrics.jsonl"
+    if obstacle:
+        return f"wandb: {obstacle}; the run stays on disk, upload it with `wandb sync {folder}/wandb/offline-run-*`"
+    return ""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where wandb finds a login."""
+"""What stands between a run and wandb."""
+
+import socket
 
 import pytest
 
-from effsam3.trackers import has_wandb_login
+from effsam3.trackers import wandb_obstacle
 
 
 @pytest.fixture
@@ -13,18 +15,32 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_none(home):
-    assert not has_wandb_login()
+@pytest.fixture
+def server(monkeypatch):
+    """A port on this machine that takes connections, as wandb's host."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        yield listening
 
 
-def test_in_the_environment(home, monkeypatch):
+def test_no_login(home, server):
+    assert wandb_obstacle() == "no login"
+
+
+def test_a_key_in_the_environment(home, server, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "k")
-    assert has_wandb_login()
+    assert wandb_obstacle() == ""
 
 
-def test_in_netrc(home):
-    (home / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password k\n")
+def test_a_key_in_netrc(home, server):
+    (home / ".netrc").write_text("machine 127.0.0.1\n  login user\n  password k\n")
     (home / ".netrc").chmod(0o600)
-    assert has_wandb_login()
+    assert wandb_obstacle() == ""
     (home / ".netrc").write_text("machine example.org\n  login user\n  password k\n")
-    assert not has_wandb_login()
+    assert wandb_obstacle() == "no login"
+
+
+def test_no_connection(home, server, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    server.close()
+    assert "127.0.0.1 cannot be reached" in wandb_obstacle()
