@@ -43,13 +43,6 @@ VERSION = 1  # of what it holds and of how texts are cleaned; another number mak
 SOURCES = ("captions", "phrases")
 
 
-def deduplicate(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Return (the different texts in order of appearance, int64 place of every text in them)."""
-    places: dict[str, int] = {}
-    inverse = np.array([places.setdefault(text, len(places)) for text in texts], np.int64)
-    return list(places), inverse
-
-
 class Texts(NamedTuple):
     """Rows of one source: captions or phrases."""
 

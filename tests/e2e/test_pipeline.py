@@ -96,7 +96,6 @@ detector = Sam3Model.from_pretrained(folder).eval()
 with torch.no_grad():
     found = detector(pixel_values=pixels, input_ids=text["input_ids"], attention_mask=text["attention_mask"])
 tracker = Sam3TrackerVideoModel.from_pretrained(folder).eval()
-session = Sam3VideoProcessor.from_pretrained(folder)
 frame = tracker._single_frame_forward(pixel_values=pixels, input_points=torch.tensor([[[[100.0, 90.0]]]]))
 tensors = {"trunk": detector.vision_encoder.backbone(pixels).last_hidden_state, "detector": found.pred_masks,
            "logits": found.pred_logits, "tracker": frame.pred_masks}

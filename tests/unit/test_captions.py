@@ -15,7 +15,7 @@ import xxhash
 
 from effsam3.data import captions as module
 from effsam3.data.caption_stream import clean, code_of, stream_captions
-from effsam3.data.captions import deduplicate, open_captions
+from effsam3.data.captions import open_captions
 from effsam3.data.sampler import StepSampler
 from effsam3.data.synthetic_captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
@@ -299,12 +299,6 @@ def test_a_hub_id_without_a_hub(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert "HubError: captions: there is no folder some/set here" in done.stderr
     assert "http://127.0.0.1:9 cannot be reached" in done.stderr and "HF_ENDPOINT" in done.stderr
-
-
-def test_deduplicate():
-    unique, inverse = deduplicate(["b", "a", "b", "B", "a"])
-    assert unique == ["b", "a", "B"] and inverse.tolist() == [0, 1, 0, 2, 1]
-    assert deduplicate([])[0] == []
 
 
 # ---- with the sampler, and as a stream
