@@ -12,6 +12,7 @@ from torch import Tensor
 from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler
 from effsam3.data.statistics import FeatureStatistics
+from effsam3.data.store import StoreError
 from effsam3.models.teacher import parameter_count
 from effsam3.report import table
 
@@ -90,3 +91,19 @@ class Stage:
             [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in names)],
         ]
         return table(rows, [f"held-out {self.unit}", "cosine", "centred cosine", "mse"])
+
+
+def refuse_other_teacher(recipe, teacher: dict) -> None:
+    """Refuse a store whose manifest names another teacher than the recipe; upstream's stores name none.
+
+    Raises:
+        StoreError: another checkpoint, or another fingerprint than `sam3.fingerprint`.
+    """
+    made_by, asked = teacher["checkpoint"], recipe.sam3.checkpoint
+    fingerprint = recipe.sam3.fingerprint
+    if "fingerprint" in teacher and (made_by != asked or fingerprint not in (None, teacher["fingerprint"])):
+        raise StoreError(
+            f"the store at {recipe.export.to} was made by {made_by} (fingerprint {teacher['fingerprint']}), the "
+            f"recipe says sam3.checkpoint={asked}{f' with fingerprint {fingerprint}' if fingerprint else ''}; change "
+            "sam3, or export to another export.to"
+        )

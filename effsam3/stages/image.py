@@ -27,7 +27,7 @@ from effsam3.models.sam3 import chassis_folder
 from effsam3.models.teacher import Neck, Teacher, check_features, check_weights, load_neck, parameter_count, to_map
 from effsam3.models.vision import StudentTrunk, StudentTrunkConfig, load_timm_weights, resize_BCHW
 from effsam3.report import write_json
-from effsam3.stages.base import Stage
+from effsam3.stages.base import Stage, refuse_other_teacher
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn images: they are few
 
@@ -72,22 +72,6 @@ def image_dataset(
         skipped = {entry["key"] for entry in store.manifest.skipped}
         rows = rows.select([position for position, key in enumerate(rows["key"]) if key not in skipped])
     return ImageFeatures(rows, index.parent, image_size, recipe.data.resize, store)
-
-
-def refuse_other_teacher(recipe, teacher: dict) -> None:
-    """Refuse a store whose manifest names another teacher than the recipe; upstream's stores name none.
-
-    Raises:
-        StoreError: another checkpoint, or another fingerprint than `sam3.fingerprint`.
-    """
-    made_by, asked = teacher["checkpoint"], recipe.sam3.checkpoint
-    fingerprint = recipe.sam3.fingerprint
-    if "fingerprint" in teacher and (made_by != asked or fingerprint not in (None, teacher["fingerprint"])):
-        raise StoreError(
-            f"the store at {recipe.export.to} was made by {made_by} (fingerprint {teacher['fingerprint']}), the "
-            f"recipe says sam3.checkpoint={asked}{f' with fingerprint {fingerprint}' if fingerprint else ''}; change "
-            "sam3, or export to another export.to"
-        )
 
 
 class ImageTeacherPass:

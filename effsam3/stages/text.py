@@ -29,7 +29,8 @@ from effsam3.models.teacher import parameter_count
 from effsam3.models.text import TextTeacher, check_text_weights, check_tokens, text_student
 from effsam3.models.text_weights import load_text_weights
 from effsam3.models.tokens import PAD_ID, PROCESSOR_LENGTH, Tokenizer
-from effsam3.stages.base import Stage
+from effsam3.report import write_json
+from effsam3.stages.base import Stage, refuse_other_teacher
 
 
 def ready_captions(recipe, accelerator):
@@ -59,12 +60,17 @@ def _make_synthetic(data) -> None:
                     "or delete this one"
                 )
             continue
+        if Path(path).exists():
+            raise UserError(
+                f"{path} is there and was not made up; give data.source: synthetic another path, or set "
+                "data.source=recap to use it"
+            )
         stamp.parent.mkdir(parents=True, exist_ok=True)
         if path == data.captions:
             make_synthetic_recap(Path(path), data.synthetic_captions)
         else:
             make_synthetic_phrases(Path(path), data.synthetic_captions)
-        stamp.write_text(json.dumps(made))
+        write_json(stamp, made)
 
 
 def make_teacher(recipe, accelerator) -> TextTeacher:
@@ -237,6 +243,7 @@ class TextStage(Stage):
         else:
             store = StoreReader(recipe.export.to)
             self.facts = store.manifest.description
+            refuse_other_teacher(recipe, self.facts["teacher"])
             if self.facts["context_length"] != recipe.data.context_length:
                 raise UserError(
                     f"the store at {recipe.export.to} holds {self.facts['context_length']} tokens a text, the recipe "

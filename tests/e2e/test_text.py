@@ -54,6 +54,16 @@ def test_stored_features_give_the_same_trajectory(texts):
     assert "lowest cosine 1.0000" in run(folder, "export", *overrides, "--check", "3", recipe=TEXT)
     run(folder, "train", *overrides, *SHORT, "teacher=stored", "name=stored", recipe=TEXT)
     same(folder, "stored", 5e-3)
+    other = (*overrides, *SHORT, "teacher=stored", "name=other", "sam3.fingerprint=deadbeef")
+    assert "was made by tiny" in run(folder, "train", *other, recipe=TEXT, code=2)
+
+
+def test_real_captions_are_never_overwritten(texts, tmp_path):
+    folder, overrides = texts
+    (tmp_path / "phrases.txt").write_text("a dog\n")
+    mine = (*overrides, *SHORT, f"data.phrases=[{tmp_path}/phrases.txt]", "name=mine")
+    assert "was not made up" in run(folder, "train", *mine, recipe=TEXT, code=2)
+    assert (tmp_path / "phrases.txt").read_text() == "a dog\n"
 
 
 def test_two_processes(texts):
