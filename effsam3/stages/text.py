@@ -7,6 +7,7 @@ Letters: B texts, L tokens, C channels of SAM 3's detector. Losses see token fea
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -87,18 +88,15 @@ def make_teacher(recipe, accelerator) -> TextTeacher:
 
 
 def make_student(recipe, channels: int):
-    """Build the recipe's student, initialised as it says; returns it and what became of the weights' tensors."""
+    """Build the recipe's student, initialised as it says; returns it and the report on its weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
         # Always SAM 3's own length: transformers' processors pad every prompt to it, however short the training texts.
         student = text_student(recipe.student, PROCESSOR_LENGTH, channels)
-    report = ""
-    if recipe.student_init != "random":
-        row = text_student_row(recipe.student)
-        report = str(
-            load_text_weights(student, row.weights if recipe.student_init == "mobileclip" else recipe.student_init)
-        )
-    return student, report
+    if recipe.student_init == "random":
+        return student, None
+    own = text_student_row(recipe.student).weights
+    return student, load_text_weights(student, own if recipe.student_init == "mobileclip" else recipe.student_init)
 
 
 class Distinct:
@@ -268,6 +266,8 @@ class TextStage(Stage):
         self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
         student, self.loaded = make_student(recipe, self.facts["channels"])
         self.set_student(student)
+        if self.loaded is not None:  # every tensor by name: loaded, initialised or dropped, and why
+            report.write_json("student_init.json", asdict(self.loaded))
 
     def statistics_batches(self):
         """The sample that a store's statistics are made of, in batches; of a stream, the held-out texts."""
@@ -292,7 +292,7 @@ class TextStage(Stage):
             f"{source}",
             "data": f"{data}, up to {self.recipe.data.context_length} tokens",
         }
-        return lines | ({"weights": self.loaded.replace("\n", "; ")} if self.loaded else {})
+        return lines | ({"weights": str(self.loaded).replace("\n", "; ")} if self.loaded else {})
 
     def train_batches(self, start: int, steps: int):
         """This rank's micro-batches from step `start` on."""

@@ -140,7 +140,7 @@ def test_the_guard_refuses_spoiled_tensors(spoil, teacher, value, complaint):
 
 def test_a_missing_tensor_is_named(spoil):
     name = "text_model.encoder.layers.1.mlp.fc1.weight"
-    with pytest.raises(ChassisError, match="missing_keys: 1 .*layers.1.mlp.fc1.weight"):
+    with pytest.raises(ChassisError, match="missing: 1 .*layers.1.mlp.fc1.weight"):
         TextTeacher(spoil(lambda tensors: tensors.pop(TEXT_ENCODER + name)))
 
 
