@@ -129,7 +129,16 @@ def check_weights(teacher: Teacher, claim: str, expected_fingerprint: str | None
             f"the teacher's trunk has the fingerprint {teacher.fingerprint}, the recipe asks for "
             f"{expected_fingerprint}; check sam3.checkpoint and sam3.revision, or correct sam3.fingerprint"
         )
-    for name, parameter in teacher.trunk.named_parameters():
+    refuse_damaged(teacher.trunk)
+
+
+def refuse_damaged(teacher: nn.Module) -> None:
+    """Refuse weights that were never trained or have been damaged.
+
+    Raises:
+        ChassisError: a tensor is not finite, or a matrix is constant; the message names it.
+    """
+    for name, parameter in teacher.named_parameters():
         if not parameter.isfinite().all():
             raise ChassisError(f"the teacher's tensor {name} is not finite; the checkpoint is damaged")
         if parameter.ndim > 1 and (parameter == parameter.flatten()[0]).all():

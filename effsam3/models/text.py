@@ -24,6 +24,7 @@ from transformers.models.sam3_lite_text.modeling_sam3_lite_text import (
 
 from effsam3.models.registry import text_student_row
 from effsam3.models.sam3 import ChassisError, fingerprint, load_part, read_config, read_tensors
+from effsam3.models.teacher import refuse_damaged
 from effsam3.models.tokens import PAD_ID
 
 DETECTOR = "detector_model."
@@ -92,11 +93,7 @@ def check_text_weights(teacher: TextTeacher, claim: str, expected_fingerprint: s
             f"the teacher's text encoder has the fingerprint {teacher.fingerprint}, the recipe asks for "
             f"{expected_fingerprint}; check sam3.checkpoint and sam3.revision, or correct sam3.fingerprint"
         )
-    for name, parameter in teacher.named_parameters():
-        if not parameter.isfinite().all():
-            raise ChassisError(f"the teacher's tensor {name} is not finite; the checkpoint is damaged")
-        if parameter.ndim > 1 and (parameter == parameter.flatten()[0]).all():
-            raise ChassisError(f"the teacher's tensor {name} is constant; the checkpoint holds no trained weights")
+    refuse_damaged(teacher)
 
 
 def check_tokens(tokens_BLC: Tensor, mask_BL: Tensor) -> None:

@@ -18,7 +18,7 @@ def maps():
 def loop(pred, target, valid, channels):
     """Sum over every valid position, divide per image, average over the images that have valid positions."""
     mse, cosine, images = 0.0, 0.0, 0
-    for p, t, m in zip(pred, target, valid, strict=False):
+    for p, t, m in zip(pred, target, valid, strict=True):
         cells = [(p[:, y, x], t[:, y, x]) for y in range(4) for x in range(6) if m[0, y, x]]
         if not cells:
             continue
