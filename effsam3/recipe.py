@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strict reader of recipes: YAML to the dataclasses of effsam3/schema.py, and what follows from the numbers."""
+"""The strict reader of recipes: YAML to the dataclasses of effsam3/schema, and what follows from the numbers."""
 
 from __future__ import annotations
 

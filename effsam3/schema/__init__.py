@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe may say: one frozen dataclass per section, one line per key with its unit or meaning.
+
+`effsam3/recipe.py` reads YAML into these classes. A rule that concerns one key is part of its type; rules between keys
+are `check` methods, which yield one sentence per mistake. A section named after a verb configures that verb.
+"""
+
+from __future__ import annotations
+
+from effsam3.schema.image import ImageRecipe
+from effsam3.schema.text import TextRecipe
+
+STAGES = {"image": ImageRecipe, "text": TextRecipe}  # stage -> class of its recipes
