@@ -18,56 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from effsam3.models.keymaps import KeyMap, section
+from effsam3.models.keymaps.mobileclip import APPLE, HOLES, OPEN_CLIP, POSITIONS
 from effsam3.models.text import StudentText
 from effsam3.models.vision import StudentError
 
-# Names of either layout as patterns, transformers' names, and how the tensor changes:
-#   copy      not at all
-#   swap      transposed: a matrix that multiplies from the right becomes a Linear's
-#   qkv       three matrices in one, for the three names that `@` stands for
-#   rows      the table of positions: its first rows, see `_rows`
-_BLOCK = r"text_encoder\.transformer\.(\d+)\."
-_APPLE = [
-    (r"text_encoder\.embedding_layer\.weight", "embeddings.token_embedding.weight", "copy"),
-    (
-        r"text_encoder\.positional_embedding\.pos_embed\.pos_embed",
-        "embeddings.position_embedding.position_embedding",
-        "rows",
+_LAYOUTS = {
+    "text_encoder.embedding_layer.weight": KeyMap(
+        section("text_encoder.", "text_encoder.", APPLE), HOLES, first="Apple's", second="Sam3LiteText's"
     ),
-    (r"text_encoder\.projection_layer", "projection.weight", "swap"),
-    (r"text_encoder\.final_layer_norm\.(weight|bias)", r"final_layer_norm.\1", "copy"),
-    (_BLOCK + r"pre_norm_mha\.0\.(weight|bias)", r"layers.\1.layer_norm1.\2", "copy"),
-    (_BLOCK + r"pre_norm_mha\.1\.qkv_proj\.(weight|bias)", r"layers.\1.self_attn.@_proj.\2", "qkv"),
-    (_BLOCK + r"pre_norm_mha\.1\.out_proj\.(weight|bias)", r"layers.\1.self_attn.out_proj.\2", "copy"),
-    (_BLOCK + r"pre_norm_ffn\.0\.(weight|bias)", r"layers.\1.layer_norm2.\2", "copy"),
-    (_BLOCK + r"pre_norm_ffn\.1\.(weight|bias)", r"layers.\1.mlp.fc1.\2", "copy"),
-    (_BLOCK + r"pre_norm_ffn\.4\.(weight|bias)", r"layers.\1.mlp.fc2.\2", "copy"),
-    (_BLOCK + r"((?:token_mixer\.)?layer_scale)", r"layers.\1.\2", "copy"),
-    (_BLOCK + r"token_mixer\.norm\.rbr_skip\.(\w+)", r"layers.\1.token_mixer.reference_batchnorm.\2", "copy"),
-    (_BLOCK + r"token_mixer\.mixer\.rbr_skip\.(\w+)", r"layers.\1.token_mixer.mixer.batchnorm_skip.\2", "copy"),
-    (_BLOCK + r"token_mixer\.mixer\.rbr_conv\.0\.conv\.weight", r"layers.\1.token_mixer.mixer.conv.weight", "copy"),
-    (
-        _BLOCK + r"token_mixer\.mixer\.rbr_conv\.0\.bn\.(\w+)",
-        r"layers.\1.token_mixer.mixer.batchnorm_conv.\2",
-        "copy",
+    "text.token_embedding.weight": KeyMap(
+        section("text.", "text_encoder.", OPEN_CLIP), HOLES, first="open_clip's", second="Sam3LiteText's"
     ),
-    (_BLOCK + r"convffn\.conv\.conv\.weight", r"layers.\1.conv_feed_forward.depthwise_conv.weight", "copy"),
-    (_BLOCK + r"convffn\.conv\.bn\.(\w+)", r"layers.\1.conv_feed_forward.depthwise_batchnorm.\2", "copy"),
-    (_BLOCK + r"convffn\.(fc[12])\.(weight|bias)", r"layers.\1.conv_feed_forward.mlp.\2.\3", "copy"),
-]
-_RESBLOCK = r"text\.transformer\.resblocks\.(\d+)\."
-_OPEN_CLIP = [
-    (r"text\.token_embedding\.weight", "embeddings.token_embedding.weight", "copy"),
-    (r"text\.positional_embedding", "embeddings.position_embedding.position_embedding", "rows"),
-    (r"text\.text_projection", "projection.weight", "swap"),
-    (r"text\.ln_final\.(weight|bias)", r"final_layer_norm.\1", "copy"),
-    (_RESBLOCK + r"ln_([12])\.(weight|bias)", r"layers.\1.layer_norm\2.\3", "copy"),
-    (_RESBLOCK + r"attn\.in_proj_(weight|bias)", r"layers.\1.self_attn.@_proj.\2", "qkv"),
-    (_RESBLOCK + r"attn\.out_proj\.(weight|bias)", r"layers.\1.self_attn.out_proj.\2", "copy"),
-    (_RESBLOCK + r"mlp\.c_fc\.(weight|bias)", r"layers.\1.mlp.fc1.\2", "copy"),
-    (_RESBLOCK + r"mlp\.c_proj\.(weight|bias)", r"layers.\1.mlp.fc2.\2", "copy"),
-]
-_LAYOUTS = {"text_encoder.embedding_layer.weight": _APPLE, "text.token_embedding.weight": _OPEN_CLIP}
+}
 
 _DROPPED = [
     (r"(image_encoder|visual)\..*", "image tower"),
@@ -115,10 +78,11 @@ def load_text_weights(student: StudentText, weights: str) -> WeightsReport:
 
     Raises:
         StudentError: no such weights; or a tensor without a use, without a source, or of another shape.
+        KeyMapError: a tensor of several parts that cannot be divided into them.
     """
     source = _read(_find(weights))
-    rules = next((rules for name, rules in _LAYOUTS.items() if name in source), None)
-    if rules is None:
+    layout = next((layout for name, layout in _LAYOUTS.items() if name in source), None)
+    if layout is None:
         raise StudentError(
             f"student_init: {weights} is not a MobileCLIP checkpoint: neither {' nor '.join(_LAYOUTS)} is among its "
             f"{len(source)} tensors (first: {', '.join(list(source)[:3])})"
@@ -130,7 +94,7 @@ def load_text_weights(student: StudentText, weights: str) -> WeightsReport:
         if reason is not None:
             dropped[name] = reason
             continue
-        offers = _convert(rules, name, tensor, student.context_length)
+        offers = _convert(layout, name, tensor, student.context_length)
         if not offers:
             problems.append(f"{name} is unknown")
         for target, (value, origin) in offers.items():
@@ -153,21 +117,20 @@ def _first_match(table: list[tuple[str, str]], name: str) -> str | None:
     return next((reason for pattern, reason in table if re.fullmatch(pattern, name)), None)
 
 
-def _convert(rules: list, name: str, tensor: Tensor, positions: int) -> dict[str, tuple[Tensor, str]]:
-    """Return the student's tensors made of one of the source's, each with the words that say so."""
-    for pattern, target, change in rules:
-        match = re.fullmatch(pattern, name)
-        if match is None:
-            continue
-        target = "text_encoder." + match.expand(target)
-        if change == "qkv":
-            letters = zip("qkv", tensor.chunk(3), strict=True)
-            return {target.replace("@", letter): (part, f"{name}, {letter}") for letter, part in letters}
-        if change == "rows":
-            table = tensor.reshape(1, 1, -1, tensor.shape[-1])
-            return {target: (table[:, :, :positions], f"{name}, first {positions} of {table.shape[2]} rows")}
-        return {target: (tensor.T if change == "swap" else tensor, name)}
-    return {}
+def _convert(layout: KeyMap, name: str, tensor: Tensor, positions: int) -> dict[str, tuple[Tensor, str]]:
+    """Return the student's tensors made of one of the source's, each with the words that say so; none if unknown."""
+    targets = layout.forward.targets(name)
+    if not targets:
+        return {}
+    values = layout.forward({name: tensor}).values()
+    if targets == ["text_encoder." + POSITIONS]:
+        table = tensor.reshape(1, 1, -1, tensor.shape[-1])
+        values, origins = [table[:, :, :positions]], [f"{name}, first {positions} of {table.shape[2]} rows"]
+    elif len(targets) == 3:
+        origins = [f"{name}, {letter}" for letter in "qkv"]
+    else:
+        origins = [name]
+    return dict(zip(targets, zip(values, origins, strict=True), strict=True))
 
 
 def _find(weights: str) -> Path:
