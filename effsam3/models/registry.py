@@ -7,8 +7,10 @@ Counts are exact numbers of parameters; docs/parameters.md says where each comes
 from __future__ import annotations
 
 import json
+import pickletools
 from dataclasses import dataclass, fields
 from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 from effsam3.errors import UserError, did_you_mean
 from effsam3.models import tiny
@@ -299,28 +301,43 @@ def head_params(head: str, channels: tuple[int, int, int, int], width: int) -> i
 
 
 def chassis_facts(checkpoint: str) -> ChassisFacts:
-    """Return the sizes of the SAM 3 that a recipe's `sam3.checkpoint` names; a local folder's are in its config.json.
+    """Return the sizes of the SAM 3 that a recipe's `sam3.checkpoint` names; a local one's are in its config.
 
     Raises:
-        UserError: a Hub id whose sizes are not known without a download, or a folder that holds no SAM 3.
+        UserError: a Hub id whose sizes are not known without a download, or a folder or file that holds no SAM 3.
     """
     if checkpoint in ("facebook/sam3", "random"):
         return SAM3
     if checkpoint == "tiny":
         return _facts(tiny.vision_config())
-    config_file = Path(checkpoint) / "config.json"
-    if not config_file.is_file():
+    path = Path(checkpoint)
+    sources = (path / "config.json", path / "merged" / "config.json", path)
+    source = next((file for file in sources if file.is_file()), None)
+    if source is None:
         raise UserError(
-            f"sam3.checkpoint: the sizes of {checkpoint!r} are not known, there is no {config_file}; "
-            "give a local transformers folder, facebook/sam3, random or tiny"
+            f"sam3.checkpoint: the sizes of {checkpoint!r} are not known, there is no {sources[0]}; "
+            "give a local transformers folder, a sam3.pt, facebook/sam3, random or tiny"
         )
     try:
-        return _facts(json.loads(config_file.read_text(encoding="utf-8"))["detector_config"]["vision_config"])
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        config = _config_in(source) if source == path else json.loads(source.read_text(encoding="utf-8"))
+        return SAM3 if config is None else _facts(config["detector_config"]["vision_config"])
+    except (KeyError, TypeError, ValueError, BadZipFile) as error:
         raise UserError(
-            f"sam3.checkpoint: {config_file} is not of a SAM 3 with its own ViT ({type(error).__name__}: {error})"
-            "; give a folder that transformers' Sam3VideoModel.save_pretrained wrote"
+            f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT ({type(error).__name__}: {error})"
+            "; give a folder that transformers' Sam3VideoModel.save_pretrained wrote, or a sam3.pt"
         ) from error
+
+
+def _config_in(file: Path) -> dict | None:
+    """The config that a sam3.pt of this project carries; None: it has the published sizes.
+
+    Its pickle is only listed, so this takes neither torch nor trust.
+    """
+    with ZipFile(file) as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        listing = pickletools.genops(archive.read(f"{folder}/data.pkl"))
+        texts = [argument for _, argument, _ in listing if isinstance(argument, str)]
+    return json.loads(texts[texts.index("effsam3") + 1])["config"] if "effsam3" in texts else None
 
 
 def _facts(vision: dict) -> ChassisFacts:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chassis: a SAM 3 checkpoint as a local folder in transformers' layout, read part by part.
 
-Whatever a recipe's `sam3.checkpoint` names (a Hub id, a local folder, `tiny`, `random`) becomes a folder first, so
-that everything after this file is one code path.
+Whatever a recipe's `sam3.checkpoint` names (a Hub id, a local folder, a sam3.pt, `tiny`, `random`) becomes a folder
+first, so that everything after this file is one code path. Half-precision weights become float32 when they are read.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import xxhash
-from safetensors import safe_open
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
 
+from effsam3.checkpoint import WEIGHTS, sync
 from effsam3.errors import UserError
 from effsam3.models.tiny import MADE_UP
 from effsam3.models.tokens import clip_tokenizer
@@ -26,6 +28,14 @@ from effsam3.models.tokens import clip_tokenizer
 TRUNK = "detector_model.vision_encoder.backbone."  # the slot `image`
 NECK = "detector_model.vision_encoder.neck."  # the detector's FPN; the tracker has its own, `tracker_neck.`
 SAM3_TRUNK_PARAMETERS = 446_236_672  # of facebook/sam3's ViT in transformers
+PICKLED = (".pt", ".pth")  # files that torch.save wrote
+MADE_AS = "2"  # to be changed with what `_make` writes, so that no cache keeps the old
+# Beside model.safetensors: what SAM 3's own layout has and transformers has no place for, under SAM 3's names.
+EXTRAS_FILE = "sam3_original.safetensors"
+ACCEPTED = (
+    "expected a folder in transformers' layout, a run folder that has been merged, a sam3.pt (.pt or .pth), a Hub id "
+    "such as facebook/sam3, `tiny` or `random`"
+)
 # What a student's release inherits unchanged: image and video processors, tokenizer.
 PROCESSOR_FILES = (
     "preprocessor_config.json",
@@ -62,34 +72,97 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where made-up chassis are kept: `$EFFSAM3_CACHE`, else `~/.cache/effsam3`."""
+    """Where made-up and converted chassis are kept: `$EFFSAM3_CACHE`, else `~/.cache/effsam3`."""
     return Path(os.environ.get("EFFSAM3_CACHE", Path.home() / ".cache" / "effsam3"))
+
+
+def kept_in_cache(name: str, write: Callable[[Path], None]) -> Path:
+    """Return the cache's folder `name`, filled by `write` if it is not there: whole or not at all, and only once.
+
+    Processes that ask at the same time wait for the first of them.
+
+    Raises:
+        ChassisError: the disk is full or the cache not writable.
+    """
+    folder = cache_folder() / name
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{name}.lock")):
+            if not folder.is_dir():
+                _write_whole(folder, write)
+    except (OSError, SafetensorError) as error:
+        if not folder.is_dir():  # where locks do not hold, another process may have been first
+            free = shutil.disk_usage(next(path for path in folder.absolute().parents if path.is_dir())).free
+            raise ChassisError(
+                f"sam3.checkpoint: {folder} cannot be written ({error}); {free / 1e9:.1f} GB are free there. Make "
+                "room, or set EFFSAM3_CACHE to a folder that has it"
+            ) from error
+    return folder
+
+
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        write(partial)
+        sync(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
     """Return a local folder with the checkpoint in transformers' layout.
 
-    `tiny` and `random` are made once, from a fixed seed, under the cache folder. A Hub id is downloaded.
+    `tiny` and `random` are made once, from a fixed seed, under the cache folder; a `.pt` or `.pth` file in SAM 3's
+    own layout is converted there once. A Hub id is downloaded. Of a run folder it is the merged model.
 
     Raises:
-        ChassisError: no such folder, or the Hub refuses it or is out of reach.
+        ChassisError: no such folder or file, something else in it, or the Hub refuses it or is out of reach.
+        PickledError: a file that is damaged, or holds no model.
     """
     if checkpoint in MADE_UP:
         return _make(checkpoint)
-    folder = Path(checkpoint)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ChassisError(
-                f"sam3.checkpoint: {folder} has no config.json; a checkpoint folder in transformers' layout has "
-                "config.json and *.safetensors"
-            )
-        return folder
-    if folder.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1:
-        raise ChassisError(
-            f"sam3.checkpoint: there is no folder {checkpoint}; expected a local folder, a Hub id such as "
-            "facebook/sam3, `tiny` or `random`"
-        )
+    path = Path(checkpoint)
+    if path.is_dir():
+        return _model_folder(path)
+    if path.suffix in PICKLED:
+        from effsam3.models.original import converted
+
+        return converted(path)
+    if path.is_file():
+        meant = f"name its folder, {path.parent}" if (path.parent / "config.json").is_file() else ACCEPTED
+        raise ChassisError(f"sam3.checkpoint: {path} is a single file of another kind; {meant}")
+    if path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1:
+        raise ChassisError(f"sam3.checkpoint: there is no folder or file {checkpoint}; {ACCEPTED}")
     return _download(checkpoint, revision)
+
+
+def _model_folder(folder: Path) -> Path:
+    """Return the folder in transformers' layout that a local folder is or holds.
+
+    Raises:
+        ChassisError: it is something else; the message says what, if that is known.
+    """
+    for model in (folder, folder / "merged"):
+        if (model / "config.json").is_file():
+            return model
+    files = sorted(path.name for path in folder.iterdir())
+    if WEIGHTS in files:
+        found = (
+            "is a training checkpoint: a student without the rest. Name its run folder, once `effsam3 merge` has run"
+        )
+    elif "recipe.yaml" in files:
+        found = "is a run folder without a merged model; run `effsam3 merge` on its recipe first"
+    elif any(name.startswith("random_states_") for name in files):
+        found = f"is accelerate's training state, which no model can be taken from; {ACCEPTED}"
+    elif pickled := [name for name in files if Path(name).suffix in PICKLED]:
+        found = f"has no config.json; if {folder / pickled[0]} is meant, name that file"
+    else:
+        found = f"has no config.json; {ACCEPTED}"
+    raise ChassisError(f"sam3.checkpoint: {folder} {found}")
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
@@ -98,7 +171,9 @@ def _download(repo_id: str, revision: str | None) -> Path:
 
     try:
         return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=["*.safetensors", "*.json", "merges.txt"])
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=["*.safetensors", "*.json", "merges.txt", "LICENSE*"]
+            )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ChassisError(
@@ -113,32 +188,25 @@ def _make(name: str) -> Path:
     from transformers import Sam3VideoModel
 
     config = MADE_UP[name]()
-    made_from = config.to_json_string() + transformers.__version__ + torch.__version__
+    made_from = config.to_json_string() + transformers.__version__ + torch.__version__ + MADE_AS
     key = xxhash.xxh3_64_hexdigest(made_from.encode())
-    folder = cache_folder() / f"{name}-{key}"
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = Sam3VideoModel(config)
-        # Zero or uninitialised parameters would make whatever they multiply invisible to every comparison.
-        for parameter in model.parameters():
-            if not parameter.any() or not parameter.isfinite().all():
-                torch.nn.init.normal_(parameter, std=0.02)
-    partial = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
-    partial.chmod(0o755)
-    with quiet_transformers():
-        model.save_pretrained(partial, save_original_format=False)
-        processor(config).save_pretrained(partial)
-    try:
-        partial.rename(folder)
-    except OSError:
-        # Another process was first: its folder has the same content.
-        shutil.rmtree(partial)
-        if not folder.is_dir():
-            raise
-    return folder
+
+    def write(folder: Path) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Sam3VideoModel(config)
+            # Zero or uninitialised parameters would make whatever they multiply invisible to every comparison.
+            for parameter in model.parameters():
+                if not parameter.any() or not parameter.isfinite().all():
+                    torch.nn.init.normal_(parameter, std=0.02)
+            # One tensor in SAM 3's own layout; transformers draws it twice.
+            shared = model.tracker_model.shared_image_embedding.positional_embedding
+            model.tracker_model.prompt_encoder.shared_embedding.positional_embedding.copy_(shared)
+        with quiet_transformers():
+            model.save_pretrained(folder, save_original_format=False)
+            processor(config).save_pretrained(folder)
+
+    return kept_in_cache(f"{name}-{key}", write)
 
 
 def processor(config):
@@ -176,6 +244,18 @@ def read_config(folder: Path):
     return Sam3VideoConfig.from_pretrained(folder)
 
 
+def open_shard(path: Path):
+    """Open a safetensors file, memory-mapped.
+
+    Raises:
+        ChassisError: it is cut short or something else.
+    """
+    try:
+        return safe_open(path, "pt")
+    except SafetensorError as error:
+        raise ChassisError(f"sam3.checkpoint: {path} is cut short or damaged ({error}); fetch it again") from error
+
+
 def shard_of(folder: Path) -> dict[str, Path]:
     """Return which safetensors file holds each tensor of a folder: {tensor name: file}.
 
@@ -192,12 +272,23 @@ def shard_of(folder: Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     if not single.is_file():
         raise ChassisError(f"sam3.checkpoint: {folder} has neither model.safetensors nor model.safetensors.index.json")
-    with safe_open(single, "pt") as file:
+    with open_shard(single) as file:
         return {name: single for name in file.keys()}
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     """Read the tensors whose names start with `prefix`, memory-mapped, with the prefix taken off.
+
+    Numbers of another precision become float32: everything that learns, compares or merges sees one type.
+
+    Raises:
+        ChassisError: none has the prefix.
+    """
+    return {name: to_float32(tensor) for name, tensor in map_tensors(folder, prefix).items()}
+
+
+def map_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
+    """The same in the types of the files, and so without reading anything.
 
     Raises:
         ChassisError: none has the prefix.
@@ -213,10 +304,15 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
         )
     tensors = {}
     for path, names in files.items():
-        with safe_open(path, "pt") as file:
+        with open_shard(path) as file:
             for name in names:
                 tensors[name.removeprefix(prefix)] = file.get_tensor(name)
     return tensors
+
+
+def to_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of real numbers as float32 and any other, or one that is float32 already, as it is."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -224,7 +320,7 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     files = shard_of(folder)
     for path in set(files.values()):
-        with safe_open(path, "pt") as file:
+        with open_shard(path) as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return shapes
 
@@ -235,10 +331,13 @@ def elements(folder: Path) -> int:
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
-    """Return a 128-bit hash (hex) over names, types, shapes and bytes, independent of the order."""
+    """Return a 128-bit hash (hex) over names, types, shapes and bytes, independent of the order.
+
+    Half-precision tensors count as the float32 that `read_tensors` makes of them. One tensor is in memory at a time.
+    """
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+        tensor = to_float32(tensors[name].detach()).cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

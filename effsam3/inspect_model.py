@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `inspect`: say what a checkpoint is, who fills its slots and how big its parts are, without loading it.
+
+effsam3 inspect runs/stage1-image-es_rv_m     a run folder and its merged model
+effsam3 inspect sam3.pt --json                the same facts for programs
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import Sam3VideoConfig
+
+from effsam3.checkpoint import WEIGHTS, complete, read_weights
+from effsam3.errors import UserError
+from effsam3.models.keymaps import KeyMapError
+from effsam3.models.keymaps.sam3 import to_transformers
+from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstream
+from effsam3.models.original import OWN, config_of, own_card, refuse_misfit
+from effsam3.models.pickled import open_pickled
+from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, TINY_TEXT_STUDENTS
+from effsam3.models.sam3 import (
+    ACCEPTED,
+    EXTRAS_FILE,
+    PICKLED,
+    TRUNK,
+    ChassisError,
+    chassis_folder,
+    fingerprint,
+    map_tensors,
+    read_config,
+)
+from effsam3.models.slots import CARD
+from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
+from effsam3.models.tiny import MADE_UP
+from effsam3.report import table
+
+# Part -> how its tensors' names begin in a Sam3VideoModel; of several that fit, the first.
+PARTS = {
+    "image trunk": (TRUNK,),
+    "neck, the detector's": ("detector_model.vision_encoder.neck.",),
+    "neck, the tracker's": ("tracker_neck.",),
+    "text encoder": (TEXT_ENCODER, TEXT_PROJECTION),
+    "geometry encoder": ("detector_model.geometry_encoder.",),
+    "DETR encoder": ("detector_model.detr_encoder.",),
+    "DETR decoder": ("detector_model.detr_decoder.", "detector_model.dot_product_scoring."),
+    "mask decoder, the detector's": ("detector_model.mask_decoder.",),
+    "prompt encoder": ("tracker_model.prompt_encoder.", "tracker_model.shared_image_embedding."),
+    "mask decoder, the tracker's": ("tracker_model.mask_decoder.",),
+    "memory attention": ("tracker_model.memory_attention.",),
+    "memory encoder": ("tracker_model.memory_encoder.",),
+    "memory resampler": ("tracker_model.memory_resampler.",),
+    "object pointers, embeddings": ("tracker_model.",),
+}
+FINGERPRINTS = {
+    "trunk": "as sam3.fingerprint of a recipe of stage image",
+    "text": "as sam3.fingerprint of a recipe of stage text",
+    "model": "of all tensors by transformers' names",
+    "file": "of all tensors by the file's names",
+    "student": "of all tensors",
+}
+# What a module keeps beside its parameters, by the end of the name: statistics and fixed encodings.
+BUFFERS = re.compile(
+    r"(running_mean|running_var|num_batches_tracked|feature_mean|feature_scale"
+    r"|shared(_image)?_embedding\.positional_embedding)$"
+)
+EFFICIENTSAM3 = "EfficientSAM3's layout"
+# Names of EfficientSAM3's students, in a whole model or alone; the group is what keymaps/upstream.py knows.
+IMAGE_STUDENT = re.compile(
+    r"(?:(?:detector\.)?backbone\.vision_backbone\.trunk\.model\.)?(?:student_trunk\.)?((?:backbone\.model|head)\..+)"
+)
+TEXT_STUDENT = re.compile(r"(?:(?:detector\.)?backbone\.language_backbone\.)?((?:encoder|projector)\..+)")
+
+
+class InspectError(UserError):
+    """A path that is no checkpoint."""
+
+
+def inspect(path: str, as_json: bool = False) -> str:
+    """Return what stands at `path`, for people or as JSON.
+
+    Args:
+        path: whatever `sam3.checkpoint` accepts, a run folder, a folder of its checkpoints, or an EfficientSAM3 file.
+
+    Raises:
+        UserError: there is nothing, or nothing that is known.
+    """
+    facts = examine(path)
+    return json.dumps(facts, indent=2) if as_json else as_text(facts)
+
+
+def examine(path: str) -> dict[str, Any]:
+    """Return the facts that `inspect` prints."""
+    folder = Path(path)
+    if folder.suffix in PICKLED and not folder.is_dir():
+        return pickled_file(folder)
+    if (folder / WEIGHTS).is_file():
+        return training_checkpoint(folder)
+    if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
+        return run_folder(folder)
+    if path in MADE_UP or (folder / "config.json").is_file():
+        made_up = {"layout": "made up, random weights"} if path in MADE_UP else {}
+        return model_folder(chassis_folder(path)) | {"path": path} | made_up
+    if folder.exists() or folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+        what = "is no checkpoint" if folder.exists() else "does not exist"
+        raise InspectError(f"{path} {what}; {ACCEPTED}, a training checkpoint (step-*), or an EfficientSAM3 .pt")
+    return model_folder(chassis_folder(path)) | {"path": path}
+
+
+# ---- what may stand there
+
+
+def model_folder(folder: Path) -> dict[str, Any]:
+    """Facts of a whole model in transformers' layout."""
+    tensors = map_tensors(folder)
+    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {"slots": {}}
+    beside = load_file(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).is_file() else {}
+    return {
+        "path": str(folder),
+        "layout": "transformers folder",
+        "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        "chassis": card.get("chassis"),
+        **_model(tensors, read_config(folder), card["slots"], beside),
+    }
+
+
+def pickled_file(path: Path) -> dict[str, Any]:
+    """Facts of a file that `torch.save` wrote, in SAM 3's own layout or EfficientSAM3's.
+
+    Raises:
+        InspectError: it holds something else.
+    """
+    pickled = open_pickled(path)
+    found = {
+        "entry": ".".join(pickled.entry),
+        "averaged": pickled.is_average,
+        "beside": sorted(map(str, pickled.aside)),
+    }
+    facts = {"path": str(path), "bytes": path.stat().st_size, "found": found}
+    try:
+        image, text, rest = ({}, {}, pickled.tensors) if OWN in pickled.aside else _students(pickled.tensors)
+        if image or text:
+            return facts | _efficientsam3(image, text, rest) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
+        tensors, beside = to_transformers(pickled.tensors)
+    except KeyMapError as error:
+        raise InspectError(f"{path} is neither in SAM 3's own layout nor in EfficientSAM3's: {error}") from error
+    config, slots = config_of(pickled, path), own_card(pickled)["slots"]
+    return facts | {"layout": "SAM 3's own layout"} | _model(tensors, config, slots, beside)
+
+
+def _students(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
+    """Tell EfficientSAM3's image and text student, under their own names, from the rest, under SAM 3's."""
+    image, text, rest = {}, {}, {}
+    has_text = any(name.endswith("projector.weight") for name in tensors)  # SAM 3's own text encoder has a `resizer`
+    for name, tensor in tensors.items():
+        if match := IMAGE_STUDENT.fullmatch(name):
+            image[match[1]] = tensor
+        elif has_text and (match := TEXT_STUDENT.fullmatch(name)):
+            text[match[1]] = tensor
+        else:
+            rest[name if name.startswith(("detector.", "tracker.")) else f"detector.{name}"] = tensor
+    return image, text, rest
+
+
+def _efficientsam3(image: dict[str, Tensor], text: dict[str, Tensor], rest: dict[str, Tensor]) -> dict[str, Any]:
+    """Facts of EfficientSAM3's layout: a whole model, or students alone."""
+    slots = {}
+    if image:
+        timm_name, _ = image_from_upstream(image)
+        name, row = next((name, row) for name, row in IMAGE_STUDENTS.items() if row.timm_name == timm_name)
+        slots["image"] = {"student": name, "is": f"{row.label} ({name}) with head stride32"}
+    if text:
+        name, positions, _ = text_from_upstream(text)
+        slots["text"] = {"student": name, "is": f"{TEXT_STUDENTS[name].label} ({name}), {positions} tokens"}
+    named = {TRUNK + key: tensor for key, tensor in image.items()}
+    named |= {TEXT_ENCODER + key: tensor for key, tensor in text.items()} | to_transformers(rest)[0]
+    return {"layout": EFFICIENTSAM3, "slots": slots, "parts": _parts(named, PARTS)}
+
+
+def training_checkpoint(folder: Path) -> dict[str, Any]:
+    """Facts of one of a run's checkpoints: a student, with or without what resuming needs.
+
+    Raises:
+        InspectError: it was never finished.
+        CheckpointError: its weights are damaged.
+    """
+    if not (folder / "trainer.json").is_file():
+        raise InspectError(f"{folder} was never finished: it has no trainer.json; look at another of {folder.parent}")
+    trainer = json.loads((folder / "trainer.json").read_text())
+    weights = read_weights(folder)
+    recipe = folder.parents[1] / "recipe.yaml"
+    return {
+        "path": str(folder),
+        "layout": "training checkpoint",
+        "bytes": (folder / WEIGHTS).stat().st_size,
+        "recipe": _recipe(recipe) if recipe.is_file() else None,
+        "step": trainer["step"],
+        "best": trainer["best"],
+        "resumable": (folder / "state").is_dir(),
+        "parts": _parts(weights, {name.partition(".")[0]: (name.partition(".")[0],) for name in weights}),
+        "fingerprints": {"student": fingerprint(weights)},
+    }
+
+
+def run_folder(folder: Path) -> dict[str, Any]:
+    """Facts of a run: what it trains, its checkpoints, its merged model if there is one."""
+    checkpoints = folder / "checkpoints"
+    merged = folder / "merged"
+    return {
+        "path": str(folder),
+        "layout": "run folder",
+        "recipe": _recipe(folder / "recipe.yaml"),
+        "checkpoints": [path.name for path in complete(checkpoints) + complete(checkpoints, best=True)],
+        "merged": model_folder(merged) if (merged / "config.json").is_file() else None,
+    }
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    """What a run's resolved recipe says of the student, read as plain YAML: an older version's is good enough."""
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {key: recipe[key] for key in ("name", "stage", "student", "head", "parts") if key in recipe}
+
+
+# ---- a whole model
+
+
+def _model(tensors: Mapping[str, Tensor], config: Sam3VideoConfig, slots: dict, beside: Mapping) -> dict:
+    backbone = config.detector_config.vision_config.backbone_config
+    text = {name: tensor for name, tensor in tensors.items() if name.startswith((TEXT_ENCODER, TEXT_PROJECTION))}
+    try:
+        refuse_misfit(tensors, config, "not a whole SAM 3 (by transformers' names)")
+    except ChassisError as error:
+        problem = str(error)
+    else:
+        problem = None
+    return {
+        "image_size": backbone.image_size,
+        "patch_size": backbone.patch_size,
+        "grid": backbone.image_size // backbone.patch_size,
+        "slots": {
+            slot: describe(config) | ({"from": slots[slot]["from"]} if slot in slots else {})
+            for slot, describe in DESCRIBED.items()
+        },
+        "parts": _parts(tensors, PARTS),
+        "kept_beside": sorted(beside),
+        "fingerprints": {
+            "trunk": fingerprint({n.removeprefix(TRUNK): t for n, t in tensors.items() if n.startswith(TRUNK)}),
+            "text": fingerprint(text),
+            "model": fingerprint(tensors),
+        },
+        "problem": problem,
+    }
+
+
+def _parts(tensors: Mapping[str, Tensor], prefixes: Mapping[str, tuple[str, ...]]) -> dict[str, dict]:
+    """Count tensors, parameters, other numbers (buffers) and types of every part that has any."""
+    parts: dict[str, dict] = {}
+    for name, tensor in tensors.items():
+        title = next((title for title, begins in prefixes.items() if name.startswith(begins)), "unknown")
+        part = parts.setdefault(title, {"tensors": 0, "parameters": 0, "buffers": 0, "types": []})
+        part["tensors"] += 1
+        part["buffers" if BUFFERS.search(name) else "parameters"] += tensor.numel()
+        if (kind := str(tensor.dtype).removeprefix("torch.")) not in part["types"]:
+            part["types"].append(kind)
+    return {title: parts[title] for title in [*prefixes, "unknown"] if title in parts}
+
+
+def _image(config: Sam3VideoConfig) -> dict[str, Any]:
+    backbone = config.detector_config.vision_config.backbone_config
+    if backbone.model_type != "effsam3_student_trunk":
+        return {
+            "student": None,
+            "is": f"SAM 3's own, {backbone.num_hidden_layers} layers, {backbone.hidden_size} channels",
+        }
+    name, row = next((name, row) for name, row in IMAGE_STUDENTS.items() if row.timm_name == backbone.timm_name)
+    return {"student": name, "is": f"{row.label} ({name}) with head {backbone.head}, {backbone.hidden_size} channels"}
+
+
+def _text_slot(config: Sam3VideoConfig) -> dict[str, Any]:
+    text = config.detector_config.text_config
+    size = f"{text.num_hidden_layers} layers, {text.max_position_embeddings} tokens"
+    if text.model_type != "sam3_lite_text_text_model":
+        return {"student": None, "is": f"SAM 3's own, {size}"}
+    rows = TEXT_STUDENTS | TINY_TEXT_STUDENTS
+    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "use_repmixer_blocks")
+    found = (
+        (name, row.label)
+        for name, row in rows.items()
+        if all(getattr(row, key) == getattr(text, key) for key in shape)
+    )
+    name, label = next(found, (None, "LiteText of another size"))
+    return {"student": name, "is": f"{label} ({name}), {size}" if name else f"{label}, {size}"}
+
+
+def _memory(config: Sam3VideoConfig) -> dict[str, Any]:
+    tracker = config.tracker_config
+    size = f"{tracker.num_maskmem} frames, {tracker.memory_attention_num_layers} layers"
+    if tracker.model_type != "effsam3_tracker_video":
+        return {"mode": "dense", "is": f"SAM 3's own, {size}"}
+    latents = f"{tracker.memory_global_latents} + {tracker.memory_window_latents} latents, pool {tracker.memory_pool}"
+    return {"mode": tracker.memory_mode, "is": f"efficient, {tracker.memory_mode}, {latents}, {size}"}
+
+
+# slot -> who stands in it
+DESCRIBED = {"image": _image, "text": _text_slot, "memory": _memory}
+
+
+# ---- for people
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts as aligned lines and a table."""
+    about = {"layout": facts["layout"] + (f", {facts['bytes'] / 1e6:,.2f} MB" if "bytes" in facts else "")}
+    about |= ABOUT.get(facts["layout"], _about_model)(facts)
+    lines = [facts["path"], *(f"{name:<12} {text}" for name, text in about.items())]
+    if "parts" in facts:
+        lines += ["", _parts_table(facts["parts"]), ""]
+        for name, value in facts["fingerprints"].items():
+            slot = {"trunk": "image"}.get(name, name)
+            is_student = facts.get("slots", {}).get(slot, {}).get("student") is not None
+            meaning = "of the student's tensors" if is_student else FINGERPRINTS[name]
+            lines.append(f"{'fingerprint':<12} {name:<8} {value}  {meaning}")
+    if facts.get("merged") is not None:
+        lines += ["", as_text(facts["merged"])]
+    return "\n".join(lines)
+
+
+def _about_run(facts: dict[str, Any]) -> dict[str, str]:
+    merged = "below" if facts["merged"] else f"not yet; effsam3 merge {facts['path']}/recipe.yaml makes it"
+    checkpoints = ", ".join(facts["checkpoints"]) or "none"
+    return {"recipe": _recipe_text(facts["recipe"]), "checkpoints": checkpoints, "merged": merged}
+
+
+def _about_checkpoint(facts: dict[str, Any]) -> dict[str, str]:
+    about = {
+        "recipe": "unknown: it is not in a run folder" if facts["recipe"] is None else _recipe_text(facts["recipe"])
+    }
+    about["step"] = f"{facts['step']:,}"
+    if (best := facts["best"]) is not None:
+        measured = ", ".join(f"{name} {value:.4f}" for name, value in best.items() if name != "step")
+        about["best so far"] = f"step {best['step']:,}: {measured}"
+    return about | {"resumable": "yes" if facts["resumable"] else "no, the weights alone"}
+
+
+def _about_model(facts: dict[str, Any]) -> dict[str, str]:
+    about = {}
+    if facts["layout"] == EFFICIENTSAM3:
+        about["use"] = f"effsam3 import {facts['path']} makes a model of it"
+    if "grid" in facts:
+        side, patch, grid = (facts[key] for key in ("image_size", "patch_size", "grid"))
+        about["images"] = f"{side} px square, patches of {patch} px, grid {grid} x {grid}"
+    for slot, filled in facts["slots"].items():
+        about[f"slot {slot}"] = filled["is"] + (f"; from {filled['from']}" if "from" in filled else "")
+    if facts.get("chassis") is not None:
+        about["chassis"] = facts["chassis"]
+    if "found" in facts:
+        found = facts["found"]
+        about["found"] = f"under {found['entry']}" if found["entry"] else "on top"
+        about["found"] += ", averaged weights" if found["averaged"] else ""
+        about["found"] += f"; beside it {', '.join(found['beside'])}" if found["beside"] else ""
+    if facts.get("kept_beside"):
+        about["extras"] = (
+            f"{len(facts['kept_beside'])} tensors of SAM 3's own layout that transformers has no place for"
+        )
+    return about | ({"problem": facts["problem"]} if facts.get("problem") else {})
+
+
+ABOUT = {"run folder": _about_run, "training checkpoint": _about_checkpoint}
+
+
+def _recipe_text(recipe: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in recipe.items() if value is not None)
+
+
+def _parts_table(parts: dict[str, dict]) -> str:
+    total = {key: sum(part[key] for part in parts.values()) for key in ("tensors", "parameters", "buffers")}
+    types = sorted({kind for part in parts.values() for kind in part["types"]})
+    rows = [
+        [title, ", ".join(part["types"]), *(f"{part[key]:,}" for key in total)]
+        for title, part in (parts | {"all": total | {"types": types}}).items()
+    ]
+    return table(rows, ["part", "type", *total], text_columns=2)
