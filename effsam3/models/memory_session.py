@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory bank of a session, kept from growing with the video.
+
+transformers keeps every frame's memory and full-size masks for ever, though a frame reads only a few of them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def forget(session, frame: int, config) -> None:
+    """Drop from a tracker's session what no frame after `frame` will read, whichever way the video is tracked.
+
+    What stays, for each object: frames within reach of `frame`, frames within reach of a frame with the user's inputs
+    (tracking may start there again, in either direction), and all that those inputs gave. `frame` itself may be
+    tracked once more, after a click or with a new object. Frames that the detector made conditioning frames, without
+    inputs, stay while they are among the nearest `max_cond_frame_num`.
+    """
+    for index, outputs in session.output_dict_per_obj.items():
+        inputs = session.point_inputs_per_obj[index].keys() | session.mask_inputs_per_obj[index].keys()
+        _forget_tracked(outputs["non_cond_frame_outputs"], frame, {frame, *inputs}, config)
+        _forget_conditioning(outputs["cond_frame_outputs"], frame, inputs, config)
+
+
+def _forget_tracked(outputs: dict[int, dict], frame: int, anchors: set[int], config) -> None:
+    """Trim the frames that were tracked: pointers reach further than memories, memories further than maps."""
+    for index in list(outputs):
+        distance = min(abs(index - anchor) for anchor in anchors)
+        output = outputs[index]
+        if distance >= config.max_object_pointers_in_encoder:
+            del outputs[index]
+            continue
+        output.pop("high_res_masks", None)
+        if index != frame:
+            output.pop("pred_masks", None)
+        if distance >= config.num_maskmem:
+            output.pop("maskmem_features", None)
+            output.pop("maskmem_pos_enc", None)
+        if "maskmem_features" in output:
+            hot = abs(index - frame) <= config.memory_hot_frames or not config.keeps_latents
+            output["maskmem_features"] = _own(output["maskmem_features"] if hot else _cold(output, config))
+
+
+def _forget_conditioning(outputs: dict[int, dict], frame: int, inputs: set[int], config) -> None:
+    """Trim conditioning frames; their low-resolution masks stay, a session shows them again."""
+    made = sorted((index for index in outputs if index not in inputs), key=lambda index: abs(index - frame))
+    limit = len(made) if config.max_cond_frame_num == -1 else config.max_cond_frame_num
+    for index in made[limit:]:
+        if abs(index - frame) >= config.num_maskmem:
+            del outputs[index]
+    for output in outputs.values():
+        output.pop("high_res_masks", None)
+        if "maskmem_features" in output:
+            output["maskmem_features"] = _own(output["maskmem_features"])
+
+
+def _cold(output: dict, config) -> Tensor:
+    """The latents of a packed frame (N, 1, M), which stand last."""
+    return output["maskmem_features"][-(config.memory_global_latents + config.memory_window_latents) :]
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor itself if it fills its storage, else a copy: a view would keep the rest alive."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
