@@ -22,6 +22,7 @@ setup(
     entry_points={"console_scripts": ["effsam3=effsam3.cli:main"]},
     install_requires=[
         "accelerate>=1.10",
+        "av>=12",  # writes synthetic videos; wheels bundle ffmpeg
         "datasets>=4.0",
         # Its wheels are for these two only; there is nothing to build it from elsewhere.
         "decord>=0.6; platform_system == 'Windows' or (platform_system == 'Linux' and platform_machine == 'x86_64')",

@@ -8,25 +8,16 @@ names; at the end the parts become one parquet.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import functools
-import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from effsam3.data import sa1b
+from effsam3.data import indexing, sa1b
 from effsam3.data.layouts_sa1b import Entry, Listing, check_sources, list_sources, printable
 from effsam3.errors import UserError
 
@@ -82,13 +73,13 @@ def build_index(
     parts.mkdir(parents=True, exist_ok=True)
     folder = out.parent.resolve()
     options = Check(check == "decode", min_side, max_pixels)
-    with _pool(workers or os.cpu_count()) as submit:
+    with indexing.worker_pool(workers or os.cpu_count()) as submit:
         listing = list_sources(sources, folder, val_fraction, submit)
         slices = [group[i : i + PART_IMAGES] for group in listing.groups for i in range(0, len(group), PART_IMAGES)]
         files = {parts / f"{_fingerprint(entries, options)}.parquet": entries for entries in slices}
-        _make_parts(files, folder, options, submit, progress)
+        indexing.make_parts(files, _make_part, (folder, options), submit, "images", progress)
 
-    table = _read_parts(files)
+    table = indexing.read_parts(files, _schema())
     report = _report(table, listing) | {
         "check": check,
         "val_fraction": val_fraction,
@@ -102,8 +93,8 @@ def build_index(
     sa1b.write_atomic(report_file, json.dumps(report, indent=1).encode())
     if not sum(report["images"].values()):
         raise UserError(f"no usable image in {', '.join(report['sources'])}\n{summary(report)}\nreport: {report_file}")
-    usable = table.filter(_is_empty(table["excluded"])).select(list(sa1b.COLUMNS))
-    sa1b.write_atomic(out, _parquet_bytes(usable))
+    usable = table.filter(indexing.is_empty(table["excluded"])).select(list(sa1b.COLUMNS))
+    sa1b.write_atomic(out, indexing.parquet_bytes(usable))
     shutil.rmtree(parts)
     return report
 
@@ -128,34 +119,11 @@ def summary(report: dict) -> str:
 # ---- parts
 
 
-def _make_parts(
-    files: dict[Path, list[Entry]], folder: Path, options: Check, submit: Callable, progress: bool
-) -> None:
-    from tqdm import tqdm
-
-    total = sum(map(len, files.values()))
-    missing = {file: entries for file, entries in files.items() if not file.exists()}
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
-    with tqdm(total=total, desc="images", mininterval=interval, disable=not progress) as bar:
-        bar.update(total - sum(map(len, missing.values())))
-        futures = []
-        for file, entries in missing.items():
-            futures.append(submit(_make_part, entries, folder, options, file))
-            futures[-1].add_done_callback(functools.partial(_advance, bar, len(entries)))
-        for future in futures:
-            future.result()
-
-
-def _advance(bar, images: int, future: Future) -> None:
-    if not future.cancelled() and future.exception() is None:
-        bar.update(images)
-
-
 def _make_part(entries: list[Entry], folder: Path, options: Check, file: Path) -> None:
     import pyarrow
 
     rows = [_check(entry, folder, options) for entry in entries]
-    sa1b.write_atomic(file, _parquet_bytes(pyarrow.Table.from_pylist(rows, _schema())))
+    sa1b.write_atomic(file, indexing.parquet_bytes(pyarrow.Table.from_pylist(rows, _schema())))
 
 
 def _check(entry: Entry, folder: Path, options: Check) -> dict:
@@ -208,41 +176,6 @@ def _fingerprint(entries: list[Entry], options: Check) -> str:
     return xxhash.xxh3_128_hexdigest(repr((VERSION, options, entries)).encode("utf-8", "backslashreplace"))
 
 
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[Callable[..., Future]]:
-    """Give `submit(function, *arguments)`, which returns a future."""
-    if workers == 1:
-        yield _run_now
-        return
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker)
-    try:
-        yield executor.submit
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory; the finished parts are kept: "
-            "run the same command again to go on, with fewer --workers if memory is short"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _run_now(function: Callable, *arguments) -> Future:
-    future = Future()
-    future.set_result(function(*arguments))
-    return future
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and without a traceback
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)  # a killed parent leaves nobody who could stop this worker
-
-
 # ---- merging
 
 
@@ -252,37 +185,15 @@ def _schema():
     return pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in PART_COLUMNS.items()])
 
 
-def _parquet_bytes(table) -> memoryview:
-    import pyarrow.parquet as parquet
-
-    sink = io.BytesIO()
-    parquet.write_table(table, sink)
-    return sink.getbuffer()
-
-
-def _read_parts(files: Iterable[Path]):
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    tables = [parquet.read_table(file, partitioning=None) for file in files]
-    return pyarrow.concat_tables([_schema().empty_table(), *tables]).sort_by("key")
-
-
-def _is_empty(column):
-    import pyarrow.compute as compute
-
-    return compute.equal(column, "")
-
-
 def _report(table, listing: Listing) -> dict:
-    usable = table.filter(_is_empty(table["excluded"]))
+    usable = table.filter(indexing.is_empty(table["excluded"]))
     splits = usable["split"].to_pylist()
     converted: dict[str, list[str]] = {}
     for key, kinds in zip(usable["key"].to_pylist(), usable["converted"].to_pylist(), strict=True):
         for kind in filter(None, kinds.split(",")):
             converted.setdefault(kind, []).append(key)
-    excluded = _names_by_reason(table, "excluded", "image_name", listing.excluded)
-    problems = _names_by_reason(table, "annotation_problem", "annotation_name", listing.annotation_problems)
+    excluded = indexing.names_by_reason(table, "excluded", "image_name", listing.excluded)
+    problems = indexing.names_by_reason(table, "annotation_problem", "annotation_name", listing.annotation_problems)
     return {
         "images": {split: splits.count(split) for split in sa1b.SPLITS},
         "masks": sum(usable["num_masks"].to_pylist()),
@@ -292,19 +203,7 @@ def _report(table, listing: Listing) -> dict:
             for kind in sa1b.CONVERSIONS
             if kind in converted
         },
-        "excluded": _counted(excluded),
-        "annotation_problems": _counted(problems),
-        "tars": _counted(listing.tars),
+        "excluded": indexing.counted(excluded),
+        "annotation_problems": indexing.counted(problems),
+        "tars": indexing.counted(listing.tars),
     }
-
-
-def _names_by_reason(table, reason: str, name: str, listed: dict[str, list[str]]) -> dict[str, list[str]]:
-    found = {word: list(names) for word, names in listed.items()}
-    for word, one in zip(table[reason].to_pylist(), table[name].to_pylist(), strict=True):
-        if word:
-            found.setdefault(word, []).append(one)
-    return found
-
-
-def _counted(names: dict[str, list[str]]) -> dict:
-    return {reason: {"count": len(some), "files": sorted(some)} for reason, some in sorted(names.items()) if some}

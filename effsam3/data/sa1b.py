@@ -286,7 +286,7 @@ def parse_annotations(data: bytes, height: int, width: int, key: str = "") -> li
         annotations = content["annotations"]
         sizes = {(content["image"]["height"], content["image"]["width"])}
         sizes |= {tuple(annotation["segmentation"]["size"]) for annotation in annotations}
-        covered = {_rle_pixels(annotation["segmentation"]["counts"]) for annotation in annotations}
+        covered = {rle_pixels(annotation["segmentation"]["counts"]) for annotation in annotations}
         box_lengths = {len(annotation["bbox"]) for annotation in annotations}
     except (LookupError, TypeError, ValueError, AttributeError) as fault:
         raise UnreadableAnnotations(key, "not_sa1b", f"{type(fault).__name__}: {fault}") from fault
@@ -305,12 +305,12 @@ def mask_of(annotation: dict, height: int, width: int) -> np.ndarray:
     from pycocotools import mask
 
     rle = annotation["segmentation"]
-    if tuple(rle["size"]) != (height, width) or _rle_pixels(rle["counts"]) != height * width:
+    if tuple(rle["size"]) != (height, width) or rle_pixels(rle["counts"]) != height * width:
         raise UserError(f"mask of size {rle['size']} does not fill an image of height {height} and width {width}")
     return mask.decode(rle).astype(bool)
 
 
-def _rle_pixels(counts: str) -> int:
+def rle_pixels(counts: str) -> int:
     """Return how many pixels a compressed COCO RLE covers, -1 when it is malformed.
 
     pycocotools fills what an RLE leaves out with whatever was in memory, so this must be checked before decoding.

@@ -27,10 +27,12 @@ class StepSampler:
         rank: int,
         world: int,
         arrange: Callable[[np.ndarray], np.ndarray] | None = None,
+        numbered: bool = False,
     ):
-        """`arrange` may reorder a step's positions before they are divided, such as by length."""
+        """`arrange` may reorder a step's positions before they are divided, such as by length. `numbered` pairs every
+        position with its place in the endless sequence, which seeds whatever is drawn at random for it."""
         assert global_batch % (micro_batch * world) == 0
-        self.arrange = arrange
+        self.arrange, self.numbered = arrange, numbered
         self.size, self.seed = size, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world = rank, world
@@ -42,15 +44,17 @@ class StepSampler:
         sequence = np.arange(first, first + self.global_batch)
         return np.array([self._permutation(n // self.size)[n % self.size] for n in sequence.tolist()])
 
-    def micro_batches(self, start: int, stop: int) -> Iterator[list[int]]:
-        """Yield this rank's micro-batches of the steps `start` to `stop` (exclusive), in order."""
+    def micro_batches(self, start: int, stop: int) -> Iterator[list]:
+        """Yield this rank's micro-batches of the steps `start` to `stop` (exclusive), in order: lists of positions,
+        or of (position, number) if numbered."""
         for step in range(start, stop):
             positions = self.positions(step)
             if self.arrange is not None:
                 positions = self.arrange(positions)
             micros = positions.reshape(-1, self.world, self.micro_batch)
-            for micro in micros[:, self.rank]:
-                yield micro.tolist()
+            numbers = (step * self.global_batch + np.arange(self.global_batch)).reshape(micros.shape)
+            for micro, number in zip(micros[:, self.rank], numbers[:, self.rank], strict=True):
+                yield list(zip(micro.tolist(), number.tolist(), strict=True)) if self.numbered else micro.tolist()
 
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:

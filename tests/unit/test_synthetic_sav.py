@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synthetic SA-V: the released files, true masks, and videos that depend on (seed, number, settings) alone."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effsam3.data.sav import parse_sav
+from effsam3.data.synthetic_sav import make_synthetic_sav, make_video, sav_record, write_vos_layouts
+from effsam3.data.video_files import open_video
+from effsam3.errors import UserError
+
+SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "sav_000001_manual.json"
+MANY = [make_video(number, 40, 64, 3) for number in range(1, 13)]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_have_the_released_form(tmp_path):
+    make_synthetic_sav(tmp_path, 2, frames=22, side_px=64, objects=4)
+    for number in (1, 2):
+        truth = make_video(number, 22, 64, 4)
+        annotations = parse_sav((tmp_path / f"sav_{number:06d}_manual.json").read_bytes())
+        annotations.check_fill("")
+        video = open_video(tmp_path / f"sav_{number:06d}.mp4")
+        assert annotations.video_id == f"sav_{number:06d}" and max(video.size) == 64 and video.fps == 24
+        assert annotations.frames == video.frames == 22 and (annotations.height, annotations.width) == video.size
+        assert len(annotations.masklet) == 6 and annotations.objects == [0, 1, 2, 3]
+        for annotated in range(6):
+            for position in range(4):
+                assert (annotations.mask(annotated, position) == truth.masks[4 * annotated, position]).all()
+        error = np.abs(video.read(range(22)).transpose(0, 2, 3, 1).astype(int) - truth.frames)
+        assert error.mean() < 8, "the video shows the frames that were drawn, but for compression"
+        assert error.mean() < 0.5 * np.abs(np.roll(truth.frames, 4, 0).astype(int) - truth.frames).mean()
+
+
+@pytest.mark.parametrize("side_px", [32, 48, 72, 90])
+def test_videos_of_every_size_can_be_read(tmp_path, side_px):
+    make_synthetic_sav(tmp_path, 10, frames=2, side_px=side_px, objects=1)
+    widths = set()
+    for number in range(1, 11):
+        truth = make_video(number, 2, side_px, 1).frames
+        found = open_video(tmp_path / f"sav_{number:06d}.mp4").read([0, 1]).transpose(0, 2, 3, 1)
+        assert found.shape == truth.shape and np.abs(found.astype(int) - truth).mean() < 10
+        widths.add(found.shape[2])
+    assert len(widths) > 1
+
+
+def test_the_json_has_all_that_the_real_one_has():
+    if not SAMPLE.is_file():
+        pytest.skip("SA-V's sample annotations are not in ../shared/data")
+
+    def form(value):
+        return [form(item) for item in value[:1]] if isinstance(value, list) else type(value)
+
+    real, ours = json.loads(SAMPLE.read_text()), sav_record("sav_000001", MANY[0].masks)
+    assert list(real) == list(ours)
+    assert {name: form(value) for name, value in real.items()} == {name: form(value) for name, value in ours.items()}
+    assert ours["masklet_frame_count"] == [10] * 3 and ours["video_frame_count"] == 40.0
+
+
+def test_numbers_in_the_json():
+    masks = np.zeros((20, 2, 8, 10), bool)
+    masks[4:, 0, :4, :5] = True  # from annotated frame 1 on
+    masks[0:4, 1, 0, 0] = masks[12:, 1, 0, 0] = True  # on 0, 3 and 4
+    found = sav_record("v", masks)
+    assert found["masklet_size_abs"] == [20.0, 1.0] and found["masklet_size_rel"] == [0.25, 1 / 80]
+    assert found["masklet_first_appeared_frame"] == [1.0, 0.0] and found["masklet_visibility_changes"] == [0, 2]
+
+
+def test_what_a_tracker_has_to_cope_with_happens():
+    left = returned = overlaps = 0
+    for video in MANY:
+        shown = video.masks.any((2, 3))
+        assert shown[:, 0].all(), "the first object stays in view"
+        assert shown[0].sum() >= 2 and video.masks.sum((2, 3))[shown].min() >= 12
+        left += (~shown).any(0).sum()
+        returned += sum((np.diff(object_T.astype(int)) == 1).any() for object_T in shown.T)
+        overlaps += (video.masks.sum(1) > 1).any()
+        centres = [np.argwhere(mask).mean(0) for mask in video.masks[:, 0]]
+        assert np.linalg.norm(np.ptp(centres, axis=0)) > 4, "it moves"
+        assert np.linalg.norm(np.diff(centres, axis=0), axis=1).max() < 6, "smoothly"
+    assert left >= 6 and returned >= 2 and overlaps == 4
+    assert len({video.frames.shape for video in MANY}) > 3
+
+
+def test_a_mask_is_where_the_object_looks_different():
+    for video in MANY[:4]:
+        steps = np.abs(np.diff(video.frames[::10].astype(float), axis=2)).sum(-1)
+        masks = video.masks[::10]
+        border = (masks[..., 1:] != masks[..., :-1]).any(1)
+        assert steps[border].mean() > 2 * steps[~border].mean()
+
+
+def test_more_videos_later_leave_the_first_as_they_are(tmp_path):
+    small = {"frames": 9, "side_px": 32, "objects": 2, "seed": 5}
+    make_synthetic_sav(tmp_path / "a", 2, **small)
+    first = contents(tmp_path / "a")
+    (tmp_path / "a" / "sav_000002_manual.json").unlink()
+    kept = (tmp_path / "a" / "sav_000001.mp4").stat().st_mtime_ns
+    make_synthetic_sav(tmp_path / "a", 3, **small)
+    make_synthetic_sav(tmp_path / "b", 3, **small)
+    later = contents(tmp_path / "a")
+    assert later == contents(tmp_path / "b") and first.items() <= later.items() and len(later) == 7
+    assert (tmp_path / "a" / "sav_000001.mp4").stat().st_mtime_ns == kept
+    for other in ({"seed": 1}, {"side_px": 64}, {"frames": 10}, {"objects": 1}):
+        with pytest.raises(UserError, match="delete it or name another"):
+            make_synthetic_sav(tmp_path / "a", 1, **(small | other))
+
+
+def test_vos_folders(tmp_path):
+    small = {"frames": 9, "side_px": 32, "objects": 3}
+    write_vos_layouts(tmp_path, 3, **small)
+    first = contents(tmp_path)
+    for top in ("davis/JPEGImages/480p", "davis/Annotations/480p", "sav_val/JPEGImages_24fps"):
+        assert sorted(path.name for path in (tmp_path / top / "sav_000003").iterdir())[-1].startswith("00008.")
+    assert (tmp_path / "davis/ImageSets/2017/val.txt").read_text() == "sav_000001\nsav_000002\nsav_000003\n"
+    truth = make_video(3, 9, 32, 3).masks
+    for index in (0, 4, 8):
+        for position in range(3):
+            png = tmp_path / f"sav_val/Annotations_6fps/sav_000003/{position:03d}/{index:05d}.png"
+            assert (np.array(Image.open(png)) == truth[index, position]).all()
+    image = Image.open(tmp_path / "davis/Annotations/480p/sav_000003/00003.png")
+    painted = (truth[3] * np.array([1, 2, 3])[:, None, None]).max(0)  # the last one has the pixel
+    assert image.mode == "P" and (np.array(image) == painted).all()
+    (tmp_path / "davis/Annotations/480p/sav_000002/00008.png").unlink()
+    (tmp_path / "davis/Annotations/480p/sav_000002").rename(tmp_path / "gone")
+    write_vos_layouts(tmp_path, 3, **small)
+    assert {name: data for name, data in contents(tmp_path).items() if not name.startswith("gone")} == first

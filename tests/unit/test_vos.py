@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Benchmark videos in all layouts, against the masks they were written from; what is wrong with bad ones."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from effsam3.data.sa1b import UnreadableAnnotations
+from effsam3.data.synthetic_sav import make_synthetic_sav, make_video, palette_image, sav_record, write_vos_layouts
+from effsam3.data.video_files import UnreadableVideo
+from effsam3.data.vos import open_vos
+from effsam3.errors import UserError
+
+SMALL = {"frames": 22, "side_px": 64, "objects": 3}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vos")
+    write_vos_layouts(folder, 3, **SMALL)
+    make_synthetic_sav(folder / "sav_train", 3, **SMALL)
+    return folder
+
+
+def save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def write_davis(folder, name, ids_by_number, numbers, size=(8, 10)):
+    """Write frames of these numbers, and palette masks for some of them."""
+    for number in numbers:
+        save(folder / "JPEGImages" / name / f"{number:05d}.jpg", Image.new("RGB", size[::-1], (number, 0, 0)))
+    for number, ids_HW in ids_by_number.items():
+        image = Image.fromarray(ids_HW)
+        image.putpalette(palette_image(np.zeros((1, 2, 2), bool)).getpalette())
+        save(folder / "Annotations" / name / f"{number:05d}.png", image)
+
+
+# ---- the same videos in three layouts
+
+
+@pytest.mark.parametrize(("name", "fps", "every"), [("sav_val", 24, 4), ("davis", None, 1), ("sav_train", 24, 4)])
+def test_masks_and_frames_are_those_written(root, name, fps, every):
+    videos = open_vos(root / name)
+    assert [video.name for video in videos] == ["sav_000001", "sav_000002", "sav_000003"]
+    explicit = {"sav_val": "sav"}.get(name, name)
+    for number, video in enumerate(open_vos(root / name, explicit), 1):
+        truth = make_video(number, **SMALL)
+        ids = [1, 2, 3] if name == "davis" else [0, 1, 2]
+        assert (video.frames, video.size, video.fps) == (22, truth.frames.shape[1:3], fps) and video.objects == ids
+        assert video.annotated == list(range(0, 22, every))
+        for index in video.annotated[:: 5 // every]:
+            masks = video.masks(index)
+            assert list(masks) == ids and all(mask.dtype == bool for mask in masks.values())
+            hidden = np.zeros(video.size, bool)
+            for position, mask in reversed(list(enumerate(masks.values()))):
+                expected = truth.masks[index, position]
+                if name == "davis":  # a pixel has one id only: the last object's
+                    expected, hidden = expected & ~hidden, hidden | expected
+                assert (mask == expected).all()
+        pixels = video.read([21, 4])
+        assert pixels.shape == (2, 3, *video.size) and pixels.dtype == np.uint8
+        assert np.abs(pixels.transpose(0, 2, 3, 1).astype(int) - truth.frames[[21, 4]]).mean() < 8
+
+
+def test_splits_choose_videos(root):
+    assert len(open_vos(root / "sav_val", split="sav_val")) == len(open_vos(root / "davis", split="val")) == 3
+    file = root / "davis" / "ImageSets" / "2017" / "mine.txt"
+    file.write_text("sav_000003\nsav_000001\n")
+    assert [video.name for video in open_vos(root / "davis", split="mine")] == ["sav_000001", "sav_000003"]
+    file.write_text("sav_000003\nhorse\n")
+    with pytest.raises(UserError, match="names 1 videos without masks, such as horse"):
+        open_vos(root / "davis", split="mine")
+    with pytest.raises(UserError, match="there is no other.txt"):
+        open_vos(root / "davis", split="other")
+
+
+def test_folders_that_are_no_layout(root, tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        open_vos(tmp_path / "gone")
+    with pytest.raises(UserError, match="no layout that is known"):
+        open_vos(tmp_path)
+    with pytest.raises(UserError, match="did you mean davis"):
+        open_vos(root / "davis", "davids")
+    with pytest.raises(UserError, match="there is no folder"):
+        open_vos(root / "davis", "sav")
+    (tmp_path / "Annotations").mkdir()
+    with pytest.raises(UserError, match="no video with masks"):
+        open_vos(tmp_path)
+
+
+# ---- DAVIS, MOSE, YouTube-VOS
+
+
+def test_every_fifth_frame_annotated_and_objects_that_come_later(tmp_path):
+    ids = np.zeros((8, 10), np.uint8)
+    ids[1:3, 1:3] = 4
+    later = ids.copy()
+    later[5:7, 5:7], later[7, 9] = 2, 255
+    write_davis(tmp_path, "a", {0: ids, 5: later, 10: later * 0}, range(12))
+    (video,) = open_vos(tmp_path)
+    assert video.frames == 12 and video.annotated == [0, 5, 10] and video.objects == [2, 4]
+    first, second, third = (video.masks(index) for index in video.annotated)
+    assert (first[4] == (ids == 4)).all() and not first[2].any()
+    assert (second[2] == (later == 2)).all() and second[2].sum() == 4, "255 is void, no object"
+    assert second.keys() == third.keys() and not any(mask.any() for mask in third.values())
+    with pytest.raises(ValueError):
+        video.masks(1)
+
+
+def test_frames_count_from_zero_whatever_their_names(tmp_path):
+    ids = np.ones((8, 10), np.uint8)
+    write_davis(tmp_path, "a", {20: ids}, [10, 15, 20])  # YouTube-VOS keeps every fifth frame, with its own number
+    (video,) = open_vos(tmp_path)
+    assert video.frames == 3 and video.annotated == [2] and video.masks(2)[1].all()
+    assert abs(int(video.read([2])[0, 0, 0, 0]) - 20) < 4
+
+
+def test_grey_masks_hold_ids_too(tmp_path):
+    write_davis(tmp_path, "a", {}, [0])
+    save(tmp_path / "Annotations" / "a" / "00000.png", Image.fromarray(np.full((8, 10), 7, np.uint8)))
+    assert open_vos(tmp_path)[0].masks(0)[7].all()
+
+
+def refused(video, call, kind=UnreadableAnnotations):
+    with pytest.raises(kind, match=f"'{video}'") as caught:
+        call()
+    return caught.value.reason
+
+
+def test_bad_masks_are_named(tmp_path):
+    ids = np.ones((8, 10), np.uint8)
+    for name in ("colour", "binary", "size", "corrupt", "frame", "words", "good"):
+        write_davis(tmp_path, name, {0: ids}, range(3))
+    masks = tmp_path / "Annotations"
+    save(masks / "colour" / "00001.png", Image.new("RGB", (10, 8), (128, 0, 0)))
+    save(masks / "binary" / "00000.png", Image.fromarray(ids * 255))
+    save(masks / "size" / "00000.png", Image.fromarray(ids.T))
+    (masks / "corrupt" / "00001.png").write_bytes((masks / "corrupt" / "00000.png").read_bytes()[:-30])
+    save(masks / "frame" / "00003.png", Image.fromarray(ids))
+    save(masks / "words" / "first.png", Image.fromarray(ids))
+    (masks / "empty").mkdir()
+    videos = {video.name: video for video in open_vos(tmp_path)}  # a bad video does not keep the others from opening
+    assert refused("colour", lambda: videos["colour"].objects) == "colour_mask"
+    assert refused("binary", lambda: videos["binary"].objects) == "no_ids"
+    assert refused("size", lambda: videos["size"].masks(0)) == "size_mismatch"
+    assert refused("corrupt", lambda: videos["corrupt"].masks(0)) == "corrupt"
+    assert refused("frame", lambda: videos["frame"].annotated, UnreadableVideo) == "missing_frame"
+    assert refused("words", lambda: videos["words"].annotated) == "names"
+    assert refused("empty", lambda: videos["empty"].objects, (UnreadableAnnotations)) == "missing"
+    assert refused("empty", lambda: videos["empty"].frames, UnreadableVideo) == "missing"
+    assert videos["good"].masks(0)[1].all()
+
+
+# ---- SA-V
+
+
+def test_a_missing_mask_of_an_object_is_an_empty_one(tmp_path):
+    for index in range(6):
+        save(tmp_path / "JPEGImages_24fps" / "v" / f"{index:05d}.jpg", Image.new("RGB", (10, 8)))
+    full = Image.fromarray(np.full((8, 10), 255, np.uint8))
+    for path in ("000/00000.png", "000/00004.png", "002/00004.png"):
+        save(tmp_path / "Annotations_6fps" / "v" / path, full)
+    (video,) = open_vos(tmp_path)
+    assert video.objects == [0, 2] and video.annotated == [0, 4]
+    assert {name: mask.sum() for name, mask in video.masks(0).items()} == {0: 80, 2: 0}
+    assert all(mask.all() for mask in video.masks(4).values())
+    save(tmp_path / "Annotations_6fps" / "v" / "002/00000.png", Image.new("RGBA", (10, 8)))
+    assert refused("v", lambda: open_vos(tmp_path)[0].masks(0)) == "colour_mask"
+
+
+def test_sav_train_takes_manual_masks_first_and_frames_of_any_kind(tmp_path):
+    masks = np.ones((9, 2, 8, 10), bool)
+    for kind, count in (("manual", 2), ("auto", 1)):
+        for name in ("both", "only"):
+            if (kind, name) != ("manual", "only"):
+                text = json.dumps(sav_record(name, masks[:, :count]))
+                (tmp_path / f"{name}_{kind}.json").write_text(text)
+    for index in (0, 4, 8):  # extracted at 6 per second, under the numbers of 24
+        save(tmp_path / "both" / f"{index:05d}.jpg", Image.new("RGB", (10, 8)))
+    both, only = open_vos(tmp_path)
+    assert both.objects == [0, 1] and both.frames == 3 and both.annotated == [0, 1, 2] and both.masks(2)[1].all()
+    assert only.objects == [0]
+    assert refused("only.mp4", lambda: only.frames, UnreadableVideo) == "missing"
