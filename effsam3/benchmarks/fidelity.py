@@ -11,7 +11,6 @@ import torch
 from effsam3.benchmarks.models import Pair
 from effsam3.data.transforms import normalise, valid_mask
 from effsam3.losses import agreement_sums, relative_error
-from effsam3.models.prompted import trunk_of
 
 
 def feature_fidelity(pair: Pair, batches) -> dict[str, float]:
@@ -20,7 +19,6 @@ def feature_fidelity(pair: Pair, batches) -> dict[str, float]:
     The means are those of `losses.agreement_sums`, by the teacher's training statistics; `neck` is the relative error
     (0 perfect, 1 as bad as zeros) of what the tracker's neck makes of the features; `images` counts.
     """
-    student = trunk_of(pair.student)
     level = pair.student.config.vision_config.scale_factors.index(1.0)
     neck = pair.student.vision_encoder.neck.fpn_layers[level]
     sums: dict[str, torch.Tensor] = {}
@@ -32,7 +30,7 @@ def feature_fidelity(pair: Pair, batches) -> dict[str, float]:
             continue
         target, pred = pair.features(normalise(batch["pixels"][kept]))
         mask = valid_mask(batch["sizes"][kept], pair.image_size, target.shape[-1]).to(pair.device)
-        for name, value in agreement_sums(pred, target, mask, student.feature_mean, student.feature_scale).items():
+        for name, value in agreement_sums(pred, target, mask, pair.mean_C, pair.deviation_C).items():
             sums[name] = sums.get(name, 0) + value
         with torch.no_grad():
             neck_error += float(relative_error(neck(pred), neck(target), mask)) * len(target)

@@ -3,23 +3,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from effsam3.data.statistics import FeatureStatistics
+from effsam3.data.transforms import normalise, valid_mask
 from effsam3.models.prompted import load_tracker, trunk_of
 from effsam3.models.teacher import to_map
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Teacher and student, whole trackers on one device, frozen."""
+    """Teacher and student, whole trackers on one device, frozen.
+
+    `statistics` are the teacher's mean and deviation per channel (C each); None: those that the student carries.
+    """
 
     teacher: nn.Module
     student: nn.Module
     device: torch.device
+    statistics: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def mean_C(self) -> Tensor:
+        """The teacher's mean per channel."""
+        return trunk_of(self.student).feature_mean if self.statistics is None else self.statistics[0]
+
+    @property
+    def deviation_C(self) -> Tensor:
+        """The teacher's deviation per channel."""
+        return trunk_of(self.student).feature_scale if self.statistics is None else self.statistics[1]
 
     @property
     def image_size(self) -> int:
@@ -34,6 +50,16 @@ class Pair:
             for model in (self.teacher, self.student)
         )
         return teacher, student
+
+    def with_statistics(self, batches) -> Pair:
+        """The same pair with the teacher's statistics over all images in `batches` (of `ImageFeatures`)."""
+        statistics = FeatureStatistics(len(self.mean_C))
+        for batch in batches:
+            target, _ = self.features(normalise(batch["pixels"]))
+            statistics.update(target, valid_mask(batch["sizes"], self.image_size, target.shape[-1]))
+        result = statistics.result()
+        mean_C, deviation_C = (torch.tensor(result[name], device=self.device) for name in ("mean", "deviation"))
+        return replace(self, statistics=(mean_C, deviation_C))
 
 
 def load_pair(chassis: Path, merged: Path) -> Pair:

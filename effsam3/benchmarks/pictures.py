@@ -17,7 +17,6 @@ from effsam3.benchmarks.masks import choose_annotations, segment
 from effsam3.benchmarks.models import Pair
 from effsam3.data.sa1b import UnreadableImage, mask_of, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
-from effsam3.models.prompted import trunk_of
 
 OBJECTS = 6  # prompted per picture
 
@@ -64,8 +63,7 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) ->
     from matplotlib.figure import Figure
 
     out.mkdir(parents=True, exist_ok=True)
-    student_trunk = trunk_of(pair.student)
-    mean_C, scale_C = student_trunk.feature_mean.cpu(), student_trunk.feature_scale.cpu()
+    mean_C, scale_C = pair.mean_C.cpu(), pair.deviation_C.cpu()
     paths = []
     for row in (index[position] for position in range(min(count, len(index)))):
         try:

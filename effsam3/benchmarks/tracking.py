@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Track the annotated objects of a video with several trackers at once, frame by frame.
+
+Letters: O objects, L low-resolution mask side (4 per trunk position), S image side, H W rows and columns of the video.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerVideoProcessor
+from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
+
+from effsam3.data.transforms import normalise, resize_image
+from effsam3.data.vos import VosVideo
+from effsam3.errors import UserError
+from effsam3.models.memory import MemoryTokens
+
+Masks = dict[int, np.ndarray]  # {object: bool (H, W)}
+
+
+class TrackingError(UserError):
+    """A video whose objects cannot be tracked."""
+
+
+@dataclass(frozen=True)
+class TrackedFrame:
+    """A frame and what the trackers find on it."""
+
+    index: int
+    image_HWC: np.ndarray  # uint8 RGB
+    truths: Masks | None  # None: the frame is not annotated
+    masks: dict[str, Masks]  # {tracker: masks of the objects shown to it so far}
+    prompted: frozenset[int]  # objects shown on this frame; their masks are those that were given
+
+
+class TrackerRun:
+    """One tracker on one video.
+
+    Objects first shown on the same frame share a session, and all sessions share the frame's features. They are not
+    put into one session, since transformers (5.23) then encodes a frame's memories of all objects as it does those of
+    prompted ones, when one of them is prompted.
+    """
+
+    def __init__(self, tracker: Sam3TrackerVideoModel, frames: int, size: tuple[int, int], overlap: bool):
+        """`overlap`: whether two objects may have the same pixel; otherwise it goes to the one of higher logit."""
+        self.tracker, self.size, self.overlap = tracker, size, overlap
+        self.frames = _FrameWindow(frames)
+        self.processor = _processor(tracker.config.image_size)
+        self.sessions = []
+        self.seconds: list[float] = []  # of every frame without prompts
+        self.most_tokens = 0  # of memory that one object attended to on one frame
+        self.object_frames = 0
+
+    def step(self, index: int, image_HWC: np.ndarray, prompts: Masks) -> Masks:
+        """Track onto the next frame; new objects are shown by their masks."""
+        device = self.tracker.device
+        pixels = normalise(resize_image(image_HWC, self.tracker.config.image_size, "square")[0])
+        self.frames.hold(index, pixels.to(device, self.tracker.dtype))
+        if prompts:
+            self._prompt(index, prompts)
+        with self.tracker.memory_attention.register_forward_pre_hook(self._count_tokens, with_kwargs=True):
+            started = _now(device)
+            outputs = [self.tracker(session, frame_idx=index) for session in self.sessions]
+            seconds = _now(device) - started
+        if not prompts:
+            self.seconds.append(seconds)
+        numbers = [number for output in outputs for number in output.object_ids]
+        self.object_frames += len(numbers)
+        logits_O1LL = torch.cat([output.pred_masks for output in outputs])
+        masks_OHW = self._at_full_size(logits_O1LL).cpu().numpy()
+        return dict(zip(numbers, masks_OHW, strict=True))
+
+    def _prompt(self, index: int, prompts: Masks) -> None:
+        session = self.processor.init_video_session(inference_device=self.tracker.device, dtype=self.tracker.dtype)
+        session.processed_frames = self.frames
+        if self.sessions:
+            session.cache = self.sessions[0].cache
+        self.processor.add_inputs_to_inference_session(
+            session, index, list(prompts), input_masks=[torch.from_numpy(mask) for mask in prompts.values()]
+        )
+        self.sessions.append(session)
+
+    def _count_tokens(self, _, arguments: tuple, named: dict) -> None:
+        memory = named["memory"] if "memory" in named else arguments[1]
+        if isinstance(memory, MemoryTokens):
+            tokens = memory.values_ONM.shape[1] - memory.mapped + memory.mapped // memory.group
+        else:
+            tokens = len(memory)
+        self.most_tokens = max(self.most_tokens, tokens)
+
+    def _at_full_size(self, logits_O1LL: Tensor) -> Tensor:
+        logits_OHW = F.interpolate(logits_O1LL.float(), self.size, mode="bilinear", align_corners=False)[:, 0]
+        masks_OHW = logits_OHW > 0
+        if not self.overlap:
+            masks_OHW &= logits_OHW.argmax(0) == torch.arange(len(logits_OHW), device=logits_OHW.device)[:, None, None]
+        return masks_OHW
+
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors that the sessions hold now, but for frames and the current frame's features."""
+        # Frames and features are in objects of their own classes, which `_tensors` does not look into.
+        held = [vars(session) for session in self.sessions]
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(held)}
+        return sum(storage.nbytes() for storage in storages.values())
+
+
+class _FrameWindow:
+    """Stands for a session's frames and holds only the current one, so that a long video takes no more memory."""
+
+    def __init__(self, count: int):
+        self.count, self.index, self.pixels = count, -1, None
+
+    def hold(self, index: int, pixels_3SS: Tensor) -> None:
+        self.index, self.pixels = index, pixels_3SS
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        assert index == self.index, f"frame {index} is asked for on frame {self.index}"
+        return self.pixels
+
+
+def _processor(side: int) -> Sam3TrackerVideoProcessor:
+    """It only resizes prompts here: frames come resized and normalised."""
+    size = {"height": side, "width": side}
+    return Sam3TrackerVideoProcessor(Sam3ImageProcessor(size=size), Sam2VideoVideoProcessor(size=size))
+
+
+def _tensors(value) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, lists, tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _tensors(inner)
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors(getattr(value, field.name))
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def track(runs: dict[str, TrackerRun], video: VosVideo, appearing_later: bool) -> Iterator[TrackedFrame]:
+    """Yield every frame from the first annotated one on; each object is shown on the first frame that has its mask.
+
+    If not `appearing_later`, only objects of the first annotated frame are tracked.
+
+    Raises:
+        TrackingError: the video has no annotated object to start with.
+    """
+    annotated = set(video.annotated)
+    first = min(annotated, default=0)
+    known: set[int] = set()
+    for index in range(first, video.frames):
+        image_HWC = np.ascontiguousarray(video.read([index])[0].transpose(1, 2, 0))
+        truths = video.masks(index) if index in annotated else None
+        prompts = {}
+        if truths is not None and (appearing_later or index == first):
+            prompts = {number: mask for number, mask in truths.items() if number not in known and mask.any()}
+        known |= prompts.keys()
+        if not known and not appearing_later:
+            raise TrackingError(
+                f"{video.name}: no object is annotated on frame {first}, where tracking starts; track objects that "
+                "appear later, or leave the video out"
+            )
+        masks = {name: run.step(index, image_HWC, prompts) if known else {} for name, run in runs.items()}
+        yield TrackedFrame(index, image_HWC, truths, masks, frozenset(prompts))

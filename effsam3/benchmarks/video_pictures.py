@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a tracked video: a contact sheet of a few frames, and an animated GIF.
+
+Both take annotated frames as they are tracked, and keep them at the size at which they show them. Filled areas are
+masks, lines the annotated outlines, one colour per object in all panels.
+
+Letters: H W rows and columns of a picture, C colours (RGB).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from effsam3.benchmarks.jaccard import ObjectScore, boundary
+from effsam3.benchmarks.tracking import Masks, TrackedFrame
+
+# Far from one another and from most of what is filmed; used again from the start after the last.
+COLOURS = tuple(
+    np.array(ImageColor.getrgb(text), np.float32)
+    for text in ("#ff3b6b", "#22c7ff", "#ffd400", "#7dff5a", "#b784ff", "#ff9d2e", "#19e3b1", "#ff7ad9", "#5b8cff")
+)
+CELL_WIDTH = 320  # pixels of a frame on the contact sheet
+COLUMNS = 6  # frames of a contact sheet
+PANEL_WIDTH = 360  # pixels of a tracker's panel in the GIF
+MOST_ANIMATED = 100  # frames of a GIF
+LINE, GAP = 22, 6  # pixels: a line of text, the space between frames
+INK, PALE, PAPER = (30, 32, 38), (120, 124, 134), (255, 255, 255)
+
+
+def evenly(items: list[int], count: int) -> list[int]:
+    """Up to `count` of the items, evenly spaced, with the first and the last one."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
+
+
+def colour_of(number: int) -> np.ndarray:
+    """RGB 0..255, float, of the object with this id: whoever sees two pictures of a video compares like with like."""
+    return COLOURS[(number - 1) % len(COLOURS)]
+
+
+def reduce(frame: TrackedFrame, width: int) -> TrackedFrame:
+    """The same frame, `width` pixels wide or as wide as it is."""
+    rows, columns = frame.image_HWC.shape[:2]
+    width = min(width, columns)
+    size = width, round(rows * width / columns)
+
+    def small(masks: Masks) -> Masks:
+        return {number: np.asarray(Image.fromarray(mask).resize(size)) for number, mask in masks.items()}
+
+    return TrackedFrame(
+        index=frame.index,
+        image_HWC=np.asarray(Image.fromarray(frame.image_HWC).resize(size, Image.Resampling.LANCZOS)),
+        truths=None if frame.truths is None else small(frame.truths),
+        masks={name: small(masks) for name, masks in frame.masks.items()},
+        prompted=frame.prompted,
+    )
+
+
+def paint(image_HWC: np.ndarray, filled: Masks, outlined: Masks) -> Image.Image:
+    """Draw masks over an image: `filled` as coloured areas, `outlined` as lines with a dark seam."""
+    canvas = image_HWC * np.float32(0.85)
+    for number, mask in filled.items():
+        canvas[mask] = 0.45 * canvas[mask] + 0.55 * colour_of(number)
+    for number, mask in outlined.items():
+        line = boundary(mask)
+        seam = line.copy()
+        seam[1:] |= line[:-1]
+        seam[:-1] |= line[1:]
+        seam[:, 1:] |= line[:, :-1]
+        seam[:, :-1] |= line[:, 1:]
+        canvas[seam] *= 0.3
+        canvas[line] = 0.4 * 255 + 0.6 * colour_of(number)
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+class ContactSheet:
+    """A PNG with a few frames across time: what is annotated in the first row, what each tracker finds below."""
+
+    def __init__(self, path: Path, title: str, annotated: list[int]):
+        """`annotated`: the video's annotated frames, of which the sheet shows some."""
+        self.path, self.title = path, title
+        self.chosen = set(evenly(sorted(annotated), COLUMNS))
+        self.frames: list[TrackedFrame] = []
+
+    def add(self, frame: TrackedFrame) -> None:
+        if frame.index in self.chosen:
+            self.frames.append(reduce(frame, CELL_WIDTH))
+
+    def discard(self) -> None:
+        self.frames.clear()
+
+    def finish(self, scores: dict[str, dict[int, ObjectScore | None]]) -> None:
+        """Draw the sheet; every tracker's row and the legend say the J&F."""
+        height, width = self.frames[0].image_HWC.shape[:2]
+        trackers = list(scores)
+        indent = round(max(_font(15).getlength(name) for name in ["annotated", *trackers])) + 5 * GAP
+        across = indent + len(self.frames) * (width + GAP)
+        down = 3 * LINE + (1 + len(trackers)) * (height + GAP) + 2 * LINE
+        sheet = Image.new("RGB", (across + GAP, down), PAPER)
+        draw = ImageDraw.Draw(sheet)
+        _write(draw, (2 * GAP, GAP), self.title, 17)
+        for column, frame in enumerate(self.frames):
+            left = indent + column * (width + GAP)
+            shown = f"frame {frame.index}" + (", prompt" if frame.prompted else "")
+            _write(draw, (left, 2 * LINE - GAP // 2), shown, 14, PALE)
+            truths = frame.truths or {}
+            rows = [(truths, {}), *((frame.masks[name], truths) for name in trackers)]
+            for row, (filled, outlined) in enumerate(rows):
+                sheet.paste(paint(frame.image_HWC, filled, outlined), (left, 3 * LINE + row * (height + GAP)))
+        for row, name in enumerate(["annotated", *trackers]):
+            top = 3 * LINE + row * (height + GAP) + height // 2 - LINE
+            _write(draw, (2 * GAP, top), name, 15)
+            if row:
+                _write(draw, (2 * GAP, top + LINE), _j_and_f(scores[name].values()), 14, PALE)
+        self._legend(draw, (indent, down - 2 * LINE + GAP), scores)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(self.path)
+
+    def _legend(self, draw: ImageDraw.ImageDraw, at: tuple[int, int], scores: dict) -> None:
+        left, top = at
+        for number in sorted({number for found in scores.values() for number in found}):
+            draw.rectangle((left, top + 3, left + 13, top + 16), fill=tuple(colour_of(number).astype(int)))
+            left = _write(draw, (left + 20, top), f"object {number}", 14) + 3 * GAP
+        _write(draw, (left, top), "area: mask, line: annotated", 14, PALE)
+
+
+class Animation:
+    """A GIF of the annotated frames, trackers side by side."""
+
+    def __init__(self, path: Path, annotated: list[int], fps: float):
+        self.path, self.fps = path, fps
+        self.chosen = set(evenly(sorted(annotated), MOST_ANIMATED))
+        self.panels: list[tuple[int, Image.Image]] = []
+
+    def add(self, frame: TrackedFrame) -> None:
+        if frame.index not in self.chosen:
+            return
+        small = reduce(frame, PANEL_WIDTH)
+        height, width = small.image_HWC.shape[:2]
+        panel = Image.new("RGB", (len(small.masks) * (width + GAP) - GAP, height + LINE), PAPER)
+        draw = ImageDraw.Draw(panel)
+        for place, (name, masks) in enumerate(small.masks.items()):
+            _write(draw, (place * (width + GAP) + 4, 1), name, 14)
+            panel.paste(paint(small.image_HWC, masks, small.truths or {}), (place * (width + GAP), LINE))
+        self.panels.append((frame.index, panel.quantize(256, Image.Quantize.MAXCOVERAGE)))
+
+    def discard(self) -> None:
+        self.panels.clear()
+
+    def finish(self, scores: dict[str, dict[int, ObjectScore | None]]) -> None:
+        """Write the GIF; frames last as long as in the video."""
+        indexes = [index for index, _ in self.panels]
+        gaps = [later - earlier for earlier, later in zip(indexes, indexes[1:], strict=False)] or [1]
+        durations = [round(1000 * gap / self.fps) for gap in [*gaps, gaps[-1]]]
+        first, *others = [panel for _, panel in self.panels]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        first.save(self.path, save_all=True, append_images=others, duration=durations, loop=0)
+
+
+def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, ink=INK) -> int:
+    """Write text and return where it ends."""
+    draw.text(at, text, ink, _font(size))
+    return round(at[0] + _font(size).getlength(text))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _j_and_f(scores) -> str:
+    values = [(score.J + score.F) / 2 for score in scores if score is not None]
+    return f"J&F {100 * np.mean(values):.1f}" if values else "not scored"

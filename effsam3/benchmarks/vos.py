@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Semi-supervised video object segmentation: each object is shown once by its mask and tracked from there.
+
+Several trackers run side by side over the same frames, the first of them being the one that the others are held
+against. Scores are those of `benchmarks.jaccard`; predictions can be written as the official evaluators read them.
+
+Letters: H W rows and columns of the video.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Sam3TrackerVideoModel
+
+from effsam3.benchmarks.jaccard import DavisScorer, ObjectScore, SavScorer, mean_scores, region_similarity
+from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
+from effsam3.benchmarks.video_pictures import Animation, ContactSheet
+from effsam3.data.vos import VosVideo
+from effsam3.errors import UserError, did_you_mean
+from effsam3.report import table, write_text
+
+FPS = 24  # of a video that does not say
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """`overlap`: whether objects may share pixels; if not, all masks of a frame are written as one PNG of ids."""
+
+    scorer: type[DavisScorer] | type[SavScorer]
+    overlap: bool
+
+
+PROTOCOLS = {"davis": Protocol(DavisScorer, overlap=False), "sav": Protocol(SavScorer, overlap=True)}
+
+
+@dataclass
+class Tally:
+    """What one tracker has done, on one video or on all."""
+
+    scores: dict[tuple[str, int], ObjectScore | None] = field(default_factory=dict)
+    agreement: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    most_tokens: int = 0
+    stored_bytes: int = 0
+    tracked: int = 0
+    object_frames: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Take in another video's tally."""
+        self.scores |= other.scores
+        self.agreement += other.agreement
+        self.seconds += other.seconds
+        self.most_tokens = max(self.most_tokens, other.most_tokens)
+        self.stored_bytes += other.stored_bytes
+        self.tracked += other.tracked
+        self.object_frames += other.object_frames
+
+    def summary(self) -> dict:
+        """The numbers that `vos` returns for a tracker."""
+        scored = [score for score in self.scores.values() if score is not None]
+        return mean_scores(scored) | {
+            "unscored": len(self.scores) - len(scored),
+            "agreement": float(np.mean(self.agreement)),
+            "frames_per_s": 1 / statistics.median(self.seconds),
+            "memory_tokens": self.most_tokens,
+            "bytes_per_object": self.stored_bytes / self.tracked,
+            "bytes_per_object_frame": self.stored_bytes / self.object_frames,
+        }
+
+
+def vos(
+    trackers: dict[str, Sam3TrackerVideoModel],
+    videos: Iterable[VosVideo],
+    protocol: str,
+    *,
+    appearing_later: bool = False,
+    predictions: Path | None = None,
+    pictures: Path | None = None,
+    max_pictures: int = 4,
+    animate: bool = False,
+) -> dict:
+    """Track and score the objects of `videos` with each of `trackers` ({name: model}).
+
+    A video that cannot be read, tracked or scored is left out for all trackers, and named in `failed`.
+
+    Args:
+        protocol: `davis` (each pixel goes to the object of the highest logit) or `sav` (objects may overlap).
+        appearing_later: also track objects that the video's first annotated frame does not show, each from the first
+            annotated frame that does; otherwise they are only counted. DAVIS scores no such objects.
+        predictions: a folder for the masks of all frames, `<tracker>/<video>/...` as the official evaluators read it.
+        pictures: a folder for contact sheets of the first `max_pictures` videos, and GIFs if `animate`.
+
+    Returns:
+        `protocol`, `device`; `videos` scored; `failed` {video: reason}; `appearing_later`, the number of objects left
+        out; `objects`, one row for each tracker and object. `trackers` has for each name the means of
+        `jaccard.mean_scores` and `unscored` (objects absent from all frames that count); `agreement`, the mean J with
+        the first tracker's masks; `frames_per_s`, by the median time of a frame with all its objects and no prompt;
+        `memory_tokens`, the most that one object attended to; `bytes_per_object`, what a session holds at the end of
+        a video, and `bytes_per_object_frame`, the same for each frame that was tracked.
+
+    Raises:
+        UserError: an unknown protocol, or no video is left.
+    """
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol: there is no {protocol!r}{did_you_mean(protocol, PROTOCOLS)}")
+    rules = PROTOCOLS[protocol]
+    tallies = {name: Tally() for name in trackers}
+    failed: dict[str, str] = {}
+    count, left_out = 0, 0
+    for video in videos:
+        keepers = []
+        try:
+            if predictions is not None:
+                keepers += [PredictionFolder(predictions / name, video, name, rules.overlap) for name in trackers]
+            if pictures is not None and count < max_pictures:
+                keepers.append(ContactSheet(pictures / f"{video.name}.png", video.name, video.annotated))
+                if animate:
+                    keepers.append(Animation(pictures / f"{video.name}.gif", video.annotated, video.fps or FPS))
+            found, later = _one_video(trackers, video, rules, appearing_later, keepers)
+        except (UserError, OSError) as error:
+            failed[video.name] = str(error)
+            for keeper in keepers:
+                keeper.discard()
+            continue
+        scores = {
+            name: {number: score for (_, number), score in tally.scores.items()} for name, tally in found.items()
+        }
+        for keeper in keepers:
+            keeper.finish(scores)
+        for name, tally in found.items():
+            tallies[name].add(tally)
+        count, left_out = count + 1, left_out + later
+    if not count:
+        reason = next(iter(failed.values()), "there are none")
+        raise UserError(f"none of the {len(failed)} videos could be scored; the first: {reason}")
+    device = next(iter(trackers.values())).device
+    return {
+        "protocol": protocol,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "videos": count,
+        "failed": failed,
+        "appearing_later": left_out,
+        "trackers": {name: tally.summary() for name, tally in tallies.items()},
+        "objects": [
+            {"tracker": name, "video": video, "object": number, "J&F": (score.J + score.F) / 2} | asdict(score)
+            for name, tally in tallies.items()
+            for (video, number), score in tally.scores.items()
+            if score is not None
+        ],
+    }
+
+
+def _one_video(
+    trackers: dict[str, Sam3TrackerVideoModel], video: VosVideo, rules: Protocol, appearing_later: bool, keepers: list
+) -> tuple[dict[str, Tally], int]:
+    """Returns each tracker's tally, and how many objects of the video were left out."""
+    runs = {name: TrackerRun(tracker, video.frames, video.size, rules.overlap) for name, tracker in trackers.items()}
+    tallies = {name: Tally() for name in trackers}
+    scorers = {name: rules.scorer(video.name) for name in trackers}
+    empty_HW = np.zeros(video.size, dtype=bool)
+    shown: set[int] = set()
+    tracked: set[int] = set()
+    for frame in track(runs, video, appearing_later):
+        tracked |= frame.prompted
+        for keeper in keepers:
+            keeper.add(frame)
+        if frame.truths is None:
+            continue
+        shown |= {number for number, mask in frame.truths.items() if mask.any()}
+        first, *_ = frame.masks.values()
+        for name, masks in frame.masks.items():
+            scorers[name].add(frame.truths, dict.fromkeys(frame.truths, empty_HW) | masks)
+            after = masks.keys() - frame.prompted
+            tallies[name].agreement += [region_similarity(masks[number], first[number]) for number in after]
+    left_out = shown - tracked
+    for name, run in runs.items():
+        # SA-V scores what is tracked; DAVIS has named its objects after the first frame, tracked or not.
+        scores = scorers[name].scores()
+        if rules.scorer is SavScorer:
+            scores = {number: score for number, score in scores.items() if number in tracked}
+        tallies[name].scores = {(video.name, number): score for number, score in scores.items()}
+        tallies[name].seconds, tallies[name].most_tokens = run.seconds, run.most_tokens
+        tallies[name].stored_bytes, tallies[name].object_frames = run.stored_bytes(), run.object_frames
+        tallies[name].tracked = len(tracked)
+    return tallies, len(left_out)
+
+
+class PredictionFolder:
+    """One tracker's masks of one video as PNGs: `<video>/<object>/<frame>.png`, or one of ids, `<video>/<frame>.png`.
+
+    A frame's PNG has the name of its image, as the annotated masks do, for the official evaluators pair files by name.
+    The folder gets its name when the video is done; a tracker's folder is the `pred_root` of the official evaluators.
+    """
+
+    def __init__(self, root: Path, video: VosVideo, tracker: str, per_object: bool):
+        self.folder, self.partial = root / video.name, root / f".{video.name}.partial"
+        self.files, self.size = [f"{name}.png" for name in video.frame_names], video.size
+        self.tracker, self.per_object = tracker, per_object
+        self.written: list[str] = []
+        self.discard()
+        self.partial.mkdir(parents=True)
+
+    def add(self, frame: TrackedFrame) -> None:
+        """Write a frame's masks."""
+        masks = frame.masks[self.tracker]
+        file = self.files[frame.index]
+        self.written.append(file)
+        if self.per_object:
+            for number, mask in masks.items():
+                folder = self.partial / f"{number:03d}"
+                folder.mkdir(exist_ok=True)
+                Image.fromarray(mask).save(folder / file)
+            return
+        ids = np.zeros(self.size, np.uint8)
+        for number, mask in masks.items():
+            ids[mask] = number
+        image = Image.fromarray(ids)
+        image.putpalette(voc_palette())
+        image.save(self.partial / file)
+
+    def discard(self) -> None:
+        """Remove what there is of an unfinished video."""
+        if self.partial.is_dir():
+            shutil.rmtree(self.partial)
+
+    def finish(self, _) -> None:
+        """Put empty masks where an object had not been shown yet, and replace what an earlier run has left."""
+        for folder in (folder for folder in self.partial.iterdir() if folder.is_dir()):
+            for file in (file for file in self.written if not (folder / file).exists()):
+                Image.fromarray(np.zeros(self.size, bool)).save(folder / file)
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        self.partial.rename(self.folder)
+
+
+def voc_palette() -> list[int]:
+    """The colours of ids 0 to 255 in DAVIS and PASCAL VOC: bit 3k + c of an id is bit 7 - k of colour channel c."""
+    return [
+        sum((number >> (3 * step + channel) & 1) << (7 - step) for step in range(3))
+        for number in range(256)
+        for channel in range(3)
+    ]
+
+
+def write_objects(result: dict, path: Path) -> None:
+    """Write `objects` of a result of `vos` as CSV, one line for each tracker, video and object; scores are 0..1."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, result["objects"][0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(result["objects"])
+    write_text(path, text.getvalue())
+
+
+def vos_table(result: dict) -> str:
+    """A result of `vos` as a Markdown table, a row for each tracker, and a line on what is missing from it."""
+    trackers = result["trackers"]
+    first = next(iter(trackers))
+    rows = [
+        [
+            name,
+            *(f"{100 * one[key]:.1f}" for key in ("J&F", "J", "F", "agreement")),
+            f"{one['frames_per_s']:.1f}",
+            str(one["memory_tokens"]),
+            f"{one['bytes_per_object'] / 2**20:.2f}",
+            f"{one['bytes_per_object_frame'] / 2**10:.1f}",
+        ]
+        for name, one in trackers.items()
+    ]
+    header = [
+        f"{result['protocol']}, {result['videos']} videos, {trackers[first]['objects']} objects, {result['device']}",
+        *(
+            "J&F",
+            "J",
+            "F",
+            f"J with {first}",
+            "frames/s",
+            "memory tokens",
+            "MiB per object",
+            "KiB per object and frame",
+        ),
+    ]
+    lines = [table(rows, header)]
+    if result["failed"]:
+        lines.append(f"Left out: {len(result['failed'])} videos ({', '.join(result['failed'])}).")
+    if result["appearing_later"]:
+        lines.append(f"Not tracked: {result['appearing_later']} objects that the first annotated frame does not show.")
+    unscored = max(one["unscored"] for one in trackers.values())
+    if unscored:
+        lines.append(f"Not scored: {unscored} objects that are absent from every frame that counts.")
+    return "\n\n".join(lines)

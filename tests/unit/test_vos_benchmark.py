@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tracking and scoring of videos, against transformers' own propagation and against scores of the written PNGs."""
+
+import csv
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerVideoProcessor
+from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
+
+from effsam3.benchmarks.jaccard import DavisScorer, SavScorer
+from effsam3.benchmarks.tracking import TrackerRun, TrackingError, track
+from effsam3.benchmarks.video_pictures import evenly
+from effsam3.benchmarks.vos import voc_palette, vos, vos_table, write_objects
+from effsam3.data.synthetic_sav import write_vos_layouts
+from effsam3.data.vos import open_vos
+from effsam3.errors import UserError
+from effsam3.models.memory_tracker import EfficientTracker, EfficientTrackerConfig
+from effsam3.models.prompted import load_tracker
+from effsam3.models.sam3 import chassis_folder
+
+SIZE = (90, 120)
+FRAMES = 5
+
+
+@dataclass
+class Video:
+    """A `VosVideo` in memory: discs that move over noise, object 2 only from frame `later` on."""
+
+    name: str = "discs"
+    later: int = 0
+    frames: int = FRAMES
+    fps: float | None = None
+    size: tuple = SIZE
+    objects: tuple = (1, 2)
+    annotated: list = field(default_factory=lambda: [0, 1, 2, 4])
+    broken: int | None = None
+
+    def read(self, indexes):
+        noise = np.random.default_rng(0).integers(0, 255, (3, *SIZE), dtype=np.uint8)
+        frames = []
+        for index in indexes:
+            if index == self.broken:
+                raise UserError(f"frame {index} of {self.name} is not there")
+            frame = noise.copy()
+            for number in self.objects:
+                frame[:, self.disc(index, number)] = 60 * number
+            frames.append(frame)
+        return np.stack(frames)
+
+    def disc(self, index, number):
+        y, x = np.mgrid[: SIZE[0], : SIZE[1]]
+        return (y - 30 * number) ** 2 + (x - 30 - 8 * index) ** 2 < 200
+
+    def masks(self, index):
+        assert index in self.annotated
+        return {
+            n: self.disc(index, n) if n == 1 or index >= self.later else np.zeros(SIZE, bool) for n in self.objects
+        }
+
+
+@pytest.fixture(scope="module")
+def tracker() -> Sam3TrackerVideoModel:
+    """The tiny tracker, made to believe that objects are there, so that its masks are not empty."""
+    model = load_tracker(chassis_folder("tiny"))
+    model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(10.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def efficient(tracker) -> EfficientTracker:
+    """A tracker that keeps 20 latents of every frame, of random weights but for the trunk."""
+    torch.manual_seed(0)
+    settings = tracker.config.to_dict() | {
+        "model_type": "effsam3_tracker_video", "memory_mode": "latents",
+        "memory_global_latents": 4, "memory_window_latents": 16,
+    }  # fmt: skip
+    model = EfficientTracker(EfficientTrackerConfig(**settings)).eval().requires_grad_(False)
+    missing, unexpected = model.load_state_dict(tracker.state_dict(), strict=False)
+    assert not unexpected and all(name.startswith("memory_resampler.") for name in missing)
+    return model
+
+
+def reference(tracker, video, start, numbers):
+    """Logits of transformers' own propagation from one frame on, the whole video in memory: {frame: (O, H, W)}."""
+    side = {"height": 224, "width": 224}
+    half = [0.5] * 3
+    processor = Sam3TrackerVideoProcessor(
+        Sam3ImageProcessor(size=side, image_mean=half, image_std=half),
+        Sam2VideoVideoProcessor(size=side, image_mean=half, image_std=half),
+    )
+    frames = torch.from_numpy(video.read(range(video.frames)))
+    session = processor.init_video_session(video=frames)
+    prompts = [video.masks(start)[number] for number in numbers]
+    processor.add_inputs_to_inference_session(session, start, list(numbers), input_masks=prompts)
+    return {
+        output.frame_idx: processor.post_process_masks([output.pred_masks], [SIZE], binarize=False)[0][:, 0]
+        for output in tracker.propagate_in_video_iterator(session, start_frame_idx=start)
+    }
+
+
+def run_over(tracker, video, appearing_later=False, overlap=True):
+    run = TrackerRun(tracker, video.frames, video.size, overlap)
+    return run, list(track({"it": run}, video, appearing_later))
+
+
+def test_masks_are_those_of_transformers(tracker):
+    video = Video()
+    expected = reference(tracker, video, 0, [1, 2])
+    run, frames = run_over(tracker, video)
+    assert [frame.index for frame in frames] == list(range(FRAMES)) == list(expected)
+    for frame in frames:
+        found = frame.masks["it"]
+        assert list(found) == [1, 2]
+        for number in (1, 2):
+            assert (found[number] == (expected[frame.index][number - 1] > 0).numpy()).all()
+            assert 0 < found[number].mean() < 1
+        assert (frame.truths is not None) == (frame.index in video.annotated)
+        assert frame.prompted == ({1, 2} if frame.index == 0 else set())
+    assert len(run.seconds) == FRAMES - 1
+
+
+def test_objects_that_appear_later_are_tracked_as_if_alone(tracker):
+    video = Video(later=2)
+    first, second = reference(tracker, video, 0, [1]), reference(tracker, video, 2, [2])
+    encoded = []
+    with tracker.vision_encoder.register_forward_hook(lambda *_: encoded.append(1)):
+        _, frames = run_over(tracker, video, appearing_later=True)
+    assert len(encoded) == FRAMES  # once for all objects
+    for frame in frames:
+        found = frame.masks["it"]
+        assert list(found) == ([1] if frame.index < 2 else [1, 2])
+        assert (found[1] == (first[frame.index][0] > 0).numpy()).all()
+        if frame.index >= 2:
+            assert (found[2] == (second[frame.index][0] > 0).numpy()).all()
+    _, frames = run_over(tracker, video)
+    assert all(list(frame.masks["it"]) == [1] for frame in frames)
+
+
+def test_tracking_starts_on_the_first_annotated_frame(tracker):
+    _, frames = run_over(tracker, Video(annotated=[2, 4]))
+    assert [frame.index for frame in frames] == [2, 3, 4] and frames[0].prompted == {1, 2}
+    with pytest.raises(TrackingError, match="discs: no object is annotated on frame 0"):
+        run_over(tracker, Video(objects=(2,), later=2))
+    _, frames = run_over(tracker, Video(objects=(2,), later=2), appearing_later=True)
+    assert [list(frame.masks["it"]) for frame in frames] == [[], [], [2], [2], [2]]
+
+
+def test_without_overlap_a_pixel_goes_to_the_highest_logit(tracker):
+    video = Video()
+    expected = reference(tracker, video, 0, [1, 2])
+    _, frames = run_over(tracker, video, overlap=False)
+    shared = 0
+    for frame in frames:
+        one, two = expected[frame.index].numpy()
+        found = frame.masks["it"]
+        assert (found[1] == ((one > 0) & (one >= two))).all() and (found[2] == ((two > 0) & (two > one))).all()
+        shared += ((one > 0) & (two > 0)).sum()
+    assert shared > 0
+
+
+def test_stored_bytes_and_tokens_by_hand(tracker, efficient):
+    """Frames and their features do not count, so what grows is what transformers keeps of every tracked frame."""
+    prompt, high, low = 224 * 224 * 4, 224 * 224 * 4, 64 * 64 * 4
+    pointer, score, feature, encoding = 128 * 4, 4, 256 * 64 * 2, 256 * 64 * 4
+    for frames in (3, 5):
+        run, _ = run_over(tracker, Video(objects=(1,), frames=frames, annotated=[0, 2]))
+        # The position encoding is one tensor for all frames.
+        assert run.stored_bytes() == prompt + frames * (high + low + pointer + score + feature) + encoding
+        assert run.object_frames == frames
+        # The last frame attends to the others: 16 x 16 cells and a pointer, cut into two tokens, each.
+        assert run.most_tokens == (frames - 1) * (16 * 16 + 2)
+    run, _ = run_over(efficient, Video(objects=(1,)))
+    assert run.most_tokens == (FRAMES - 1) * (20 + 2)
+    assert run.stored_bytes() <= prompt + FRAMES * (20 * 64 * 2 + pointer + score) + 2 * low
+
+
+def from_files(folder, video, per_object):
+    """The masks of a prediction folder on the annotated frames."""
+    found = []
+    for index in video.annotated:
+        if per_object:
+            paths = {int(path.name): path / f"{index:05d}.png" for path in sorted(folder.iterdir())}
+            found.append({number: np.array(Image.open(path)) > 0 for number, path in paths.items()})
+        else:
+            ids = np.array(Image.open(folder / f"{index:05d}.png"))
+            found.append({int(number): ids == number for number in np.unique(ids) if number})
+    return found
+
+
+@pytest.mark.parametrize(("protocol", "scorer"), [("davis", DavisScorer), ("sav", SavScorer)])
+def test_scores_are_those_of_the_written_masks(tracker, efficient, tmp_path, protocol, scorer):
+    later = 0 if protocol == "davis" else 2
+    videos = [Video(), Video("late", later)]
+    result = vos(
+        {"dense": tracker, "latents": efficient}, videos, protocol,
+        appearing_later=protocol == "sav", predictions=tmp_path,
+    )  # fmt: skip
+    assert result["videos"] == 2 and result["failed"] == {} and result["appearing_later"] == 0
+    assert len(result["objects"]) == 8
+    for name in ("dense", "latents"):
+        scores = []
+        for video in videos:
+            own = scorer(video.name)
+            for index, masks in zip(
+                video.annotated, from_files(tmp_path / name / video.name, video, protocol == "sav"), strict=True
+            ):
+                own.add(video.masks(index), masks)
+            scores += own.scores().values()
+        one = result["trackers"][name]
+        assert one["J"] == pytest.approx(np.mean([score.J for score in scores]))
+        assert one["J&F"] == pytest.approx(np.mean([(score.J + score.F) / 2 for score in scores]))
+        assert 0 < one["J"] < 1 and one["objects"] == 4
+    dense, latents = result["trackers"].values()
+    both = [[from_files(tmp_path / name / video.name, video, protocol == "sav") for name in result["trackers"]]
+            for video in videos]  # fmt: skip
+    agreement = [
+        (one[number] & other[number]).sum() / (one[number] | other[number]).sum()
+        for video, pair in zip(videos, both, strict=True)
+        for index, one, other in zip(video.annotated, *pair, strict=True)
+        for number in (1, 2)
+        if index > (video.later if number == 2 else 0)
+    ]
+    assert dense["agreement"] == 1 and latents["agreement"] == pytest.approx(np.mean(agreement))
+    assert latents["agreement"] < 1 or protocol == "sav"  # where random weights find the same over all
+    assert dense["memory_tokens"] > 5 * latents["memory_tokens"]
+    assert dense["bytes_per_object_frame"] > 4 * latents["bytes_per_object_frame"]
+    assert json.loads(json.dumps(result)) == result
+    text = vos_table(result)
+    assert text.count("\n") == 3 and f"{100 * latents['J&F']:.1f}" in text
+    write_objects(result, tmp_path / "objects.csv")
+    with open(tmp_path / "objects.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["tracker"], row["video"], row["object"]) for row in rows[:4]] == [
+        ("dense", "discs", "1"), ("dense", "discs", "2"), ("dense", "late", "1"), ("dense", "late", "2"),
+    ]  # fmt: skip
+    assert float(rows[5]["F"]) == result["objects"][5]["F"]
+
+
+def test_predictions_are_in_the_official_layouts(tracker, tmp_path):
+    vos({"it": tracker}, [Video()], "davis", predictions=tmp_path / "davis")
+    vos({"it": tracker}, [Video(later=2)], "sav", appearing_later=True, predictions=tmp_path / "sav")
+    names = [f"{index:05d}.png" for index in range(FRAMES)]
+    assert sorted(path.name for path in (tmp_path / "davis/it/discs").iterdir()) == names
+    assert sorted(str(path.relative_to(tmp_path / "sav")) for path in (tmp_path / "sav").rglob("*.png")) == [
+        f"it/discs/{number}/{name}" for number in ("001", "002") for name in names
+    ]
+    ids = Image.open(tmp_path / "davis/it/discs/00000.png")
+    assert ids.mode == "P" and ids.getpalette()[:12] == [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]
+    assert (np.array(ids) == sum(number * mask for number, mask in Video().masks(0).items())).mean() > 0.99
+    late = [np.array(Image.open(tmp_path / f"sav/it/discs/002/{name}")) for name in names]
+    assert [mask.any() for mask in late] == [False] * 2 + [True] * 3 and late[0].shape == SIZE
+    # Colours of ids whose bits reach every step of the scheme.
+    assert voc_palette()[3 * 22 : 3 * 23] == [0, 192, 128] and voc_palette()[-3:] == [224, 224, 192]
+
+
+def test_a_bad_video_is_named_and_the_rest_goes_on(tracker, tmp_path):
+    videos = [Video("torn", broken=3), Video(), Video("blank", objects=(2,), later=2)]
+    result = vos({"it": tracker}, videos, "sav", predictions=tmp_path, pictures=tmp_path / "pictures")
+    alone = vos({"it": tracker}, [Video()], "sav")
+    assert list(result["failed"]) == ["torn", "blank"] and result["failed"]["torn"] == "frame 3 of torn is not there"
+    assert result["objects"] == alone["objects"] and result["videos"] == 1
+    assert result["trackers"]["it"]["bytes_per_object"] == alone["trackers"]["it"]["bytes_per_object"]
+    assert [path.name for path in (tmp_path / "it").iterdir()] == ["discs"]
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["discs.png"]
+    assert "Left out: 2 videos (torn, blank)." in vos_table(result)
+    with pytest.raises(
+        UserError, match="none of the 1 videos could be scored; the first: frame 3 of torn is not there"
+    ):
+        vos({"it": tracker}, videos[:1], "sav")
+    with pytest.raises(UserError, match="protocol: there is no 'davis17'; did you mean davis?"):
+        vos({"it": tracker}, videos, "davis17")
+
+
+def test_videos_in_folders(tracker, tmp_path):
+    """The same two videos in both layouts; one of them has lost a frame."""
+    write_vos_layouts(tmp_path, 2, frames=9, side_px=64, objects=2)
+    for layout, annotated in (("sav_val", 3), ("davis", 9)):
+        videos = open_vos(tmp_path / layout)
+        lost = sorted((tmp_path / layout).rglob(f"JPEG*/**/{videos[1].name}/*.jpg"))[4]
+        lost.unlink()
+        result = vos({"it": tracker}, videos, layout.removesuffix("_val"), appearing_later=layout == "sav_val",
+                     predictions=tmp_path / "predictions" / layout)  # fmt: skip
+        assert len(videos[0].annotated) == annotated and result["videos"] == 1
+        assert list(result["failed"]) == [videos[1].name]
+        assert {row["video"] for row in result["objects"]} == {videos[0].name}
+        assert {row["frames"] for row in result["objects"]} <= {annotated - 2, annotated - 3}
+        written = (tmp_path / "predictions" / layout / "it" / videos[0].name).rglob("*.png")
+        assert len({path.name for path in written}) == 9
+
+
+def test_objects_that_are_not_tracked_are_counted_and_not_scored(tracker):
+    result = vos({"it": tracker}, [Video(later=2)], "sav")
+    assert result["appearing_later"] == 1 and [row["object"] for row in result["objects"]] == [1]
+    assert "Not tracked: 1 objects" in vos_table(result)
+    # DAVIS has no place for them.
+    with pytest.raises(UserError, match="predicted object 2, but the first annotated frame's highest id is 1"):
+        vos({"it": tracker}, [Video(later=2)], "davis", appearing_later=True)
+
+
+def test_pictures_show_frames_and_objects(tracker, efficient, tmp_path):
+    trackers = {"dense": tracker, "latents": efficient}
+    vos(trackers, [Video(), Video("b")], "sav", pictures=tmp_path, max_pictures=1, animate=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["discs.gif", "discs.png"]
+    with Image.open(tmp_path / "discs.png") as sheet:
+        pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    # Three rows (annotated, two trackers) of four frames.
+    assert pixels.shape[0] > 3 * SIZE[0] and pixels.shape[1] > 4 * SIZE[1]
+    red = (pixels[..., 0] > pixels[..., 1] + 60) & (pixels[..., 0] > pixels[..., 2] + 30)
+    assert red.sum() > 4 * Video().disc(0, 1).sum() / 2
+    with Image.open(tmp_path / "discs.gif") as animation:
+        assert animation.n_frames == 4 and animation.info["duration"] in (40, 42)
+
+
+def test_columns_are_spread_over_the_video():
+    assert evenly(list(range(0, 100, 4)), 6) == [0, 20, 40, 56, 76, 96]
+    assert evenly([3, 5], 6) == [3, 5]
