@@ -4,27 +4,56 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import nn
 from torch.optim import AdamW
 
-# Tables of positions and scales of layers, which only look like matrices.
-NO_DECAY_NAMES = ("attention_biases", "position_embedding", "layer_scale")
+# Tables of positions, scales of layers, latents and single vectors, which only look like matrices.
+NO_DECAY_NAMES = (
+    "attention_biases",
+    "position_embedding",
+    "layer_scale",
+    "global_offset",
+    "window_offset",
+    "memory_temporal_positional_encoding",
+    "occlusion_spatial_embedding_parameter",
+    "no_memory_embedding",
+    "no_object_pointer",
+)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Split the trainable parameters: matrices and kernels decay; biases, norms and position biases do not."""
-    decay, rest = [], []
+def parameter_groups(
+    model: nn.Module, weight_decay: float, lr_scales: Mapping[str, float] | None = None
+) -> list[dict]:
+    """Split the trainable parameters: matrices and kernels decay; biases, norms and position biases do not.
+
+    `lr_scales` maps the beginning of a name to the multiple of the learning rate that it takes (`lr_scale` of the
+    group); the longest beginning wins, and without one it is 1.
+    """
+    scales = {"": 1.0} | dict(lr_scales or {})
+    groups: dict[tuple[bool, float], list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith(NO_DECAY_NAMES)
-            (decay if decays else rest).append(parameter)
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+            scale = scales[max((start for start in scales if name.startswith(start)), key=len)]
+            groups.setdefault((decays, scale), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decays else 0.0, "lr_scale": scale}
+        for (decays, scale), parameters in sorted(groups.items(), key=lambda group: group[0], reverse=True)
+    ]
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], eps: float) -> AdamW:
+def adamw(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    lr_scales: Mapping[str, float] | None = None,
+) -> AdamW:
     """AdamW over `parameter_groups`."""
-    return AdamW(parameter_groups(model, weight_decay), lr=lr, betas=betas, eps=eps)
+    return AdamW(parameter_groups(model, weight_decay, lr_scales), lr=lr, betas=betas, eps=eps)
 
 
 def lr_at(step: int, steps: int, warmup_steps: int, lr: float, min_lr: float, warmup_lr: float) -> float:

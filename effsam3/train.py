@@ -32,7 +32,8 @@ from effsam3.trackers import start_trackers
 
 STOPPED = 75  # exit code after SIGTERM or SIGUSR1: the run is saved and the same command goes on (EX_TEMPFAIL)
 # What may differ between a run and its continuation: nothing here changes what is learned.
-FREE_KEYS = ("hardware", "data.workers", "data.max_unreadable", "export.batch_size", "evaluate.", "merge.") + tuple(
+SECTIONS_AFTER = ("evaluate.", "merge.", "push.")  # what is done with a trained student
+FREE_KEYS = ("hardware", "data.workers", "data.max_unreadable", "export.batch_size", *SECTIONS_AFTER) + tuple(
     f"train.{key}"
     for key in (
         "log_every",
@@ -87,7 +88,7 @@ def run(recipe) -> None:
     stage = make_stage(recipe, report, accelerator)
     steps, warmup = (count(recipe, stage.train_size) for count in (total_steps, warmup_steps))
     optim = recipe.optim
-    optimizer = adamw(stage.student, optim.lr, optim.weight_decay, optim.betas, optim.eps)
+    optimizer = adamw(stage.student, optim.lr, optim.weight_decay, optim.betas, optim.eps, stage.lr_scales)
     ema = make_ema(recipe, accelerator, stage.student)
     student, optimizer = accelerator.prepare(stage.student.train(), optimizer)
 
@@ -120,7 +121,7 @@ def run(recipe) -> None:
     for step in range(state["step"], state["step"] if state["ended"] else steps):
         lr = lr_at(step, steps, warmup, optim.lr, optim.min_lr, optim.warmup_lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         for micro in range(micros):
             batch = window.wait_for(batches)
             unreadable.note(batch, step + 1)

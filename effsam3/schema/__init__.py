@@ -8,6 +8,9 @@ are `check` methods, which yield one sentence per mistake. A section named after
 from __future__ import annotations
 
 from effsam3.schema.image import ImageRecipe
+from effsam3.schema.memory import MemoryRecipe
+from effsam3.schema.release import ReleaseRecipe
 from effsam3.schema.text import TextRecipe
 
-STAGES = {"image": ImageRecipe, "text": TextRecipe}  # stage -> class of its recipes
+# stage -> class of its recipes
+STAGES = {"image": ImageRecipe, "text": TextRecipe, "memory": MemoryRecipe, "release": ReleaseRecipe}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from effsam3.schema.rules import (
@@ -15,17 +16,27 @@ from effsam3.schema.rules import (
     PositiveFloat,
     PositiveInt,
     Section,
+    at_least_one,
     each_once,
     exactly_one,
 )
 
+Format = Literal["transformers", "sam3", "efficientsam3"]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Sam3(Section):
+class Chassis(Section):
+    """The SAM 3 whose parts the merged model keeps where no student stands."""
+
+    # Hub id, transformers folder, merged run folder, sam3.pt, or made up: `tiny` (few layers), `random` (full size)
+    checkpoint: str = "facebook/sam3"
+    revision: str | None = None  # Hub commit, branch or tag; null: the newest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sam3(Chassis):
     """The SAM 3 that teaches, and whose other parts the merged model keeps."""
 
-    checkpoint: str = "facebook/sam3"  # Hub id, local transformers folder, `tiny` (few layers) or `random` (full size)
-    revision: str | None = None  # Hub commit, branch or tag; null: the newest
     fingerprint: str | None = None  # of the trunk's weights, as a store's manifest has it; null: accept any
 
 
@@ -82,9 +93,22 @@ class Train(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Section):
-    """Which weights become the released model."""
+    """Which weights become the released model, and in which layouts it is written."""
 
     checkpoint: FileName = "best"  # `best`, `last`, or a folder of checkpoints/ such as step-000100
+    # The transformers folder is written in any case; sam3: merged/sam3.pt; efficientsam3: merged/efficientsam3.pt.
+    formats: Annotated[tuple[Format, ...], at_least_one, each_once] = ("transformers",)
+
+
+class StageRecipe(Section):
+    """A recipe of something that learns."""
+
+    launched = ("export", "train", "merge", "evaluate")  # what `effsam3 launch` runs, in order
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.train.runs) / self.name
 
 
 def warmup_fits(recipe: object) -> Iterator[str]:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from effsam3.schema.common import Merge, Optim, Sam3, Train, warmup_fits
+from effsam3.schema.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
+from effsam3.schema.push import Push
 from effsam3.schema.rules import (
     FileName,
     NonNegativeFloat,
@@ -87,14 +88,14 @@ class ImageEvaluate(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageRecipe(Section):
+class ImageRecipe(StageRecipe):
     """Stage 1, image: a student learns the output of SAM 3's ViT trunk, then takes its place."""
 
     stage: Literal["image"]  # the module of effsam3/stages that reads this recipe
     name: FileName  # of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     student: Annotated[str, image_student_name]  # a row of effsam3/models/registry.py; see `effsam3 compare`
-    student_init: Annotated[str, initialisation] = "imagenet"  # imagenet, random, or a local timm weights file
+    student_init: Annotated[str, initialisation] = "imagenet"  # imagenet, random, weights file or model folder
     head: Literal["fused", "stride32"] = "fused"  # fused: strides 8, 16, 32; stride32: upstream's
     teacher: Literal["stored", "online"] = "stored"  # stored: reads export.to; online: runs the teacher beside it
     sam3: Sam3 = Sam3()
@@ -105,6 +106,7 @@ class ImageRecipe(Section):
     train: Train
     evaluate: ImageEvaluate = ImageEvaluate()
     merge: Merge = Merge()
+    push: Push = Push()
 
     def check(self) -> Iterator[str]:
         yield from warmup_fits(self)

@@ -61,16 +61,24 @@ def text_student_name(value: str) -> str:
     return "" if value in rows else f"{value!r} is not a text student{did_you_mean(value, rows)}"
 
 
+def names_a_model(student_init: str) -> bool:
+    """Whether `student_init` is the folder of a merged or imported model (or of its run)."""
+    return "/" in student_init and not student_init.endswith(WEIGHTS_FILES)
+
+
 def text_initialisation(value: str) -> str:
-    if value in ("mobileclip", "random") or value.endswith(WEIGHTS_FILES):
-        return ""
-    return f"{value!r} is not mobileclip, random or a weights file ({', '.join(WEIGHTS_FILES)})"
+    return _initialisation(value, "mobileclip")
 
 
 def initialisation(value: str) -> str:
-    if value in ("imagenet", "random") or value.endswith(WEIGHTS_FILES):
+    return _initialisation(value, "imagenet")
+
+
+def _initialisation(value: str, own: str) -> str:
+    if value in (own, "random") or value.endswith(WEIGHTS_FILES) or names_a_model(value):
         return ""
-    return f"{value!r} is not imagenet, random or a weights file ({', '.join(WEIGHTS_FILES)})"
+    files = ", ".join(WEIGHTS_FILES)
+    return f"{value!r} is not {own}, random or a weights file ({files}), nor a model's folder, such as runs/x/merged"
 
 
 PositiveInt = Annotated[int, positive]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from effsam3.schema.common import Merge, Optim, Sam3, Train, warmup_fits
+from effsam3.schema.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
+from effsam3.schema.push import Push
 from effsam3.schema.rules import (
     FileName,
     NonNegativeFloat,
@@ -87,14 +88,14 @@ class TextEvaluate(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRecipe(Section):
+class TextRecipe(StageRecipe):
     """Stage 1, text: a student learns the features of SAM 3's text encoder, then takes its place."""
 
     stage: Literal["text"]
     name: FileName  # of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     student: Annotated[str, text_student_name]  # a row of effsam3/models/registry.py; see `effsam3 compare`
-    student_init: Annotated[str, text_initialisation] = "mobileclip"  # mobileclip, random, or a local weights file
+    student_init: Annotated[str, text_initialisation] = "mobileclip"  # mobileclip, random, file or model folder
     teacher: Literal["stored", "online"] = "online"  # online: costs less than reading stored targets
     sam3: Sam3 = Sam3()
     data: TextData
@@ -104,6 +105,7 @@ class TextRecipe(Section):
     train: Train
     evaluate: TextEvaluate = TextEvaluate()
     merge: Merge = Merge()
+    push: Push = Push()
 
     def check(self) -> Iterator[str]:
         yield from warmup_fits(self)

@@ -7,24 +7,26 @@ A stage is a module with a training side (`stages.base.Stage`) and a teacher pas
 
 from __future__ import annotations
 
+from importlib import import_module
+
+# stage -> classes of effsam3/stages/<stage>.py: the training side and, where features can be stored, the teacher pass
+CLASSES = {
+    "image": ("ImageStage", "ImageTeacherPass"),
+    "text": ("TextStage", "TextTeacherPass"),
+    "memory": ("MemoryStage",),
+}
+
 
 def make_stage(recipe, report, accelerator):
     """Build the training side of the recipe's stage, on the accelerator's device."""
-    if recipe.stage == "text":
-        from effsam3.stages.text import TextStage
-
-        return TextStage(recipe, report, accelerator)
-    from effsam3.stages.image import ImageStage
-
-    return ImageStage(recipe, report, accelerator)
+    return _class_of(recipe.stage, 0)(recipe, report, accelerator)
 
 
 def make_teacher_pass(recipe, accelerator):
     """Build what `export` runs for the recipe's stage."""
-    if recipe.stage == "text":
-        from effsam3.stages.text import TextTeacherPass
+    return _class_of(recipe.stage, 1)(recipe, accelerator)
 
-        return TextTeacherPass(recipe, accelerator)
-    from effsam3.stages.image import ImageTeacherPass
 
-    return ImageTeacherPass(recipe, accelerator)
+def _class_of(stage: str, side: int):
+    # Imported when asked for: one stage's needs are not another's.
+    return getattr(import_module(f"effsam3.stages.{stage}"), CLASSES[stage][side])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler
 from effsam3.data.statistics import FeatureStatistics
 from effsam3.data.store import StoreError
+from effsam3.models.slots import start_from
 from effsam3.models.teacher import parameter_count
 from effsam3.report import table
+from effsam3.schema.rules import names_a_model
 
 
 class Stage:
@@ -27,6 +30,7 @@ class Stage:
     metric = "val/cosine"  # the validation number to maximise
     unit = "samples"
     max_unreadable = 0
+    lr_scales: dict[str, float] = {}  # beginning of a parameter's name -> multiple of the learning rate
 
     def __init__(self, recipe, report, accelerator):
         self.recipe, self.report, self.accelerator = recipe, report, accelerator
@@ -43,6 +47,14 @@ class Stage:
         student.set_feature_statistics(self.mean_C, self.deviation_C)
         self.student = student
         self.student_parameters = parameter_count(student)  # now: ZeRO-3 leaves none to count
+
+    def go_on(self) -> dict[str, str]:
+        """Start from the model that `student_init` names, if it names one; returns the header's line that says so."""
+        model = self.recipe.student_init
+        if not names_a_model(model):
+            return {}
+        start_from(self.student, self.recipe.stage, Path(model))
+        return {"weights": f"those of {model}, its last layer rescaled to this teacher's statistics"}
 
     def online_statistics(self) -> dict:
         """The teacher's statistics when there is no store: made once per run by rank 0, kept in the run folder."""
@@ -62,8 +74,8 @@ class Stage:
         """This rank's micro-batches from step `start` on."""
         return self.divide(start, steps)
 
-    def divide(self, start: int, steps: int, arrange=None):
-        """Divide every step's samples among the ranks; `arrange` may reorder them first."""
+    def divide(self, start: int, steps: int, arrange=None, numbered: bool = False):
+        """Divide every step's samples among the ranks; `arrange` and `numbered` as `StepSampler` has them."""
         train, accelerator = self.recipe.train, self.accelerator
         sampler = StepSampler(
             self.train_size,
@@ -73,6 +85,7 @@ class Stage:
             accelerator.process_index,
             accelerator.num_processes,
             arrange,
+            numbered,
         )
         pin = self.device.type == "cuda"
         return loader(self.train_data, sampler.micro_batches(start, steps), self.recipe.data.workers, pin)

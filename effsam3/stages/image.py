@@ -27,6 +27,7 @@ from effsam3.models.sam3 import chassis_folder
 from effsam3.models.teacher import Neck, Teacher, check_features, check_weights, load_neck, parameter_count, to_map
 from effsam3.models.vision import StudentTrunk, StudentTrunkConfig, load_timm_weights, resize_BCHW
 from effsam3.report import write_json
+from effsam3.schema.rules import names_a_model
 from effsam3.stages.base import Stage, refuse_other_teacher
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn images: they are few
@@ -185,7 +186,7 @@ def make_student(recipe, channels: int, image_size: int, patch_size: int) -> Stu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
         student = StudentTrunk(config)
-    if recipe.student_init != "random":
+    if recipe.student_init != "random" and not names_a_model(recipe.student_init):
         load_timm_weights(student, recipe.student_init)
     return student
 
@@ -227,6 +228,7 @@ class ImageStage(Stage):
         self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
         student = make_student(recipe, self.facts["channels"], self.facts["image_size"], facts.patch_size)
         self.set_student(student)
+        self.start = self.go_on()
         self.neck = self._load_neck() if recipe.loss.neck else None
 
     def _open_store(self) -> StoreReader:
@@ -270,7 +272,7 @@ class ImageStage(Stage):
             "teacher": f"{self.recipe.sam3.checkpoint} {self.facts['tap']}, {channels} x {grid} x {grid}, {source}",
             "data": f"{self.recipe.data.index}  {len(self.train_data):,} images, {len(self.val_data):,} held out, "
             f"{self.facts['image_size']} px {self.facts['resize']}",
-        }
+        } | self.start
 
     def valid(self, batch: dict) -> Tensor:
         """Valid mask (B, 1, G, G) on the device."""

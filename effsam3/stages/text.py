@@ -31,6 +31,7 @@ from effsam3.models.text import TextTeacher, check_text_weights, check_tokens, t
 from effsam3.models.text_weights import load_text_weights
 from effsam3.models.tokens import PAD_ID, PROCESSOR_LENGTH, Tokenizer
 from effsam3.report import write_json
+from effsam3.schema.rules import names_a_model
 from effsam3.stages.base import Stage, refuse_other_teacher
 
 
@@ -93,7 +94,7 @@ def make_student(recipe, channels: int):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
         # Always SAM 3's own length: transformers' processors pad every prompt to it, however short the training texts.
         student = text_student(recipe.student, PROCESSOR_LENGTH, channels)
-    if recipe.student_init == "random":
+    if recipe.student_init == "random" or names_a_model(recipe.student_init):
         return student, None
     own = text_student_row(recipe.student).weights
     return student, load_text_weights(student, own if recipe.student_init == "mobileclip" else recipe.student_init)
@@ -266,6 +267,7 @@ class TextStage(Stage):
         self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
         student, self.loaded = make_student(recipe, self.facts["channels"])
         self.set_student(student)
+        self.start = self.go_on()
         if self.loaded is not None:  # every tensor by name: loaded, initialised or dropped, and why
             report.write_json("student_init.json", asdict(self.loaded))
 
@@ -292,7 +294,7 @@ class TextStage(Stage):
             f"{source}",
             "data": f"{data}, up to {self.recipe.data.context_length} tokens",
         }
-        return lines | ({"weights": str(self.loaded).replace("\n", "; ")} if self.loaded else {})
+        return lines | ({"weights": str(self.loaded).replace("\n", "; ")} if self.loaded else self.start)
 
     def train_batches(self, start: int, steps: int):
         """This rank's micro-batches from step `start` on."""

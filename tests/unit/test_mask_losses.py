@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Losses on masks, against loops over pixels and against what they must do at the edges."""
+
+import math
+
+import pytest
+import torch
+
+from effsam3.mask_losses import at_side, dice, focal, iou, mask_losses, object_weights
+
+
+@pytest.fixture
+def case():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 2, 5, 4, generator=generator) * 3
+    target = (torch.rand(3, 5, 4, generator=generator) > 0.6).float()
+    return logits, target
+
+
+def test_focal_equals_a_loop(case):
+    logits, target = case
+    found = focal(logits, target)
+    for n in range(3):
+        for m in range(2):
+            total = 0.0
+            for value, truth in zip(logits[n, m].flatten().tolist(), target[n].flatten().tolist(), strict=True):
+                p = 1 / (1 + math.exp(-value))
+                right, alpha = (p, 0.25) if truth else (1 - p, 0.75)
+                total += -alpha * (1 - right) ** 2 * math.log(right)
+            assert found[n, m].item() == pytest.approx(total / 20, rel=1e-5)
+
+
+def test_dice_equals_a_loop(case):
+    logits, target = case
+    found = dice(logits, target)
+    for n in range(3):
+        for m in range(2):
+            p, t = logits[n, m].sigmoid().flatten().tolist(), target[n].flatten().tolist()
+            both = sum(a * b for a, b in zip(p, t, strict=True))
+            assert found[n, m].item() == pytest.approx(1 - (2 * both + 1) / (sum(p) + sum(t) + 1), rel=1e-5)
+
+
+def test_iou_counts_pixels_and_is_zero_for_nothing(case):
+    logits, target = case
+    for n in range(3):
+        for m in range(2):
+            a, b = (logits[n, m] > 0).flatten().tolist(), (target[n] > 0.5).flatten().tolist()
+            both, either = (sum(f(x, y) for x, y in zip(a, b, strict=True)) for f in (min, max))
+            assert iou(logits, target)[n, m].item() == pytest.approx(both / either)
+    assert iou(torch.full((1, 1, 2, 2), -1.0), torch.zeros(1, 2, 2)).item() == 0
+
+
+def test_best_candidate_is_the_one_that_counts(case):
+    logits, target = case
+    good = torch.where(target[:, None] > 0, 8.0, -8.0)
+    parts = mask_losses(torch.cat([logits, good], 1), torch.zeros(3, 3), torch.zeros(3), target)
+    torch.testing.assert_close(parts["dice"], dice(good, target)[:, 0])
+    # Predicted IoU of 0: the error is the true IoU, of all candidates.
+    wanted = iou(torch.cat([logits, good], 1), target).mean(1)
+    torch.testing.assert_close(parts["iou"], wanted)
+
+
+def test_absent_object_has_the_presence_term_alone():
+    parts = mask_losses(torch.randn(1, 3, 4, 4), torch.rand(1, 3), torch.tensor([2.0]), torch.zeros(1, 4, 4))
+    assert parts["focal"].item() == parts["dice"].item() == parts["iou"].item() == 0
+    assert parts["presence"].item() == pytest.approx(math.log(1 + math.exp(2.0)), rel=1e-6)
+
+
+def test_visible_object_scored_absent_is_finite_and_bounded_and_learns():
+    """SAM 2's loss is 0.25 * 1024 * area there and has no gradient, because it is taken on gated logits."""
+    target = torch.zeros(1, 8, 8)
+    target[:, :4] = 1
+    logits = torch.zeros(1, 1, 8, 8, requires_grad=True)
+    presence = torch.tensor([-30.0], requires_grad=True)
+    parts = mask_losses(logits, torch.zeros(1, 1), presence, target)
+    total = 20 * parts["focal"] + parts["dice"] + parts["presence"]
+    total.sum().backward()
+    assert total.item() < 40 and logits.grad.abs().sum() > 0 and presence.grad.item() == pytest.approx(-1.0, abs=1e-4)
+
+
+def test_masks_shrink_by_averaging_and_logits_grow_bilinearly():
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[0, :2, :1] = True
+    logits, target = at_side(torch.zeros(1, 1, 2, 2), mask, 2)
+    assert target.tolist() == [[[0.5, 0.0], [0.0, 0.0]]] and logits.shape == (1, 1, 2, 2)
+    logits, target = at_side(torch.tensor([[[[0.0, 4.0]] * 2]]), mask, 4)
+    assert logits[0, 0, 0].tolist() == [0.0, 1.0, 3.0, 4.0] and target.sum() == 2
+
+
+def test_object_weights_are_a_mean_over_clips_whatever_the_micro_batch():
+    clip = torch.tensor([0, 0, 0, 1])
+    weights = object_weights(clip, 2)
+    assert weights.tolist() == pytest.approx([1 / 6] * 3 + [1 / 2])
+    values = torch.tensor([1.0, 2.0, 3.0, 10.0])
+    apart = [
+        (values[clip == c] * object_weights(torch.zeros(int((clip == c).sum()), dtype=int), 1)).sum() for c in (0, 1)
+    ]
+    assert (values * weights).sum().item() == pytest.approx(sum(apart).item() / 2)

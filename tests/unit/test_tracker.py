@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training forward: the same tracking as transformers' sessions, the right gradients, nothing frozen moves.
+
+Letters: O objects, T frames, S image side.
+"""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from transformers import Sam3TrackerVideoInferenceSession, Sam3TrackerVideoModel
+
+from effsam3.models.memory_config import EfficientTrackerConfig
+from effsam3.models.memory_tracker import EfficientTracker, efficient_tracker_tensors
+from effsam3.models.sam3 import chassis_folder, load_part, read_config
+from effsam3.models.tracker import Features, Prompts, encode_frames, read_tracker_tensors, track
+from effsam3.models.tracker_student import TrackerStudent
+
+T, S = 4, 224  # in hybrid mode the fourth frame is the first to read latents
+WEIGHTS = {"focal": 20.0, "dice": 1.0, "iou": 1.0, "presence": 1.0, "memory": 1.0}
+
+
+def shapes(objects=3, frames=T):
+    """Noisy frames with discs that move, and the discs' masks (O, T, S, S)."""
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(S), torch.arange(S), indexing="ij")
+    pixels, masks = torch.randn(frames, 3, S, S, generator=generator) * 0.1, torch.zeros(objects, frames, S, S).bool()
+    for o in range(objects):
+        for t in range(frames):
+            masks[o, t] = (x - 50 - 50 * o - 5 * t).square() + (y - 60 - 30 * o).square() < (18 + 4 * o) ** 2
+            pixels[t, :, masks[o, t]] = torch.rand(3, 1, generator=generator) * 2 - 1
+    return pixels, masks
+
+
+def by_mask(objects):
+    return Prompts(
+        torch.zeros(objects, 2, 2), torch.full((objects, 2), -1, dtype=torch.int32), torch.ones(objects).bool()
+    )
+
+
+def mixed():
+    """One object by its mask, one by a point, one by a box."""
+    points = torch.tensor([[[0, 0], [0, 0]], [[100, 90], [0, 0]], [[124, 94], [176, 146]]]).float()
+    labels = torch.tensor([[-1, -1], [1, -1], [2, 3]], dtype=torch.int32)
+    return Prompts(points, labels, torch.tensor([True, False, False]))
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    """The tiny chassis' tracker, every object scored present: else masks would all be gated away."""
+    tensors = {name: tensor.clone() for name, tensor in read_tracker_tensors(chassis_folder("tiny")).items()}
+    tensors["mask_decoder.pred_obj_score_head.proj_out.bias"].fill_(5.0)
+    return tensors
+
+
+def make_tracker(tensors, mode, vision=True):
+    own = read_config(chassis_folder("tiny")).tracker_config.to_dict()
+    own.pop("model_type")
+    config = EfficientTrackerConfig(**own, memory_mode=mode)
+    given = {name: tensor for name, tensor in tensors.items() if vision or not name.startswith("vision_encoder.")}
+    return load_part(
+        lambda config: EfficientTracker(config, remove_vision_encoder=not vision),
+        config,
+        efficient_tracker_tensors(given, config),
+    )
+
+
+def make_student(tensors, mode="hybrid", parts=("memory",), **options):
+    options = {"side_px": 56, "trunk_batch": 8, "objects_at_once": None, "recompute": False} | options
+    teacher = make_tracker(tensors, "dense", vision=False)
+    student = TrackerStudent(make_tracker(tensors, mode), parts, teacher, WEIGHTS, **options)
+    for name, parameter in student.named_parameters():
+        if name.startswith("memory_resampler.") and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)  # what starts at zero hides what stands behind it
+    return student
+
+
+def inputs(prompts=None):
+    pixels, masks = shapes()
+    clip = torch.zeros(3, dtype=torch.long)
+    return pixels[None], masks, clip, torch.full((3,), 1 / 3), prompts or mixed()
+
+
+def test_tracks_what_transformers_session_tracks(tensors):
+    pixels, masks = shapes()
+    own = read_config(chassis_folder("tiny")).tracker_config
+    reference = load_part(Sam3TrackerVideoModel, own, tensors)
+    session = Sam3TrackerVideoInferenceSession(video=pixels, video_height=S, video_width=S, dtype=torch.float32)
+    for o in range(3):
+        session.obj_id_to_idx(o)
+        session.add_mask_inputs(o, 0, masks[o, :1][None].float())
+    session.obj_with_new_inputs = [0, 1, 2]
+    reference(session, frame_idx=0)
+    expected = [output.pred_masks for output in reference.propagate_in_video_iterator(session)]
+
+    tracker = make_tracker(tensors, "dense")
+    with torch.no_grad():
+        features = encode_frames(tracker, pixels, chunk=3, frozen=True)
+        found = track(tracker, features, torch.arange(T).expand(3, T), masks, by_mask(3), by_truth=False)
+    for t in range(1, T):
+        low = found[t].predictions[0].best()[0]
+        scale = expected[t].abs().max()
+        # A session keeps memory in bfloat16, training does not.
+        assert (low - expected[t][:, 0]).abs().max() < 2e-3 * scale, t
+    assert low.std() > 0.01 * scale
+
+
+def test_all_objects_at_once_equal_one_by_one(tensors):
+    tracker = make_tracker(tensors, "hybrid")
+    pixels, masks = shapes()
+    prompts = mixed()
+    with torch.no_grad():
+        features = encode_frames(tracker, pixels, 8, frozen=True)
+        together = track(tracker, features, torch.arange(T).expand(3, T), masks, prompts)
+        for o in range(3):
+            one = torch.tensor([o])
+            alone = track(tracker, features, torch.arange(T)[None], masks[one], prompts.some(one))
+            for a, b in zip(together, alone, strict=True):
+                torch.testing.assert_close(a.logits_OSS[one], b.logits_OSS, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "latents", "pooled"])
+def test_every_trained_parameter_learns_and_nothing_else_moves(tensors, mode):
+    student = make_student(tensors, mode).train()
+    before = {name: tensor.clone() for name, tensor in student.tracker.state_dict().items()}
+    pixels, masks, *rest = inputs()
+    masks[2, 1] = False  # an absent object: the only use of the occlusion embedding
+    losses = student(pixels, masks, *rest)
+    losses["loss"].backward()
+    assert {"loss", *WEIGHTS} == set(losses)
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), name
+    frozen = [name for name, parameter in student.tracker.named_parameters() if not parameter.requires_grad]
+    assert any(name.startswith("mask_decoder") for name in frozen)
+    torch.optim.SGD([p for p in student.parameters() if p.requires_grad], lr=0.1).step()
+    after = student.tracker.state_dict()
+    for name in frozen:
+        assert torch.equal(before[name], after[name]), name
+    assert not any(torch.equal(before[name], after[name]) for name in after if name.startswith("memory_encoder.fu"))
+
+
+def test_frozen_parts_stay_in_eval_mode(tensors):
+    student = make_student(tensors).train()
+    assert student.tracker.memory_attention.training and student.tracker.training
+    tracker, teacher = student.tracker, student.teacher
+    frozen = (tracker.mask_decoder, tracker.vision_encoder, tracker.prompt_encoder, *teacher.children())
+    assert not any(module.training for part in frozen for module in part.modules())
+
+
+def test_a_later_loss_reaches_an_earlier_frame(tensors):
+    student = make_student(tensors).train()
+    pixels, masks = shapes()
+    features = encode_frames(student.tracker, pixels, 8, frozen=True)
+    top = features.top.clone().requires_grad_()
+    features = Features(features.fine, features.middle, top)
+    tracked = track(student.tracker, features, torch.arange(T).expand(3, T), masks, by_mask(3))
+    tracked[-1].predictions[0].logits_NMLL.sum().backward()
+    assert all(top.grad[t].any() for t in range(T))
+
+
+def test_activations_computed_again_and_objects_in_turns_change_nothing(tensors):
+    expected = make_student(tensors).train()
+    parts = expected(*inputs())
+    parts["loss"].backward()
+    for options in ({"recompute": True}, {"objects_at_once": 1, "trunk_batch": 1}):
+        student = make_student(tensors, **options).train()
+        student.load_state_dict(expected.state_dict())
+        found = student(*inputs())
+        found["loss"].backward()
+        assert found["loss"].item() == pytest.approx(parts["loss"].item(), rel=1e-5)
+        for (name, a), b in zip(student.named_parameters(), expected.parameters(), strict=True):
+            assert (a.grad - b.grad).norm() <= 1e-3 * b.grad.norm() + 1e-7, name
+
+
+def test_dense_memory_agrees_with_its_teacher(tensors):
+    assert make_student(tensors, "dense").train()(*inputs())["memory"].item() < 1e-9
+    assert make_student(tensors, "latents").train()(*inputs())["memory"].item() > 1e-4
+
+
+def test_a_copy_for_averaging_is_whole(tensors):
+    student = make_student(tensors)
+    copy = deepcopy(student)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.add_(0.1)
+    name = "memory_encoder.projection.weight"
+    assert torch.equal(copy.tracker.get_parameter(name), copy.get_parameter(name))
+    assert not torch.equal(student.tracker.get_parameter(name), copy.get_parameter(name))
+
+
+def test_student_holds_its_parts_under_the_trackers_names(tensors):
+    student = make_student(tensors, parts=("memory", "neck"))
+    names = set(student.state_dict())
+    assert names < set(student.tracker.state_dict())
+    assert {name.split(".")[0] for name in names} == {
+        "memory_attention",
+        "memory_encoder",
+        "memory_resampler",
+        "memory_temporal_positional_encoding",
+        "occlusion_spatial_embedding_parameter",
+        "vision_encoder",
+    }
+
+
+def test_corrections_add_predictions_and_conditioning_frames(tensors):
+    student = make_student(tensors).train()
+    pixels, masks = shapes()
+    features = encode_frames(student.tracker, pixels, 8, frozen=True)
+    prompts = mixed()
+    prompts = Prompts(prompts.points_OP2, prompts.labels_OP, prompts.by_mask_O, {0: 3, 1: 2})
+    torch.manual_seed(0)
+    tracked = track(student.tracker, features, torch.arange(T).expand(3, T), masks, prompts)
+    # Frame 0: a point and a box decoded, three corrections of both; the given mask is never scored.
+    assert [len(frame.predictions) for frame in tracked] == [5, 3, 1, 1]
+    assert all(part.objects_N.tolist() == [1, 2] for part in tracked[0].predictions[2:])
+    assert tracked[1].predictions[1].objects_N.tolist() == [0, 1, 2]
+
+
+def test_a_given_mask_enters_memory_as_it_is_and_an_absent_object_not_at_all(tensors):
+    tracker = make_tracker(tensors, "hybrid")
+    pixels, masks = shapes()
+    masks = masks.clone()
+    masks[1, 2] = False
+    with torch.no_grad():
+        features = encode_frames(tracker, pixels, 8, frozen=True)
+        tracked = track(tracker, features, torch.arange(T).expand(3, T), masks, by_mask(3))
+    assert torch.equal(tracked[0].logits_OSS > 0, masks[:, 0]) and not tracked[0].predictions
+    assert (tracked[2].logits_OSS[1] == -1024).all() and (tracked[2].logits_OSS[0] > -1024).all()
