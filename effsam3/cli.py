@@ -16,10 +16,14 @@ VERBS = {
     "show": "print the resolved recipe and the numbers that follow from it; needs no GPU, no data and no torch",
     "export": "run the teacher once over the images and store its features",
     "train": "train the student on the stored features; the same command goes on after an interruption",
-    "merge": "put the trained student into SAM 3 and write one transformers folder",
+    "merge": "put trained students into SAM 3 and write one transformers folder, on request sam3.pt and others",
     "evaluate": "measure the merged model against the teacher and the annotations, and draw pictures",
+    "predict": "find or track things on an image or in a video by text, boxes or points",
+    "push": "upload the merged model with its card, numbers and pictures to the Hugging Face Hub",
     "launch": "run one verb, or all four in order, on the layout that the recipe's `hardware` names",
+    "import": "turn an EfficientSAM3 checkpoint into a model that can be evaluated, trained on and released",
     "compare": "print the parameter tables: SAM 3, every student, what each saves",
+    "inspect": "say what a checkpoint is, who fills its slots, how big its parts are; loads nothing",
     "store": "show, verify or import a store of teacher features",
 }
 RECIPE_HELP = "YAML file of one run, such as recipes/stage1/image/es_rv_m.yaml"
@@ -87,6 +91,28 @@ def _run(verb: str, argv: list[str]) -> int:
 
         print(compare(as_json=arguments.json))
         return 0
+    if verb == "inspect":
+        parser.add_argument("path", metavar="PATH", help="a model, run or step-* folder, a .pt file or a Hub id")
+        parser.add_argument("--json", action="store_true", help="the same facts for programs")
+        arguments = parser.parse_args(argv)
+        from effsam3.inspect_model import inspect
+
+        print(inspect(arguments.path, as_json=arguments.json))
+        return 0
+    if verb == "import":
+        parser.add_argument("path", metavar="PATH", help="an EfficientSAM3 .pt: image student, text student or both")
+        parser.add_argument("--to", metavar="FOLDER", help="the new folder; default: runs/<name of the file>/merged")
+        parser.add_argument(
+            "--sam3", metavar="CHASSIS", help="the SAM 3 that gives what the file lacks, as sam3.checkpoint"
+        )
+        parser.add_argument("--dry-run", action="store_true", help="say what is in the file; write nothing")
+        arguments = parser.parse_args(argv)
+        from effsam3.import_student import run as run_import
+
+        run_import(arguments.path, arguments.to, arguments.sam3, arguments.dry_run)
+        return 0
+    if verb == "predict":
+        return _predict(parser, argv)
     parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES_HELP)
     if verb == "launch":
@@ -97,15 +123,23 @@ def _run(verb: str, argv: list[str]) -> int:
         parser.add_argument("--key", help="print this one value only, such as hardware or optim.lr")
     if verb == "export":
         parser.add_argument("--check", type=_count, metavar="N", help="only recompute N stored samples and compare")
+    if verb == "merge":
+        formats = "transformers, sam3 or efficientsam3, more of them with commas; short for merge.formats=[...]"
+        parser.add_argument("--format", metavar="FORMAT", help=formats)
+    if verb == "push":
+        parser.add_argument("--dry-run", action="store_true", help="write the card and list the files; send nothing")
     arguments = parser.parse_intermixed_args(argv)
     if verb == "launch":
         from effsam3.launch import launch
 
         return launch(arguments.recipe, arguments.overrides)
 
-    from effsam3.recipe import load_recipe
+    from effsam3.recipe import load_recipe, refuse_verb
 
+    if verb == "merge" and arguments.format is not None:
+        arguments.overrides.append(f"merge.formats=[{arguments.format}]")
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    refuse_verb(recipe, verb)
     if verb == "show":
         from effsam3.show import show
 
@@ -126,6 +160,30 @@ def _run(verb: str, argv: list[str]) -> int:
         from effsam3 import evaluate
 
         evaluate.run(recipe)
+    elif verb == "push":
+        from effsam3 import push
+
+        push.run(recipe, dry_run=arguments.dry_run)
+    return 0
+
+
+def _predict(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    parser.add_argument("model", metavar="MODEL", help="merged or run folder, checkpoint, Hub id, tiny")
+    parser.add_argument("source", metavar="INPUT", help="an image, a video or a folder of frames")
+    parser.add_argument("--text", action="append", default=[], help="find all instances of this; may be repeated")
+    box = "X1,Y1,X2,Y2[,LABEL]"
+    box_help = "in pixels: an object, on a video's first frame; with --text an example (label 0: of what it is not)"
+    parser.add_argument("--box", action="append", default=[], metavar=box, help=box_help)
+    point_help = "in pixels: a point on the object, or beside it (label 0), on a video's first frame"
+    parser.add_argument("--point", action="append", default=[], metavar="X,Y[,LABEL]", help=point_help)
+    parser.add_argument("--mask", metavar="PNG", help="objects on a video's first frame, one per value above 0")
+    parser.add_argument("--threshold", type=float, metavar="SCORE", help="of --text; default: 0.5, in a video 0.7")
+    parser.add_argument("--out", metavar="FOLDER", help="default: predictions/<name of INPUT>")
+    arguments = parser.parse_args(argv)
+    from effsam3 import predict
+
+    asked = predict.parse(arguments.text, arguments.box, arguments.point, arguments.mask, arguments.threshold)
+    predict.run(arguments.model, arguments.source, asked, arguments.out)
     return 0
 
 

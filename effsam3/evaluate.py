@@ -16,52 +16,94 @@ from effsam3.benchmarks.models import load_pair
 from effsam3.benchmarks.pictures import draw
 from effsam3.benchmarks.speed import speed
 from effsam3.benchmarks.text import load_text_features, plot_similarity, text_similarity, text_speed
+from effsam3.benchmarks.vos import vos, vos_table, write_objects
 from effsam3.data.captions import open_captions
 from effsam3.data.image_features import ImageFeatures
 from effsam3.data.loader import loader
 from effsam3.data.sa1b import load_index
 from effsam3.data.sampler import sequential_batches
+from effsam3.data.sav import VIDEO_FPS
+from effsam3.data.sav import load_index as load_videos
+from effsam3.data.vos import SavFile, VosVideo, open_vos
 from effsam3.errors import UserError
-from effsam3.models.sam3 import chassis_folder, elements
+from effsam3.models.memory_slot import tracker_config
+from effsam3.models.memory_tracker import EfficientTracker, efficient_tracker_tensors, in_mode
+from effsam3.models.prompted import load_tracker
+from effsam3.models.sam3 import chassis_folder, elements, load_part, read_config
 from effsam3.models.text import TextTeacher, fold_repmixer
 from effsam3.models.tiny import MADE_UP
 from effsam3.models.tokens import Tokenizer
+from effsam3.models.tracker import read_tracker_tensors
+from effsam3.recipe import load_recipe
 from effsam3.report import Report, provenance, table, write_json, write_text
 
 
 def run(recipe) -> dict:
     """Run the recipe's benchmarks on held-out data; returns what it writes to `runs/<name>/eval`.
 
+    A release runs the benchmarks of every part's own recipe on the release's model; their names begin with the slot's.
+
     Raises:
-        UserError: there is no merged model yet, or prompts are asked for and no held-out image has annotations.
+        UserError: there is no merged model yet, it has no student where the recipe measures one, or prompts are asked
+            for and no held-out image has annotations.
     """
-    folder = Path(recipe.train.runs) / recipe.name
+    folder = recipe.folder
     if not (folder / "merged" / "config.json").is_file():
         raise UserError(f"{folder}/merged is not there; run `effsam3 merge` first")
-    report = Report(folder)
     # What was merged is what is measured, whatever has been changed in the recipe since.
     merged = json.loads((folder / "merged" / "effsam3.json").read_text())
+    asked, unmeasured = recipes_by_slot(recipe)
+    for slot in asked.keys() - merged["slots"].keys():
+        raise UserError(
+            f"{folder}/merged has no student in the slot {slot} (it has {', '.join(merged['slots']) or 'none'}); "
+            "evaluate a recipe of that stage, or merge again"
+        )
+    if merged["chassis"] == merged.get("imported"):  # its own chassis: the recipe says against which it is measured
+        merged |= {"chassis": recipe.sam3.checkpoint, "revision": recipe.sam3.revision}
+    report = Report(folder)
     chassis = chassis_folder(merged["chassis"], merged["revision"])
     made_by = provenance() | {"chassis": merged["chassis"], "slots": merged["slots"]}
-    results, pictures = {}, []
-    benchmarks = {"image": _image_benchmarks, "text": _text_benchmarks}[recipe.stage]
-    for name, result in benchmarks(recipe, folder, chassis, merged):
-        if name == "pictures":
-            pictures = result
-            continue
-        results[name] = result
-        (folder / "eval").mkdir(exist_ok=True)
-        write_json(folder / "eval" / f"{name}.json", result | {"provenance": made_by})
-    summary = summarise(results, merged)
+    (folder / "eval").mkdir(exist_ok=True)
+    results, tables, pictures = {}, [], []
+    for slot, own in asked.items():
+        benchmarks, tables_of = BENCHMARKS[slot]
+        prefix = "" if own is recipe else f"{slot}_"
+        found = {}
+        for name, result in benchmarks(own, folder, chassis, merged):
+            if name == "pictures":
+                pictures += result
+                continue
+            found[name] = results[prefix + name] = result
+            write_json(folder / "eval" / f"{prefix}{name}.json", result | {"provenance": made_by})
+        tables += tables_of(found)
+    summary = summarise(tables, merged)
     write_text(folder / "eval" / "summary.md", summary + "\n")
     report.say(summary)
+    for line in unmeasured:
+        report.say(f"\n{line}")
     if pictures:
         report.say(f"\n{len(pictures)} pictures in {folder / 'pictures'}")
     report.say(f"numbers in {folder}/eval/*.json, this table in {folder / 'eval' / 'summary.md'}")
     return results
 
 
-def _image_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
+def recipes_by_slot(recipe) -> tuple[dict, list[str]]:
+    """Return {slot: the recipe that says how to measure it}, and a line for every part that has no recipe."""
+    if recipe.stage != "release":
+        return {recipe.stage: recipe}, []
+    found, unmeasured = {}, []
+    for slot, part in recipe.parts.filled().items():
+        if (part / "recipe.yaml").is_file():
+            found[slot] = load_recipe(part / "recipe.yaml")
+        else:
+            unmeasured.append(
+                f"parts.{slot}: {part} has no recipe.yaml that says what to measure it on; run `effsam3 evaluate` on "
+                f"a recipe of stage {slot} with name={recipe.name}"
+            )
+    return found, unmeasured
+
+
+def image_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     """Yield (name, result) as they are made, pictures last."""
     index_path, asked = Path(recipe.data.index), recipe.evaluate
     index = load_index(index_path, "val", recipe.data.limit)
@@ -71,11 +113,14 @@ def _image_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
             "out (evaluate.benchmarks=[fidelity,speed]), or index images with their sa_*.json"
         )
     pair = load_pair(chassis, folder / "merged")
+    rows = index.select(range(min(asked.max_images, len(index))))
+    images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
+    batches = sequential_batches(len(images), recipe.export.batch_size, 0, 1)
+    held_out = loader(images, batches, recipe.data.workers, pin=False)
+    if not pair.mean_C.any():  # an imported student brings no statistics of the teacher's features
+        pair = pair.with_statistics(held_out)
     if "fidelity" in asked.benchmarks:
-        rows = index.select(range(min(asked.max_images, len(index))))
-        images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
-        batches = sequential_batches(len(images), recipe.export.batch_size, 0, 1)
-        yield "fidelity", feature_fidelity(pair, loader(images, batches, recipe.data.workers, pin=False))
+        yield "fidelity", feature_fidelity(pair, held_out)
     if "masks" in asked.benchmarks:
         yield (
             "masks",
@@ -90,7 +135,7 @@ def _image_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     yield "pictures", draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
 
 
-def _text_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
+def text_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     """Yield (name, result) as they are made, pictures last."""
     teacher, student = TextTeacher(chassis), load_text_features(folder / "merged")
     asked, data = recipe.evaluate, recipe.data
@@ -118,10 +163,9 @@ def _text_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
         yield "pictures", [picture]
 
 
-def summarise(results: dict, merged: dict) -> str:
-    """The results as Markdown tables; `merged` is the model's effsam3.json."""
-    filled = ", ".join(f"{slot['student']} in the slot `{name}`" for name, slot in merged["slots"].items())
-    parts = [f"# {filled} of {merged['chassis']}"]
+def image_tables(results: dict) -> list[str]:
+    """The image benchmarks' results as Markdown."""
+    parts = []
     if (fidelity := results.get("fidelity")) is not None:
         rows = [
             ["student", *(f"{fidelity[name]:.4f}" for name in ("cosine", "cosine_centred", "mse", "neck"))],
@@ -145,28 +189,7 @@ def summarise(results: dict, merged: dict) -> str:
                 )
         header = [f"masks, {masks['images']} images, mIoU in %", "masks", "student", "teacher", "student vs teacher"]
         parts.append(table(rows, header))
-    if (similarity := results.get("similarity")) is not None:
-        names = ("cosine", "cosine_centred", "pooled_cosine", "retrieval", "neighbour_agreement")
-        rows = [[name, str(one["texts"]), *(f"{one[key]:.4f}" for key in names)] for name, one in similarity.items()]
-        header = ["held-out texts", "texts", "cosine", "centred cosine", "pooled", "retrieval", "same neighbour"]
-        parts.append(table(rows, header))
-    if (timing := results.get("speed")) is not None and "text" in merged["slots"]:
-        timed = ("8_tokens_ms", "32_tokens_ms", "8_tokens_captions_per_s", "32_tokens_captions_per_s")
-        rows = [
-            [name, f"{timing[name]['parameters'] / 1e6:.2f} M", *(f"{timing[name][key]:.1f}" for key in timed)]
-            for name in ("teacher", "student")
-        ]
-        rows.append(["gain", *(f"{timing['ratio'][key]:.2f}x" for key in ("parameters", *timed))])
-        header = [
-            f"text on {timing['device']}",
-            "parameters",
-            "ms, 8 tokens",
-            "32 tokens",
-            "texts/s, 8 tokens",
-            "32 tokens",
-        ]
-        parts.append(table(rows, header))
-    elif timing is not None:
+    if (timing := results.get("speed")) is not None:
         rows = [
             [
                 name,
@@ -198,6 +221,82 @@ def summarise(results: dict, merged: dict) -> str:
             "images/s",
         ]
         parts.append(table(rows, header))
+    return parts
+
+
+def text_tables(results: dict) -> list[str]:
+    """The text benchmarks' results as Markdown."""
+    parts = []
+    if (similarity := results.get("similarity")) is not None:
+        names = ("cosine", "cosine_centred", "pooled_cosine", "retrieval", "neighbour_agreement")
+        rows = [[name, str(one["texts"]), *(f"{one[key]:.4f}" for key in names)] for name, one in similarity.items()]
+        header = ["held-out texts", "texts", "cosine", "centred cosine", "pooled", "retrieval", "same neighbour"]
+        parts.append(table(rows, header))
+    if (timing := results.get("speed")) is not None:
+        timed = ("8_tokens_ms", "32_tokens_ms", "8_tokens_captions_per_s", "32_tokens_captions_per_s")
+        rows = [
+            [name, f"{timing[name]['parameters'] / 1e6:.2f} M", *(f"{timing[name][key]:.1f}" for key in timed)]
+            for name in ("teacher", "student")
+        ]
+        rows.append(["gain", *(f"{timing['ratio'][key]:.2f}x" for key in ("parameters", *timed))])
+        header = [
+            f"text on {timing['device']}",
+            "parameters",
+            "ms, 8 tokens",
+            "32 tokens",
+            "texts/s, 8 tokens",
+            "32 tokens",
+        ]
+        parts.append(table(rows, header))
+    return parts
+
+
+def memory_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
+    """Yield (name, result) as they are made, pictures last."""
+    asked, data = recipe.evaluate, recipe.data
+    if asked.videos is not None:
+        videos = open_vos(asked.videos)
+    else:
+        rows, root = load_videos(Path(data.index), "val", data.limit), Path(data.index).parent
+        videos = [
+            VosVideo(row["key"], root / row["video_file"], SavFile(root / row["annotation_file"]), VIDEO_FPS)
+            for row in rows
+        ]
+    trackers = {f"{merged['chassis']}, dense": load_tracker(chassis)}
+    student = load_tracker(folder / "merged")
+    if isinstance(student, EfficientTracker):
+        trackers |= {f"{student.config.memory_mode}, trained": student}
+        trackers |= {f"{mode}, same weights": in_mode(student, mode) for mode in asked.modes}
+        if asked.untrained:
+            config = tracker_config(read_config(chassis).tracker_config, recipe.memory)
+            start = efficient_tracker_tensors(read_tracker_tensors(chassis), config, seed=recipe.train.seed)
+            untrained = load_part(EfficientTracker, config, start).float()
+            trackers |= {f"{config.memory_mode}, untrained": untrained}
+    else:
+        trackers |= {"dense, trained": student}
+    result = vos(
+        trackers,
+        videos[: asked.max_videos],
+        asked.evaluator,
+        appearing_later=asked.appearing_later,
+        predictions=folder / "eval" / "predictions" if asked.predictions else None,
+        pictures=folder / "pictures",
+        max_pictures=asked.pictures,
+    )
+    write_objects(result, folder / "eval" / "objects.csv")
+    yield "vos", result
+    yield "pictures", sorted((folder / "pictures").glob("*.png"))
+
+
+def memory_tables(results: dict) -> list[str]:
+    """The video benchmark's results as Markdown."""
+    return [vos_table(results["vos"])]
+
+
+def summarise(tables: list[str], merged: dict) -> str:
+    """The tables under a title; `merged` is the model's effsam3.json."""
+    filled = ", ".join(f"{slot['student']} in the slot `{name}`" for name, slot in merged["slots"].items())
+    parts = [f"# {filled} of {merged['chassis']}", *tables]
     if merged["chassis"] in MADE_UP:
         parts.append(
             f"The chassis `{merged['chassis']}` has random weights: its features and masks mean nothing, only how "
@@ -205,3 +304,11 @@ def summarise(results: dict, merged: dict) -> str:
             + (" It is smaller than any student, too: no speed is gained." if merged["chassis"] == "tiny" else "")
         )
     return "\n\n".join(parts)
+
+
+# slot -> what is measured in it: a generator of (name, result), and the tables of all results
+BENCHMARKS = {
+    "image": (image_benchmarks, image_tables),
+    "text": (text_benchmarks, text_tables),
+    "memory": (memory_benchmarks, memory_tables),
+}

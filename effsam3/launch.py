@@ -13,7 +13,7 @@ from pathlib import Path
 
 from effsam3.errors import UserError, did_you_mean
 from effsam3.layouts import REPOSITORY, layout_environment, layout_file, layout_processes
-from effsam3.recipe import load_recipe
+from effsam3.recipe import load_recipe, refuse_verb
 
 DISTRIBUTED = {"export": True, "train": True, "merge": False, "evaluate": False}  # verb -> started by accelerate
 
@@ -30,9 +30,11 @@ def launch(recipe_path: str, arguments: Sequence[str]) -> int:
         if verb not in DISTRIBUTED:
             raise UserError(f"{verb!r} cannot be launched{did_you_mean(verb, DISTRIBUTED)}")
     recipe = load_recipe(recipe_path, overrides)
+    for verb in verbs:
+        refuse_verb(recipe, verb)
     if not verbs:
         # An online teacher runs beside the student: there is nothing to store.
-        verbs = [verb for verb in DISTRIBUTED if verb != "export" or recipe.teacher == "stored"]
+        verbs = [verb for verb in recipe.launched if verb != "export" or recipe.teacher == "stored"]
     for command in [command_of(verb, recipe.hardware, [recipe_path, *overrides]) for verb in verbs]:
         print(f"+ {shlex.join(command)}", flush=True)
         if code := _run(command, layout_environment(layout_file(recipe.hardware))):

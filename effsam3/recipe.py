@@ -24,6 +24,7 @@ __all__ = [
     "dump_recipe",
     "flat",
     "load_recipe",
+    "refuse_verb",
     "total_steps",
     "warmup_steps",
 ]
@@ -86,6 +87,26 @@ def differing_keys(a: Any, b: Any) -> list[str]:
         for key in {**before, **after}
         if before.get(key, MISSING) != after.get(key, MISSING)
     ]
+
+
+def refuse_verb(recipe: Any, verb: str) -> None:
+    """Refuse a verb that the recipe's stage does not have.
+
+    Raises:
+        RecipeError: the verb is `export` or `train` and the stage has none.
+    """
+    if verb in ("export", "train") and verb not in recipe.launched:
+        raise RecipeError(
+            f"{verb}: {recipe.name} is of stage {recipe.stage}, which knows {', '.join(recipe.launched)}, push and "
+            f"show; {REASONS[recipe.stage]}"
+        )
+
+
+# stage -> why it lacks a verb
+REASONS = {
+    "release": "it puts together what has been trained already: run this verb on the recipe of a part",
+    "memory": "its frozen trunk runs beside the student, because clips differ in every step: go on with train",
+}
 
 
 # ---- derived numbers

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
 from effsam3.layouts import layout_file, layout_processes
 from effsam3.models.registry import TEACHER, chassis_facts, head_params, image_student, text_student_row
-from effsam3.recipe import accumulation, dump_recipe, flat, total_steps, warmup_steps
+from effsam3.recipe import accumulation, dump_recipe, flat, load_recipe, total_steps, warmup_steps
 
 PAGE, SMALL, LINE = 4096, 64 << 10, 64  # a store pads records to whole pages, small ones to cache lines
 CONTEXT_LENGTH = 32  # positions of a text student: what transformers' SAM 3 processors pad every prompt to
@@ -150,6 +151,49 @@ def _text_store(recipe: Any) -> str:
     return f"{-(-size // LINE) * LINE:,} bytes per text ({recipe.data.context_length} x {channels} float16)"
 
 
+def _videos(recipe: Any) -> str:
+    data = recipe.data
+    report = Path(data.index.removesuffix(".parquet") + ".report.json")
+    clip = f"clips of {data.frames} frames, at most {data.objects} objects"
+    if not report.is_file():
+        if data.source == "synthetic":
+            raise UserError(f"{data.synthetic_videos} videos will be drawn by train; {clip}")
+        raise UserError(f"no {report}; make it with: python scripts/index_sav.py FOLDER --out {data.index}")
+    counts = json.loads(report.read_text(encoding="utf-8"))["videos"]
+    return f"{counts['train']:,} to learn from, {counts['val']:,} held out; {clip}"
+
+
+def _memory_length(recipe: Any) -> str:
+    return f"{recipe.train.steps:,} steps of {recipe.train.global_batch_size} clips" if recipe.train.steps else ""
+
+
+def _memory(recipe: Any) -> str:
+    """Tokens that a frame attends to when the bank is full: 7 frames and 16 pointers of 4 tokens each."""
+    asked, grid = recipe.memory, chassis_facts(recipe.sam3.checkpoint).grid
+    latents, pooled = asked.global_latents + asked.window_latents, (grid // asked.pool) ** 2
+    frame = {"dense": (7, grid**2), "pooled": (7, pooled), "latents": (0, 0), "hybrid": (1 + asked.hot_frames, pooled)}
+    maps, cells = frame[asked.mode]
+    return f"{asked.mode}: {maps * cells + (7 - maps) * latents:,} tokens of 7 frames, {7 * grid**2:,} when dense"
+
+
+PARTS = {"image": _student, "text": _text_student, "memory": _memory}  # slot -> what is said of its student
+
+
+def _part(slot: str, recipe: Any) -> str:
+    """Say who fills a slot of a release, as far as that run or model is there."""
+    folder = recipe.parts.filled().get(slot)
+    if folder is None:
+        return "SAM 3's own"
+    if (folder / "recipe.yaml").is_file():
+        trained = load_recipe(folder / "recipe.yaml")
+        return f"{folder}: {trained.student}, {PARTS[slot](trained)}"
+    for made in (folder / "effsam3.json", folder / "merged" / "effsam3.json"):
+        if made.is_file():
+            slots = json.loads(made.read_text(encoding="utf-8"))["slots"]
+            return f"{made.parent}: {slots[slot]['student'] if slot in slots else 'no student in this slot'}"
+    raise UserError(f"there is no run and no model in {folder}")
+
+
 DERIVED = {
     "image": {
         "layout": _layout,
@@ -166,4 +210,12 @@ DERIVED = {
         "student": _text_student,
         "store": _text_store,
     },
+    "memory": {
+        "layout": _layout,
+        "batch": _batch,
+        "videos": _videos,
+        "length": _memory_length,
+        "memory": _memory,
+    },
+    "release": {"layout": _layout} | {slot: partial(_part, slot) for slot in PARTS},
 }

@@ -150,6 +150,11 @@ class StudentText(nn.Module):
         self.feature_mean.copy_(mean_C)
         self.feature_scale.copy_(deviation_C)
 
+    @property
+    def last_layer(self) -> nn.Linear:
+        """The layer whose output `feature_scale` and `feature_mean` turn into features."""
+        return self.text_projection
+
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Return features (B, L, C); L is at most `context_length`, and what stands at padding means nothing."""
         length, missing = ids_BL.shape[1], self.context_length - ids_BL.shape[1]

@@ -55,6 +55,11 @@ class Stride32Head(nn.Sequential):
             nn.Conv2d(width, width, 3, padding=1),
         )
 
+    @property
+    def last(self) -> nn.Conv2d:
+        """The layer that puts out the features."""
+        return self[3]
+
     def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         return resize_BCHW(super().forward(maps[3]), grid)
 
@@ -85,6 +90,11 @@ class FusedHead(nn.Module):
         self.fuse_grid = FusionBlock(FUSED_WIDTH)
         self.norm = LayerNorm2d(FUSED_WIDTH)
         self.project = nn.Conv2d(FUSED_WIDTH, width, 1)
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The layer that puts out the features."""
+        return self.project
 
     def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         fine, middle, coarse = (lateral(feat) for lateral, feat in zip(self.lateral, maps[1:], strict=True))
@@ -143,6 +153,11 @@ class StudentTrunk(PreTrainedModel):
         """Set the teacher's per-channel mean and deviation (float, D each)."""
         self.feature_mean.copy_(mean_D)
         self.feature_scale.copy_(deviation_D)
+
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The layer whose output `feature_scale` and `feature_mean` turn into features."""
+        return self.head.last
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
         """Return `last_hidden_state` (B, N, D) for pixels in -1..1; N = (S / patch_size) squared."""

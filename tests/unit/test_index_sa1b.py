@@ -18,6 +18,7 @@ from PIL import Image
 
 from effsam3.data import index_sa1b, sa1b
 from effsam3.data.index_sa1b import build_index, summary
+from effsam3.data.indexing import worker_pool
 from effsam3.data.synthetic import make_synthetic_sa1b, sa1b_record
 from effsam3.errors import UserError
 
@@ -338,15 +339,15 @@ def test_parts_of_changed_files_or_other_options_are_not_reused(flat, tmp_path, 
 
 def test_a_killed_worker_is_a_clear_error():
     with pytest.raises(UserError, match="run the same command again"):
-        with index_sa1b._pool(2) as submit:
+        with worker_pool(2) as submit:
             submit(os._exit, 1).result()
 
 
 def test_workers_end_with_a_killed_parent(tmp_path):
     code = (
-        "from effsam3.data import index_sa1b\nimport os, time\n"
+        "from effsam3.data.indexing import worker_pool\nimport os, time\n"
         "if __name__ == '__main__':\n"
-        "    with index_sa1b._pool(2) as submit:\n"
+        "    with worker_pool(2) as submit:\n"
         "        print(submit(os.getpid).result(), flush=True)\n"
         "        time.sleep(60)\n"
     )

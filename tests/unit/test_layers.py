@@ -13,10 +13,33 @@ PACKAGE = ROOT / "effsam3"
 # The lowest layer first. A module may import those of lower layers and, except among the verbs, of its own.
 # `models.registry` and `models.tiny` are plain data, so that recipes can be checked and shown without torch.
 LAYERS = [
-    {"__init__", "errors", "typed_yaml", "schema", "recipe", "layouts", "report", "models.registry", "models.tiny"},
-    {"models", "data", "losses", "optim", "checkpoint", "accelerator", "trackers", "meters"},
-    {"stages", "benchmarks"},
-    {"export", "train", "merge", "evaluate", "show", "compare", "launch"},
+    {
+        "__init__",
+        "registration",
+        "errors",
+        "typed_yaml",
+        "schema",
+        "recipe",
+        "layouts",
+        "report",
+        "models.registry",
+        "models.tiny",
+    },
+    {"models", "data", "losses", "mask_losses", "optim", "checkpoint", "accelerator", "trackers", "meters"},
+    {"stages", "benchmarks", "release_folder", "model_card", "prediction_files"},
+    {
+        "export",
+        "train",
+        "merge",
+        "evaluate",
+        "predict",
+        "push",
+        "import_student",
+        "inspect_model",
+        "show",
+        "compare",
+        "launch",
+    },
     {"cli"},
 ]
 VERBS = LAYERS[3]

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if file.name != "base.yaml")
 BASE = ROOT / "recipes" / "stage1" / "image" / "base.yaml"
 SMOKE = ROOT / "recipes" / "smoke" / "image.yaml"
+CHOICES = ", ".join(STAGES)
 
 
 @pytest.fixture
@@ -191,10 +192,10 @@ def test_missing_keys_are_all_named(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "stage is missing; choose from image, text"),
+        ("", f"stage is missing; choose from {CHOICES}"),
         ("stage: imag\n", "stage: 'imag' is not a stage; did you mean image? (recipe.yaml line 1)"),
-        ("stage: video\n", "stage: 'video' is not a stage; choose from image, text (recipe.yaml line 1)"),
-        ("stage: [image]\n", "stage: 'a list' is not a stage; choose from image, text (recipe.yaml line 1)"),
+        ("stage: video\n", f"stage: 'video' is not a stage; choose from {CHOICES} (recipe.yaml line 1)"),
+        ("stage: [image]\n", f"stage: 'a list' is not a stage; choose from {CHOICES} (recipe.yaml line 1)"),
     ],
 )
 def test_stage(write, text, message):

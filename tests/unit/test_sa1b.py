@@ -203,10 +203,10 @@ def test_rle_pixels_counts_what_the_runs_cover():
     for density in (0.0, 0.001, 0.1, 0.5, 0.999, 1.0):
         mask = RNG.random((217, 331)) < density
         counts = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"].decode()
-        assert sa1b._rle_pixels(counts) == mask.size
-        assert sa1b._rle_pixels(counts[:-1]) != mask.size
+        assert sa1b.rle_pixels(counts) == mask.size
+        assert sa1b.rle_pixels(counts[:-1]) != mask.size
     for bad in ("", "~", "o", "ooooooooo0", "O"):
-        assert sa1b._rle_pixels(bad) != 100
+        assert sa1b.rle_pixels(bad) != 100
 
 
 def damaged(change) -> bytes:

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What builds an index in parallel: worker processes, parts that survive a kill, and reports of what was left out.
+
+A part is a parquet of a few rows with all that is known of them. Its name is a hash of all it was made from, so that a
+re-run after a kill knows the finished ones by their names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from effsam3.errors import UserError
+
+# ---- workers
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int) -> Iterator[Callable[..., Future]]:
+    """Give `submit(function, *arguments)`, which returns a future; with one worker it calls the function at once.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    if workers == 1:
+        yield _run_now
+        return
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    try:
+        yield executor.submit
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory; the finished parts are kept: "
+            "run the same command again to go on, with fewer --workers if memory is short"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _run_now(function: Callable, *arguments) -> Future:
+    future = Future()
+    future.set_result(function(*arguments))
+    return future
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and without a traceback
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # a killed parent leaves nobody who could stop this worker
+
+
+# ---- parts
+
+
+def make_parts(
+    files: dict[Path, list], make_part: Callable, arguments: tuple, submit: Callable, unit: str, progress: bool
+) -> None:
+    """Call `make_part(entries, *arguments, file)` for every file of {file: entries} that is not there.
+
+    `unit` says in the progress bar what the entries are.
+    """
+    from tqdm import tqdm
+
+    total = sum(map(len, files.values()))
+    missing = {file: entries for file, entries in files.items() if not file.exists()}
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
+    with tqdm(total=total, desc=unit, mininterval=interval, disable=not progress) as bar:
+        bar.update(total - sum(map(len, missing.values())))
+        futures = []
+        for file, entries in missing.items():
+            futures.append(submit(make_part, entries, *arguments, file))
+            futures[-1].add_done_callback(functools.partial(advance, bar, len(entries)))
+        for future in futures:
+            future.result()
+
+
+def advance(bar, count: int, future: Future) -> None:
+    """Move a progress bar on by `count` when a job has ended well."""
+    if not future.cancelled() and future.exception() is None:
+        bar.update(count)
+
+
+def parquet_bytes(table) -> memoryview:
+    """Return an Arrow table as a parquet file."""
+    import pyarrow.parquet as parquet
+
+    sink = io.BytesIO()
+    parquet.write_table(table, sink)
+    return sink.getbuffer()
+
+
+def read_parts(files: Iterable[Path], schema):
+    """Return the rows of all parts as one Arrow table in order of their keys; `schema` is that of every part."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    tables = [parquet.read_table(file, partitioning=None) for file in files]
+    return pyarrow.concat_tables([schema.empty_table(), *tables]).sort_by("key")
+
+
+# ---- reports
+
+
+def is_empty(column):
+    """Return where a string column is empty: the rows without a reason to leave them out."""
+    import pyarrow.compute as compute
+
+    return compute.equal(column, "")
+
+
+def names_by_reason(table, reason: str, name: str, listed: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Return {reason: names} from two columns of a table, after those that were `listed` before."""
+    found = {word: list(names) for word, names in listed.items()}
+    for word, one in zip(table[reason].to_pylist(), table[name].to_pylist(), strict=True):
+        if word:
+            found.setdefault(word, []).append(one)
+    return found
+
+
+def counted(names: dict[str, list[str]]) -> dict:
+    """Return {reason: {"count", "files"}} in alphabetic order, as reports have it."""
+    return {reason: {"count": len(some), "files": sorted(some)} for reason, some in sorted(names.items()) if some}

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `import`: an EfficientSAM3 checkpoint becomes a model that can be evaluated, trained on and released.
+
+effsam3 import efficient_sam3_repvit_m.pt --sam3 facebook/sam3
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import Sam3VideoConfig, Sam3VideoModel
+
+from effsam3.errors import UserError
+from effsam3.models.combine import Merged, combine, slot_table
+from effsam3.models.formats import IMAGE_PREFIX, TEXT_PREFIX, extras, write_model
+from effsam3.models.keymaps.mobileclip import POSITIONS
+from effsam3.models.keymaps.sam3 import to_transformers
+from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstream
+from effsam3.models.pickled import content_key, open_pickled
+from effsam3.models.registry import IMAGE_STUDENTS
+from effsam3.models.sam3 import chassis_folder, fingerprint, read_config, read_tensors, to_float32
+from effsam3.models.slots import SLOTS, Part, image_part, text_part
+from effsam3.models.tokens import PROCESSOR_LENGTH
+from effsam3.report import provenance, table
+
+TRUNK = IMAGE_PREFIX.removesuffix("model.")  # SAM 3's own ViT has its names right below
+# What files of students alone begin their names with, and what a merged file has in its place.
+ALONE = (
+    (r"(?:student_trunk\.)?((?:backbone\.model|head)\..+)", IMAGE_PREFIX),
+    (r"((?:encoder|projector)\..+)", TEXT_PREFIX),
+)
+
+
+class ImportedError(UserError):
+    """A file without a student of EfficientSAM3, or one that lacks what a whole model needs."""
+
+
+@dataclass
+class Found:
+    """What a file holds: students under their own names, the rest under SAM 3's original ones."""
+
+    image: dict[str, Tensor] = field(default_factory=dict)
+    text: dict[str, Tensor] = field(default_factory=dict)
+    rest: dict[str, Tensor] = field(default_factory=dict)
+    left_over: dict[str, Tensor] = field(default_factory=dict)  # of the teacher's ViT, beside the student
+
+
+def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool = False) -> Path | None:
+    """Write `to` (runs/<name of the file>/merged) in transformers' layout; returns it, or None after a dry run.
+
+    `sam3` gives what the file lacks, as a recipe's `sam3.checkpoint` names it.
+
+    Raises:
+        UserError: the file cannot be used, or something stands in the way; the message says what and what to do.
+    """
+    source = Path(path)
+    folder = Path(to) if to is not None else Path("runs") / source.stem / "merged"
+    if folder.exists() and not dry_run:
+        raise ImportedError(f"{folder} is there already; delete it, or name another folder (--to)")
+    pickled = open_pickled(source)
+    found = find(pickled.tensors, source)
+    print(f"{source}{', averaged weights' if pickled.is_average else ''}\n{contents(found)}")
+    chassis = None if sam3 is None else chassis_folder(sam3)
+    config = Sam3VideoConfig() if chassis is None else read_config(chassis)
+    parts = students(found, config, {"origin": source.name, "facts": {"content": content_key(source)}})
+    merged, beside = completed(found, parts, config, chassis, source)
+    origins = {part.slot: f"{part.student}, {source.name}" for part in parts} | {"file": source.name, "chassis": sam3}
+    givers = set(merged.owners.values())
+    print(f"\n{slot_table(merged, {owner: origin for owner, origin in origins.items() if owner in givers})}")
+    if dry_run:
+        return None
+    card = {
+        "slots": {part.slot: part.card() | {"fingerprint": fingerprint(part.tensors)} for part in parts},
+        "chassis": str(source) if sam3 is None else sam3,
+        "revision": None,
+        "imported": str(source),
+        "provenance": provenance(),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    write_model(merged, folder, card, chassis, beside)
+    print(f"\n{folder} holds the whole model\n{next_steps(folder, parts)}")
+    return folder
+
+
+# ---- what a file holds
+
+
+def find(tensors: Mapping[str, Tensor], source: Path) -> Found:
+    """Tell the students' tensors from the rest.
+
+    Raises:
+        ImportedError: no tensor belongs to a student.
+    """
+    tensors = in_full(tensors)
+    has_image = any(name.startswith(IMAGE_PREFIX) for name in tensors)
+    has_text = TEXT_PREFIX + "projector.weight" in tensors  # SAM 3's own has a `resizer`
+    found = Found()
+    for name, tensor in tensors.items():
+        if name.startswith(IMAGE_PREFIX):
+            found.image[name.removeprefix(IMAGE_PREFIX).removeprefix("student_trunk.")] = tensor
+        elif has_image and name.startswith(TRUNK):
+            found.left_over[name] = tensor
+        elif has_text and name.startswith(TEXT_PREFIX):
+            found.text[name.removeprefix(TEXT_PREFIX)] = tensor
+        else:
+            found.rest[name] = tensor
+    if not found.image and not found.text:
+        raise ImportedError(
+            f"{source} holds no student of EfficientSAM3 among its {len(tensors)} tensors (first: "
+            f"{', '.join(list(tensors)[:3])}); a sam3.pt of SAM 3 itself is used as it is, as sam3.checkpoint"
+        )
+    return found
+
+
+def in_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under the names that a merged file has: a student's file, and a loaded model, leave out parts
+    of them.
+    """
+    for pattern, prefix in ALONE:
+        if all(re.fullmatch(pattern, name) for name in tensors):
+            return {prefix + re.fullmatch(pattern, name)[1]: tensor for name, tensor in tensors.items()}
+    if any(name.startswith("detector.") for name in tensors):
+        return dict(tensors)
+    return {name if name.startswith("tracker.") else f"detector.{name}": tensor for name, tensor in tensors.items()}
+
+
+def contents(found: Found) -> str:
+    """The table of what a file holds."""
+    rows = []
+    for title, tensors in (
+        ("image student", found.image),
+        ("text student", found.text),
+        ("the rest of SAM 3", found.rest),
+        ("left out: SAM 3's own ViT beside the student", found.left_over),
+    ):
+        if tensors:
+            types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+            elements = sum(tensor.numel() for tensor in tensors.values())
+            rows.append([title, ", ".join(types), f"{len(tensors):,}", f"{elements / 1e6:.2f} M"])
+    return table(rows, ["found", "type", "tensors", "elements"], text_columns=2)
+
+
+def students(found: Found, config: Sam3VideoConfig, about: dict) -> list[Part]:
+    """Make parts of the students; `about` are attributes of both.
+
+    Raises:
+        KeyMapError: their tensors are not those of a student that EfficientSAM3 has.
+        MergeError: they do not fit the SAM 3 of `config`.
+    """
+    parts = []
+    if found.image:
+        timm_name, tensors = image_from_upstream(found.image)
+        name = next(name for name, row in IMAGE_STUDENTS.items() if row.timm_name == timm_name)
+        parts.append(image_part(name, "stride32", tensors, config, **about))
+        print(f"image: {IMAGE_STUDENTS[name].label} ({name})")
+    if found.text:
+        name, rows, tensors = text_from_upstream(found.text)
+        table = "text_encoder." + POSITIONS
+        tensors[table] = stretched(tensors[table], PROCESSOR_LENGTH)
+        channels = len(tensors["text_projection.bias"])
+        tensors |= {"feature_mean": torch.zeros(channels), "feature_scale": torch.ones(channels)}
+        parts.append(text_part(name, tensors, config, **about))
+        print(f"text: {name}, {rows} positions{text_remark(rows)}")
+    return parts
+
+
+def stretched(table_11LD: Tensor, length: int) -> Tensor:
+    """Stretch or squeeze a table of positions to so many rows.
+
+    As EfficientSAM3's text encoder does with a text that is not as long as its table (bilinear, which along one axis
+    is linear), so a student that learned on such texts keeps its positions.
+    """
+    if table_11LD.shape[2] == length:
+        return table_11LD
+    size = (length, table_11LD.shape[3])
+    return F.interpolate(table_11LD.float(), size, mode="bilinear", align_corners=False)
+
+
+def text_remark(rows: int) -> str:
+    """What to know about a text student whose table of positions has so many rows."""
+    remark = "" if rows == PROCESSOR_LENGTH else f", interpolated to {PROCESSOR_LENGTH}"
+    if rows < PROCESSOR_LENGTH:
+        remark += f". It learned on {rows} tokens, which its authors found to do badly on more: train it further"
+    return remark + (
+        ". EfficientSAM3 lets texts attend to padding (id 0), transformers hides it: short texts get other features, "
+        "so measure it, or train it further"
+    )
+
+
+# ---- a whole model
+
+
+def completed(
+    found: Found, parts: list[Part], config: Sam3VideoConfig, chassis: Path | None, source: Path
+) -> tuple[Merged, dict[str, Tensor]]:
+    """Return the students with the rest of SAM 3, and what transformers cannot hold of it.
+
+    What the file has is the file's; what it lacks is the chassis', if there is one.
+
+    Raises:
+        ImportedError: tensors are missing.
+        KeyMapError: a tensor of the file is not SAM 3's.
+    """
+    renamed, beside = to_transformers(found.rest)
+    rest = {"file": on_its_own(renamed)}
+    if chassis is not None:
+        rest["chassis"] = {name: tensor for name, tensor in read_tensors(chassis).items() if name not in renamed}
+        beside = extras(chassis) | beside
+    refuse_incomplete(config, rest, parts, source)
+    return combine(config, rest, parts), beside
+
+
+def on_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return float32 tensors, one that stands under two names in transformers' layout copied for the second."""
+    seen: set[int] = set()
+    own = {}
+    for name, tensor in tensors.items():
+        own[name] = to_float32(tensor.clone() if id(tensor) in seen else tensor)
+        seen.add(id(tensor))
+    return own
+
+
+def refuse_incomplete(config: Sam3VideoConfig, rest: dict[str, dict], parts: list[Part], source: Path) -> None:
+    """Refuse a file that does not bring all of SAM 3 that its students leave in place, when no chassis does.
+
+    Raises:
+        ImportedError: tensors are missing; the message says of which parts, and how to get them.
+    """
+    replaced = tuple(prefix for part in parts for prefix in SLOTS[part.slot].owns)
+    with torch.device("meta"):
+        needed = {name for name in Sam3VideoModel(deepcopy(config)).state_dict() if not name.startswith(replaced)}
+    missing = needed.difference(*rest.values())
+    if not missing:
+        return
+    if missing == needed:
+        raise ImportedError(
+            f"{source} holds students alone; name the SAM 3 that they belong to, such as --sam3 facebook/sam3"
+        )
+    places = Counter(".".join(name.split(".")[:2]) for name in missing)
+    raise ImportedError(
+        f"{source} lacks {len(missing)} tensors of SAM 3 ("
+        + ", ".join(f"{place} {count}" for place, count in places.most_common(4))
+        + "; EfficientSAM3's stage 3 files are known to lack the geometry encoder); take them from the SAM 3 that it "
+        "was made from, such as --sam3 facebook/sam3"
+    )
+
+
+def next_steps(folder: Path, parts: list[Part]) -> str:
+    """Commands that use the imported folder."""
+    lines = []
+    if folder.name == "merged":
+        run = folder.parent
+        lines.append(f"measure it:   effsam3 evaluate RECIPE name={run.name} train.runs={run.parent}")
+    slots = [part.slot for part in parts]
+    lines.append(f"train it on:  effsam3 launch RECIPE student_init={folder}  (stage {' or '.join(slots)})")
+    lines.append(f"release it:   effsam3 merge RECIPE {' '.join(f'parts.{slot}={folder}' for slot in slots)}")
+    return "\n".join(lines)

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run folders as `train` leaves them, with students whose weights are random: nothing here was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from effsam3 import checkpoint
+from effsam3.models.registry import image_student
+from effsam3.models.sam3 import TRUNK, chassis_folder, fingerprint, read_tensors
+from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION, text_student
+from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
+from effsam3.recipe import dump_recipe, load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def image_run(runs: Path, name: str = "image", student: str = "tiny_convnext", head: str = "fused", **facts) -> Path:
+    """A run of stage image on the tiny chassis; `facts` replace what the provenance says of the features."""
+    recipe = load_recipe(
+        RECIPES / "smoke/image.yaml", [f"name={name}", f"student={student}", f"head={head}", f"train.runs={runs}"]
+    )
+    trunk = tiny_trunk(student, head)
+    teacher = fingerprint(read_tensors(chassis_folder("tiny"), TRUNK))
+    own = {"tap": "trunk", "grid": 16, "channels": 64, "image_size": 224, "teacher": {"fingerprint": teacher}}
+    return _write(recipe, own | facts, trunk.state_dict())
+
+
+def text_run(runs: Path, name: str = "text", student: str = "tiny_text_plain", **facts) -> Path:
+    """A run of stage text on the tiny chassis."""
+    recipe = load_recipe(RECIPES / "smoke/text.yaml", [f"name={name}", f"student={student}", f"train.runs={runs}"])
+    own = {
+        name: tensor
+        for name, tensor in read_tensors(chassis_folder("tiny")).items()
+        if name.startswith((TEXT_ENCODER, TEXT_PROJECTION))
+    }
+    facts = {"tap": "text", "channels": 128, "teacher": {"fingerprint": fingerprint(own)}} | facts
+    return _write(recipe, facts, tiny_text(student).state_dict())
+
+
+def tiny_trunk(student: str = "tiny_convnext", head: str = "fused") -> StudentTrunk:
+    """A student for the tiny chassis, in eval mode, with statistics of its own and BatchNorm that does something."""
+    torch.manual_seed(0)
+    config = StudentTrunkConfig(
+        timm_name=image_student(student).timm_name, head=head, hidden_size=64, image_size=224, patch_size=14
+    )
+    return shaken(StudentTrunk(config))
+
+
+def tiny_text(student: str = "tiny_text_plain"):
+    """A text student for the tiny chassis, as `tiny_trunk`."""
+    torch.manual_seed(1)
+    return shaken(text_student(student, 32, 128))
+
+
+def shaken(model: torch.nn.Module) -> torch.nn.Module:
+    """Give every statistic and every parameter that would be zero or one some value of its own."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            noise = torch.rand_like(tensor) * 0.2
+            tensor.data += noise + 0.3 if name.endswith(("running_var", "feature_scale")) else noise - 0.1
+    return model.eval()
+
+
+def _write(recipe, facts: dict, weights: dict) -> Path:
+    folder = recipe.folder
+    step = folder / "checkpoints" / "best-step-000007"
+    step.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    (folder / "provenance.json").write_text(json.dumps({"features": facts}))
+    save_file(weights, step / checkpoint.WEIGHTS)
+    (step / "trainer.json").write_text(json.dumps({"best": {"step": 7, "val/cosine": 0.5}}))
+    return folder

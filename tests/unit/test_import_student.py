@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importing EfficientSAM3's checkpoints: the same features, by references of their own; files that cannot be used."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from run_folders import image_run, tiny_text, tiny_trunk
+from transformers import Sam3LiteTextModel, Sam3VideoConfig, Sam3VideoModel
+
+from effsam3 import import_student, merge
+from effsam3.cli import main
+from effsam3.errors import UserError
+from effsam3.import_student import ImportedError, completed, find, stretched, students
+from effsam3.models.formats import IMAGE_PREFIX, TEXT_PREFIX
+from effsam3.models.keymaps import KeyMapError
+from effsam3.models.keymaps.sam3 import to_original
+from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
+from effsam3.models.registry import IMAGE_STUDENTS
+from effsam3.models.sam3 import TRUNK, chassis_folder, read_config, read_tensors
+from effsam3.models.slots import CARD, MergeError
+from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
+from effsam3.recipe import load_recipe
+
+STUDENT = "efficientvit_b0"
+POSITIONS = "encoder.positional_embedding.pos_embed.pos_embed"
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path, monkeypatch):
+    """`import` writes below the working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def image():
+    """EfficientSAM3's names of an image student for the tiny chassis."""
+    return image_to_upstream(tiny_trunk(STUDENT, "stride32").state_dict(), STUDENT)
+
+
+@pytest.fixture(scope="module")
+def rest():
+    """SAM 3's own names of the tiny chassis' other parts, its text encoder among them."""
+    folder = chassis_folder("tiny")
+    tensors = {name: tensor for name, tensor in read_tensors(folder).items() if not name.startswith(TRUNK)}
+    return to_original(tensors, {}, None)
+
+
+def text_file(student="tiny_text_plain", rows=32):
+    """EfficientSAM3's names of a text student with so many positions."""
+    model = tiny_text(student)
+    tensors = {n: t for n, t in model.state_dict().items() if not n.startswith("feature_")}
+    own = text_to_upstream(tensors)
+    torch.manual_seed(rows)
+    own[POSITIONS] = torch.randn(1, 1, rows, model.text_projection.in_features)
+    return own
+
+
+def saved(folder, content, name="student.pt"):
+    torch.save(content, folder / name)
+    return str(folder / name)
+
+
+def prefixed(prefix, tensors):
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+# ---- image students
+
+
+@pytest.mark.parametrize("layout", ["alone", "wrapped", "merged", "without detector"])
+def test_an_image_student_gives_the_same_features(layout, image, rest, somewhere):
+    whole = prefixed(IMAGE_PREFIX, image) | rest
+    content = {
+        "alone": image,
+        "wrapped": {"model": prefixed("module.student_trunk.", image), "epoch": 3},
+        "merged": {"model": whole},
+        "without detector": {name.removeprefix("detector."): tensor for name, tensor in whole.items()},
+    }[layout]
+    folder = import_student.run(saved(somewhere, content), sam3="tiny")
+    model, info = Sam3VideoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    pixels = torch.rand(2, 3, 224, 224) * 2 - 1
+    with torch.no_grad():
+        found = model.detector_model.vision_encoder.backbone(pixels).last_hidden_state
+        expected = tiny_trunk(STUDENT, "stride32")(pixels).last_hidden_state  # whose statistics are not folded
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    chassis, tensors = read_tensors(chassis_folder("tiny")), read_tensors(folder)
+    kept = {name for name in chassis if not name.startswith(TRUNK)}
+    assert {name for name in tensors if not name.startswith(TRUNK)} == kept
+    assert all(torch.equal(chassis[name], tensors[name]) for name in kept)
+
+
+def test_the_files_own_parts_come_before_the_chassis(image, rest, somewhere):
+    """A stage 3 file has other weights than SAM 3 in what it has."""
+    content = prefixed(IMAGE_PREFIX, image) | {name: t + 1 for name, t in rest.items() if "geometry" not in name}
+    content["detector.backbone.vision_backbone.trunk.pos_embed"] = torch.zeros(1, 65, 64)  # the teacher's, left over
+    file = saved(somewhere, content)
+    with pytest.raises(ImportedError, match=r"lacks 42 tensors of SAM 3 \(detector_model.geometry_encoder 42; "):
+        import_student.completed(
+            found := find(content, file), students(found, read_config(chassis_folder("tiny")), {"origin": "x"}),
+            read_config(chassis_folder("tiny")), None, file,
+        )  # fmt: skip
+    tensors = read_tensors(import_student.run(file, sam3="tiny"))
+    chassis = read_tensors(chassis_folder("tiny"))
+    for name, tensor in chassis.items():
+        if not name.startswith(TRUNK):
+            assert torch.equal(tensors[name], tensor if "geometry_encoder" in name else tensor + 1), name
+
+
+def test_half_precision_and_averaged_weights(image, somewhere, capsys):
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in image.items()}
+    twice = {name: tensor * 2 for name, tensor in half.items()}
+    folder = import_student.run(saved(somewhere, {"model": twice, "model_ema": half}), sam3="tiny")
+    weights = read_tensors(folder, TRUNK)
+    assert all(tensor.dtype != torch.float16 for tensor in weights.values())
+    assert torch.equal(weights["head.3.weight"], half["head.3.weight"].float())
+    printed = capsys.readouterr().out
+    assert "averaged weights" in printed and "float16" in printed
+
+
+def test_the_folder_says_where_it_comes_from(image, somewhere, capsys):
+    file = saved(somewhere, image)
+    card = json.loads((import_student.run(file, sam3="tiny", to="models/x") / CARD).read_text())
+    slot = card["slots"]["image"]
+    assert (slot["student"], slot["from"], card["imported"], card["chassis"]) == (STUDENT, "student.pt", file, "tiny")
+    assert len(slot["content"]) == 16 and len(slot["fingerprint"]) == 32
+    torch.save(image | {"head.3.bias": image["head.3.bias"] + 1}, somewhere / "other.pt")
+    other = json.loads((import_student.run("other.pt", sam3="tiny") / CARD).read_text())["slots"]["image"]
+    assert other["content"] != slot["content"] and other["fingerprint"] != slot["fingerprint"]
+    assert "release it:   effsam3 merge RECIPE parts.image=models/x" in capsys.readouterr().out
+
+
+def test_our_own_export_comes_back(somewhere):
+    run = image_run(somewhere, student=STUDENT, head="stride32")
+    merged = merge.run(load_recipe(run / "recipe.yaml", ["merge.formats=[efficientsam3]"]))
+    folder = import_student.run(str(merged / "efficientsam3.pt"), sam3="tiny")
+    before, after = read_tensors(merged), read_tensors(folder)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {TRUNK + name for name in ("head.3.weight", "head.3.bias", "feature_mean", "feature_scale")}
+
+
+# ---- text students
+
+
+def linear(table_TD, length):
+    """Resize a table along its rows, the half-pixel way: an independent reference in numpy."""
+    rows = len(table_TD)
+    places = np.clip((np.arange(length) + 0.5) * rows / length - 0.5, 0, rows - 1)
+    return np.stack([np.interp(places, np.arange(rows), column) for column in table_TD.T], 1).astype(np.float32)
+
+
+def upstream_text(tensors, ids_BL, heads):
+    """EfficientSAM3's text student as its documents describe it, every token attending to every token."""
+
+    def affine(name, x):
+        return F.linear(x, tensors[name + ".weight"], tensors[name + ".bias"])
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], tensors[name + ".weight"], tensors[name + ".bias"])
+
+    def batch_norm(name, x):
+        values = (tensors[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, *values)
+
+    length = ids_BL.shape[1]
+    table = linear(tensors[POSITIONS][0, 0].numpy(), length)
+    x = tensors["encoder.embedding_layer.weight"][ids_BL] + torch.from_numpy(table)
+    layers = {int(name.split(".")[2]) for name in tensors if name.startswith("encoder.transformer.")}
+    for layer in sorted(layers):
+        at = f"encoder.transformer.{layer}."
+        if at + "layer_scale" in tensors:
+            maps = x.transpose(1, 2)[:, :, None]
+            kernel = {"padding": (0, 5), "groups": maps.shape[1]}
+            mixed = F.conv2d(maps, tensors[at + "token_mixer.mixer.rbr_conv.0.conv.weight"], **kernel)
+            mixed = batch_norm(at + "token_mixer.mixer.rbr_conv.0.bn", mixed)
+            mixed = mixed + batch_norm(at + "token_mixer.mixer.rbr_skip", maps)
+            skipped = batch_norm(at + "token_mixer.norm.rbr_skip", maps)
+            maps = maps + tensors[at + "token_mixer.layer_scale"] * (mixed - skipped)
+            update = F.conv2d(maps, tensors[at + "convffn.conv.conv.weight"], **kernel)
+            update = batch_norm(at + "convffn.conv.bn", update)
+            for name in ("fc1", "fc2"):
+                update = F.conv2d(update, *(tensors[f"{at}convffn.{name}.{kind}"] for kind in ("weight", "bias")))
+                update = F.gelu(update) if name == "fc1" else update
+            x = (maps + tensors[at + "layer_scale"] * update)[:, :, 0].transpose(1, 2)
+            continue
+        packed = affine(at + "pre_norm_mha.1.qkv_proj", norm(at + "pre_norm_mha.0", x))
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in packed.chunk(3, -1))
+        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        x = x + affine(at + "pre_norm_mha.1.out_proj", (weights @ v).transpose(1, 2).flatten(2))
+        hidden = F.gelu(affine(at + "pre_norm_ffn.1", norm(at + "pre_norm_ffn.0", x)))
+        x = x + affine(at + "pre_norm_ffn.4", hidden)
+    return affine("projector", norm("encoder.final_layer_norm", x))
+
+
+@pytest.mark.parametrize("student", ["tiny_text", "tiny_text_plain"])
+@pytest.mark.parametrize("rows", [77, 32, 16])
+def test_a_text_student_gives_what_it_gave_at_32_tokens(student, rows, somewhere, capsys):
+    """With EfficientSAM3's padding (id 0) in sight, as it was trained; whatever the length of its table."""
+    tensors = text_file(student, rows)
+    folder = import_student.run(saved(somewhere, tensors), sam3="tiny")
+    model, info = Sam3LiteTextModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+    ids = torch.randint(1, 49406, (3, 32))
+    ids[1, 9:], ids[2, 20:] = 0, 0
+    with torch.no_grad():
+        found = model.eval().get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids)).pooler_output
+    torch.testing.assert_close(found, upstream_text(tensors, ids, heads=2), atol=2e-5, rtol=2e-5)
+    printed = capsys.readouterr().out
+    assert f"text: {student}, {rows} positions" in printed
+    assert ("interpolated to 32" in printed) == (rows != 32)
+    assert ("learned on 16 tokens" in printed) == (rows == 16)
+
+
+def test_the_table_is_stretched_like_transformers_stretches_it():
+    """A table of 77 in transformers' own class gives for 32 tokens what the stored 32 rows give."""
+    from transformers.models.sam3_lite_text.modeling_sam3_lite_text import Sam3LiteTextTextPositionEmbedding
+
+    for rows in (77, 16, 32):
+        module = Sam3LiteTextTextPositionEmbedding(rows, 8)
+        torch.nn.init.normal_(module.position_embedding)
+        table = stretched(module.position_embedding.detach(), 32)
+        torch.testing.assert_close(table[0], module(32).detach())
+        torch.testing.assert_close(table[0, 0].numpy(), linear(module.position_embedding[0, 0].detach().numpy(), 32))
+
+
+def test_both_students_of_one_file(image, rest, somewhere):
+    own = {name: tensor for name, tensor in rest.items() if not name.startswith(TEXT_PREFIX)}
+    content = prefixed(IMAGE_PREFIX, image) | prefixed(TEXT_PREFIX, text_file()) | own
+    folder = import_student.run(saved(somewhere, {"model": content}), sam3="tiny")
+    slots = json.loads((folder / CARD).read_text())["slots"]
+    assert {slot: card["student"] for slot, card in slots.items()} == {"image": STUDENT, "text": "tiny_text_plain"}
+    _, info = Sam3VideoModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+
+
+# ---- without a chassis: SAM 3's published sizes
+
+
+def test_a_whole_file_needs_no_chassis():
+    """On tensors without numbers: 860 M of them would take minutes."""
+    config = Sam3VideoConfig()
+    with torch.device("meta"):
+        original = to_original(
+            Sam3VideoModel(config).state_dict(), {}, config.detector_config.vision_config.backbone_config
+        )
+        trunk = StudentTrunk(StudentTrunkConfig(timm_name=IMAGE_STUDENTS["repvit_m1_1"].timm_name, head="stride32"))
+    image = prefixed(IMAGE_PREFIX, image_to_upstream(trunk.state_dict(), "repvit_m1_1"))
+    content = image | {name: t for name, t in original.items() if ".vision_backbone.trunk." not in name}
+    assert len(content) == 653 + 1045
+    found = find(content, "x.pt")
+    parts = students(found, config, {"origin": "x.pt"})
+    merged, beside = completed(found, parts, config, None, "x.pt")
+    assert parts[0].student == "repvit_m1_1" and len(beside) == 6
+    assert sum(owner == "image" for owner in merged.owners.values()) == 655
+    lacking = {name: tensor for name, tensor in content.items() if ".geometry_encoder." not in name}
+    with pytest.raises(ImportedError, match=r"\(detector_model.geometry_encoder \d+; .*stage 3 files are known"):
+        completed(find(lacking, "x.pt"), parts, config, None, "x.pt")
+    with pytest.raises(ImportedError, match="x.pt holds students alone; name the SAM 3 .* --sam3 facebook/sam3"):
+        completed(find(image, "x.pt"), parts, config, None, "x.pt")
+
+
+# ---- files that cannot be used
+
+
+def test_dry_run_writes_nothing(image, somewhere, capsys):
+    file = saved(somewhere, image)
+    assert main(["import", file, "--sam3", "tiny", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "| image student | float32, int64 |     194 |" in printed and "ES-EV-S (efficientvit_b0)" in printed
+    assert [path.name for path in somewhere.iterdir()] == ["student.pt"]
+
+
+def test_what_is_there_is_not_overwritten(image, somewhere):
+    file = saved(somewhere, image)
+    (somewhere / "mine").mkdir()
+    with pytest.raises(ImportedError, match="mine is there already; delete it, or name another folder"):
+        import_student.run(file, to="mine", sam3="tiny")
+
+
+def test_students_alone_need_a_chassis_of_their_own_size(image, somewhere):
+    file = saved(somewhere, image)
+    with pytest.raises(MergeError, match="gives 64 channels, the chassis' trunk 1024: it belongs to another SAM 3"):
+        import_student.run(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda image: {"a.weight": torch.ones(3)}, ImportedError, "holds no student of EfficientSAM3 among its 1 te"),
+        (lambda image: image | {"head.9.weight": torch.ones(3)}, KeyMapError, "head.9.weight"),
+        (lambda image: {k: v for k, v in image.items() if k != "head.3.bias"}, MergeError, "head.3.bias"),
+        (lambda image: image | {"head.3.bias": torch.ones(65)}, MergeError, r"1 tensors|2 tensors are not those of"),
+        (lambda image: image | {"head.0.weight": torch.ones(64, 99, 1, 1)}, KeyMapError, "99"),
+        (lambda image: {"optimizer": {}, "epoch": 3}, UserError, "epoch|optimizer|training"),
+    ],
+)
+def test_what_is_not_a_student_is_named(change, error, message, image, somewhere):
+    with pytest.raises(error, match=message):
+        import_student.run(saved(somewhere, change(image)), sam3="tiny")
+    assert not (somewhere / "runs").exists()
+
+
+def test_sam3_itself_is_no_student(rest, somewhere, capsys):
+    file = saved(somewhere, {"model": rest}, "sam3.pt")
+    assert main(["import", file]) == 2
+    assert "a sam3.pt of SAM 3 itself is used as it is, as sam3.checkpoint" in capsys.readouterr().err
