@@ -27,12 +27,13 @@ setup(
         # Its wheels are for these two only; there is nothing to build it from elsewhere.
         "decord>=0.6; platform_system == 'Windows' or (platform_system == 'Linux' and platform_machine == 'x86_64')",
         "deepspeed>=0.17.2",  # torch_autocast
+        "filelock>=3.10",
         "ftfy>=6.1",
-        "huggingface_hub>=1.5",
+        "huggingface_hub>=1.5",  # as transformers 5.17 asks; newer ones ask for more themselves
         "matplotlib>=3.8",
         "numpy>=1.26",
         "open_clip_torch>=3.2",  # MobileCLIP2
-        "peft>=0.19",  # transformers 5.6 asks for it
+        "peft>=0.19.1",  # transformers asks for it
         "pillow>=11",
         "pyarrow>=15",
         "pycocotools>=2.0.8",
@@ -45,7 +46,7 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         "tqdm>=4.66",
-        "transformers>=5.6",  # sam3_video came with 5.0, sam3_lite_text with 5.6
+        "transformers>=5.17",  # sam3_lite_text came with 5.6; EfficientTracker is built on the tracker of 5.17
         "wandb>=0.18",
         "xxhash>=3.4",
     ],

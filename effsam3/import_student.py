@@ -6,11 +6,9 @@ effsam3 import efficient_sam3_repvit_m.pt --sam3 facebook/sam3
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,7 +18,7 @@ from transformers import Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.errors import UserError
 from effsam3.models.combine import Merged, combine, slot_table
-from effsam3.models.formats import IMAGE_PREFIX, TEXT_PREFIX, extras, write_model
+from effsam3.models.formats import extras, write_model
 from effsam3.models.keymaps.mobileclip import POSITIONS
 from effsam3.models.keymaps.sam3 import to_transformers
 from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstream
@@ -29,28 +27,12 @@ from effsam3.models.registry import IMAGE_STUDENTS
 from effsam3.models.sam3 import chassis_folder, fingerprint, read_config, read_tensors, to_float32
 from effsam3.models.slots import SLOTS, Part, image_part, text_part
 from effsam3.models.tokens import PROCESSOR_LENGTH
+from effsam3.models.upstream_files import UpstreamFile, divide
 from effsam3.report import provenance, table
-
-TRUNK = IMAGE_PREFIX.removesuffix("model.")  # SAM 3's own ViT has its names right below
-# What files of students alone begin their names with, and what a merged file has in its place.
-ALONE = (
-    (r"(?:student_trunk\.)?((?:backbone\.model|head)\..+)", IMAGE_PREFIX),
-    (r"((?:encoder|projector)\..+)", TEXT_PREFIX),
-)
 
 
 class ImportedError(UserError):
     """A file without a student of EfficientSAM3, or one that lacks what a whole model needs."""
-
-
-@dataclass
-class Found:
-    """What a file holds: students under their own names, the rest under SAM 3's original ones."""
-
-    image: dict[str, Tensor] = field(default_factory=dict)
-    text: dict[str, Tensor] = field(default_factory=dict)
-    rest: dict[str, Tensor] = field(default_factory=dict)
-    left_over: dict[str, Tensor] = field(default_factory=dict)  # of the teacher's ViT, beside the student
 
 
 def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool = False) -> Path | None:
@@ -93,26 +75,14 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
 # ---- what a file holds
 
 
-def find(tensors: Mapping[str, Tensor], source: Path) -> Found:
+def find(tensors: Mapping[str, Tensor], source: Path) -> UpstreamFile:
     """Tell the students' tensors from the rest.
 
     Raises:
         ImportedError: no tensor belongs to a student.
     """
-    tensors = in_full(tensors)
-    has_image = any(name.startswith(IMAGE_PREFIX) for name in tensors)
-    has_text = TEXT_PREFIX + "projector.weight" in tensors  # SAM 3's own has a `resizer`
-    found = Found()
-    for name, tensor in tensors.items():
-        if name.startswith(IMAGE_PREFIX):
-            found.image[name.removeprefix(IMAGE_PREFIX).removeprefix("student_trunk.")] = tensor
-        elif has_image and name.startswith(TRUNK):
-            found.left_over[name] = tensor
-        elif has_text and name.startswith(TEXT_PREFIX):
-            found.text[name.removeprefix(TEXT_PREFIX)] = tensor
-        else:
-            found.rest[name] = tensor
-    if not found.image and not found.text:
+    found = divide(tensors)
+    if not found.has_student:
         raise ImportedError(
             f"{source} holds no student of EfficientSAM3 among its {len(tensors)} tensors (first: "
             f"{', '.join(list(tensors)[:3])}); a sam3.pt of SAM 3 itself is used as it is, as sam3.checkpoint"
@@ -120,19 +90,7 @@ def find(tensors: Mapping[str, Tensor], source: Path) -> Found:
     return found
 
 
-def in_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors under the names that a merged file has: a student's file, and a loaded model, leave out parts
-    of them.
-    """
-    for pattern, prefix in ALONE:
-        if all(re.fullmatch(pattern, name) for name in tensors):
-            return {prefix + re.fullmatch(pattern, name)[1]: tensor for name, tensor in tensors.items()}
-    if any(name.startswith("detector.") for name in tensors):
-        return dict(tensors)
-    return {name if name.startswith("tracker.") else f"detector.{name}": tensor for name, tensor in tensors.items()}
-
-
-def contents(found: Found) -> str:
+def contents(found: UpstreamFile) -> str:
     """The table of what a file holds."""
     rows = []
     for title, tensors in (
@@ -148,7 +106,7 @@ def contents(found: Found) -> str:
     return table(rows, ["found", "type", "tensors", "elements"], text_columns=2)
 
 
-def students(found: Found, config: Sam3VideoConfig, about: dict) -> list[Part]:
+def students(found: UpstreamFile, config: Sam3VideoConfig, about: dict) -> list[Part]:
     """Make parts of the students; `about` are attributes of both.
 
     Raises:
@@ -199,7 +157,7 @@ def text_remark(rows: int) -> str:
 
 
 def completed(
-    found: Found, parts: list[Part], config: Sam3VideoConfig, chassis: Path | None, source: Path
+    found: UpstreamFile, parts: list[Part], config: Sam3VideoConfig, chassis: Path | None, source: Path
 ) -> tuple[Merged, dict[str, Tensor]]:
     """Return the students with the rest of SAM 3, and what transformers cannot hold of it.
 

@@ -21,6 +21,7 @@ from transformers import Sam3VideoConfig
 from effsam3.checkpoint import WEIGHTS, complete, read_weights
 from effsam3.errors import UserError
 from effsam3.models.keymaps import KeyMapError
+from effsam3.models.keymaps.sam3 import TRUNK as SAM3_TRUNK
 from effsam3.models.keymaps.sam3 import to_transformers
 from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstream
 from effsam3.models.original import OWN, config_of, own_card, refuse_misfit
@@ -40,6 +41,7 @@ from effsam3.models.sam3 import (
 from effsam3.models.slots import CARD
 from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.models.tiny import MADE_UP
+from effsam3.models.upstream_files import UpstreamFile, divide
 from effsam3.report import table
 
 # Part -> how its tensors' names begin in a Sam3VideoModel; of several that fit, the first.
@@ -59,6 +61,7 @@ PARTS = {
     "memory resampler": ("tracker_model.memory_resampler.",),
     "object pointers, embeddings": ("tracker_model.",),
 }
+LEFT_OVER = {"SAM 3's own ViT, beside the student": (SAM3_TRUNK,)}  # which some of EfficientSAM3's files keep
 FINGERPRINTS = {
     "trunk": "as sam3.fingerprint of a recipe of stage image",
     "text": "as sam3.fingerprint of a recipe of stage text",
@@ -72,11 +75,6 @@ BUFFERS = re.compile(
     r"|shared(_image)?_embedding\.positional_embedding)$"
 )
 EFFICIENTSAM3 = "EfficientSAM3's layout"
-# Names of EfficientSAM3's students, in a whole model or alone; the group is what keymaps/upstream.py knows.
-IMAGE_STUDENT = re.compile(
-    r"(?:(?:detector\.)?backbone\.vision_backbone\.trunk\.model\.)?(?:student_trunk\.)?((?:backbone\.model|head)\..+)"
-)
-TEXT_STUDENT = re.compile(r"(?:(?:detector\.)?backbone\.language_backbone\.)?((?:encoder|projector)\..+)")
 
 
 class InspectError(UserError):
@@ -145,9 +143,8 @@ def pickled_file(path: Path) -> dict[str, Any]:
     }
     facts = {"path": str(path), "bytes": path.stat().st_size, "found": found}
     try:
-        image, text, rest = ({}, {}, pickled.tensors) if OWN in pickled.aside else _students(pickled.tensors)
-        if image or text:
-            return facts | _efficientsam3(image, text, rest) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
+        if OWN not in pickled.aside and (file := divide(pickled.tensors)).has_student:
+            return facts | _efficientsam3(file) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
         tensors, beside = to_transformers(pickled.tensors)
     except KeyMapError as error:
         raise InspectError(f"{path} is neither in SAM 3's own layout nor in EfficientSAM3's: {error}") from error
@@ -155,33 +152,20 @@ def pickled_file(path: Path) -> dict[str, Any]:
     return facts | {"layout": "SAM 3's own layout"} | _model(tensors, config, slots, beside)
 
 
-def _students(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], ...]:
-    """Tell EfficientSAM3's image and text student, under their own names, from the rest, under SAM 3's."""
-    image, text, rest = {}, {}, {}
-    has_text = any(name.endswith("projector.weight") for name in tensors)  # SAM 3's own text encoder has a `resizer`
-    for name, tensor in tensors.items():
-        if match := IMAGE_STUDENT.fullmatch(name):
-            image[match[1]] = tensor
-        elif has_text and (match := TEXT_STUDENT.fullmatch(name)):
-            text[match[1]] = tensor
-        else:
-            rest[name if name.startswith(("detector.", "tracker.")) else f"detector.{name}"] = tensor
-    return image, text, rest
-
-
-def _efficientsam3(image: dict[str, Tensor], text: dict[str, Tensor], rest: dict[str, Tensor]) -> dict[str, Any]:
+def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:
     """Facts of EfficientSAM3's layout: a whole model, or students alone."""
     slots = {}
-    if image:
-        timm_name, _ = image_from_upstream(image)
+    if file.image:
+        timm_name, _ = image_from_upstream(file.image)
         name, row = next((name, row) for name, row in IMAGE_STUDENTS.items() if row.timm_name == timm_name)
         slots["image"] = {"student": name, "is": f"{row.label} ({name}) with head stride32"}
-    if text:
-        name, positions, _ = text_from_upstream(text)
+    if file.text:
+        name, positions, _ = text_from_upstream(file.text)
         slots["text"] = {"student": name, "is": f"{TEXT_STUDENTS[name].label} ({name}), {positions} tokens"}
-    named = {TRUNK + key: tensor for key, tensor in image.items()}
-    named |= {TEXT_ENCODER + key: tensor for key, tensor in text.items()} | to_transformers(rest)[0]
-    return {"layout": EFFICIENTSAM3, "slots": slots, "parts": _parts(named, PARTS)}
+    named = {TRUNK + key: tensor for key, tensor in file.image.items()}
+    named |= {TEXT_ENCODER + key: tensor for key, tensor in file.text.items()}
+    named |= to_transformers(file.rest)[0] | file.left_over
+    return {"layout": EFFICIENTSAM3, "slots": slots, "parts": _parts(named, PARTS | LEFT_OVER)}
 
 
 def training_checkpoint(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ VERSIONS = ("effsam3", "torch", "transformers", "timm", "accelerate", "deepspeed
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: a temporary name, fsync, rename."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w") as file:
+    with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -75,7 +75,7 @@ class Report:
 
             tqdm.write(text, file=sys.stdout)  # does not tear a progress bar
             sys.stdout.flush()
-            with open(self.folder / "log.txt", "a") as log:
+            with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
                 log.write(text + "\n")
 
     def header(self, title: str, lines: dict[str, str]) -> None:

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam3LiteTextModel
 
-import effsam3.models.vision  # noqa: F401  registers the student trunk with transformers' auto classes
 from effsam3.benchmarks.speed import alternate
 from effsam3.errors import UserError
 from effsam3.losses import agreement_sums, standardise

@@ -176,7 +176,7 @@ def _fingerprint(entries: list[Entry], options: Check) -> str:
     return xxhash.xxh3_128_hexdigest(repr((VERSION, options, entries)).encode("utf-8", "backslashreplace"))
 
 
-# ---- merging
+# ---- report
 
 
 def _schema():

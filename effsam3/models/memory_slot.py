@@ -9,12 +9,14 @@ from copy import deepcopy
 from torch import Tensor
 from transformers import PreTrainedConfig, Sam3VideoConfig
 
-from effsam3.models.memory_config import EfficientTrackerConfig
+from effsam3.models.memory_config import EfficientTrackerConfig, MemoryConfigError
 from effsam3.models.tracker import PARTS, PLACES
 
 TRACKER = "tracker_model."
 MEMORY = tuple(TRACKER + prefix for prefix in PARTS["memory"])
 RESAMPLER = "memory_resampler."
+# The tracker config's numbers of layers -> a recipe's key of section `memory`.
+LAYERS = {"memory_attention_num_layers": "attention_layers", "memory_fuser_num_layers": "fuser_layers"}
 
 
 def memory_config(config: Sam3VideoConfig) -> PreTrainedConfig:
@@ -33,14 +35,21 @@ def with_memory(config: Sam3VideoConfig, student: PreTrainedConfig) -> Sam3Video
 def tracker_config(chassis: PreTrainedConfig, asked) -> EfficientTrackerConfig:
     """The chassis' tracker config with the memory that `asked` describes: `mode`, `pool`, `global_latents`,
     `window_latents`, `depth`, `hot_frames`, and `attention_layers` and `fuser_layers`, None for the chassis' own.
+
+    Raises:
+        MemoryConfigError: more layers than the chassis has.
     """
-    layers = {
-        "memory_attention_num_layers": asked.attention_layers,
-        "memory_fuser_num_layers": asked.fuser_layers,
-    }
     inherited = {name: value for name, value in chassis.to_dict().items() if name != "model_type"}
+    layers = {}
+    for name, key in LAYERS.items():
+        layers[name] = inherited[name] if (count := getattr(asked, key)) is None else count
+        if layers[name] > inherited[name]:
+            raise MemoryConfigError(
+                f"memory.{key}: {layers[name]} layers asked for, the chassis' tracker has {inherited[name]}, which "
+                "they start from; ask for no more"
+            )
     return EfficientTrackerConfig(
-        **inherited | {name: value for name, value in layers.items() if value is not None},
+        **inherited | layers,
         memory_mode=asked.mode,
         memory_pool=asked.pool,
         memory_global_latents=asked.global_latents,
@@ -71,8 +80,7 @@ def memory_tensors(
     A dense memory with as many layers as the chassis' (`own`) is SAM 3's own kind: it needs neither resampler nor
     another config.
     """
-    layers = ("memory_attention_num_layers", "memory_fuser_num_layers")
-    stock = built.memory_mode == "dense" and all(built.to_dict()[key] == own.to_dict()[key] for key in layers)
+    stock = built.memory_mode == "dense" and all(built.to_dict()[name] == own.to_dict()[name] for name in LAYERS)
     tensors = {
         in_whole_model(name): tensor for name, tensor in weights.items() if not (stock and name.startswith(RESAMPLER))
     }

@@ -24,6 +24,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import get_1d_sine_pe
 
 from effsam3.models.memory import EfficientMemoryAttention, FrameMemory, MemoryTokens
@@ -330,8 +331,22 @@ def cut(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
     return tensor[tuple(slice(asked) for asked in shape)].clone()
 
 
+class _Refusal(WeightRenaming):
+    """In the place of the renames, for other classes than `EfficientTracker`: they would go on with random weights."""
+
+    __slots__ = ()
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        raise MemoryConfigError(
+            "this model's tracker has an efficient memory, which transformers' own trackers cannot hold; load it with "
+            "effsam3.models.memory_tracker.EfficientTracker, or as a part of the whole model with Sam3VideoModel"
+        )
+
+
 AutoConfig.register(EfficientTrackerConfig.model_type, EfficientTrackerConfig)
 AutoModel.register(EfficientTrackerConfig, EfficientTracker)
 # transformers finds a tracker's weights in the folder of a Sam3VideoModel by renames. By the class's name, not by the
 # config's model_type: that is SAM 3's own when the folder is.
 register_checkpoint_conversion_mapping(EfficientTracker.__name__, get_checkpoint_conversion_mapping("sam3_tracker"))
+# Classes that are not found by name are looked up by what config.json says of the tracker.
+register_checkpoint_conversion_mapping(EfficientTrackerConfig.model_type, [_Refusal(".", ".")])

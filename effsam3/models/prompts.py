@@ -3,7 +3,7 @@
 
 Labels are SAM's: 1 inside, 0 outside, 2 and 3 a box's corners, -1 no point.
 
-Letters: N objects, S image side in pixels.
+Letters: N objects, S image side in pixels, K = S * S.
 """
 
 from __future__ import annotations
@@ -45,17 +45,21 @@ def draw_prompt(mask_SS: Tensor, kind: str, rng: np.random.Generator) -> tuple[T
     return torch.from_numpy(box).float(), torch.tensor([2, 3], dtype=torch.int32)
 
 
-def draw_clicks(pred_NSS: Tensor, masks_NSS: Tensor) -> tuple[Tensor, Tensor]:
+def draw_clicks(pred_NSS: Tensor, masks_NSS: Tensor, chance_N: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one correcting click for each object: points (N, 1, 2) as x, y and labels (N, 1).
 
-    Uniform over the pixels where prediction and truth (both boolean) differ: 1 where something was missed, 0 where
-    too much was taken. A perfect prediction gets a 0 from outside the object, or a 1 if it fills the image.
+    One of the pixels where prediction and truth (both boolean) differ: 1 where something was missed, 0 where too much
+    was taken. A perfect prediction gets a 0 from outside the object, or a 1 if it fills the image. `chance_N`, uniform
+    in 0..1, says which pixel: drawn for each object apart, it gives the same click whatever else is in the batch.
     """
     wrong_NSS = pred_NSS != masks_NSS
     perfect_N = ~wrong_NSS.flatten(1).any(1)
-    allowed_NSS = torch.where(perfect_N[:, None, None], ~masks_NSS, wrong_NSS)
-    noise_NK = torch.rand(masks_NSS.shape, device=masks_NSS.device).flatten(1)
-    chosen_N = torch.where(allowed_NSS.flatten(1), noise_NK, noise_NK - 2).argmax(1)
+    allowed_NK = torch.where(perfect_N[:, None, None], ~masks_NSS, wrong_NSS).flatten(1)
+    allowed_NK = allowed_NK | ~allowed_NK.any(1, keepdim=True)
+    place_NK = allowed_NK.cumsum(1)
+    count_N = place_NK[:, -1]
+    wanted_N = (chance_N * count_N).long().clamp(max=count_N - 1)
+    chosen_N = torch.searchsorted(place_NK, wanted_N[:, None] + 1)[:, 0]
     side = masks_NSS.shape[-1]
     points_N2 = torch.stack([chosen_N % side, chosen_N // side], 1).float()
     labels_N = masks_NSS.flatten(1).gather(1, chosen_N[:, None])

@@ -67,7 +67,8 @@ class Part:
 
     def card(self) -> dict:
         """What effsam3.json says of the slot."""
-        return {"student": self.student, "from": self.origin, "teacher": self.teacher, **self.facts}
+        also = {"also": list(self.also)} if self.also else {}
+        return {"student": self.student, "from": self.origin, "teacher": self.teacher, **also, **self.facts}
 
 
 # ---- the table of slots
@@ -207,18 +208,17 @@ def part_of_model(slot: str, place: Path) -> Part:
     if slot not in slots:
         raise MergeError(f"{folder} has no student in the slot {slot}; it has {', '.join(slots) or 'none'}")
     card = dict(slots[slot])
+    also = tuple(card.pop("also", ()))
+    owns = SLOTS[slot].owns + also
     return Part(
         slot=slot,
+        also=also,
         student=card.pop("student"),
         origin=card.pop("from"),
         teacher=card.pop("teacher"),
         facts=card,
         config=SLOTS[slot].config_of(read_config(folder)),
-        tensors={
-            prefix + name: tensor
-            for prefix in SLOTS[slot].owns
-            for name, tensor in read_tensors(folder, prefix).items()
-        },
+        tensors={name: tensor for name, tensor in read_tensors(folder).items() if name.startswith(owns)},
     )
 
 

@@ -73,18 +73,19 @@ class Prompts:
     """What is given on the first frame, for O objects.
 
     `points_OP2` are x, y in pixels and `labels_OP` as in models/prompts.py; where `by_mask_O`, the true mask is given
-    instead. `corrections` maps frame numbers to how many clicks correct the prediction there.
+    instead. `corrections` maps the number of a frame that clicks correct to where they go, (O, clicks): see
+    `draw_clicks`.
     """
 
     points_OP2: Tensor
     labels_OP: Tensor
     by_mask_O: Tensor
-    corrections: dict[int, int] = field(default_factory=dict)
+    corrections: dict[int, Tensor] = field(default_factory=dict)
 
     def some(self, objects_N: Tensor) -> Prompts:
         """Those of some of the objects."""
         given = (self.points_OP2[objects_N], self.labels_OP[objects_N], self.by_mask_O[objects_N])
-        return Prompts(*given, self.corrections)
+        return Prompts(*given, {frame: chances[objects_N] for frame, chances in self.corrections.items()})
 
 
 @dataclass(frozen=True)
@@ -220,11 +221,11 @@ class _Pass:
         ]
         predictions = [part.only(~by_mask_O) for part in decoded]
         clicked_O = ~by_mask_O
-        clicks = prompts.corrections.get(time, 0) if clicked_O.any() else 0
-        for _ in range(clicks):
+        corrected = time in prompts.corrections and bool(clicked_O.any())
+        for chance_O in prompts.corrections[time].unbind(1) if corrected else ():
             logits_OLL = self.assemble(decoded)[0]
             pred_OSS = enlarge(logits_OLL.detach(), masks_OSS.shape[-1]) > 0
-            points_O12, labels_O1 = draw_clicks(pred_OSS, masks_OSS)
+            points_O12, labels_O1 = draw_clicks(pred_OSS, masks_OSS, chance_O)
             points, labels = torch.cat([points, points_O12], 1), torch.cat([labels, labels_O1], 1)
             multimask = bool((labels != NO_POINT).sum(1).max() <= 1)
             better = self.decode(clicked_O, image_OCGG, seen, points, labels, logits_OLL[:, None], multimask)
@@ -237,7 +238,7 @@ class _Pass:
         given_OSS = masks_OSS * MASK_SCALE + MASK_BIAS
         logits_OSS = torch.where(by_mask_O[:, None, None], given_OSS, enlarge(logits_OLL, masks_OSS.shape[-1]))
         logits_OSS = torch.where(present_O[:, None, None], logits_OSS, ABSENT_LOGIT)
-        self.remember(seen.top, logits_OSS, token_OC, present_O, given=time == 0 or clicks > 0)
+        self.remember(seen.top, logits_OSS, token_OC, present_O, given=time == 0 or corrected)
         return Tracked([part for part in predictions if len(part.objects_N)], logits_OSS, conditioned, distilled)
 
     def decode(
@@ -305,7 +306,8 @@ class _Pass:
 
     def recall(self, tracker, top_OCGG: Tensor, time: int, length: int, taught: bool) -> Tensor:
         """Condition a frame's features on the bank, by the tracker's memory or the teacher's."""
-        given = [past for past, entry in enumerate(self.bank) if entry.given]
+        # Up to this frame: computed again in the backward pass, the bank holds later ones too.
+        given = [past for past, entry in enumerate(self.bank[:time]) if entry.given]
         near = sorted(given, key=lambda past: time - past)[: tracker.config.max_cond_frame_num]
         recent = [past for past in range(time - tracker.num_maskmem + 1, time) if past >= 0 and past not in near]
         order = [(0, past) for past in sorted(near)] + [(time - past, past) for past in recent]

@@ -43,6 +43,8 @@ class TrackerStudent(nn.Module):
         for prefix in prefixes:
             _adopt(self, tracker, prefix.removesuffix("."))
         for name, parameter in self.named_parameters():
+            # A copy: tracker and teacher may stand on the same memory, that of a mapped file.
+            parameter.data = parameter.data.clone()
             parameter.requires_grad_(not name.startswith(unused))
         # Not attributes as torch knows them: these must not be optimised, saved or moved with the student.
         self.__dict__["tracker"] = tracker

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 2, memory: a tracker learns to remember in few tokens, beside a frozen one that remembers everything.
 
-Letters: B clips, T frames of a clip, N object slots of a clip, O objects of all clips, S image side in pixels.
+Letters: B clips, T frames of a clip, N object slots of a clip, O objects of all clips, S image side in pixels, F
+corrected frames, K clicks on each of them.
 """
 
 from __future__ import annotations
@@ -94,6 +95,20 @@ def make_trackers(recipe, folder: Path) -> tuple[EfficientTracker, EfficientTrac
     return student.float(), teacher.float()
 
 
+def refuse_zero3(accelerator) -> None:
+    """Refuse to divide the parameters among ranks: each rank runs the modules that its own prompts and objects need.
+
+    Raises:
+        UserError: the layout is ZeRO-3.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise UserError(
+            "hardware: under ZeRO-3 all ranks must run the same modules in the same order, but their clips have other "
+            "prompts and objects; take zero2, which divides all but the weights"
+        )
+
+
 class MemoryStage(Stage):
     """The training side: trackers, clips, prompts, loss and validation."""
 
@@ -102,6 +117,7 @@ class MemoryStage(Stage):
 
     def __init__(self, recipe, report, accelerator):
         super().__init__(recipe, report, accelerator)
+        refuse_zero3(accelerator)
         self.max_unreadable = recipe.data.max_unreadable
         data, train = recipe.data, recipe.train
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
@@ -169,7 +185,7 @@ class MemoryStage(Stage):
         number in the run alone."""
         return self.divide(start, steps, numbered=True)
 
-    def inputs(self, batch: dict, shares: dict[str, float], corrections: dict[int, int]) -> tuple:
+    def inputs(self, batch: dict, shares: dict[str, float], corrected: tuple[int, ...] = ()) -> tuple:
         """What the student's forward takes, on the device: pixels, masks, clips, weights, prompts.
 
         A batch without any object (padding of the last one) keeps one empty slot of weight 0: every rank takes part in
@@ -185,29 +201,26 @@ class MemoryStage(Stage):
         for clip, slot, mask_TSS in zip(clip_O.tolist(), slot_O.tolist(), masks_OTSS, strict=True):
             rng = np.random.default_rng([self.recipe.train.seed, batch["numbers"][clip], slot])
             kind = "mask" if empty else draw_kind(shares, rng)
-            drawn.append((*draw_prompt(mask_TSS[0], kind, rng), kind == "mask"))
-        points, labels, by_mask = zip(*drawn, strict=True)
-        prompts = Prompts(
-            torch.stack(points).to(self.device),
-            torch.stack(labels).to(self.device),
-            torch.tensor(by_mask, device=self.device),
-            corrections,
-        )
+            points, labels = draw_prompt(mask_TSS[0], kind, rng)
+            chances_FK = torch.from_numpy(rng.random((len(corrected), self.recipe.prompts.clicks))).float()
+            drawn.append((points, labels, torch.tensor(kind == "mask"), chances_FK))
+        points, labels, by_mask, chances_OFK = (torch.stack(kind).to(self.device) for kind in zip(*drawn, strict=True))
+        prompts = Prompts(points, labels, by_mask, dict(zip(corrected, chances_OFK.unbind(1), strict=True)))
         pixels = normalise(batch["pixels"].to(self.device, non_blocking=True))
         return pixels, masks_OTSS.to(self.device), clip_O.to(self.device), weight_O.to(self.device), prompts
 
-    def corrected_frames(self, batch: dict) -> dict[int, int]:
-        """Which frames of a step's clips are corrected, and by how many clicks: the first, and others at random.
+    def corrected_frames(self, batch: dict) -> tuple[int, ...]:
+        """Which frames of a step's clips are corrected by clicks: the first, and others at random.
 
         All clips of a step share them, because they are tracked together.
         """
         asked, data = self.recipe.prompts, self.recipe.data
         if not asked.corrected_frames:
-            return {}
+            return ()
         step = batch["numbers"][0] // self.recipe.train.global_batch_size
         rng = np.random.default_rng([self.recipe.train.seed, step])
         later = rng.choice(np.arange(1, data.frames), asked.corrected_frames - 1, replace=False)
-        return {int(frame): asked.clicks for frame in (0, *later)}
+        return (0, *later.tolist())
 
     def loss(self, student, batch: dict) -> dict[str, Tensor]:
         """The weighted loss of a micro-batch and its named parts, all scalars."""
@@ -220,7 +233,7 @@ class MemoryStage(Stage):
     @torch.no_grad()
     def validate(self, student, batch: dict) -> dict[str, Tensor]:
         """Sums of a batch for `summarise`: J of objects given by their mask in the first frame."""
-        inputs = self.inputs(batch, {"mask": 1.0, "point": 0.0, "box": 0.0}, {})
+        inputs = self.inputs(batch, {"mask": 1.0, "point": 0.0, "box": 0.0})
         counts_O = inputs[3] > 0
         with self.accelerator.autocast():
             j_OT = student(*inputs)["j"].double()

@@ -10,8 +10,8 @@ import sys
 import numpy as np
 from conftest import ENVIRONMENT, run
 from fake_hub import FakeHub
-from merged_run import merged_run
 from PIL import Image
+from run_folders import merged_run
 
 # Weights and outputs of the folder here and of the repository there, both read from files: the same bit for bit.
 COMPARE = """
@@ -40,7 +40,7 @@ print("the same")
 
 
 def test_a_push_over_a_bad_line_is_the_model_that_lies_here(tmp_path):
-    folder = merged_run(tmp_path / "runs", "image").folder
+    folder = merged_run(tmp_path / "runs", "image")
     with FakeHub(part_bytes=8_000_000) as hub:
         environment = ENVIRONMENT | hub.environment() | {"HF_HOME": str(tmp_path / "hf")}
         recipe, push = folder / "recipe.yaml", ("push", "push.repo=tester/model")

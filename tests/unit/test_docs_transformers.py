@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from merged_run import merged_run
 from PIL import Image
+from run_folders import merged_run
 
 from effsam3.cli import main
 from effsam3.data.synthetic_sav import mp4_bytes
@@ -31,8 +31,8 @@ def blocks(language: str) -> dict[str, list[str]]:
 def merged(tmp_path_factory) -> dict[str, Path]:
     """{filled slots: run folder with a merged model}"""
     runs = tmp_path_factory.mktemp("runs")
-    release = merged_run(runs, "image", "text").folder
-    return {"image": merged_run(runs / "alone", "image").folder, "image and text": release}
+    release = merged_run(runs, "image", "text")
+    return {"image": merged_run(runs / "alone", "image"), "image and text": release}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 """Importing EfficientSAM3's checkpoints: the same features, by references of their own; files that cannot be used."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -71,14 +72,18 @@ def prefixed(prefix, tensors):
 # ---- image students
 
 
-@pytest.mark.parametrize("layout", ["alone", "wrapped", "merged", "without detector"])
+@pytest.mark.parametrize("layout", ["alone", "wrapped", "merged", "without detector", "saved after loading"])
 def test_an_image_student_gives_the_same_features(layout, image, rest, somewhere):
     whole = prefixed(IMAGE_PREFIX, image) | rest
+    bare = {name.removeprefix("detector."): tensor for name, tensor in whole.items()}
     content = {
         "alone": image,
         "wrapped": {"model": prefixed("module.student_trunk.", image), "epoch": 3},
         "merged": {"model": whole},
-        "without detector": {name.removeprefix("detector."): tensor for name, tensor in whole.items()},
+        "without detector": bare,
+        "saved after loading": {
+            re.sub(r"^tracker\.", "inst_interactive_predictor.model.", name): tensor for name, tensor in bare.items()
+        },
     }[layout]
     folder = import_student.run(saved(somewhere, content), sam3="tiny")
     model, info = Sam3VideoModel.from_pretrained(folder, output_loading_info=True)

@@ -2,6 +2,7 @@
 """The verb `inspect` on every kind of checkpoint, made for real."""
 
 import json
+import re
 import shutil
 from copy import deepcopy
 from pathlib import Path
@@ -229,25 +230,35 @@ def test_a_file_without_a_part_says_so(saved, original, folder):
     assert "geometry encoder" not in facts["parts"] and "missing: 42" in facts["problem"]
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_efficientsam3_is_recognised(saved, original, whole):
+@pytest.mark.parametrize("layout", ["alone", "merged", "with SAM 3's ViT", "saved after loading"])
+def test_efficientsam3_is_recognised(saved, original, layout):
     image = StudentTrunk(StudentTrunkConfig(timm_name="repvit_m0_9", head="stride32", hidden_size=1024))
     text = text_student("mobileclip_s0", 32, 256)
     tensors = {name: tensor for name, tensor in text.state_dict().items() if not name.startswith("feature_")}
     image_names, text_names = image_to_upstream(image.state_dict(), "repvit_m0_9"), text_to_upstream(tensors)
-    if whole:
-        trunk, language = "detector.backbone.vision_backbone.trunk.", "detector.backbone.language_backbone."
-        rest = {name: tensor for name, tensor in original.items() if not name.startswith((trunk, language))}
-        file = rest | {f"{trunk}model.{name}": tensor for name, tensor in image_names.items()}
-        path = saved({"model": file | {language + name: tensor for name, tensor in text_names.items()}})
-    else:
-        path = saved({"model": image_names})
+    trunk, language = "detector.backbone.vision_backbone.trunk.", "detector.backbone.language_backbone."
+    rest = {name: tensor for name, tensor in original.items() if not name.startswith((trunk, language))}
+    merged = rest | {f"{trunk}model.{name}": tensor for name, tensor in image_names.items()}
+    merged |= {language + name: tensor for name, tensor in text_names.items()}
+    begins = {"detector.": "", "tracker.": "inst_interactive_predictor.model."}  # after loading
+    files = {
+        "alone": image_names,
+        "merged": merged,
+        "with SAM 3's ViT": merged | {name: tensor for name, tensor in original.items() if name.startswith(trunk)},
+        "saved after loading": {
+            re.sub(r"^(detector|tracker)\.", lambda match: begins[match[0]], name): tensor
+            for name, tensor in merged.items()
+        },
+    }
+    path, whole = saved({"model": files[layout]}), layout != "alone"
     facts = examine(path)
     assert facts["layout"] == "EfficientSAM3's layout"
     assert facts["slots"]["image"]["student"] == "repvit_m0_9"
     assert facts["parts"]["image trunk"]["parameters"] == sum(p.numel() for p in image.parameters())
     assert facts["parts"]["image trunk"]["tensors"] == len(image_names)
     assert ("text" in facts["slots"]) == whole == ("memory encoder" in facts["parts"])
+    assert ("SAM 3's own ViT, beside the student" in facts["parts"]) == (layout == "with SAM 3's ViT")
+    assert "unknown" not in facts["parts"]
     if whole:
         assert facts["slots"]["text"]["student"] == "mobileclip_s0"
         assert facts["slots"]["text"]["is"] == "ES-MC-S (mobileclip_s0), 32 tokens"

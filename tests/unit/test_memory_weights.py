@@ -19,7 +19,7 @@ from lively_trackers import (
     run_steps,
     trained,
 )
-from transformers import AutoModel, Sam3VideoConfig, Sam3VideoModel
+from transformers import AutoModel, Sam3TrackerModel, Sam3TrackerVideoModel, Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.models.memory_config import EfficientTrackerConfig, MemoryConfigError
 from effsam3.models.memory_tracker import EfficientTracker, efficient_tracker_tensors
@@ -168,6 +168,15 @@ def test_a_whole_model_is_saved_and_read_back_whole_and_in_part(whole, tmp_path)
         )
     )
     assert_equal_tensors(alone.state_dict(), expected)
+
+
+@pytest.mark.parametrize("model_class", [Sam3TrackerVideoModel, Sam3TrackerModel])
+def test_transformers_own_trackers_refuse_an_efficient_memory(whole, model_class, tmp_path):
+    """Without that they would only warn of missing weights and go on with random ones."""
+    with quiet_transformers():
+        whole.save_pretrained(tmp_path, save_original_format=False)
+        with pytest.raises(MemoryConfigError, match="efficient memory.*; load it with .*memory_tracker.EfficientTra"):
+            model_class.from_pretrained(tmp_path)
 
 
 def test_sam_3_itself_is_read_with_an_untrained_memory():

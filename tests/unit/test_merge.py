@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from run_folders import RECIPES, image_run, text_run
+from run_folders import RECIPES, image_run, memory_run, text_run
 from safetensors.torch import load_file, save_file
 from transformers import Sam3VideoModel
 
@@ -16,7 +16,7 @@ from effsam3.cli import main
 from effsam3.merge import refuse_neck
 from effsam3.models.combine import assign
 from effsam3.models.sam3 import EXTRAS_FILE, TRUNK, chassis_folder, read_config, read_tensors
-from effsam3.models.slots import CARD, SLOTS, MergeError
+from effsam3.models.slots import CARD, SLOTS, MergeError, part_of_model
 from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.recipe import load_recipe
 
@@ -182,6 +182,41 @@ def test_image_then_text_on_top_of_it(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith(own))
     model, info = Sam3VideoModel.from_pretrained(second, output_loading_info=True)
     assert not any(info.values())
+
+
+@pytest.mark.parametrize(
+    ("trains", "also"),
+    [
+        (("memory",), ()),
+        (
+            ("memory", "decoder", "prompts", "neck"),
+            (
+                "tracker_model.mask_decoder.",
+                "tracker_model.prompt_encoder.",
+                "tracker_model.mask_downsample.",
+                "tracker_model.no_memory_embedding",
+                "tracker_neck.",
+            ),
+        ),
+    ],
+)
+def test_a_memory_goes_on_with_all_that_it_trained(tmp_path, trains, also):
+    """The rest of the tracker that it trained goes along when it is taken out of the merged model again."""
+    folder = memory_run(tmp_path, trains=trains)
+    first = merge.run(run_of(folder))
+    part = part_of_model("memory", folder)
+    before, chassis = read_tensors(first), read_tensors(chassis_folder("tiny"))
+    changed = {name for name in before if name not in chassis or not torch.equal(before[name], chassis[name])}
+    assert part.also == also and changed <= part.tensors.keys()
+    assert all(any(name.startswith(prefix) for name in changed) for prefix in also)
+    card = json.loads((first / CARD).read_text())["slots"]["memory"]
+    assert part.card() == card and card.get("also", []) == list(also)
+    parts = f"parts={{image: null, text: null, memory: {first}}}"
+    release = load_recipe(RECIPES / "smoke/release.yaml", [f"runs={tmp_path}", "merge.formats=[transformers]", parts])
+    second = merge.run(release)
+    after = read_tensors(second)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((second / CARD).read_text())["slots"]["memory"] == card
 
 
 def test_what_transformers_cannot_hold_goes_along(tmp_path, capsys):

@@ -13,11 +13,12 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
-from merged_run import merged_run
 from PIL import Image
+from run_folders import merged_run
 from safetensors.torch import load_file
 
 from effsam3.model_card import licence, measurements, metadata, model_card, parameters
+from effsam3.models.concepts import ConceptModel
 from effsam3.models.registry import TEACHER, chassis_facts, head_params, image_student
 from effsam3.models.tiny import full_config
 from effsam3.recipe import dump_recipe, load_recipe
@@ -30,7 +31,7 @@ SLOTS = {"text": ("text",), "image": ("image",), "memory": ("memory",), "both": 
 def merged(tmp_path_factory):
     """{name: run folder} of one slot filled, of the other, of both."""
     runs = tmp_path_factory.mktemp("runs")
-    return {name: merged_run(runs / name, *slots).folder for name, slots in SLOTS.items()}
+    return {name: merged_run(runs / name, *slots) for name, slots in SLOTS.items()}
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,14 @@ def test_every_code_block_runs(merged, name, tmp_path, monkeypatch, capsys):
     assert concepts["found"]["masks"].shape == (10, 90, 120) and concepts["outputs"].pred_masks.isfinite().all()
     assert prompts["masks"].shape == (2, 1, 90, 120) and prompts["masks"].dtype == torch.bool
     assert video["outputs"].frame_idx == 1 and video["found"]["masks"].shape[1:] == (90, 120)
+    # What a text alone finds is what SAM 3 finds: the geometry encoder has run.
+    model = ConceptModel(merged[name] / "merged")
+    found = model.find(model.look(np.array(concepts["image"])), (90, 120), "a dog", threshold=0.0)
+    scores = concepts["found"]["scores"].sort(descending=True).values
+    torch.testing.assert_close(scores, found.scores_O, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        outputs = video["model"].detector_model(**concepts["inputs"])
+    torch.testing.assert_close(outputs.pred_logits, concepts["outputs"].pred_logits, rtol=0, atol=1e-4)
 
 
 def test_another_branch_is_named_in_the_code(merged):
@@ -176,8 +185,8 @@ def test_pictures_from_before_the_merge_are_left_out(run):
 
 def test_slots_and_training_of_every_part(merged):
     card = card_of(merged["both"])
-    assert re.search(r"`image` +\| vision trunk +\| .*`tiny_convnext`.* +\| `smoke-image/step-000001` +\|", card)
-    assert re.search(r"`text` +\| text encoder +\| .*`tiny_text_plain`.* +\| `smoke-text/step-000001` +\|", card)
+    assert re.search(r"`image` +\| vision trunk +\| .*`tiny_convnext`.* +\| `smoke-image/best-step-000007` +\|", card)
+    assert re.search(r"`text` +\| text encoder +\| .*`tiny_text_plain`.* +\| `smoke-text/best-step-000007` +\|", card)
     assert re.search(r"\| steps +\| 200 +\| 200 +\|", section(card, "How it learned"))
     recipes = re.findall(r"```yaml\n(.*?)```", card, re.S)
     assert [yaml.safe_load(recipe)["stage"] for recipe in recipes] == ["image", "text"]
@@ -194,7 +203,7 @@ def test_a_part_without_a_recipe_is_said_to_have_none(run, tmp_path):
     recipe = load_recipe(folder / "recipe.yaml", [f"parts.text={tmp_path}"])
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     card = card_of(folder)
-    assert "Slot `text`: no recipe is known; the student is from `smoke-text/step-000001`" in card
+    assert "Slot `text`: no recipe is known; the student is from `smoke-text/best-step-000007`" in card
     assert len(re.findall(r"```yaml\n", card)) == 1
 
 

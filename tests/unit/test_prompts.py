@@ -57,9 +57,22 @@ def test_clicks_fall_where_the_prediction_is_wrong(mask):
     full = torch.ones_like(mask)
     pred, truth = torch.stack([missed, excess, mask, full]), torch.stack([mask, mask, mask, full])
     for _ in range(20):
-        points, labels = draw_clicks(pred, truth)
+        points, labels = draw_clicks(pred, truth, torch.rand(4))
         assert points.shape == (4, 1, 2) and labels[:, 0].tolist() == [1, 0, 0, 1]
         x, y = points[:, 0].long().unbind(1)
         assert mask[y[0], x[0]]  # missed: inside the object
         assert y[1] < 5 and x[1] < 5  # too much: in the excess
         assert not mask[y[2], x[2]]  # perfect: outside
+
+
+def test_every_wrong_pixel_can_be_clicked_and_the_batch_does_not_matter(mask):
+    truth, pred = mask[None].expand(400, -1, -1), torch.zeros(400, 64, 64, dtype=torch.bool)
+    chance_N = (torch.arange(400) + 0.5) / 400
+    points, _ = draw_clicks(pred, truth, chance_N)
+    found = {tuple(point) for point in points[:, 0].int().tolist()}
+    assert found == {(x, y) for y, x in mask.nonzero().tolist()}
+    alone, _ = draw_clicks(pred[:1], truth[:1], chance_N[7:8])
+    assert torch.equal(alone[0], points[7])
+    for chance in (0.0, 1.0):  # the ends, too, are pixels of the mask
+        x, y = draw_clicks(pred[:1], truth[:1], torch.tensor([chance]))[0][0, 0].long()
+        assert mask[y, x]

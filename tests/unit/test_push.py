@@ -12,7 +12,7 @@ from fake_hub import FakeHub
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from merged_run import merged_run
+from run_folders import merged_run
 
 from effsam3 import push
 from effsam3.push import PushError
@@ -23,7 +23,7 @@ from effsam3.schema.push import repository
 
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
-    return merged_run(tmp_path_factory.mktemp("runs"), "text").folder
+    return merged_run(tmp_path_factory.mktemp("runs"), "text")
 
 
 @pytest.fixture

@@ -108,7 +108,9 @@ def test_tracks_what_transformers_session_tracks(tensors):
 def test_all_objects_at_once_equal_one_by_one(tensors):
     tracker = make_tracker(tensors, "hybrid")
     pixels, masks = shapes()
+    clicks = torch.linspace(0.1, 0.9, 6).view(3, 2)
     prompts = mixed()
+    prompts = Prompts(prompts.points_OP2, prompts.labels_OP, prompts.by_mask_O, {0: clicks, 2: clicks})
     with torch.no_grad():
         features = encode_frames(tracker, pixels, 8, frozen=True)
         together = track(tracker, features, torch.arange(T).expand(3, T), masks, prompts)
@@ -209,8 +211,8 @@ def test_corrections_add_predictions_and_conditioning_frames(tensors):
     pixels, masks = shapes()
     features = encode_frames(student.tracker, pixels, 8, frozen=True)
     prompts = mixed()
-    prompts = Prompts(prompts.points_OP2, prompts.labels_OP, prompts.by_mask_O, {0: 3, 1: 2})
-    torch.manual_seed(0)
+    clicks = {0: torch.rand(3, 3), 1: torch.rand(3, 2)}
+    prompts = Prompts(prompts.points_OP2, prompts.labels_OP, prompts.by_mask_O, clicks)
     tracked = track(student.tracker, features, torch.arange(T).expand(3, T), masks, prompts)
     # Frame 0: a point and a box decoded, three corrections of both; the given mask is never scored.
     assert [len(frame.predictions) for frame in tracked] == [5, 3, 1, 1]

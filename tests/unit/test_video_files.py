@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from effsam3.data.extract_frames import extract_frames
-from effsam3.data.video_files import FrameFolder, UnreadableVideo, VideoFile, open_video
+from effsam3.data.video_files import FrameFolder, UnreadableVideo, VideoFile, missing_number, open_video
 from effsam3.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -55,7 +55,7 @@ def clip(request, tmp_path_factory):
 def test_frames_are_those_asked_for(clip):
     video = open_video(clip)
     assert (video.frames, video.size, video.fps) == (FRAMES, (48, 128), 24.0)
-    assert list(video.numbers) == list(range(FRAMES))
+    assert list(video.numbers) == list(range(FRAMES)) and video.names[9:11] == ["00009", "00010"]
     assert shown(video.read(range(FRAMES))) == list(range(FRAMES))
     for asked in ([59], [0], [31, 30, 7, 7, 58], [4, 8, 12, 16], [20, 16, 12]):
         assert shown(video.read(asked)) == asked
@@ -160,7 +160,23 @@ def test_a_folder_is_in_numeric_order(tmp_path):
 def test_names_with_words_are_ordered_by_their_last_number(tmp_path):
     for number in (2, 10):
         save(tmp_path / f"cam3_frame{number}.png", number)
-    assert FrameFolder(tmp_path).numbers == [2, 10]
+    assert FrameFolder(tmp_path).numbers == [2, 10] and FrameFolder(tmp_path).names == ["cam3_frame2", "cam3_frame10"]
+
+
+@pytest.mark.parametrize("first", [0, 1, 700])
+@pytest.mark.parametrize("stride", [1, 4, 5])
+def test_any_one_number_lost_from_a_stride_is_found(first, stride):
+    whole = list(range(first, first + 9 * stride, stride))
+    assert missing_number(whole) is missing_number(whole[1:]) is missing_number(whole[:-1]) is None
+    for lost in whole[1:-1]:
+        assert missing_number([number for number in whole if number != lost]) == lost
+    assert missing_number([number for number in whole if number not in whole[2:5]]) == whole[2]
+
+
+def test_numbers_without_a_stride_have_no_gap():
+    for numbers in ([3], [3, 90], [0, 33, 67, 100, 133], [1, 40, 41, 300, 17_000], [0, 5, 10, 12, 20]):
+        assert missing_number(numbers) is None
+    assert missing_number([0, 1, 3]) == 2 and missing_number([0, 1, 10**15]) == 2
 
 
 def test_bad_folders_are_named(tmp_path):

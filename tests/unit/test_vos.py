@@ -29,14 +29,14 @@ def save(path, image):
     image.save(path)
 
 
-def write_davis(folder, name, ids_by_number, numbers, size=(8, 10)):
+def write_davis(folder, name, ids_by_number, numbers, size=(8, 10), digits=5):
     """Write frames of these numbers, and palette masks for some of them."""
     for number in numbers:
-        save(folder / "JPEGImages" / name / f"{number:05d}.jpg", Image.new("RGB", size[::-1], (number, 0, 0)))
+        save(folder / "JPEGImages" / name / f"{number:0{digits}d}.jpg", Image.new("RGB", size[::-1], (number, 0, 0)))
     for number, ids_HW in ids_by_number.items():
         image = Image.fromarray(ids_HW)
         image.putpalette(palette_image(np.zeros((1, 2, 2), bool)).getpalette())
-        save(folder / "Annotations" / name / f"{number:05d}.png", image)
+        save(folder / "Annotations" / name / f"{number:0{digits}d}.png", image)
 
 
 # ---- the same videos in three layouts
@@ -52,6 +52,7 @@ def test_masks_and_frames_are_those_written(root, name, fps, every):
         ids = [1, 2, 3] if name == "davis" else [0, 1, 2]
         assert (video.frames, video.size, video.fps) == (22, truth.frames.shape[1:3], fps) and video.objects == ids
         assert video.annotated == list(range(0, 22, every))
+        assert video.frame_names == [f"{index:05d}" for index in range(22)]
         for index in video.annotated[:: 5 // every]:
             masks = video.masks(index)
             assert list(masks) == ids and all(mask.dtype == bool for mask in masks.values())
@@ -117,6 +118,23 @@ def test_frames_count_from_zero_whatever_their_names(tmp_path):
     (video,) = open_vos(tmp_path)
     assert video.frames == 3 and video.annotated == [2] and video.masks(2)[1].all()
     assert abs(int(video.read([2])[0, 0, 0, 0]) - 20) < 4
+    assert video.frame_names == ["00010", "00015", "00020"]
+    write_davis(tmp_path / "lvos", "a", {6: ids}, [1, 6, 11], digits=8)  # LVOS counts from 1
+    (video,) = open_vos(tmp_path / "lvos")
+    assert video.annotated == [1] and video.frame_names == ["00000001", "00000006", "00000011"]
+    assert (tmp_path / "lvos" / "Annotations" / "a" / f"{video.frame_names[1]}.png").is_file()
+
+
+@pytest.mark.parametrize("numbers", [range(12), range(0, 60, 5), range(1, 13)])
+def test_a_lost_frame_is_named_even_where_it_has_no_masks(tmp_path, numbers):
+    write_davis(tmp_path, "whole", {numbers[0]: np.ones((8, 10), np.uint8)}, numbers)
+    write_davis(tmp_path, "torn", {numbers[0]: np.ones((8, 10), np.uint8)}, [*numbers[:7], *numbers[8:]])
+    torn, whole = open_vos(tmp_path)
+    assert whole.frames == 12
+    for call in (lambda: torn.frames, lambda: torn.annotated, lambda: torn.read([0]), lambda: torn.masks(0)):
+        assert refused("torn", call, UnreadableVideo) == "missing_frame"
+    with pytest.raises(UnreadableVideo, match=f"frame {numbers[7]} is not in .*torn"):
+        torn.frame_names  # noqa: B018
 
 
 def test_grey_masks_hold_ids_too(tmp_path):
@@ -158,16 +176,17 @@ def test_bad_masks_are_named(tmp_path):
 # ---- SA-V
 
 
-def test_a_missing_mask_of_an_object_is_an_empty_one(tmp_path):
+def test_an_object_without_a_mask_is_not_annotated_and_one_with_an_empty_mask_is_absent(tmp_path):
     for index in range(6):
         save(tmp_path / "JPEGImages_24fps" / "v" / f"{index:05d}.jpg", Image.new("RGB", (10, 8)))
     full = Image.fromarray(np.full((8, 10), 255, np.uint8))
     for path in ("000/00000.png", "000/00004.png", "002/00004.png"):
         save(tmp_path / "Annotations_6fps" / "v" / path, full)
+    save(tmp_path / "Annotations_6fps" / "v" / "001/00000.png", Image.new("L", (10, 8)))
     (video,) = open_vos(tmp_path)
-    assert video.objects == [0, 2] and video.annotated == [0, 4]
-    assert {name: mask.sum() for name, mask in video.masks(0).items()} == {0: 80, 2: 0}
-    assert all(mask.all() for mask in video.masks(4).values())
+    assert video.objects == [0, 1, 2] and video.annotated == [0, 4]
+    assert {name: mask.sum() for name, mask in video.masks(0).items()} == {0: 80, 1: 0}
+    assert {name: mask.sum() for name, mask in video.masks(4).items()} == {0: 80, 2: 80}
     save(tmp_path / "Annotations_6fps" / "v" / "002/00000.png", Image.new("RGBA", (10, 8)))
     assert refused("v", lambda: open_vos(tmp_path)[0].masks(0)) == "colour_mask"
 

@@ -39,6 +39,7 @@ class Video:
     objects: tuple = (1, 2)
     annotated: list = field(default_factory=lambda: [0, 1, 2, 4])
     broken: int | None = None
+    frame_names: tuple = tuple(f"{index:05d}" for index in range(FRAMES))
 
     def read(self, indexes):
         noise = np.random.default_rng(0).integers(0, 255, (3, *SIZE), dtype=np.uint8)
@@ -258,6 +259,19 @@ def test_predictions_are_in_the_official_layouts(tracker, tmp_path):
     assert voc_palette()[3 * 22 : 3 * 23] == [0, 192, 128] and voc_palette()[-3:] == [224, 224, 192]
 
 
+@pytest.mark.parametrize("protocol", ["davis", "sav"])
+@pytest.mark.parametrize("first", ["00000001", "8"])  # LVOS; without padding, which is not in the order of text
+def test_predictions_have_the_names_of_the_frames(tracker, tmp_path, protocol, first):
+    names = tuple(f"{int(first) + index:0{len(first)}d}" for index in range(FRAMES))
+    for folder, video in (("plain", Video(later=2)), ("named", Video(later=2, frame_names=names))):
+        vos({"it": tracker}, [video], protocol, appearing_later=protocol == "sav", predictions=tmp_path / folder)
+    for folder in ("001", "002") if protocol == "sav" else (".",):
+        plain, named = (tmp_path / name / "it/discs" / folder for name in ("plain", "named"))
+        assert {path.name for path in named.iterdir()} == {f"{name}.png" for name in names}
+        for index, name in enumerate(names):
+            assert (named / f"{name}.png").read_bytes() == (plain / f"{index:05d}.png").read_bytes()
+
+
 def test_a_bad_video_is_named_and_the_rest_goes_on(tracker, tmp_path):
     videos = [Video("torn", broken=3), Video(), Video("blank", objects=(2,), later=2)]
     result = vos({"it": tracker}, videos, "sav", predictions=tmp_path, pictures=tmp_path / "pictures")
@@ -281,16 +295,37 @@ def test_videos_in_folders(tracker, tmp_path):
     write_vos_layouts(tmp_path, 2, frames=9, side_px=64, objects=2)
     for layout, annotated in (("sav_val", 3), ("davis", 9)):
         videos = open_vos(tmp_path / layout)
-        lost = sorted((tmp_path / layout).rglob(f"JPEG*/**/{videos[1].name}/*.jpg"))[4]
+        lost = sorted((tmp_path / layout).rglob(f"JPEG*/**/{videos[1].name}/*.jpg"))[5]  # has no masks in SA-V
         lost.unlink()
         result = vos({"it": tracker}, videos, layout.removesuffix("_val"), appearing_later=layout == "sav_val",
                      predictions=tmp_path / "predictions" / layout)  # fmt: skip
         assert len(videos[0].annotated) == annotated and result["videos"] == 1
-        assert list(result["failed"]) == [videos[1].name]
+        assert list(result["failed"]) == [videos[1].name] and "frame 5 is not in" in result["failed"][videos[1].name]
         assert {row["video"] for row in result["objects"]} == {videos[0].name}
         assert {row["frames"] for row in result["objects"]} <= {annotated - 2, annotated - 3}
         written = (tmp_path / "predictions" / layout / "it" / videos[0].name).rglob("*.png")
         assert len({path.name for path in written}) == 9
+
+
+def test_sav_scores_an_object_on_the_frames_that_have_its_mask(tracker, tmp_path):
+    """As the official evaluator does, which lists the PNGs of every object's own folder."""
+    write_vos_layouts(tmp_path, 1, frames=21, side_px=64, objects=2)
+    masks = next((tmp_path / "sav_val" / "Annotations_6fps").iterdir())
+    for number in (8, 20):
+        (masks / "001" / f"{number:05d}.png").unlink()
+    (video,) = open_vos(tmp_path / "sav_val")
+    result = vos({"it": tracker}, [video], "sav", appearing_later=True, predictions=tmp_path / "predictions")
+    written, wanted = tmp_path / "predictions" / "it" / video.name, {}
+    for number in (0, 1):
+        scorer = SavScorer(video.name)
+        for file in sorted((masks / f"{number:03d}").glob("*.png")):
+            truth, found = (np.array(Image.open(path)) > 0 for path in (file, written / f"{number:03d}" / file.name))
+            scorer.add({number: truth}, {number: found})
+        wanted[number] = scorer.scores()[number]
+    assert {number: score.frames for number, score in wanted.items()} == {0: 4, 1: 2}
+    assert {row["object"]: (row["J"], row["F"], row["frames"]) for row in result["objects"]} == {
+        number: (score.J, score.F, score.frames) for number, score in wanted.items()
+    }
 
 
 def test_objects_that_are_not_tracked_are_counted_and_not_scored(tracker):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run folders as `train` leaves them, with students whose weights are random: nothing here was trained."""
+"""Run folders as `train` leaves them, with students of random weights, and what the real verb merges of them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from effsam3 import checkpoint
+from effsam3 import checkpoint, merge
+from effsam3.models.memory_slot import MEMORY, tracker_config
+from effsam3.models.memory_tracker import EfficientTracker
 from effsam3.models.registry import image_student
-from effsam3.models.sam3 import TRUNK, chassis_folder, fingerprint, read_tensors
+from effsam3.models.sam3 import TRUNK, chassis_folder, fingerprint, read_config, read_tensors
 from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION, text_student
+from effsam3.models.tracker import PARTS
 from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
 from effsam3.recipe import dump_recipe, load_recipe
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def image_run(runs: Path, name: str = "image", student: str = "tiny_convnext", head: str = "fused", **facts) -> Path:
@@ -33,13 +36,39 @@ def image_run(runs: Path, name: str = "image", student: str = "tiny_convnext", h
 def text_run(runs: Path, name: str = "text", student: str = "tiny_text_plain", **facts) -> Path:
     """A run of stage text on the tiny chassis."""
     recipe = load_recipe(RECIPES / "smoke/text.yaml", [f"name={name}", f"student={student}", f"train.runs={runs}"])
-    own = {
-        name: tensor
-        for name, tensor in read_tensors(chassis_folder("tiny")).items()
-        if name.startswith((TEXT_ENCODER, TEXT_PROJECTION))
-    }
-    facts = {"tap": "text", "channels": 128, "teacher": {"fingerprint": fingerprint(own)}} | facts
+    teacher = fingerprint(_tiny_tensors(TEXT_ENCODER, TEXT_PROJECTION))
+    facts = {"tap": "text", "channels": 128, "teacher": {"fingerprint": teacher}} | facts
     return _write(recipe, facts, tiny_text(student).state_dict())
+
+
+def memory_run(runs: Path, name: str = "memory", trains: tuple[str, ...] = ("memory",)) -> Path:
+    """A run of stage memory on the tiny chassis; `trains` are the parts of the tracker that it trained."""
+    own = [f"name={name}", "sam3.checkpoint=tiny", f"memory.trains=[{','.join(trains)}]", f"train.runs={runs}"]
+    recipe = load_recipe(RECIPES / "smoke/memory.yaml", own)
+    torch.manual_seed(2)
+    config = tracker_config(read_config(chassis_folder("tiny")).tracker_config, recipe.memory)
+    prefixes = tuple(prefix for part in trains for prefix in PARTS[part])
+    tensors = shaken(EfficientTracker(config)).state_dict()
+    weights = {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+    return _write(recipe, {"teacher": {"fingerprint": fingerprint(_tiny_tensors(*MEMORY))}}, weights)
+
+
+RUNS = {"image": image_run, "text": text_run, "memory": memory_run}
+
+
+def merged_run(runs: Path, *stages: str) -> Path:
+    """Merge a run of one stage, or a release of several; returns the run folder, or the release's."""
+    folders = {stage: RUNS[stage](runs, f"smoke-{stage}") for stage in stages}
+    if len(stages) == 1:
+        recipe = load_recipe(folders[stages[0]] / "recipe.yaml")
+    else:
+        parts = [f"parts.{stage}={folders.get(stage, 'null')}" for stage in RUNS]
+        own = [f"runs={runs}", "merge.formats=[transformers]", *parts]
+        recipe = load_recipe(RECIPES / "smoke/release.yaml", own)
+    return merge.run(recipe).parent
+
+
+# ---- students
 
 
 def tiny_trunk(student: str = "tiny_convnext", head: str = "fused") -> StudentTrunk:
@@ -66,12 +95,17 @@ def shaken(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
+def _tiny_tensors(*prefixes: str) -> dict[str, torch.Tensor]:
+    tensors = read_tensors(chassis_folder("tiny"))
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
+
+
 def _write(recipe, facts: dict, weights: dict) -> Path:
     folder = recipe.folder
     step = folder / "checkpoints" / "best-step-000007"
     step.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     (folder / "provenance.json").write_text(json.dumps({"features": facts}))
-    save_file(weights, step / checkpoint.WEIGHTS)
-    (step / "trainer.json").write_text(json.dumps({"best": {"step": 7, "val/cosine": 0.5}}))
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, step / checkpoint.WEIGHTS)
+    (step / "trainer.json").write_text(json.dumps({"step": 7, "best": {"step": 7, "val/cosine": 0.5}}))
     return folder
