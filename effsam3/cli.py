@@ -59,6 +59,9 @@ def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
     except BrokenPipeError:  # `effsam3 show ... | head`
         sys.stdout = None
         return 0
+    except OSError as error:  # a full disk, a folder that cannot be written: the message names it
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def _usage() -> str:

@@ -25,7 +25,7 @@ from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstr
 from effsam3.models.pickled import content_key, open_pickled
 from effsam3.models.registry import IMAGE_STUDENTS
 from effsam3.models.sam3 import chassis_folder, fingerprint, read_config, read_tensors, to_float32
-from effsam3.models.slots import SLOTS, Part, image_part, text_part
+from effsam3.models.slots import SLOTS, Part, image_part, inherited_slots, text_part
 from effsam3.models.tokens import PROCESSOR_LENGTH
 from effsam3.models.upstream_files import UpstreamFile, divide
 from effsam3.report import provenance, table
@@ -60,7 +60,8 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     if dry_run:
         return None
     card = {
-        "slots": {part.slot: part.card() | {"fingerprint": fingerprint(part.tensors)} for part in parts},
+        "slots": ({} if chassis is None else inherited_slots(chassis))
+        | {part.slot: part.card() | {"fingerprint": fingerprint(part.tensors)} for part in parts},
         "chassis": str(source) if sam3 is None else sam3,
         "revision": None,
         "imported": str(source),

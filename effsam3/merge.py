@@ -20,11 +20,11 @@ from effsam3.models.memory_slot import memory_config, memory_tensors, owned_by, 
 from effsam3.models.memory_tracker import EfficientTracker
 from effsam3.models.sam3 import chassis_folder, read_config, read_tensors
 from effsam3.models.slots import (
-    CARD,
     SLOTS,
     MergeError,
     Part,
     image_part,
+    inherited_slots,
     model_folder,
     part_of_model,
     refuse_other_chassis,
@@ -43,10 +43,11 @@ def run(recipe) -> Path:
         MergeError: a part is missing or does not fit, or a tensor has no owner or two.
         CheckpointError: there is no such checkpoint.
     """
+    sources = {recipe.stage: recipe.folder}
     if recipe.stage == "release":
-        sources, sam3 = recipe.parts.filled(), recipe.sam3
-    else:
-        sources, sam3 = {recipe.stage: recipe.folder}, trained_recipe(recipe.stage, recipe.folder).sam3
+        sources = recipe.parts.filled()
+        refuse_other_run(recipe.folder)
+    sam3 = recipe.sam3
     chassis = chassis_folder(sam3.checkpoint, sam3.revision)
     config = read_config(chassis)
     parts = [part_of(slot, folder, recipe.merge.checkpoint, config) for slot, folder in sources.items()]
@@ -77,9 +78,16 @@ def run(recipe) -> Path:
     return folder / "merged"
 
 
-def inherited_slots(chassis: Path) -> dict:
-    """Return the slots that students fill in the chassis already, when it is itself a merged model."""
-    return json.loads((chassis / CARD).read_text())["slots"] if (chassis / CARD).is_file() else {}
+def refuse_other_run(folder: Path) -> None:
+    """Refuse to write a release over a run that has learned something.
+
+    Raises:
+        MergeError: the folder holds a run of another stage.
+    """
+    if (folder / "recipe.yaml").is_file() and (stage := load_recipe(folder / "recipe.yaml").stage) != "release":
+        raise MergeError(
+            f"{folder} holds a run of stage {stage}, which a release would replace; give the release another name"
+        )
 
 
 # ---- run folders to parts

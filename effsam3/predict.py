@@ -9,7 +9,6 @@ effsam3 predict runs/stage1-image-es_rv_m walk.mp4 --point 200,140             t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from effsam3.errors import UserError
 from effsam3.models.concepts import ConceptModel, Instances
 from effsam3.models.prompted import Prompts, load_tracker, shown_masks, tracked_masks
 from effsam3.models.sam3 import ChassisError, chassis_folder
-from effsam3.models.slots import CARD
+from effsam3.models.slots import CARD, first_chassis, read_card
 from effsam3.models.tiny import MADE_UP
 from effsam3.models.tokens import PROCESSOR_LENGTH, Tokenizer
 from effsam3.prediction_files import records, write_image, write_video
@@ -249,8 +248,9 @@ def model_folder(model: str) -> Path:
 
 def made_up(model: str, folder: Path) -> bool:
     """Whether the weights around the students are random."""
-    card = folder / CARD
-    return model in MADE_UP or (card.is_file() and json.loads(card.read_text())["chassis"] in MADE_UP)
+    if (folder / CARD).is_file():
+        model, _ = first_chassis(read_card(folder))
+    return model in MADE_UP
 
 
 def on_image(folder: Path, image_HW3: np.ndarray, asked: Asked, device: torch.device) -> list[dict]:

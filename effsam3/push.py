@@ -6,6 +6,7 @@ python scripts/push.py recipes/stage1/image/es_rv_m.yaml push.repo=OWNER/NAME
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
@@ -24,7 +25,11 @@ from effsam3.release_folder import SAM3, SAM_LICENSE_URL, Release, license_notic
 from effsam3.report import Report, write_text
 
 # What a push writes, and what a later one takes away where it writes less: an old shard would be loaded.
-OURS = ("*.safetensors", "*.safetensors.index.json", "*.pt", "eval/*", "pictures/*", "recipes/*")
+# Other names, and other folders, are somebody's own and stay; eval, pictures and recipes mirror the run folder.
+OURS = re.compile(
+    r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|sam3_original\.safetensors|(sam3|efficientsam3)\.pt"
+    r"|(eval|pictures|recipes)/[^/]+"
+)
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.onnx", "*.gguf")
 PASSING = (408, 429, 500, 502, 503, 504)  # HTTP answers that another attempt may better
 LONGEST_WAIT = 60  # seconds between two attempts
@@ -96,9 +101,9 @@ def refuse_unlicensed(release: Release, private: bool) -> None:
 def prepare(release: Release, repo: str, revision: str) -> dict[str, Path]:
     """Write the card and the licence into the merged folder; returns {name in the repository: file}."""
     write_text(release.model / "README.md", model_card(release, repo, revision))
-    if release.license_file is not None:
+    if release.license_file is not None and release.license_file.resolve() != (release.model / "LICENSE").resolve():
         shutil.copyfile(release.license_file, release.model / "LICENSE")
-    elif release.has_sam3:
+    elif release.license_file is None and release.has_sam3:
         write_text(release.model / "LICENSE", license_notice())
     files = {path.name: path for path in sorted(release.model.iterdir()) if not path.name.startswith(".")}
     own = {name: release.folder / name for name in ("recipe.yaml", "provenance.json")}
@@ -179,7 +184,7 @@ class Hub:
             self._try(name, self.api.preupload_lfs_files, repo, [addition], revision=revision, free_memory=False)
             taken = time.monotonic() - started
             self.say(f"  {number:>3}/{len(files)}  {megabytes(path):>12}  {taken:>6.1f} s  {name}")
-        old = [name for name in self.names() if name not in files and any(fnmatch(name, p) for p in OURS)]
+        old = [name for name in self.names() if name not in files and OURS.fullmatch(name)]
         deletions = [CommitOperationDelete(name) for name in old]
         for name in old:
             self.say(f"  removed: {name}")

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from effsam3.errors import UserError
-from effsam3.models.slots import CARD
+from effsam3.models.slots import CARD, first_chassis, read_card
 from effsam3.models.tiny import MADE_UP
 from effsam3.recipe import load_recipe
 
@@ -84,8 +84,8 @@ def read_release(folder: Path, license_file: str | None = None) -> Release:
     """
     if not (folder / "merged" / CARD).is_file():
         raise ReleaseError(f"{folder}/merged is not there; run `effsam3 merge` first")
-    merged = json.loads((folder / "merged" / CARD).read_text())
-    chassis, revision = _first_chassis(merged)
+    merged = read_card(folder / "merged")
+    chassis, revision = first_chassis(merged)
     results = sorted((folder / "eval").glob("*.json"))
     measured = tuple(path for path in results if _is_of(merged, json.loads(path.read_text())["provenance"]))
     return Release(
@@ -95,15 +95,8 @@ def read_release(folder: Path, license_file: str | None = None) -> Release:
         recipe_files=_recipe_files(folder),
         measured=measured,
         stale=tuple(path for path in results if path not in measured),
-        license_file=None if chassis in MADE_UP else sam_license(chassis, revision, license_file),
+        license_file=None if chassis in MADE_UP else sam_license(chassis, revision, license_file, folder / "merged"),
     )
-
-
-def _first_chassis(card: dict) -> tuple[str, str | None]:
-    """Return the checkpoint and the revision that a merged model began with."""
-    while (inner := Path(card["chassis"]) / CARD).is_file():
-        card = json.loads(inner.read_text())
-    return card["chassis"], card["revision"]
 
 
 def _is_of(merged: dict, evaluated: dict) -> bool:
@@ -124,14 +117,15 @@ def _recipe_files(folder: Path) -> dict[str, Path]:
     return {slot: file for slot, file in files.items() if file.is_file()}
 
 
-def sam_license(chassis: str, revision: str | None, license_file: str | None) -> Path | None:
-    """Return a file with the SAM License: the given one, else a copy beside the chassis, None without one.
+def sam_license(chassis: str, revision: str | None, license_file: str | None, model: Path) -> Path | None:
+    """Return a file with the SAM License: the given one, else the model's or one beside the chassis, None without.
 
     Raises:
         ReleaseError: the given file is not there, or does not call itself the SAM License.
     """
     if license_file is None:
-        return next((path for path in _license_files(chassis, revision) if _is_sam_license(path)), None)
+        places = [model / "LICENSE", *_license_files(chassis, revision)]
+        return next((path for path in places if _is_sam_license(path)), None)
     if not _is_sam_license(Path(license_file)):
         problem = "does not call itself the SAM License" if Path(license_file).is_file() else "is not there"
         raise ReleaseError(f"push.license: {license_file} {problem}; give the LICENSE of {SAM3} ({SAM_LICENSE_URL})")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -32,8 +33,10 @@ def combine(config: Sam3VideoConfig, rest: dict[str, dict[str, Tensor]], parts: 
     """Put parts into the SAM 3 that `config` describes and whose tensors `rest` holds by owner, such as `chassis`.
 
     Raises:
-        MergeError: a part is of another size than the chassis, or a tensor has no owner or two.
+        MergeError: a part is of another size than the chassis, two parts take over the same, or a tensor has no owner
+            or two.
     """
+    refuse_overlap(parts)
     dropped = {}
     for part in parts:
         slot = SLOTS[part.slot]
@@ -57,6 +60,21 @@ def combine(config: Sam3VideoConfig, rest: dict[str, dict[str, Tensor]], parts: 
     offers |= rest
     tensors = {name: offers[owner][name] for name, owner in owners.items()}
     return Merged(config=config, tensors=tensors, owners=owners, dropped=dropped)
+
+
+def refuse_overlap(parts: Sequence[Part]) -> None:
+    """Refuse parts that take over the same tensors, such as an image student and a memory trained with its own trunk.
+
+    Raises:
+        MergeError: two do; the message names them and what both bring.
+    """
+    for one, other in combinations(parts, 2):
+        if both := [prefix for prefix in one.owns if prefix in other.owns]:
+            raise MergeError(
+                f"both {one.student} in the slot {one.slot} ({one.origin}) and {other.student} in the slot "
+                f"{other.slot} ({other.origin}) bring {', '.join(both)}; leave one out, or train the second on the "
+                "merged model of the first"
+            )
 
 
 def refuse_misfit(part: Part, own: PreTrainedConfig, alike: dict[str, str]) -> None:

@@ -121,6 +121,11 @@ def refuse_misfit(tensors: Mapping[str, Tensor], config: Sam3VideoConfig, proble
             if name in wanted and tensor.shape != wanted[name].shape
         ],
     }
+    info["not floating point"] = [
+        f"{name} {tensor.dtype}"
+        for name, tensor in tensors.items()
+        if name in wanted and wanted[name].is_floating_point() and not tensor.is_floating_point()
+    ]
     refuse_partial(info, problem)
 
 

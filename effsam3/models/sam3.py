@@ -235,7 +235,12 @@ def read_config(folder: Path):
     """
     from transformers import Sam3VideoConfig
 
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ChassisError(
+            f"sam3.checkpoint: {folder / 'config.json'} is no transformers config ({type(error).__name__}: {error})"
+        ) from error
     if kind != "sam3_video":
         raise ChassisError(
             f"sam3.checkpoint: {folder} holds a model of type {kind!r}; expected 'sam3_video', the full SAM 3 with "

@@ -183,6 +183,33 @@ def text_part(student: str, weights: Mapping[str, Tensor], config: Sam3VideoConf
     return Part(slot="text", student=student, config=lite_text, tensors=tensors, **about)
 
 
+def read_card(folder: Path) -> dict:
+    """Read a merged or imported model's effsam3.json.
+
+    Raises:
+        MergeError: it cannot be read, or does not say who fills the slots.
+    """
+    try:
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+        return {**card, "slots": dict(card["slots"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MergeError(
+            f"{folder / CARD} cannot be read ({type(error).__name__}: {error}); merge or import the model again"
+        ) from error
+
+
+def inherited_slots(chassis: Path) -> dict:
+    """Return the slots that students fill in the chassis already, when it is itself a merged model."""
+    return read_card(chassis)["slots"] if (chassis / CARD).is_file() else {}
+
+
+def first_chassis(card: dict) -> tuple[str, str | None]:
+    """Return the checkpoint and the revision that a merged model began with, through all merges before it."""
+    while (inner := model_folder(Path(card["chassis"]))) is not None and (inner / CARD).is_file():
+        card = read_card(inner)
+    return card["chassis"], card["revision"]
+
+
 def model_folder(folder: Path) -> Path | None:
     """Return where the model of a run, or of a folder that is one itself, lies; None if there is none."""
     return next((place for place in (folder, folder / "merged") if (place / "config.json").is_file()), None)

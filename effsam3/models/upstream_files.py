@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from effsam3.errors import UserError
 from effsam3.models.formats import IMAGE_PREFIX, TEXT_PREFIX
 from effsam3.models.keymaps.sam3 import TRUNK
 
@@ -65,6 +66,11 @@ def in_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         f"tracker.{name.removeprefix(INTERACTIVE)}" if name.startswith(INTERACTIVE) else name: tensor
         for name, tensor in tensors.items()
     }
+    if len(named) < len(tensors):
+        raise UserError(
+            f"the tracker is in the file twice, as tracker.* and as {INTERACTIVE}*; leave one of them out and save "
+            "it again"
+        )
     if any(name.startswith("detector.") for name in named):
         return named
     return {name if name.startswith("tracker.") else f"detector.{name}": tensor for name, tensor in named.items()}
