@@ -164,12 +164,15 @@ def test_a_later_loss_reaches_an_earlier_frame(tensors):
 
 def test_activations_computed_again_and_objects_in_turns_change_nothing(tensors):
     expected = make_student(tensors).train()
-    parts = expected(*inputs())
+    clicks = torch.linspace(0.1, 0.9, 3).view(3, 1)
+    prompts = mixed()
+    prompts = Prompts(prompts.points_OP2, prompts.labels_OP, prompts.by_mask_O, {0: clicks, 2: clicks})
+    parts = expected(*inputs(prompts))
     parts["loss"].backward()
     for options in ({"recompute": True}, {"objects_at_once": 1, "trunk_batch": 1}):
         student = make_student(tensors, **options).train()
         student.load_state_dict(expected.state_dict())
-        found = student(*inputs())
+        found = student(*inputs(prompts))
         found["loss"].backward()
         assert found["loss"].item() == pytest.approx(parts["loss"].item(), rel=1e-5)
         for (name, a), b in zip(student.named_parameters(), expected.parameters(), strict=True):
