@@ -50,6 +50,9 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     pickled = open_pickled(source)
     found = find(pickled.tensors, source)
     print(f"{source}{', averaged weights' if pickled.is_average else ''}\n{contents(found)}")
+    if dry_run and sam3 is None and not found.rest:
+        print("\nThe file holds students alone: --sam3 names the SAM 3 that gives the rest.")
+        return None
     chassis = None if sam3 is None else chassis_folder(sam3)
     config = Sam3VideoConfig() if chassis is None else read_config(chassis)
     parts = students(found, config, {"origin": source.name, "facts": {"content": content_key(source)}})

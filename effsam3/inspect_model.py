@@ -103,7 +103,7 @@ def examine(path: str) -> dict[str, Any]:
         return training_checkpoint(folder)
     if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
         return run_folder(folder)
-    if path in MADE_UP or (folder / "config.json").is_file():
+    if path in MADE_UP or any((place / "config.json").is_file() for place in (folder, folder / "merged")):
         made_up = {"layout": "made up, random weights"} if path in MADE_UP else {}
         return model_folder(chassis_folder(path)) | {"path": path} | made_up
     if folder.exists() or folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
@@ -360,7 +360,11 @@ ABOUT = {"run folder": _about_run, "training checkpoint": _about_checkpoint}
 
 
 def _recipe_text(recipe: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in recipe.items() if value is not None)
+    shown = {
+        key: ", ".join(f"{slot} {part}" for slot, part in value.items() if part) if isinstance(value, dict) else value
+        for key, value in recipe.items()
+    }
+    return ", ".join(f"{key} {value}" for key, value in shown.items() if value is not None)
 
 
 def _parts_table(parts: dict[str, dict]) -> str:

@@ -64,7 +64,8 @@ def _write(path: Path, folder: Path) -> None:
         raise ChassisError(f"sam3.checkpoint: {path} is not in SAM 3's own layout: {error}") from error
     sizes = "" if OWN in pickled.aside else " of the published sizes, which it must be as it says no others"
     refuse_misfit(tensors, config, f"sam3.checkpoint: {path} is not a whole SAM 3{sizes} (by transformers' names)")
-    print(f"{path}: converting to transformers' layout, once, in {folder.parent}", file=sys.stderr, flush=True)
+    averaged = " (its averaged weights)" if pickled.is_average else ""
+    print(f"{path}{averaged}: to transformers' layout, once, in {folder.parent}", file=sys.stderr, flush=True)
     _save(tensors, folder)
     if beside:
         save_file({name: _for_file(tensor) for name, tensor in beside.items()}, folder / EXTRAS_FILE, {"format": "pt"})

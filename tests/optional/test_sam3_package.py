@@ -3,8 +3,8 @@
 
 It is no requirement of the project, and these tests are skipped where it is not installed:
 
-    pip install --no-deps --target /tmp/sam3 sam3==0.1.4 iopath portalocker
-    PYTHONPATH=/tmp/sam3 pytest tests/optional
+    pip install --no-deps --target build/sam3 sam3==0.1.4 iopath portalocker
+    PYTHONPATH=build/sam3 pytest tests/optional
 """
 
 import numpy as np

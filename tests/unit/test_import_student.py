@@ -276,7 +276,16 @@ def test_dry_run_writes_nothing(image, somewhere, capsys):
     assert main(["import", file, "--sam3", "tiny", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "| image student | float32, int64 |     194 |" in printed and "ES-EV-S (efficientvit_b0)" in printed
+    assert main(["import", file, "--dry-run"]) == 0  # what is in it can be said without the rest
+    assert "The file holds students alone: --sam3 names" in capsys.readouterr().out
     assert [path.name for path in somewhere.iterdir()] == ["student.pt"]
+
+
+def test_a_tracker_that_is_there_twice_is_refused(image, rest, somewhere):
+    twice = {name.replace("tracker.", "inst_interactive_predictor.model."): t for name, t in rest.items()}
+    file = saved(somewhere, {IMAGE_PREFIX + name: t for name, t in image.items()} | rest | twice)
+    with pytest.raises(UserError, match="the tracker is in the file twice"):
+        import_student.run(file)
 
 
 def test_what_is_there_is_not_overwritten(image, somewhere):

@@ -131,7 +131,7 @@ def test_several_processes_convert_once(saved, tensors, cache, folder, capfd):
     with multiprocessing.get_context("fork").Pool(3) as pool:
         found = pool.map(_convert, [path] * 3, chunksize=1)
     assert len({place for place, _ in found}) == 1
-    assert capfd.readouterr().err.count("converting to transformers' layout, once") == 1
+    assert capfd.readouterr().err.count("to transformers' layout, once") == 1
     assert_same(read_tensors(Path(found[0][0])), read_tensors(folder))
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
 

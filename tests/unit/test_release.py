@@ -180,6 +180,14 @@ def test_a_missing_part_and_one_that_is_not_trained(tmp_path):
     assert not (tmp_path / "smoke-release").exists()
 
 
+def test_a_run_of_the_same_name_is_not_replaced(tmp_path):
+    run = image_run(tmp_path, name="mine")
+    before = (run / "recipe.yaml").read_bytes()
+    with pytest.raises(MergeError, match="holds a run of stage image, which a release would replace"):
+        merge.run(release_of(tmp_path, "name=mine", f"parts.image={run}", "parts.text=null"))
+    assert (run / "recipe.yaml").read_bytes() == before
+
+
 def test_a_model_without_a_student_in_the_slot(release, tmp_path):
     merge.run(release_of(release, "name=image-only", "parts.text=null"))
     with pytest.raises(MergeError, match="image-only/merged has no student in the slot text; it has image"):
