@@ -39,7 +39,9 @@ def iou(logits_NMHW: Tensor, target_NHW: Tensor) -> Tensor:
     return (mask & target).sum(-1) / (mask | target).sum(-1).clamp(min=1)
 
 
-def mask_losses(logits_NMHW: Tensor, iou_NM: Tensor, presence_N: Tensor, target_NHW: Tensor) -> dict[str, Tensor]:
+def mask_losses(
+    logits_NMHW: Tensor, iou_NM: Tensor, presence_N: Tensor, target_NHW: Tensor, squared_iou: bool = False
+) -> dict[str, Tensor]:
     """The four terms for each object, (N,) each: `focal`, `dice`, `iou`, `presence`.
 
     The masks' terms count for the candidate whose weighted mask loss is lowest; every candidate's predicted IoU is
@@ -50,16 +52,17 @@ def mask_losses(logits_NMHW: Tensor, iou_NM: Tensor, presence_N: Tensor, target_
         iou_NM: predicted IoU of each candidate.
         presence_N: logit of the object being in the frame.
         target_NHW: 0..1; fractions where the target was made smaller by averaging.
+        squared_iou: square the error of the predicted IoU, as in SAM; else its absolute value, as in SAM 2.
     """
     logits_NMHW, target_NHW = logits_NMHW.float(), target_NHW.float()
     present_N = target_NHW.flatten(1).any(1).float()
     focal_NM, dice_NM = focal(logits_NMHW, target_NHW), dice(logits_NMHW, target_NHW)
     best_N1 = (20 * focal_NM + dice_NM).argmin(1, keepdim=True)
-    error_NM = (iou_NM.float() - iou(logits_NMHW, target_NHW)).abs()
+    error_NM = iou_NM.float() - iou(logits_NMHW, target_NHW)
     return {
         "focal": focal_NM.gather(1, best_N1)[:, 0] * present_N,
         "dice": dice_NM.gather(1, best_N1)[:, 0] * present_N,
-        "iou": error_NM.mean(1) * present_N,
+        "iou": (error_NM.square() if squared_iou else error_NM.abs()).mean(1) * present_N,
         "presence": F.binary_cross_entropy_with_logits(presence_N.float(), present_N, reduction="none"),
     }
 

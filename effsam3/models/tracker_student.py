@@ -30,12 +30,13 @@ class TrackerStudent(nn.Module):
         teacher: EfficientTracker,
         weights: Mapping[str, float],
         side_px: int,
+        squared_iou: bool,
         trunk_batch: int,
         objects_at_once: int | None,
         recompute: bool,
     ):
         """`parts` are keys of `PARTS`; `weights` those of the terms `focal dice iou presence memory`; `side_px` is
-        the size at which masks are compared."""
+        the size at which masks are compared, `squared_iou` as in `mask_losses`."""
         super().__init__()
         tracker.eval().requires_grad_(False)
         prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
@@ -49,7 +50,7 @@ class TrackerStudent(nn.Module):
         # Not attributes as torch knows them: these must not be optimised, saved or moved with the student.
         self.__dict__["tracker"] = tracker
         self.__dict__["teacher"] = teacher
-        self.weights, self.side_px = dict(weights), side_px
+        self.weights, self.side_px, self.squared_iou = dict(weights), side_px, squared_iou
         self.trunk_batch, self.objects_at_once, self.recompute = trunk_batch, objects_at_once, recompute
         self.trunk_frozen = not {"trunk", "neck", "decoder"} & set(parts)  # the decoder's first convolutions are there
 
@@ -104,7 +105,8 @@ class TrackerStudent(nn.Module):
         for time, frame in enumerate(tracked):
             for part in frame.predictions:
                 logits, target = at_side(part.logits_NMLL, masks_NTSS[part.objects_N, time], self.side_px)
-                for name, value_N in mask_losses(logits, part.iou_NM, part.presence_N, target).items():
+                scores = (logits, part.iou_NM, part.presence_N, target, self.squared_iou)
+                for name, value_N in mask_losses(*scores).items():
                     parts[name] = parts[name] + (value_N * weight_N[part.objects_N]).sum()
             if frame.teacher_OCGG is not None:
                 error = (frame.conditioned_OCGG.float() - frame.teacher_OCGG.float()).square().mean((1, 2, 3))

@@ -92,6 +92,7 @@ class MemoryLoss(Section):
     focal: NonNegativeFloat = 20.0  # focal loss of the masks, SAM 2's published weight
     dice: NonNegativeFloat = 1.0  # dice loss of the masks
     iou: NonNegativeFloat = 1.0  # error of the predicted IoU
+    iou_error: Literal["absolute", "squared"] = "absolute"  # SAM 2's; squared, SAM's, lets an untrained head begin
     presence: NonNegativeFloat = 1.0  # whether the object is in the frame
     memory: NonNegativeFloat = 1.0  # squared error of the features after memory against the dense teacher's; 0: none
     side_px: PositiveInt | None = None  # masks are compared at this size; null: the model's image size
