@@ -9,20 +9,108 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from effsam3.errors import UserError, did_you_mean
-from effsam3.layouts import REPOSITORY, layout_environment, layout_file, layout_processes
-from effsam3.recipe import load_recipe, refuse_verb
+from effsam3.errors import RecipeError, UserError, did_you_mean
+from effsam3.layouts import (
+    REPOSITORY,
+    layout_environment,
+    layout_file,
+    layout_kind,
+    layout_nodes,
+    layout_port,
+    layout_processes,
+)
+from effsam3.progress import read_progress
+from effsam3.recipe import accumulation, load_recipe, refuse_verb
 
 DISTRIBUTED = {"export": True, "train": True, "merge": False, "evaluate": False}  # verb -> started by accelerate
+SLURM_STEP = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID")  # set by srun, not by salloc
 
 
-def launch(recipe_path: str, arguments: Sequence[str]) -> int:
-    """Run `[VERB] [key=value ...]` of a recipe, all verbs in order without one; returns the first exit code not 0.
+@dataclass(frozen=True)
+class Machines:
+    """What `launch` is told of the machines; `resolve` fills in what is None from the layout."""
+
+    nodes: int | str | None = None  # `slurm`: number and rank are those of the job step
+    node_rank: int | None = None  # of this machine, from 0
+    main_address: str | None = None  # where the others find node 0
+    main_port: int | None = None
+    processes_per_node: int | None = None
+
+    def resolve(self, hardware: str) -> Machines:
+        """Return the machines with every number known.
+
+        Raises:
+            UserError: the numbers contradict each other or the layout, or several nodes could not find each other.
+        """
+        file = layout_file(hardware)
+        nodes, rank = slurm_step() if self.nodes == "slurm" else (self.nodes or layout_nodes(file), 0)
+        port = layout_port(file) if self.main_port is None else self.main_port
+        per_node = self.processes_per_node or layout_processes(file) // layout_nodes(file)
+        if layout_kind(file) == "NO" and nodes * per_node > 1:
+            raise UserError(
+                f"hardware: {hardware} is one process, --nodes and --processes-per-node ask for {nodes} x {per_node}; "
+                "choose a layout of several, such as hardware=ddp"
+            )
+        if nodes > 1:
+            example = f"--nodes {nodes} --node-rank 0 --main-address node-0.cluster --main-port 29500"
+            if self.node_rank is None and self.nodes != "slurm":
+                raise UserError(
+                    f"{nodes} nodes: --node-rank is missing; give 0 to {nodes - 1}, another on each node: {example}"
+                )
+            if self.main_address is None:
+                raise UserError(
+                    f"{nodes} nodes: --main-address is missing; give node 0's name or IP address, the same on all "
+                    f"nodes: {example}"
+                )
+            if port == 0:
+                raise UserError(
+                    f"{nodes} nodes: --main-port 0 (any free port) would be another port on each node; give one, the "
+                    f"same on all nodes: {example}"
+                )
+        rank = rank if self.node_rank is None else self.node_rank
+        if not 0 <= rank < nodes:
+            raise UserError(f"--node-rank {rank}: of {nodes} nodes (--nodes) it must be 0 to {nodes - 1}")
+        return Machines(nodes, rank, self.main_address, port, per_node)
+
+
+def slurm_step() -> tuple[int, int]:
+    """Return the number of nodes of the Slurm job step that this process is a task of, and this node's rank.
 
     Raises:
-        UserError: the recipe, the verb or the layout is wrong; nothing has been started then.
+        UserError: this is no job step, or it has several tasks on a node.
+    """
+    missing = [name for name in SLURM_STEP if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"--nodes slurm: {', '.join(missing)} not set, so this was not started by srun; write srun "
+            "--ntasks-per-node=1 effsam3 launch ..., use scripts/sbatch.sh, or give --nodes, --node-rank and "
+            "--main-address"
+        )
+    nodes, tasks, rank = (int(os.environ[name]) for name in SLURM_STEP)
+    if tasks != nodes:
+        raise UserError(
+            f"--nodes slurm: srun started {tasks} tasks on {nodes} nodes, but the launcher starts the processes of "
+            "its node itself; write srun --ntasks-per-node=1"
+        )
+    return nodes, rank
+
+
+def launch(
+    recipe_path: str,
+    arguments: Sequence[str],
+    machines: Machines = Machines(),
+    log_dir: str | None = None,
+    resume: str | None = None,
+) -> int:
+    """Run `[VERB] [key=value ...]` of a recipe, all verbs in order without one; returns the first exit code not 0.
+
+    `log_dir` is a folder for what each rank prints, besides the console; `resume` is what `train` is told.
+
+    Raises:
+        UserError: the recipe, the verb, the layout or the machines are wrong; nothing has been started then.
     """
     verbs = [argument for argument in arguments[:1] if "=" not in argument]
     overrides = list(arguments[len(verbs) :])
@@ -35,15 +123,46 @@ def launch(recipe_path: str, arguments: Sequence[str]) -> int:
     if not verbs:
         # An online teacher runs beside the student: there is nothing to store.
         verbs = [verb for verb in recipe.launched if verb != "export" or recipe.teacher == "stored"]
-    for command in [command_of(verb, recipe.hardware, [recipe_path, *overrides]) for verb in verbs]:
+    machines = machines.resolve(recipe.hardware)
+    if "train" in verbs:
+        refuse_indivisible_batch(recipe, machines)
+    inputs = [recipe_path, *overrides]
+    own = {"train": ["--resume", resume]} if resume is not None else {}
+    commands = {
+        verb: command_of(verb, recipe.hardware, [*inputs, *own.get(verb, [])], machines, log_dir) for verb in verbs
+    }
+    for verb, command in commands.items():
+        if machines.node_rank > 0 and not DISTRIBUTED[verb]:
+            print(f"{verb} runs on node 0 only; this is node {machines.node_rank}", flush=True)
+            continue
         print(f"+ {shlex.join(command)}", flush=True)
+        before = read_progress(recipe.folder)
         if code := _run(command, layout_environment(layout_file(recipe.hardware))):
-            return code
+            # The launcher of several processes has one code of its own for every end. The file, which is compared
+            # with itself because the clocks of two machines may differ, tells a saved run from a failed one.
+            after = read_progress(recipe.folder)
+            stopped = verb == "train" and after is not None and after.state == "stopped" and after != before
+            return os.EX_TEMPFAIL if stopped else code
     return 0
 
 
-def command_of(verb: str, hardware: str, arguments: Sequence[str]) -> list[str]:
-    """Return the command line that runs a verb's script on a layout.
+def refuse_indivisible_batch(recipe, machines: Machines) -> None:
+    """Refuse now what every rank would refuse after it has started.
+
+    Raises:
+        UserError: the global batch cannot be divided over so many processes.
+    """
+    try:
+        accumulation(recipe, machines.nodes * machines.processes_per_node)
+    except RecipeError as error:
+        shape = f"--nodes {machines.nodes} x --processes-per-node {machines.processes_per_node}"
+        raise UserError(f"{error}, which here is {shape}") from error
+
+
+def command_of(
+    verb: str, hardware: str, arguments: Sequence[str], machines: Machines, log_dir: str | None = None
+) -> list[str]:
+    """Return the command line that runs a verb's script on a layout and (resolved) machines.
 
     Raises:
         UserError: there is no such layout, or effsam3 is installed without its repository.
@@ -52,10 +171,22 @@ def command_of(verb: str, hardware: str, arguments: Sequence[str]) -> list[str]:
     if not script.is_file():
         raise UserError(f"{script} is not there; `effsam3 launch` needs a clone of the repository (pip install -e .)")
     file = layout_file(hardware)
+    nodes, processes = machines.nodes, machines.nodes * machines.processes_per_node
     # One process needs no launcher, which would stand between it and the signals of a batch system.
-    distributed = DISTRIBUTED[verb] and layout_processes(file) > 1
-    accelerate = ["-m", "accelerate.commands.launch", "--config_file", _short(file)] if distributed else []
-    return [sys.executable, *accelerate, _short(script), *arguments]
+    if not DISTRIBUTED[verb] or processes == 1:
+        return [sys.executable, _short(script), *arguments]
+    options = ["--config_file", _short(file)]
+    if nodes > 1 or processes != layout_processes(file):
+        options += ["--num_machines", str(nodes), "--num_processes", str(processes)]
+    if nodes > 1:
+        options += ["--machine_rank", str(machines.node_rank), "--main_process_ip", machines.main_address]
+        if layout_kind(file) == "DEEPSPEED":  # its default is pdsh: node 0 starts the others through ssh
+            options += ["--deepspeed_multinode_launcher", "standard"]
+    if machines.main_port != layout_port(file) or nodes > 1:
+        options += ["--main_process_port", str(machines.main_port)]
+    if log_dir is not None:
+        options += ["--tee", "3", "--log_dir", f"{log_dir}/node-{machines.node_rank}"]  # 3: stdout and stderr
+    return [sys.executable, "-m", "accelerate.commands.launch", *options, _short(script), *arguments]
 
 
 def _short(path: Path) -> str:
@@ -64,12 +195,18 @@ def _short(path: Path) -> str:
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command to its end, passing on requests to stop; returns its exit code, 128 + signal if one ended it."""
-    process = subprocess.Popen(command, env=os.environ | environment)
+    """Run a command to its end, passing on a request to stop; returns its exit code, 128 + signal if one ended it."""
+    # The launcher kills ranks that have not ended 30 s after SIGTERM: too soon for a slow step and a checkpoint.
+    process = subprocess.Popen(command, env={"PET_SHUTDOWN_TIMEOUT": "120"} | os.environ | environment)
+
     # Batch systems signal this process only; the run itself must hear it to save. Ctrl-C reaches it by itself.
     # SIGUSR1 goes on as SIGTERM: the launcher of several processes forwards only the latter to them.
-    reactions = dict.fromkeys((signal.SIGTERM, signal.SIGUSR1), lambda number, frame: process.terminate())
-    reactions[signal.SIGINT] = signal.SIG_IGN
+    def stop(number, frame):
+        process.terminate()
+        for request in (signal.SIGTERM, signal.SIGUSR1):  # a second one would end the launcher's wait for the ranks
+            signal.signal(request, signal.SIG_IGN)
+
+    reactions = {signal.SIGTERM: stop, signal.SIGUSR1: stop, signal.SIGINT: signal.SIG_IGN}
     before = {number: signal.signal(number, reaction) for number, reaction in reactions.items()}
     code = process.wait()
     for number, reaction in before.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where accelerate's layouts lie and how many processes each starts, read without accelerate."""
+"""Where accelerate's layouts lie and what each starts, read without accelerate."""
 
 from __future__ import annotations
 
@@ -26,14 +26,31 @@ def layout_file(hardware: str) -> Path:
     raise UserError(f"hardware: there is no accelerate_configs/{hardware}.yaml{did_you_mean(hardware, names)}")
 
 
+def layout_kind(file: Path) -> str:
+    """Return the layout's `distributed_type`: NO (one process), MULTI_GPU or DEEPSPEED."""
+    return _read(file)["distributed_type"]
+
+
 def layout_processes(file: Path) -> int:
     """Return how many processes, over all machines, accelerate starts for a layout file."""
-    # BaseLoader: NO stays text instead of becoming a boolean.
-    layout = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    return 1 if layout["distributed_type"] == "NO" else int(layout["num_processes"])
+    return 1 if layout_kind(file) == "NO" else int(_read(file)["num_processes"])
+
+
+def layout_nodes(file: Path) -> int:
+    """Return over how many machines a layout file divides its processes."""
+    return int(_read(file).get("num_machines", 1))
+
+
+def layout_port(file: Path) -> int:
+    """Return the port on which the processes find each other; 0 is any free one."""
+    return int(_read(file).get("main_process_port", 29500))  # accelerate's own default
 
 
 def layout_environment(file: Path) -> dict[str, str]:
     """Return what accelerate's launcher would put into the environment of a single process: to stay on the CPU."""
-    layout = yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    return {"ACCELERATE_USE_CPU": "true"} if layout.get("use_cpu") == "true" else {}
+    return {"ACCELERATE_USE_CPU": "true"} if _read(file).get("use_cpu") == "true" else {}
+
+
+def _read(file: Path) -> dict:
+    # BaseLoader: NO stays text instead of becoming a boolean.
+    return yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)

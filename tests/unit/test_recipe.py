@@ -350,9 +350,16 @@ def test_processes_of_layouts():
         "zero1": 8,
         "zero2": 8,
         "zero3": 8,
+        "zero2_offload": 8,
+        "zero3_offload": 8,
+        "zero1_cpu": 2,
         "zero2_cpu": 2,
         "zero3_cpu": 2,
+        "zero2_offload_cpu": 2,
+        "multinode_ddp": 16,
         "multinode_zero2": 16,
+        "multinode_ddp_cpu": 2,
+        "multinode_zero2_cpu": 2,
     }
 
 
