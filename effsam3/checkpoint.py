@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: written whole or not at all, found again, thinned out.
 
-`checkpoints/step-000100/` holds `state/` (accelerate's, to resume exactly), `student.safetensors` (the weights to
-release: the moving average if there is one) and `trainer.json`. `checkpoints/best-step-000100/` holds the weights
-alone. A folder without the suffix `.partial` is complete.
+`checkpoints/step-000100/` holds `student.safetensors` (the weights to release: the moving average if there is one),
+`trained.safetensors` (the weights themselves where those are an average), `optimizer.safetensors` and `trainer.json`:
+whole tensors by name, so that a run saved under any layout goes on exactly under any other.
+`checkpoints/best-step-000100/` holds the weights to release alone. A folder without the suffix `.partial` is complete.
 """
 
 from __future__ import annotations
@@ -14,10 +15,16 @@ import re
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from effsam3 import optimizer_state
 from effsam3.errors import UserError
 
 STEP = re.compile(r"(best-)?step-(\d{6,})$")
 WEIGHTS = "student.safetensors"
+TRAINED = "trained.safetensors"
+OPTIMIZER = "optimizer.safetensors"
 
 
 class CheckpointError(UserError):
@@ -63,36 +70,56 @@ def chosen(checkpoints: Path, which: str) -> Path:
     )
 
 
-def save(accelerator, student, average, checkpoints: Path, trainer: dict, keep: int, is_best: bool) -> Path:
-    """Save a checkpoint of all ranks, mark it best if it is, and drop all but the newest `keep`.
+def save(accelerator, student, optimizer, average, checkpoints: Path, trainer: dict, keep: int, is_best: bool) -> Path:
+    """Save a checkpoint, mark it best if it is, and drop all but the newest `keep`.
 
-    `average` is the student with averaged weights, None without averaging. Collective: every rank calls it; rank 0
-    alone renames and removes.
+    `average` is the student with averaged weights, None without averaging. Collective: every rank calls it and gives
+    its part; rank 0 alone writes, and all of them fail if it cannot.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; older checkpoints are as they were.
     """
-    folder = step_folder(checkpoints, trainer["step"])
-    partial = folder.with_name(folder.name + ".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "state").mkdir(parents=True)  # here: under DeepSpeed a rank may write before rank 0 has made it
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial / "state"))
-    weights = accelerator.get_state_dict(student)  # collective under ZeRO-3
-    if accelerator.is_main_process:
-        from safetensors.torch import save_file
+    from accelerate.utils import broadcast_object_list
 
+    folder = step_folder(checkpoints, trainer["step"])
+    weights = accelerator.get_state_dict(student)  # collective under ZeRO-3
+    moments = optimizer_state.gather(accelerator, student, optimizer)
+    problem = ""
+    if accelerator.is_main_process:
+        files = {WEIGHTS: weights, OPTIMIZER: moments}
         if average is not None:
-            weights = average.state_dict()
-        save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / WEIGHTS)
+            files |= {WEIGHTS: average.state_dict(), TRAINED: weights}
+        try:
+            _write(folder, files, trainer, is_best)
+            for old in complete(checkpoints)[:-keep]:
+                shutil.rmtree(old)
+        except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
+            problem = str(error)
+    (problem,) = broadcast_object_list([problem])  # else the others would wait for rank 0 until they time out
+    if problem:
+        raise CheckpointError(
+            f"{folder} could not be written ({problem}); make room or name another train.runs. The same command goes "
+            f"on from {latest(checkpoints) or 'the beginning'}"
+        )
+    return folder
+
+
+def _write(folder: Path, files: dict[str, dict], trainer: dict, is_best: bool) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, tensors in files.items():
+            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial / name)
         (partial / "trainer.json").write_text(json.dumps(trainer, indent=1))
         sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)  # of the same step, from before a resume
-        partial.rename(folder)
-        if is_best:
-            _keep_best(folder)
-        for old in complete(checkpoints)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return folder
+    except (OSError, SafetensorError):
+        shutil.rmtree(partial)  # the room it takes may be what others need
+        raise
+    shutil.rmtree(folder, ignore_errors=True)  # of the same step, from before a resume
+    partial.rename(folder)
+    if is_best:
+        _keep_best(folder)
 
 
 def sync(folder: Path) -> None:
@@ -124,12 +151,22 @@ def read_weights(folder: Path) -> dict:
     Raises:
         CheckpointError: the file is missing or cut short.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return _read(folder / WEIGHTS, "choose another merge.checkpoint")
 
+
+def read_trained(folder: Path) -> tuple[dict, dict]:
+    """Read what a checkpoint goes on from: the weights as they were trained, and `optimizer_state.gather`'s tensors.
+
+    Raises:
+        CheckpointError: a file is missing or cut short.
+    """
+    remedy = "delete this checkpoint to go on from the one before, or name another with --resume"
+    trained = TRAINED if (folder / TRAINED).is_file() else WEIGHTS
+    return _read(folder / trained, remedy), _read(folder / OPTIMIZER, remedy)
+
+
+def _read(path: Path, remedy: str) -> dict:
     try:
-        return load_file(folder / WEIGHTS)
+        return load_file(path)
     except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} cannot be read ({error}); choose another merge.checkpoint"
-        ) from error
+        raise CheckpointError(f"{path} cannot be read ({error}); {remedy}") from error

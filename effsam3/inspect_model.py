@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Sam3VideoConfig
 
-from effsam3.checkpoint import WEIGHTS, complete, read_weights
+from effsam3.checkpoint import OPTIMIZER, WEIGHTS, complete, read_weights
 from effsam3.errors import UserError
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import TRUNK as SAM3_TRUNK
@@ -187,7 +187,7 @@ def training_checkpoint(folder: Path) -> dict[str, Any]:
         "recipe": _recipe(recipe) if recipe.is_file() else None,
         "step": trainer["step"],
         "best": trainer["best"],
-        "resumable": (folder / "state").is_dir(),
+        "resumable": (folder / OPTIMIZER).is_file(),
         "parts": _parts(weights, {name.partition(".")[0]: (name.partition(".")[0],) for name in weights}),
         "fingerprints": {"student": fingerprint(weights)},
     }

@@ -6,7 +6,6 @@ accelerate launch --config_file accelerate_configs/zero2.yaml scripts/train.py r
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import sys
@@ -14,38 +13,25 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from effsam3 import checkpoint
+from effsam3 import checkpoint, optimizer_state
 from effsam3.accelerator import frozen_autocast, launched_processes, layout, make_accelerator
-from effsam3.data.loader import loader
+from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
 from effsam3.errors import UserError
 from effsam3.layouts import layout_file, layout_processes
 from effsam3.meters import Unreadable, Window, line_of, step_line
+from effsam3.not_finite import NotFinite
 from effsam3.optim import adamw, lr_at
-from effsam3.recipe import accumulation, differing_keys, dump_recipe, load_recipe, total_steps, warmup_steps
+from effsam3.progress import Progress
+from effsam3.recipe import accumulation, dump_recipe, total_steps, warmup_steps
 from effsam3.report import Report, provenance, write_text
+from effsam3.resume import AUTO, read_trainer, resumable
 from effsam3.stages import make_stage
 from effsam3.trackers import start_trackers
 
 STOPPED = 75  # exit code after SIGTERM or SIGUSR1: the run is saved and the same command goes on (EX_TEMPFAIL)
-# What may differ between a run and its continuation: nothing here changes what is learned.
-SECTIONS_AFTER = ("evaluate.", "merge.", "push.")  # what is done with a trained student
-FREE_KEYS = ("hardware", "data.workers", "data.max_unreadable", "export.batch_size", *SECTIONS_AFTER) + tuple(
-    f"train.{key}"
-    for key in (
-        "log_every",
-        "eval_every",
-        "save_every",
-        "keep_checkpoints",
-        "patience",
-        "trackers",
-        "wandb_project",
-        "runs",
-    )
-)
 
 
 class Stop:
@@ -62,8 +48,8 @@ class Stop:
         self.asked = True
 
 
-def run(recipe) -> None:
-    """Train the recipe's student; go on from the newest checkpoint in its run folder if there is one.
+def run(recipe, resume: str = AUTO) -> None:
+    """Train the recipe's student; `resume` says where to go on from, see `resume.resumable`.
 
     Raises:
         UserError: the run folder holds a run of another recipe, a batch cannot be divided over the layout, the loss is
@@ -83,26 +69,36 @@ def run(recipe) -> None:
         str(folder),
     )
     report = Report(folder, accelerator.is_main_process)
-    last = resumable(recipe, folder)
+    progress = Progress(folder, accelerator.is_main_process, layout(accelerator), recipe.train.global_batch_size)
+    with progress, worker_failures_explained():
+        learn(recipe, resume, accelerator, micros, report, progress, stop)
+
+
+def learn(recipe, resume: str, accelerator, micros: int, report: Report, progress: Progress, stop: Stop) -> None:
+    """The part of `run` that is under way: set-up, loop and end."""
+    folder = report.folder
+    last = resumable(recipe, folder, resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     stage = make_stage(recipe, report, accelerator)
     steps, warmup = (count(recipe, stage.train_size) for count in (total_steps, warmup_steps))
     optim = recipe.optim
     optimizer = adamw(stage.student, optim.lr, optim.weight_decay, optim.betas, optim.eps, stage.lr_scales)
+    if recipe.train.sync_batchnorm:
+        stage.student = share_batchnorm(stage.student, accelerator)
     ema = make_ema(recipe, accelerator, stage.student)
-    student, optimizer = accelerator.prepare(stage.student.train(), optimizer)
-
-    # ---- resume
-    state = {"step": 0, "best": None, "untrained": None, "worse": 0, "ended": False, "state_of": kind_of(accelerator)}
+    state = {"step": 0, "best": None, "untrained": None, "worse": 0, "ended": False}
+    moments: dict[str, torch.Tensor] = {}
     if last is not None:
-        found = json.loads((last / "trainer.json").read_text())
-        refuse_other_kind(found["state_of"], state["state_of"], last)
-        accelerator.load_state(str(last / "state"))
-        accelerator.step = 0  # its count of micro-batches belongs to the layout that saved it
-        state |= found
+        state |= read_trainer(last)
+        weights, moments = checkpoint.read_trained(last)
+        stage.student.load_state_dict(weights)  # before a layout divides them
         if ema is not None:
-            ema.module.load_state_dict(load_file(last / checkpoint.WEIGHTS))
+            ema.module.load_state_dict(checkpoint.read_weights(last))
+    student, optimizer = accelerator.prepare(stage.student.train(), optimizer)
+    if last is not None:
+        optimizer_state.scatter(accelerator, student, optimizer, moments, state["step"])
     report.forget_metrics_after(state["step"] if last is not None else -1)
+    progress.update("running", state["step"], steps)
     announce(recipe, stage, accelerator, report, steps, micros, state)
     average = None if ema is None else ema.module
     unreadable = Unreadable(folder)
@@ -117,18 +113,20 @@ def run(recipe) -> None:
     # ---- loop
     batches = iter(stage.train_batches(state["step"], steps))
     bar = progress_bar(accelerator, steps, state["step"])
-    window = Window(accelerator, recipe.train.global_batch_size)
+    window = Window(accelerator, recipe.train.global_batch_size, per_rank=recipe.train.per_rank)
+    finite = NotFinite(stage, accelerator, folder, recipe.train.not_finite == "skip")
     for step in range(state["step"], state["step"] if state["ended"] else steps):
         lr = lr_at(step, steps, warmup, optim.lr, optim.min_lr, optim.warmup_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        finite.begin(step + 1)
         for micro in range(micros):
             batch = window.wait_for(batches)
             unreadable.note(batch, step + 1)
             # Dropout and drop path depend on where in the run they are drawn, not on what ran before.
             torch.manual_seed(sample_seed(recipe.train.seed, step, micro, accelerator.process_index))
             with accelerator.accumulate(student):
-                parts = stage.loss(student, batch)
+                parts = finite.loss(student, batch)
                 accelerator.backward(parts["loss"])
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(student.parameters(), optim.clip_grad_norm)
@@ -136,20 +134,20 @@ def run(recipe) -> None:
                 optimizer.zero_grad()
             window.add(parts)
         if ema is not None:
-            ema.update(accelerator.unwrap_model(student), step=step + 1)
+            with optimizer_state.whole(accelerator, student) as weights:
+                ema.update(weights, step=step + 1)
         bar.update()
 
         state["step"] = done = step + 1
-        asked, bad = agree(accelerator, stop.asked, len(unreadable.keys))
-        refuse_many_unreadable(bad, stage, folder)
+        asked, missing, bad = agree(accelerator, stop.asked, len(unreadable.keys), finite.count(grad_norm))
+        finite.refuse(bad)
+        refuse_many_unreadable(missing, stage, folder)
         final, improved = done == steps, False
         due = {name: final or done % getattr(recipe.train, name) == 0 for name in ("eval_every", "save_every")}
-        if asked or any(due.values()):
-            refuse_not_finite(float(accelerator.reduce(parts["loss"].detach(), "mean")), done)
         if final or done % recipe.train.log_every == 0:
             values = window.close(lr, grad_norm)
-            refuse_not_finite(values["train/loss"], done)
             record(accelerator, report, values, done, step_line(done, steps, values))
+            progress.update("running", done, steps, values["perf/samples_per_s"])
         if any(due.values()) or asked:
             share_buffers(accelerator, student, average)
         if due["eval_every"]:
@@ -161,13 +159,14 @@ def run(recipe) -> None:
                 state["best"] = {"step": done, **values}
             line = f"step {done:>6}/{steps}  held out: {line_of(values)}{'  best' if improved else ''}"
             record(accelerator, report, values, done, line)
+            progress.update("running", done, steps)
         enough = 0 < recipe.train.patience <= state["worse"]
         state["ended"] = final or enough
         if improved or asked or enough or due["save_every"]:
-            checkpoint.save(
-                accelerator, student, average, folder / "checkpoints", state, recipe.train.keep_checkpoints, improved
-            )
+            keep = recipe.train.keep_checkpoints
+            checkpoint.save(accelerator, student, optimizer, average, folder / "checkpoints", state, keep, improved)
         if asked and not final:
+            progress.update("stopped", done, steps)
             report.say(f"asked to stop: saved at step {done}; the same command goes on from there")
             accelerator.end_training()
             sys.exit(STOPPED)
@@ -177,6 +176,7 @@ def run(recipe) -> None:
 
     # ---- finish
     bar.close()
+    progress.update("complete", state["step"], steps)
     accelerator.end_training()
     report.say("\n" + stage.conclude(state["untrained"], state["best"]))
     if (folder / "unreadable.jsonl").is_file():
@@ -184,35 +184,10 @@ def run(recipe) -> None:
     report.say(f"\nnext: effsam3 merge {folder}/recipe.yaml")
 
 
-def resumable(recipe, folder: Path) -> Path | None:
-    """Return the checkpoint to go on from, None for a fresh run.
-
-    Raises:
-        UserError: the folder holds a run of a recipe that would learn something else.
-    """
-    last = checkpoint.latest(folder / "checkpoints")
-    if last is None:
-        return None
-    differing = [
-        key for key in differing_keys(load_recipe(folder / "recipe.yaml"), recipe) if not key.startswith(FREE_KEYS)
-    ]
-    if differing:
-        raise UserError(
-            f"{folder} holds a run of another recipe ({'; '.join(differing)}); choose another name, or delete the "
-            "folder"
-        )
-    return last
-
-
 def make_ema(recipe, accelerator, student):
     """The moving average of the weights that the recipe asks for, None without one."""
     if not recipe.train.ema:
         return None
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        raise UserError(
-            "train.ema needs whole weights on every rank, ZeRO-3 divides them; set train.ema=0 or another layout"
-        )
     from timm.utils import ModelEmaV3
 
     return ModelEmaV3(student, decay=recipe.train.ema, device=accelerator.device)
@@ -249,10 +224,12 @@ def record(accelerator, report: Report, values: dict[str, float], step: int, lin
     report.say(line)
 
 
-def agree(accelerator, asked: bool, unreadable: int) -> tuple[bool, int]:
-    """Let all ranks take the same decision: whether any was asked to stop, and the sum of unreadable images."""
-    counts = accelerator.reduce(torch.tensor([int(asked), unreadable], device=accelerator.device)).tolist()
-    return counts[0] > 0, counts[1]
+def agree(accelerator, asked: bool, unreadable: int, not_finite: torch.Tensor) -> tuple[bool, int, int]:
+    """Let all ranks take the same decision: whether any was asked to stop, and how many images were unreadable and
+    losses not finite on all of them."""
+    own = torch.tensor([int(asked), unreadable], device=accelerator.device)
+    counts = accelerator.reduce(torch.cat([own, not_finite.reshape(1)])).tolist()
+    return counts[0] > 0, counts[1], counts[2]
 
 
 def refuse_many_unreadable(count: int, stage, folder: Path) -> None:
@@ -265,31 +242,23 @@ def refuse_many_unreadable(count: int, stage, folder: Path) -> None:
 
 
 def refuse_not_finite(value: float, step: int) -> None:
-    """Stop before a loss or metric that is not finite is saved as progress."""
+    """Stop before a metric that is not finite is saved as progress."""
     if not math.isfinite(value):
         raise UserError(
-            f"the loss or metric is {value} at step {step}; nothing of this step was saved. Lower optim.lr, lengthen "
+            f"the held-out metric is {value} at step {step}; nothing of this step was saved. Lower optim.lr, lengthen "
             "the warm-up, or set train.precision=fp32"
         )
 
 
-def kind_of(accelerator) -> str:
-    """What a saved state can be resumed under: any count of plain processes, or this ZeRO stage on these many."""
-    plugin = accelerator.state.deepspeed_plugin
-    return "plain" if plugin is None else f"ZeRO-{plugin.zero_stage} on {accelerator.num_processes} processes"
-
-
-def refuse_other_kind(saved: str, now: str, checkpoint_folder: Path) -> None:
-    """Refuse to resume a state that was divided among ranks in another way.
+def share_batchnorm(student, accelerator):
+    """Let BatchNorm see the micro-batches of all ranks as one.
 
     Raises:
-        UserError: it was; the message names both layouts.
+        UserError: the run is on CPUs, where torch has no such layer.
     """
-    if saved != now:
-        raise UserError(
-            f"{checkpoint_folder} was saved under {saved}, this is {now}: its optimizer state cannot be read here. Go "
-            "on under the first layout, or start anew under another name"
-        )
+    if accelerator.device.type == "cpu":
+        raise UserError("train.sync_batchnorm: torch has it on GPUs only; set train.sync_batchnorm=false")
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
 
 
 def share_buffers(accelerator, student, average) -> None:
@@ -327,9 +296,11 @@ def announce(recipe, stage, accelerator, report: Report, steps: int, micros: int
     if accelerator.is_main_process:
         write_text(report.folder / "recipe.yaml", dump_recipe(recipe))
     facts = {"layout": layout(accelerator), "recipe": recipe.name, "features": stage.facts}
-    report.write_json("provenance.json", provenance() | facts)
+    made_by = provenance() | facts
+    report.write_json("provenance.json", made_by)
+    config = asdict(recipe) | {"provenance": made_by}
     note = start_trackers(
-        accelerator, recipe.train.trackers, recipe.train.wandb_project, recipe.name, report.folder, asdict(recipe)
+        accelerator, recipe.train.trackers, recipe.train.wandb_project, recipe.name, report.folder, config
     )
     if note:
         report.say(note)

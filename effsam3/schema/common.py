@@ -69,6 +69,7 @@ class Train(Section):
     steps: PositiveInt | None = None  # ... or in optimizer steps, exactly one
     global_batch_size: PositiveInt  # samples per optimizer step over all ranks; accumulation is derived from it
     micro_batch_size: PositiveInt  # samples per rank per forward. BatchNorm students see this one: it changes learning
+    find_micro_batch: bool = False  # on GPUs: begin with the largest micro_batch_size that fits, found by trying
     precision: Literal["bf16", "fp32"] = "bf16"  # of the forward; weights and optimizer stay fp32
     seed: NonNegativeInt = 0  # of initialisation and sample order
     ema: Decay = 0.0  # decay per step of the averaged weights; 0: no averaging
@@ -76,8 +77,11 @@ class Train(Section):
     eval_every: PositiveInt  # steps between validations
     save_every: PositiveInt  # steps between checkpoints
     keep_checkpoints: PositiveInt = 3  # newest ones; the best one is kept besides
+    not_finite: Literal["stop", "skip"] = "stop"  # when a loss is: stop and name the samples, or leave them out
+    sync_batchnorm: bool = False  # GPUs only: BatchNorm sees the micro-batches of all ranks as one
     eval_samples: PositiveInt = 512  # held-out images per validation
     patience: NonNegativeInt = 0  # stop after so many validations without improvement; 0: never
+    per_rank: bool = False  # also report what each rank waits for and uses: metrics `rank<n>/...`
     trackers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], each_once] = ()  # besides metrics.jsonl
     wandb_project: str = "effsam3"  # used when trackers has wandb
     runs: str = "runs"  # folder of run folders

@@ -70,6 +70,10 @@ class Stage:
         self.accelerator.wait_for_everyone()
         return json.loads(path.read_text())
 
+    def samples(self, batch: dict) -> list[str]:
+        """Names of a training batch's samples, to say which ones made trouble."""
+        return [self.train_data.keys[position] for position in batch["positions"].tolist()]
+
     def train_batches(self, start: int, steps: int):
         """This rank's micro-batches from step `start` on."""
         return self.divide(start, steps)

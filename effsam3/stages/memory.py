@@ -8,6 +8,7 @@ corrected frames, K clicks on each of them.
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,18 +96,21 @@ def make_trackers(recipe, folder: Path) -> tuple[EfficientTracker, EfficientTrac
     return student.float(), teacher.float()
 
 
-def refuse_zero3(accelerator) -> None:
-    """Refuse to divide the parameters among ranks: each rank runs the modules that its own prompts and objects need.
+def keep_whole(student: TrackerStudent, accelerator) -> None:
+    """Under ZeRO-3, keep the student's weights whole on every rank: gathered together, never module by module.
 
-    Raises:
-        UserError: the layout is ZeRO-3.
+    Each rank runs the modules that its own prompts and objects need, in an order of its own, so that gathering one by
+    one would make ranks wait for each other for ever. Gradients and optimizer states stay divided, and are three
+    quarters of it.
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None and plugin.zero_stage == 3:
-        raise UserError(
-            "hardware: under ZeRO-3 all ranks must run the same modules in the same order, but their clips have other "
-            "prompts and objects; take zero2, which divides all but the weights"
-        )
+        from deepspeed.runtime.zero import register_external_parameter
+
+        # Weights below this size stay where they have been gathered.
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = sys.maxsize
+        for parameter in student.parameters():
+            register_external_parameter(student, parameter)  # so that the first forward gathers all of them
 
 
 class MemoryStage(Stage):
@@ -117,7 +121,6 @@ class MemoryStage(Stage):
 
     def __init__(self, recipe, report, accelerator):
         super().__init__(recipe, report, accelerator)
-        refuse_zero3(accelerator)
         self.max_unreadable = recipe.data.max_unreadable
         data, train = recipe.data, recipe.train
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
@@ -145,10 +148,12 @@ class MemoryStage(Stage):
             teacher,
             {name: getattr(recipe.loss, name) for name in LOSSES},
             recipe.loss.side_px or side,
+            recipe.loss.iou_error == "squared",
             train.trunk_batch,
             train.objects_at_once,
             train.recompute,
         )
+        keep_whole(self.student, accelerator)
         self.student_parameters = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         self.frozen_parameters = parameter_count(tracker) - self.student_parameters
         self.config = tracker.config
@@ -184,6 +189,10 @@ class MemoryStage(Stage):
         """This rank's micro-batches of clips from step `start` on; what is drawn at random depends on the clip's
         number in the run alone."""
         return self.divide(start, steps, numbered=True)
+
+    def samples(self, batch: dict) -> list[str]:
+        """Videos of a batch's clips, each with the number that the clip was drawn by."""
+        return [f"{key}, clip {number}" for key, number in zip(batch["keys"], batch["numbers"], strict=True)]
 
     def inputs(self, batch: dict, shares: dict[str, float], corrected: tuple[int, ...] = ()) -> tuple:
         """What the student's forward takes, on the device: pixels, masks, clips, weights, prompts.

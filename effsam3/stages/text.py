@@ -318,7 +318,12 @@ class TextStage(Stage):
         )
         for _, texts in stream:
             ids, mask = encode(texts)
-            yield {"ids": ids, "mask": mask, "counts": torch.ones(len(texts), dtype=torch.bool), "unreadable": []}
+            counts = torch.ones(len(texts), dtype=torch.bool)
+            yield {"ids": ids, "mask": mask, "counts": counts, "texts": texts, "unreadable": []}
+
+    def samples(self, batch: dict) -> list[str]:
+        """Keys of a batch's texts; a stream has none, so the texts themselves."""
+        return list(batch["texts"]) if self.recipe.data.streaming else super().samples(batch)
 
     def target(self, batch: dict) -> Tensor:
         """The teacher's features (B, C, 1, L), float32: read from the store or made here, each different text once."""

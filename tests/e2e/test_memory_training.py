@@ -81,7 +81,7 @@ def test_micro_batches_and_objects_in_turns(runs):
     assert_same(folder, "micro", 1e-4)
 
 
-@pytest.mark.parametrize("layout", ["ddp_cpu", "zero2_cpu"])
+@pytest.mark.parametrize("layout", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
 def test_two_processes(runs, layout):
     folder, overrides = runs
     more = ("train.micro_batch_size=2", f"hardware={layout}", f"name={layout}")

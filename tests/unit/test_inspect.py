@@ -273,10 +273,11 @@ def run(tmp_path):
     """A run folder with one checkpoint, not merged."""
     folder = tmp_path / "runs" / "smoke-image"
     step = folder / "checkpoints" / "step-000006"
-    (step / "state").mkdir(parents=True)
+    step.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(SMOKE)))
     student = StudentTrunk(StudentTrunkConfig(timm_name=IMAGE_STUDENTS["tiny_convnext"].timm_name, hidden_size=64))
     save_file(dict(student.state_dict()), step / "student.safetensors")
+    save_file({}, step / "optimizer.safetensors")
     (step / "trainer.json").write_text(json.dumps({"step": 6, "best": {"step": 3, "cosine": 0.51234}}))
     return folder
 
@@ -298,7 +299,7 @@ def test_a_training_checkpoint(run):
     assert facts["fingerprints"]["student"] == fingerprint(read_weights(step))
     assert "step         6\n" in text and "best so far  step 3: cosine 0.5123\n" in text
     shutil.copytree(step, run.parent / "elsewhere")
-    shutil.rmtree(run.parent / "elsewhere" / "state")
+    (run.parent / "elsewhere" / "optimizer.safetensors").unlink()
     facts = examine(str(run.parent / "elsewhere"))
     assert facts["recipe"] is None and not facts["resumable"]
 

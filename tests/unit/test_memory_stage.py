@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from effsam3.models.sam3 import chassis_folder, read_tensors
 from effsam3.recipe import load_recipe
 from effsam3.report import Report
 from effsam3.stages import make_stage
-from effsam3.stages.memory import make_trackers, refuse_zero3
+from effsam3.stages.memory import make_trackers
 
 SMOKE = RECIPES / "smoke/memory.yaml"
 
@@ -187,15 +186,6 @@ def test_a_chassis_with_an_efficient_memory(overrides, tmp_path):
     merged = merge.run(load_recipe(memory_run(tmp_path) / "recipe.yaml"))
     with pytest.raises(UserError, match=r"has an efficient memory already \(hybrid\); the teacher must be a SAM 3"):
         make_trackers(load_recipe(SMOKE, [*overrides, f"sam3.checkpoint={merged}"]), merged)
-
-
-def test_zero3_is_refused():
-    def state(stage):
-        return SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)))
-
-    refuse_zero3(state(2))
-    with pytest.raises(UserError, match="take zero2"):
-        refuse_zero3(state(3))
 
 
 def test_a_missing_index_says_how_it_is_made(overrides, tmp_path):

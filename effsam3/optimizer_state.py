@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW's state in a form that every layout can write and read: each parameter's moments, whole, by its name.
+
+DeepSpeed divides the state among ranks in its own way at each stage; a checkpoint of one layout would be unreadable in
+another. Here a state saved under ZeRO-3 on 8 GPUs goes on under DDP on 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def gather(accelerator, student: nn.Module, optimizer) -> dict[str, Tensor]:
+    """Return `{"<moment>/<parameter>": tensor}` in float32 on rank 0's CPU, nothing on the others.
+
+    Collective: all ranks call it, with what `accelerator.prepare` has returned. No device holds more than one whole
+    parameter at a time. A parameter that has had no gradient yet may be absent.
+    """
+    if stage := zero_stage(accelerator):
+        from deepspeed.utils import safe_get_full_optimizer_state as read
+
+        if stage < 3:
+            _link(optimizer.optimizer)
+    else:
+
+        def read(parameter: nn.Parameter, moment: str) -> Tensor | None:
+            return optimizer.state.get(parameter, {}).get(moment)
+
+    gathered = {}
+    for name, parameter in trained(accelerator.unwrap_model(student)):
+        for moment in MOMENTS:
+            value = read(parameter, moment)
+            if accelerator.is_main_process and value is not None:
+                gathered[f"{moment}/{name}"] = value.detach().cpu()
+    return gathered
+
+
+def scatter(accelerator, student: nn.Module, optimizer, tensors: Mapping[str, Tensor], step: int) -> None:
+    """Give every rank its part of what `gather` has returned, after `step` steps; all ranks call it."""
+    stage, inner = zero_stage(accelerator), optimizer.optimizer
+    parameters = trained(accelerator.unwrap_model(student))
+    if not stage:
+        for _, parameter in parameters:
+            inner.state[parameter] = _fresh(parameter, step, inner)
+    elif stage < 3:
+        for flat in inner.single_partition_of_fp32_groups:
+            inner.optimizer.state[flat] = _fresh(flat, step, inner.optimizer)
+        _link(inner)
+    else:
+        for flat in inner.fp32_partitioned_groups_flat:
+            inner.optimizer.state[flat] = _fresh(flat, step, inner.optimizer)
+    for name, parameter in parameters:
+        for moment in MOMENTS:
+            if (value := tensors.get(f"{moment}/{name}")) is not None:
+                _write(accelerator, stage, inner, parameter, moment, value)
+
+
+@contextmanager
+def whole(accelerator, student: nn.Module) -> Iterator[nn.Module]:
+    """Give the unwrapped student with whole weights on every rank, also where a layout divides them; collective."""
+    model = accelerator.unwrap_model(student)
+    if zero_stage(accelerator) < 3:
+        yield model
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(list(model.parameters())):
+        yield model
+
+
+def zero_stage(accelerator) -> int:
+    """DeepSpeed's ZeRO stage, 0 without DeepSpeed."""
+    plugin = accelerator.state.deepspeed_plugin
+    return 0 if plugin is None else plugin.zero_stage
+
+
+def trained(student: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters that learn, in the model's order, which is the same on every rank."""
+    return [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
+
+
+def _link(zero) -> None:
+    """Tell each parameter where its part of the state is, under ZeRO-1 and 2.
+
+    DeepSpeed does so itself at the first step, but after the first group of parameters: the others have none then.
+    """
+    from deepspeed.utils import lazy_init_hp_params_optimizer_state
+
+    for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+        lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)
+
+
+def _fresh(parameter: Tensor, step: int, optimizer) -> dict:
+    """State after `step` steps with moments of zero; torch's AdamW counts in a tensor, DeepSpeed's in a number."""
+    count = torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
+    return {"step": count, **{moment: torch.zeros_like(parameter.data) for moment in MOMENTS}}
+
+
+def _write(accelerator, stage: int, inner, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+    if not stage:
+        inner.state[parameter][moment].copy_(value)
+    elif stage < 3:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
+    else:
+        from deepspeed.utils import safe_get_local_optimizer_state, safe_set_local_optimizer_state
+
+        # Not its own division of a whole tensor, which fails where ranks do not divide the count: parts are padded.
+        size = safe_get_local_optimizer_state(parameter, moment).numel()
+        padded = F.pad(value.flatten(), (0, size * accelerator.num_processes - value.numel()))
+        safe_set_local_optimizer_state(parameter, padded.split(size)[accelerator.process_index], moment)
