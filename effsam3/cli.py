@@ -13,9 +13,11 @@ from effsam3.errors import RecipeError, UserError, did_you_mean
 
 # verb -> what it does
 VERBS = {
-    "show": "print the resolved recipe and the numbers that follow from it; needs no GPU, no data and no torch",
+    "show": "print the resolved recipe and the numbers that follow from it, memory too; needs no GPU and no data",
     "export": "run the teacher once over the images and store its features",
     "train": "train the student on the stored features; the same command goes on after an interruption",
+    "status": "say how runs are, from their files: state, progress, losses, checkpoints, what to do next",
+    "plot": "draw the curves of one run, or of several beside each other, as one picture",
     "merge": "put trained students into SAM 3 and write one transformers folder, on request sam3.pt and others",
     "evaluate": "measure the merged model against the teacher and the annotations, and draw pictures",
     "predict": "find or track things on an image or in a video by text, boxes or points",
@@ -27,6 +29,11 @@ VERBS = {
     "store": "show, verify or import a store of teacher features",
 }
 RECIPE_HELP = "YAML file of one run, such as recipes/stage1/image/es_rv_m.yaml"
+RUN_HELP = "a run folder such as runs/smoke-image, or the recipe of a run"
+RESUME_HELP = (
+    "auto: go on from this run's newest checkpoint, if there is one (the default); never: refuse to go on; PATH: "
+    "begin with another run's checkpoint of the same recipe"
+)
 OVERRIDES_HELP = "change single keys of the recipe, such as optim.lr=5e-4 or train.trackers=[wandb]"
 
 
@@ -116,16 +123,25 @@ def _run(verb: str, argv: list[str]) -> int:
         return 0
     if verb == "predict":
         return _predict(parser, argv)
+    if verb == "status":
+        return _status(parser, argv)
+    if verb == "plot":
+        return _plot(parser, argv)
     parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES_HELP)
     if verb == "launch":
         verbs = "export, train, merge or evaluate, before any key=value; without it all four run in order"
         parser.description += f". VERB is {verbs}."
-        parser.usage = "effsam3 launch [-h] RECIPE [VERB] [key=value ...]"
+        parser.usage = "effsam3 launch [-h] [options] RECIPE [VERB] [key=value ...]"
+        _add_machines(parser)
     if verb == "show":
         parser.add_argument("--key", help="print this one value only, such as hardware or optim.lr")
+        gib_help = "say whether a device of so much memory is enough, and what to change if not"
+        parser.add_argument("--device-gib", type=float, metavar="GIB", help=gib_help)
     if verb == "export":
         parser.add_argument("--check", type=_count, metavar="N", help="only recompute N stored samples and compare")
+    if verb in ("train", "launch"):
+        parser.add_argument("--resume", metavar="WHAT", help=RESUME_HELP)
     if verb == "merge":
         formats = "transformers, sam3 or efficientsam3, more of them with commas; short for merge.formats=[...]"
         parser.add_argument("--format", metavar="FORMAT", help=formats)
@@ -133,9 +149,16 @@ def _run(verb: str, argv: list[str]) -> int:
         parser.add_argument("--dry-run", action="store_true", help="write the card and list the files; send nothing")
     arguments = parser.parse_intermixed_args(argv)
     if verb == "launch":
-        from effsam3.launch import launch
+        from effsam3.launch import Machines, launch
 
-        return launch(arguments.recipe, arguments.overrides)
+        machines = Machines(
+            arguments.nodes,
+            arguments.node_rank,
+            arguments.main_address,
+            arguments.main_port,
+            arguments.processes_per_node,
+        )
+        return launch(arguments.recipe, arguments.overrides, machines, arguments.log_dir, arguments.resume)
 
     from effsam3.recipe import load_recipe, refuse_verb
 
@@ -144,17 +167,20 @@ def _run(verb: str, argv: list[str]) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     refuse_verb(recipe, verb)
     if verb == "show":
-        from effsam3.show import show
+        from effsam3.show import memory, show
 
-        print(show(recipe, arguments.key))
+        print(show(recipe, arguments.key), flush=True)
+        if arguments.key is None:
+            print(memory(recipe, arguments.device_gib))
     elif verb == "export":
         from effsam3 import export
 
         export.run(recipe, check=arguments.check)
     elif verb == "train":
         from effsam3 import train
+        from effsam3.resume import AUTO
 
-        train.run(recipe)
+        train.run(recipe, resume=arguments.resume or AUTO)
     elif verb == "merge":
         from effsam3 import merge
 
@@ -168,6 +194,29 @@ def _run(verb: str, argv: list[str]) -> int:
 
         push.run(recipe, dry_run=arguments.dry_run)
     return 0
+
+
+def _add_machines(parser: argparse.ArgumentParser) -> None:
+    """Add what `launch` is told of the machines; without any of it the layout's own numbers hold."""
+    group = parser.add_argument_group("several machines, and machines of another size (docs/cluster.md)")
+    nodes = "number of machines; slurm: number and rank are those of the srun step that this is a task of"
+    group.add_argument("--nodes", type=_nodes, metavar="N", help=nodes)
+    group.add_argument(
+        "--node-rank", type=int, metavar="K", help="which of them this is, from 0; 0 merges and evaluates"
+    )
+    group.add_argument("--main-address", metavar="HOST", help="name or IP address of node 0")
+    group.add_argument("--main-port", type=int, metavar="P", help="a free port of node 0, the same on all nodes")
+    per_node = "such as 4 where the layout was written for machines of 8 GPUs"
+    group.add_argument("--processes-per-node", type=_count, metavar="G", help=per_node)
+    log_dir = "keep what each rank prints in a file of its own, below FOLDER/node-K"
+    group.add_argument("--log-dir", metavar="FOLDER", help=log_dir)
+
+
+def _nodes(text: str) -> int | str:
+    """Parse --nodes for argparse: a number above 0, or slurm."""
+    if text != "slurm" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor slurm")
+    return text if text == "slurm" else _count(text)
 
 
 def _predict(parser: argparse.ArgumentParser, argv: list[str]) -> int:
@@ -187,6 +236,36 @@ def _predict(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 
     asked = predict.parse(arguments.text, arguments.box, arguments.point, arguments.mask, arguments.threshold)
     predict.run(arguments.model, arguments.source, asked, arguments.out)
+    return 0
+
+
+def _status(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
+    watch_help = "print it again every so many seconds until all runs have ended"
+    parser.add_argument("--watch", type=_count, metavar="SECONDS", help=watch_help)
+    parser.add_argument("--json", action="store_true", help="the same for programs: a list, an object per run")
+    arguments = parser.parse_args(argv)
+    from effsam3.status import status, watch
+
+    if arguments.watch:
+        watch(arguments.runs, arguments.watch, arguments.json)
+    else:
+        print(status(arguments.runs, arguments.json))
+    return 0
+
+
+def _plot(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=RUN_HELP)
+    out_help = "a .png, .pdf or .svg; default: curves.png in the folder of one run, beside the first of several"
+    parser.add_argument("--out", metavar="FILE", help=out_help)
+    metrics_help = "at most six names of metrics.jsonl with commas, such as loss,val/cosine"
+    parser.add_argument("--metrics", metavar="NAMES", help=metrics_help)
+    smooth_help = "weight of the past in the smoothed lines, 0: none; default: 0.9, of short curves less"
+    parser.add_argument("--smooth", type=float, metavar="WEIGHT", help=smooth_help)
+    arguments = parser.parse_args(argv)
+    from effsam3.plot import plot
+
+    print(plot(arguments.runs, arguments.out, arguments.metrics, arguments.smooth))
     return 0
 
 

@@ -10,12 +10,34 @@ from pathlib import Path
 
 import torch
 
+# Dense bfloat16 TFLOP/s that makers state, by a part of the device's name; the first that fits.
+PEAK_TFLOPS = {
+    "B300": 2250, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "GH200": 989, "A100": 312,
+    "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A6000": 155, "V100": 125, "T4": 65,
+    "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """What a device can do at most in bfloat16 (V100, T4: float16), TFLOP/s; None where that is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
 
 class Window:
-    """Sums up the steps since the last report."""
+    """Sums up the steps since the last report.
 
-    def __init__(self, accelerator, global_batch: int):
+    Args:
+        global_batch: samples of a step, over all ranks.
+        flops: of training on one sample, frozen parts included; None: unknown.
+        per_rank: also report what each rank waited for and used.
+    """
+
+    def __init__(self, accelerator, global_batch: int, flops: float | None = None, per_rank: bool = False):
         self.accelerator, self.global_batch = accelerator, global_batch
+        self.flops, self.per_rank, self.peak = flops, per_rank, peak_tflops(accelerator.device)
         self._reset()
 
     def _reset(self) -> None:
@@ -42,13 +64,29 @@ class Window:
             torch.stack([self.sums[name] for name in names]) / self.micros, "mean"
         ).tolist()
         seconds = time.perf_counter() - self.started
+        ranks = self.accelerator.num_processes
         samples = self.micros / self.accelerator.gradient_accumulation_steps * self.global_batch
         values = {f"train/{name}": value for name, value in zip(names, means, strict=True)}
-        values |= {"train/lr": lr, "perf/samples_per_s": samples / seconds, "perf/data_wait": self.waited / seconds}
+        values |= {
+            "train/lr": lr,
+            "perf/samples_per_s": samples / seconds,
+            "perf/samples_per_s_per_device": samples / seconds / ranks,
+            "perf/data_wait": self.waited / seconds,
+        }
+        if self.flops is not None:
+            values["perf/tflops_per_device"] = samples / seconds / ranks * self.flops / 1e12
+            if self.peak is not None:
+                values["perf/mfu"] = values["perf/tflops_per_device"] / self.peak
         if grad_norm is not None:  # DeepSpeed keeps it to itself at stage 0
             values["train/grad_norm"] = float(grad_norm)
         if self.accelerator.device.type == "cuda":
             values["perf/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.per_rank:
+            own = {"data_wait": self.waited / seconds, "step_s": seconds / (samples / self.global_batch)}
+            own |= {"peak_gib": values["perf/peak_gib"]} if "perf/peak_gib" in values else {}
+            rows = self.accelerator.gather(torch.tensor([list(own.values())], device=self.accelerator.device)).tolist()
+            for rank, row in enumerate(rows):
+                values |= {f"rank{rank}/{name}": value for name, value in zip(own, row, strict=True)}
         self._reset()
         return values
 

@@ -95,13 +95,26 @@ class Report:
         """Drop metrics of steps that a resumed run will take again."""
         path = self.folder / "metrics.jsonl"
         if self.is_main and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            write_text(path, "".join(line + "\n" for line in lines))
+            lines = [line for line in read_lines(path) if line["step"] <= step]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write_json(self, name: str, content) -> None:
         """Write a JSON file into the run folder, rank 0 only."""
         if self.is_main:
             write_json(self.folder / name, content)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Read a .jsonl file that may be growing, [] if there is none; a line that a kill has cut off is left out."""
+    if not path.is_file():
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
 
 
 def table(rows: list[list[str]], header: list[str], text_columns: int = 1) -> str:

@@ -3,17 +3,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch.utils.data import DataLoader, Dataset
+
+from effsam3.errors import UserError
+
+TIMEOUT_S = 900  # shorter than the ranks' patience with each other, so that the reason is said
 
 
 def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, pin: bool) -> DataLoader:
     """Yield `dataset.__getitems__(positions)` for every list of positions.
 
-    `workers` processes read ahead, 0 reads in this one; `pin` puts tensors into page-locked memory for a GPU.
+    `workers` processes read ahead, 0 reads in this one; `pin` puts tensors into page-locked memory for a GPU. A worker
+    that gives nothing for `TIMEOUT_S` is an error (RuntimeError, see `worker_failures_explained`), not a hang.
     """
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pin)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        pin_memory=pin,
+        timeout=TIMEOUT_S if workers else 0,
+    )
+
+
+@contextmanager
+def worker_failures_explained() -> Iterator[None]:
+    """Turn what torch says of a data worker into an error that says what to do.
+
+    It stands around the whole loop: torch tells of a worker's death by a signal, in the middle of any other work.
+
+    Raises:
+        UserError: a data worker has died or has given no sign for too long.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise UserError(
+            f"{str(error).strip()} A worker without memory is killed, one that hangs waits for its disk (see the "
+            "system's log); lower data.workers, or set data.workers=0 to see the error itself"
+        ) from error
 
 
 def _as_it_is(batch: dict) -> dict:

@@ -126,7 +126,10 @@ def test_every_verb_explains_itself(verb, capsys):
 def test_recipe_verbs_get_the_overridden_recipe(verb, verb_called):
     calls = verb_called(verb)
     assert main([SMOKE, "name=other"], verb=verb) == 0
-    assert calls == [("other", {})]
+    assert calls == [("other", {"resume": "auto"} if verb == "train" else {})]
+    if verb == "train":
+        assert main([SMOKE, "--resume", "never"], verb=verb) == 0
+        assert calls[1] == ("smoke-image", {"resume": "never"})
 
 
 @pytest.mark.parametrize(
@@ -156,7 +159,10 @@ def test_store_is_passed_on(monkeypatch):
 # ---- show
 
 
-@pytest.mark.parametrize("argv", [["show", SMOKE], ["show", ES_RV_M], ["compare"], ["compare", "--json"], ["--help"]])
+SHOW_KEY = ["show", ES_RV_M, "--key", "hardware"]
+
+
+@pytest.mark.parametrize("argv", [SHOW_KEY, ["compare"], ["compare", "--json"], ["--help"]])
 def test_light_verbs_import_nothing_heavy(argv):
     code = f"import sys; from effsam3.cli import main; main({argv!r}); print(sorted(set({HEAVY}) & set(sys.modules)))"
     result = run("-c", code)

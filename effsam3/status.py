@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `status`: how a run is, read from its files alone, whether it still runs, has ended or has died.
+
+effsam3 status runs/stage1-image-es_rv_m                 one run, everything
+effsam3 status runs/* --watch 10                         several runs, a line each, until all have ended
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from effsam3.progress import METRIC, each_run, read_progress
+from effsam3.report import read_lines, table
+
+ALIVE = ("running", "silent")  # what `--watch` waits for
+BLOCKS = [chr(0x2581 + height) for height in range(8)]  # unicode's lower blocks, an eighth to a whole
+CURVE_POINTS = 40
+BAR = 24
+UNKNOWN = "-"
+# What is shown of the last line of training, by its name in metrics.jsonl
+LATEST = {
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "data_wait": "perf/data_wait",  # share of the time
+    "samples_per_s": "perf/samples_per_s",
+    "samples_per_s_per_device": "perf/samples_per_s_per_device",
+    "peak_gib": "perf/peak_gib",  # of one device
+    "mfu": "perf/mfu",  # share of the device's peak
+}
+NOT_LOSSES = ("train/lr", "train/grad_norm")
+
+
+def status(runs: Sequence[str], as_json: bool = False) -> str:
+    """Return how runs are, for people (one run in full, several as a table) or as a JSON list, an object per run.
+
+    Raises:
+        UserError: none of them is a run. Of several, those that are none are named below the table.
+    """
+    return _text(*each_run(runs, examine), as_json)
+
+
+def watch(runs: Sequence[str], seconds: float, as_json: bool = False) -> None:
+    """Print the status again and again until every run has ended or Ctrl-C."""
+    try:
+        while True:
+            found, left_out = each_run(runs, examine)
+            clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
+            print(clear + _text(found, left_out, as_json), flush=True)
+            if not any(facts["state"] in ALIVE for facts in found):
+                return
+            time.sleep(seconds)
+    except KeyboardInterrupt:  # it is the watching that ends, not the run
+        return
+
+
+def _text(found: list[dict[str, Any]], left_out: list[str], as_json: bool) -> str:
+    if as_json:
+        # JSON knows no NaN and no infinity.
+        return json.dumps(json.loads(json.dumps(found), parse_constant=lambda _: None), indent=2)
+    text = as_text(found[0]) if len(found) == 1 else as_table(found)
+    return "\n".join([text, *(f"left out: {reason}" for reason in left_out)])
+
+
+# ---- facts
+
+
+def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
+    """Return what a run folder says; None stands for what is not known.
+
+    `now` is the time in seconds since 1970, by default the present.
+    """
+    progress = read_progress(folder)
+    recipe = _yaml(folder / "recipe.yaml")
+    lines = read_lines(folder / "metrics.jsonl")
+    trained = [line for line in lines if "train/loss" in line]
+    last = trained[-1] if trained else {}
+    checkpoints = folder / "checkpoints"
+    saved, best = _complete(checkpoints, "step-"), _complete(checkpoints, "best-step-")
+    facts = {
+        "run": str(folder),
+        "name": recipe.get("name", folder.name),
+        "stage": recipe.get("stage"),
+        "student": recipe.get("student", f"{recipe.get('memory', {}).get('mode')} memory" if recipe else None),
+        "step": lines[-1]["step"] if lines else 0,
+        "steps": recipe.get("train", {}).get("steps"),
+        **({name: last.get(key) for name, key in LATEST.items()}),
+        "losses": {
+            name.removeprefix("train/"): value
+            for name, value in last.items()
+            if name.startswith("train/") and name not in NOT_LOSSES
+        },
+        "loss_curve": _curve([line["train/loss"] for line in trained]),
+        **_validations(lines, METRIC.get(recipe.get("stage"))),
+        "checkpoints": [path.name for path in saved],
+        "best_checkpoint": best[-1].name if best else None,
+        "unreadable": len({line["key"] for line in read_lines(folder / "unreadable.jsonl")}),
+        "skipped_steps": len(read_lines(folder / "skipped.jsonl")),
+        "trackers": _trackers(folder),
+    }
+    if progress is not None:
+        facts |= {
+            "state": progress.true_state(now),
+            "age_s": progress.age_s(now),
+            "step": progress.step,
+            "steps": progress.steps,
+            "samples_per_s": progress.samples_per_s or facts["samples_per_s"],
+            "layout": progress.layout,
+            "host": progress.host,
+            "pid": progress.pid,
+            "error": progress.error,
+        }
+    else:  # a run from before runs kept progress.json
+        ended = saved and json.loads((saved[-1] / "trainer.json").read_text())["ended"]
+        provenance = _yaml(folder / "provenance.json")  # JSON is YAML
+        unknown = dict.fromkeys(("age_s", "host", "pid"))
+        state = "complete" if ended else "unknown"
+        facts |= {"state": state, "layout": provenance.get("layout"), "error": "", **unknown}
+    speed, layout = facts["samples_per_s"], facts["layout"]
+    if facts["samples_per_s_per_device"] is None and speed and layout:
+        facts["samples_per_s_per_device"] = speed / int(layout.split(" x ")[0])
+    facts["eta_s"] = None
+    if facts["state"] == "running" and speed:
+        facts["eta_s"] = (progress.steps - progress.step) * progress.global_batch / speed
+    return facts | {"next": _next(facts, folder)}
+
+
+def _complete(checkpoints: Path, prefix: str) -> list[Path]:
+    """As `checkpoint.complete`, which would import torch: a folder in the making ends in `.partial`."""
+    return sorted(checkpoints.glob(f"{prefix}*[0-9]"), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _yaml(path: Path) -> dict:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _validations(lines: list[dict], metric: str | None) -> dict[str, Any]:
+    """The untrained student's number, the best and the latest of a trained one, each {"step": ..., "value": ...}."""
+    values = [{"step": line["step"], "value": line[metric]} for line in lines if metric in line]
+    trained = [value for value in values if value["step"] > 0]
+    return {
+        "metric": metric,
+        "untrained": values[0] if values and values[0]["step"] == 0 else None,
+        "best": max(trained, key=lambda value: value["value"], default=None),
+        "latest": trained[-1] if trained else None,
+    }
+
+
+def _curve(losses: list[float]) -> list[float]:
+    """Average a curve down to at most CURVE_POINTS points."""
+    points = min(len(losses), CURVE_POINTS)
+    edges = [len(losses) * point // points for point in range(points + 1)] if points else []
+    return [sum(losses[start:end]) / (end - start) for start, end in zip(edges, edges[1:], strict=False)]
+
+
+def _trackers(folder: Path) -> list[str]:
+    """The folders in which wandb and TensorBoard keep the run."""
+    boards = {path.parent for path in folder.glob("*/events.out.tfevents*")}
+    return sorted(map(str, [*boards, *folder.glob("wandb/*run-*")]))
+
+
+def _next(facts: dict[str, Any], folder: Path) -> str:
+    """What to do now."""
+    state, saved, recipe = facts["state"], facts["checkpoints"], f"{folder}/recipe.yaml"
+    if state == "running":
+        return f"wait, or stop it with `kill {facts['pid']}` on {facts['host']}: it saves first"
+    if state == "silent":
+        return (
+            f"see whether process {facts['pid']} on {facts['host']} still works (its log, the GPUs); if it hangs, end "
+            "it, and the same command goes on from what is saved"
+        )
+    if state == "complete":
+        if not (folder / "merged" / "config.json").is_file():
+            return f"effsam3 merge {recipe}"
+        if not (folder / "eval" / "summary.md").is_file():
+            return f"effsam3 evaluate {recipe}"
+        return f"read {folder}/eval/summary.md; effsam3 push {recipe} --dry-run"
+    mend = {"failed": "mend what the error names, then ", "unknown": "if it does not run any more, "}.get(state, "")
+    start = f"goes on from {saved[-1]}" if saved else "starts anew, nothing is saved yet"
+    if not (folder / "recipe.yaml").is_file():
+        return f"{mend}the same command {start}"
+    return f"{mend}the same command, or `effsam3 launch {recipe} train`, {start}"
+
+
+# ---- for people
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """Return everything about one run, a line per subject; subjects of which nothing is known are left out."""
+    mfu = _in_percent(facts["mfu"])
+    rows = {
+        "state": _state_line(facts),
+        "step": _step_line(facts),
+        "speed": _speed_line(facts),
+        "loss": _loss_line(facts),
+        "optim": _pairs({"lr": (facts["lr"], "{:.2e}"), "gradient norm": (facts["grad_norm"], "{:.3f}")}),
+        "device": _pairs({"peak memory": (facts["peak_gib"], "{:.1f} GiB"), "MFU": (mfu, "{:.1f} %")}),
+        "held out": _held_out_line(facts),
+        "saved": ", ".join([*facts["checkpoints"], *filter(None, [facts["best_checkpoint"]])]) or "nothing yet",
+        "bad data": f"{facts['unreadable']} unreadable samples, {facts['run']}/unreadable.jsonl names them"
+        if facts["unreadable"]
+        else "",
+        "skipped": f"{facts['skipped_steps']} steps, {facts['run']}/skipped.jsonl names them"
+        if facts["skipped_steps"]
+        else "",
+        "trackers": ", ".join(facts["trackers"]),
+        "next": facts["next"],
+    }
+    what = ", ".join(filter(None, [facts["stage"], facts["student"]]))
+    title = "   ".join(filter(None, [facts["name"], what, facts["run"]]))
+    return "\n".join([title, "", *(f"{name:<9} {text}" for name, text in rows.items() if text)])
+
+
+def as_table(found: list[dict[str, Any]]) -> str:
+    """Return a line for each of several runs."""
+    rows = []
+    for facts in found:
+        best = facts["best"]
+        rows.append(
+            [
+                facts["run"],
+                facts["state"],
+                f"{facts['step']:,}" + (f" of {facts['steps']:,}" if facts["steps"] else ""),
+                _percent(facts),
+                duration(facts["eta_s"]) if facts["eta_s"] is not None else UNKNOWN,
+                _number(facts["samples_per_s"], "{:.1f}"),
+                _number(facts["losses"].get("loss"), "{:.4f}"),
+                f"{facts['metric']} {best['value']:.4f} at {best['step']:,}" if best else UNKNOWN,
+                _number(facts["latest"] and facts["latest"]["value"], "{:.4f}"),
+            ]
+        )
+    header = ["run", "state", "step", "done", "left", "samples/s", "loss", "best held out", "latest"]
+    return table(rows, header, text_columns=2)
+
+
+def _state_line(facts: dict[str, Any]) -> str:
+    if facts["state"] == "unknown":
+        return "unknown: there is no progress.json"
+    process = f"; process {facts['pid']} on {facts['host']}" if facts["state"] in ALIVE else ""
+    sign = "last sign " if facts["state"] in (*ALIVE, "killed") else ""  # the others said themselves that they end
+    when = f", {sign}{duration(facts['age_s'])} ago" if facts["age_s"] is not None else ""
+    error = f"\n{'':<9} {facts['error']}" if facts["error"] else ""
+    return f"{facts['state']}{when}; {facts['layout']}{process}{error}"
+
+
+def _step_line(facts: dict[str, Any]) -> str:
+    if not facts["steps"]:
+        return f"{facts['step']:,}"
+    full = BAR * facts["step"] // facts["steps"]
+    left = f", about {duration(facts['eta_s'])} left" if facts["eta_s"] is not None else ""
+    return f"[{'#' * full}{'.' * (BAR - full)}] {facts['step']:,} of {facts['steps']:,}, {_percent(facts)}{left}"
+
+
+def _speed_line(facts: dict[str, Any]) -> str:
+    pairs = {
+        "{} samples/s": (facts["samples_per_s"], "{:.1f}"),
+        "{} per device": (facts["samples_per_s_per_device"], "{:.1f}"),
+        "{} of the time waiting for data": (_in_percent(facts["data_wait"]), "{:.0f} %"),
+    }
+    return ", ".join(text.format(shown.format(value)) for text, (value, shown) in pairs.items() if value is not None)
+
+
+def _loss_line(facts: dict[str, Any]) -> str:
+    losses = dict(facts["losses"])
+    if not losses:
+        return ""
+    whole = f"{losses.pop('loss'):.4f}"
+    terms = ", ".join(f"{name} {value:.4f}" for name, value in losses.items())
+    return "  ".join(filter(None, [whole, f"({terms})" if terms else "", sparkline(facts["loss_curve"])]))
+
+
+def _held_out_line(facts: dict[str, Any]) -> str:
+    values = [
+        f"{title} {facts[title]['value']:.4f}" + (f" at step {facts[title]['step']:,}" if facts[title]["step"] else "")
+        for title in ("untrained", "best", "latest")
+        if facts[title]
+    ]
+    return f"{facts['metric']}: {', '.join(values)}" if values else ""
+
+
+def _pairs(pairs: dict[str, tuple[float | None, str]]) -> str:
+    return ", ".join(f"{name} {shown.format(value)}" for name, (value, shown) in pairs.items() if value is not None)
+
+
+def _in_percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
+
+
+def _percent(facts: dict[str, Any]) -> str:
+    return f"{100 * facts['step'] / facts['steps']:.1f} %" if facts["steps"] else UNKNOWN
+
+
+def _number(value: float | None, shown: str) -> str:
+    return UNKNOWN if value is None else shown.format(value)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Draw numbers as blocks from the lowest to the highest, on a logarithmic scale where all are above 0."""
+    values = [value for value in values if math.isfinite(value)]
+    if len(values) < 2:
+        return ""
+    if min(values) > 0:
+        values = [math.log(value) for value in values]
+    low, high = min(values), max(values)
+    return "".join(BLOCKS[round(7 * (value - low) / (high - low or 1))] for value in values)
+
+
+def duration(seconds: float) -> str:
+    """Say a length of time in its two largest units, such as 12 s, 3 min, 2 h 5 min, 1 d 4 h."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{minutes} min"
+    if hours < 24:
+        return f"{hours} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
