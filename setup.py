@@ -50,5 +50,5 @@ setup(
         "wandb>=0.18",
         "xxhash>=3.4",
     ],
-    extras_require={"dev": ["pytest>=8", "ruff>=0.9"]},
+    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"]},
 )
