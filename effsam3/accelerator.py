@@ -13,6 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from effsam3.errors import UserError
+from effsam3.layouts import REDUCE_BUCKET
 
 PRECISION = {"bf16": "bf16", "fp32": "no"}
 
@@ -79,6 +80,7 @@ def _configure_deepspeed(
     config["gradient_accumulation_steps"] = accumulation
     config["train_batch_size"] = micro_batch * accumulation * accelerator.num_processes
     config["gradient_clipping"] = clip_grad_norm
+    config["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
     # DeepSpeed's own bf16 mode casts the weights and breaks BatchNorm; autocast over float32 weights does not.
     config["torch_autocast"] = {"enabled": precision == "bf16", "dtype": "bfloat16"}
     # Else accelerate replaces an offloaded AdamW by DeepSpeed's own, which first compiles C++ on every machine, for

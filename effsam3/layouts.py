@@ -9,6 +9,8 @@ import yaml
 
 from effsam3.errors import UserError, did_you_mean
 
+# Elements that DeepSpeed reduces at a time; it allocates as many, however small the student.
+REDUCE_BUCKET = 50_000_000
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `show`: the resolved recipe and the numbers that follow from it, without torch and without reading data."""
+"""The verb `show`: the resolved recipe and the numbers that follow from it, without reading data.
+
+`show` itself goes without torch; `memory` measures, and takes a few seconds, for stage 2 up to a minute.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,24 @@ def show(recipe: Any, key: str | None = None) -> str:
         return " ".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else str(value)
     lines = [f"# {title:<9} {_known(number, recipe)}" for title, number in DERIVED[recipe.stage].items()]
     return dump_recipe(recipe) + "\n" + "\n".join(lines)
+
+
+def memory(recipe: Any, device_gib: float | None = None) -> str:
+    """Return what the training takes of a device's memory and of the disk as YAML comments; a release takes none.
+
+    Raises:
+        UserError: there is no such layout, or `device_gib` is not above 0.
+    """
+    if device_gib is not None and not device_gib > 0:
+        raise UserError(f"--device-gib: {device_gib:g} is not above 0")
+    if recipe.stage == "release":
+        return ""
+    from effsam3.estimates import table
+
+    text = _known(partial(table, device_gib=device_gib), recipe)
+    if text.startswith("unknown"):
+        text = f"device    {text}"
+    return "\n".join(f"# {line}" for line in text.splitlines())
 
 
 def _known(number: Callable[[Any], str], recipe: Any) -> str:

@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from effsam3 import checkpoint, optimizer_state
+from effsam3 import checkpoint, find_micro_batch, optimizer_state
 from effsam3.accelerator import frozen_autocast, launched_processes, layout, make_accelerator
 from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
+from effsam3.dry_run import training_flops
 from effsam3.errors import UserError
+from effsam3.estimates import explain_out_of_memory, header_lines
 from effsam3.layouts import layout_file, layout_processes
 from effsam3.meters import Unreadable, Window, line_of, step_line
 from effsam3.not_finite import NotFinite
@@ -56,10 +58,10 @@ def run(recipe, resume: str = AUTO) -> None:
             not finite, or too many images are unreadable.
         SystemExit: code 75 after SIGTERM or SIGUSR1, with everything saved.
     """
-    # ---- setup
     stop = Stop()
-    micros = accumulation(recipe, launched_processes())
     folder = Path(recipe.train.runs) / recipe.name
+    recipe = find_micro_batch.kept(recipe, folder)
+    micros = accumulation(recipe, launched_processes())
     accelerator = make_accelerator(
         recipe.train.precision,
         micros,
@@ -70,16 +72,23 @@ def run(recipe, resume: str = AUTO) -> None:
     )
     report = Report(folder, accelerator.is_main_process)
     progress = Progress(folder, accelerator.is_main_process, layout(accelerator), recipe.train.global_batch_size)
-    with progress, worker_failures_explained():
-        learn(recipe, resume, accelerator, micros, report, progress, stop)
+    try:
+        with progress, worker_failures_explained():
+            learn(recipe, resume, accelerator, micros, report, progress, stop)
+    except torch.OutOfMemoryError as error:
+        raise explain_out_of_memory(recipe, error) from error
 
 
 def learn(recipe, resume: str, accelerator, micros: int, report: Report, progress: Progress, stop: Stop) -> None:
     """The part of `run` that is under way: set-up, loop and end."""
+    # ---- setup
     folder = report.folder
     last = resumable(recipe, folder, resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     stage = make_stage(recipe, report, accelerator)
+    if recipe.train.find_micro_batch and last is None:
+        recipe = find_micro_batch.run(recipe, stage, accelerator, report)
+        micros = accumulation(recipe, accelerator.num_processes)
     steps, warmup = (count(recipe, stage.train_size) for count in (total_steps, warmup_steps))
     optim = recipe.optim
     optimizer = adamw(stage.student, optim.lr, optim.weight_decay, optim.betas, optim.eps, stage.lr_scales)
@@ -111,9 +120,12 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
         report.say(f"step {0:>6}/{steps}  held out: {line_of(state['untrained'])}  (untrained)")
 
     # ---- loop
+    # One rank reports speed, and on a CPU nobody asks for FLOPs: they take some seconds to count.
+    counted = accelerator.is_main_process and accelerator.device.type == "cuda"
+    flops = training_flops(recipe) if counted else None
     batches = iter(stage.train_batches(state["step"], steps))
     bar = progress_bar(accelerator, steps, state["step"])
-    window = Window(accelerator, recipe.train.global_batch_size, per_rank=recipe.train.per_rank)
+    window = Window(accelerator, recipe.train.global_batch_size, flops, recipe.train.per_rank)
     finite = NotFinite(stage, accelerator, folder, recipe.train.not_finite == "skip")
     for step in range(state["step"], state["step"] if state["ended"] else steps):
         lr = lr_at(step, steps, warmup, optim.lr, optim.min_lr, optim.warmup_lr)
@@ -283,10 +295,10 @@ def announce(recipe, stage, accelerator, report: Report, steps: int, micros: int
         f"x {micros} accumulated; {steps:,} steps{epochs}"
     )
     resumed = f"   (going on from step {state['step']:,})" if state["step"] else ""
-    report.header(
-        f"train    {recipe.name}   {layout(accelerator)}   {recipe.train.precision}",
-        stage.describe() | {"batch": batch, "run": f"{report.folder}{resumed}"},
-    )
+    lines = stage.describe() | {"batch": batch, "run": f"{report.folder}{resumed}"}
+    if accelerator.is_main_process and accelerator.device.type == "cuda":
+        lines |= header_lines(recipe)
+    report.header(f"train    {recipe.name}   {layout(accelerator)}   {recipe.train.precision}", lines)
     declared = layout_processes(layout_file(recipe.hardware))
     if declared != accelerator.num_processes:
         report.say(
