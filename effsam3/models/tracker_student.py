@@ -70,6 +70,10 @@ class TrackerStudent(nn.Module):
             In train mode `loss` and its named parts, scalars, each a sum over frames and a mean by `weight_O`. In eval
             mode `j` (O, T-1), the mask's intersection over union in every frame but the first, 1 where both are empty.
         """
+        # Every parameter has a gradient in every step, on every rank, whatever the prompts were. Made first, so that
+        # the backward pass comes to it last and all gradients are ready in the same order on every rank: ZeRO-1 and 2
+        # put them side by side in that order and add the ranks' rows.
+        touched = sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
         frames = pixels_BT3SS.shape[1]
         features = encode_frames(self.tracker, pixels_BT3SS.flatten(0, 1), self.trunk_batch, self.trunk_frozen)
         frame_OT = clip_O[:, None] * frames + torch.arange(frames, device=clip_O.device)
@@ -94,8 +98,6 @@ class TrackerStudent(nn.Module):
             return {"j": torch.cat([result["j"] for result in results])}
         parts = {name: sum(result[name] for result in results) for name in results[0]}
         total = sum(self.weights[name] * value for name, value in parts.items())
-        # Every parameter has a gradient in every step, on every rank, whatever the prompts were.
-        touched = sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
         return {"loss": total + 0 * touched, **parts}
 
     def losses(self, tracked: list[Tracked], masks_NTSS: Tensor, weight_N: Tensor) -> dict[str, Tensor]:

@@ -66,10 +66,11 @@ def test_real_captions_are_never_overwritten(texts, tmp_path):
     assert (tmp_path / "phrases.txt").read_text() == "a dog\n"
 
 
-def test_two_processes(texts):
+@pytest.mark.parametrize("layout", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
+def test_two_processes(texts, layout):
     folder, overrides = texts
-    run(folder, "train", *overrides, *SHORT, "hardware=ddp_cpu", "name=ddp", recipe=TEXT, launch=True)
-    same(folder, "ddp", 1e-4)
+    run(folder, "train", *overrides, *SHORT, f"hardware={layout}", f"name={layout}", recipe=TEXT, launch=True)
+    same(folder, layout, 1e-4)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

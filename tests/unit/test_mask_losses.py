@@ -58,6 +58,8 @@ def test_best_candidate_is_the_one_that_counts(case):
     # Predicted IoU of 0: the error is the true IoU, of all candidates.
     wanted = iou(torch.cat([logits, good], 1), target).mean(1)
     torch.testing.assert_close(parts["iou"], wanted)
+    squared = mask_losses(torch.cat([logits, good], 1), torch.zeros(3, 3), torch.zeros(3), target, squared_iou=True)
+    torch.testing.assert_close(squared["iou"], iou(torch.cat([logits, good], 1), target).square().mean(1))
 
 
 def test_absent_object_has_the_presence_term_alone():

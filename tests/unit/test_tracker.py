@@ -13,7 +13,7 @@ from transformers import Sam3TrackerVideoInferenceSession, Sam3TrackerVideoModel
 from effsam3.models.memory_config import EfficientTrackerConfig
 from effsam3.models.memory_tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.sam3 import chassis_folder, load_part, read_config
-from effsam3.models.tracker import Features, Prompts, encode_frames, read_tracker_tensors, track
+from effsam3.models.tracker import PARTS, Features, Prompts, encode_frames, read_tracker_tensors, track
 from effsam3.models.tracker_student import TrackerStudent
 
 T, S = 4, 224  # in hybrid mode the fourth frame is the first to read latents
@@ -66,7 +66,13 @@ def make_tracker(tensors, mode, vision=True):
 
 
 def make_student(tensors, mode="hybrid", parts=("memory",), **options):
-    options = {"side_px": 56, "trunk_batch": 8, "objects_at_once": None, "recompute": False} | options
+    options = {
+        "side_px": 56,
+        "squared_iou": False,
+        "trunk_batch": 8,
+        "objects_at_once": None,
+        "recompute": False,
+    } | options
     teacher = make_tracker(tensors, "dense", vision=False)
     student = TrackerStudent(make_tracker(tensors, mode), parts, teacher, WEIGHTS, **options)
     for name, parameter in student.named_parameters():
@@ -119,6 +125,21 @@ def test_all_objects_at_once_equal_one_by_one(tensors):
             alone = track(tracker, features, torch.arange(T)[None], masks[one], prompts.some(one))
             for a, b in zip(together, alone, strict=True):
                 torch.testing.assert_close(a.logits_OSS[one], b.logits_OSS, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_ready_in_the_same_order_whatever_the_prompts(tensors):
+    """ZeRO-1 and 2 lay them out in that order, and would add one rank's weights to another's biases."""
+    student = make_student(tensors, parts=tuple(PARTS)).train()
+    ready = []
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready.append(name))
+    orders = []
+    for prompts in (mixed(), by_mask(3)):
+        ready.clear()
+        student(*inputs(prompts))["loss"].backward()
+        orders.append(list(ready))
+    assert orders[0] == orders[1] and len(orders[0]) > 100
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "latents", "pooled"])
