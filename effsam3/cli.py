@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ VERBS = {
     "store": "show, verify or import a store of teacher features",
 }
 RECIPE_HELP = "YAML file of one run, such as recipes/stage1/image/es_rv_m.yaml"
+FULL_DISK = "; make room, the same command goes on from what is saved"
 RUN_HELP = "a run folder such as runs/smoke-image, or the recipe of a run"
 RESUME_HELP = (
     "auto: go on from this run's newest checkpoint, if there is one (the default); never: refuse to go on; PATH: "
@@ -67,7 +69,8 @@ def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
         sys.stdout = None
         return 0
     except OSError as error:  # a full disk, a folder that cannot be written: the message names it
-        print(f"error: {error}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        print(f"error: {error}{FULL_DISK if full else ''}", file=sys.stderr)
         return 2
 
 

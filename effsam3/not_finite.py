@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from effsam3.errors import UserError
 
 FILE = "not_finite.json"  # of a run that stopped: the samples of the step
+MOST_IN_A_ROW = 10  # micro-batches that are left out one after the other
 SKIPPED = "skipped.jsonl"  # of a run that goes on: a line for every micro-batch left out
 
 
@@ -29,11 +30,12 @@ class NotFinite:
     def __init__(self, stage, accelerator, folder: Path, skip: bool):
         self.stage, self.accelerator, self.folder, self.skip = stage, accelerator, folder, skip
         self.usable: dict | None = None  # a micro-batch of before, which takes the place of one left out
+        self.in_a_row = 0  # left out, up to now
         self.begin(0)
 
     def begin(self, step: int) -> None:
         """Begin a step (1 is the first)."""
-        self.step, self.samples, self.losses, self.left_out = step, [], [], 0
+        self.step, self.samples, self.losses = step, [], []
 
     def loss(self, student: nn.Module, batch: dict) -> dict[str, Tensor]:
         """Return the stage's loss and parts of a micro-batch; of one left out, zeros that have gradients."""
@@ -42,21 +44,22 @@ class NotFinite:
         self.samples.append(self.stage.samples(batch))
         self.losses.append(parts["loss"].detach())
         if not self.skip or not self.bad():
-            self.usable = batch if self.skip else None
+            self.usable, self.in_a_row = batch if self.skip else None, 0
             return parts
-        with torch.no_grad():  # BatchNorm's averages may have taken it in
-            for buffer, before in zip(student.buffers(), buffers, strict=True):
-                buffer.copy_(before)
         named = self.name()
-        self.left_out += 1
-        if self.usable is None or self.left_out == self.accelerator.gradient_accumulation_steps:
-            self.stop(named, "nothing of this step is left")
+        self.in_a_row += 1
+        if self.in_a_row > MOST_IN_A_ROW:
+            self.stop(named, f"so were those of {MOST_IN_A_ROW} micro-batches before it: the weights may be to blame")
+        if self.usable is None:
+            self.stop(named, "it is the first micro-batch since the start, and none before it can take its place")
         if self.accelerator.is_main_process:
             with open(self.folder / SKIPPED, "a") as file:
                 file.write(json.dumps({"step": self.step, "micro_batch": len(self.losses) - 1, "ranks": named}) + "\n")
         self.losses[-1] = torch.zeros_like(self.losses[-1])
         # Every layout wants a backward pass for every forward: a batch that is known to be harmless, times zero.
-        return {name: 0 * value for name, value in self.stage.loss(student, self.usable).items()}
+        parts = {name: 0 * value for name, value in self.stage.loss(student, self.usable).items()}
+        _restore(student, buffers)
+        return parts
 
     def bad(self) -> bool:
         """Whether the newest loss is not finite on any rank."""
@@ -95,10 +98,20 @@ class NotFinite:
             (self.folder / FILE).write_text(text)
         worst = next((one for one in named if not isinstance(one["loss"], float)), None)
         what = f"the loss is {worst['loss']} on rank {worst['rank']}" if worst else "the gradient is not finite"
+        remedy = "take these samples out of the data" if self.skip else "leave them out with train.not_finite=skip"
         raise UserError(
             f"{what} at step {self.step}; {note}. {self.folder / FILE} names the samples. Lower optim.lr, lengthen "
-            "the warm-up, set train.precision=fp32, or leave such samples out with train.not_finite=skip"
+            f"the warm-up, set train.precision=fp32, or {remedy}"
         )
+
+
+def _restore(student: nn.Module, buffers: list[Tensor]) -> None:
+    """Undo what a forward pass has done to BatchNorm's averages.
+
+    Through `.data`, because autograd guards them for a backward pass, which does not read them in training.
+    """
+    for buffer, before in zip(student.buffers(), buffers, strict=True):
+        buffer.data.copy_(before)
 
 
 def _number(loss: Tensor) -> float | str:

@@ -21,7 +21,9 @@ FREE_KEYS = ("hardware", "data.workers", "data.max_unreadable", "export.batch_si
         "save_every",
         "keep_checkpoints",
         "patience",
+        "not_finite",  # until the first NaN both are the same
         "per_rank",
+        "find_micro_batch",
         "trackers",
         "trunk_batch",
         "objects_at_once",
@@ -64,11 +66,12 @@ def resumable(recipe, folder: Path, resume: str) -> Path | None:
     if chosen is None:
         return None
     home = chosen.parent.parent
+    is_own = home.resolve() == folder.resolve()
     # A run that begins with another's checkpoint has another name, of course.
-    free = FREE_KEYS if home.resolve() == folder.resolve() else (*FREE_KEYS, "name")
+    free = FREE_KEYS if is_own else (*FREE_KEYS, "name")
     differing = [key for key in differing_keys(load_recipe(home / "recipe.yaml"), recipe) if not key.startswith(free)]
     if differing:
-        remedy = "choose another name, or delete the folder" if home == folder else "--resume needs the same recipe"
+        remedy = "choose another name, or delete the folder" if is_own else "--resume needs the same recipe"
         raise UserError(f"{home} holds a run of another recipe ({'; '.join(differing)}); {remedy}")
     return chosen
 

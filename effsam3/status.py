@@ -102,7 +102,7 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
         "checkpoints": [path.name for path in saved],
         "best_checkpoint": best[-1].name if best else None,
         "unreadable": len({line["key"] for line in read_lines(folder / "unreadable.jsonl")}),
-        "skipped_steps": len(read_lines(folder / "skipped.jsonl")),
+        "skipped_micro_batches": len(read_lines(folder / "skipped.jsonl")),
         "trackers": _trackers(folder),
     }
     if progress is not None:
@@ -211,8 +211,8 @@ def as_text(facts: dict[str, Any]) -> str:
         "bad data": f"{facts['unreadable']} unreadable samples, {facts['run']}/unreadable.jsonl names them"
         if facts["unreadable"]
         else "",
-        "skipped": f"{facts['skipped_steps']} steps, {facts['run']}/skipped.jsonl names them"
-        if facts["skipped_steps"]
+        "skipped": f"{facts['skipped_micro_batches']} micro-batches, {facts['run']}/skipped.jsonl names them"
+        if facts["skipped_micro_batches"]
         else "",
         "trackers": ", ".join(facts["trackers"]),
         "next": facts["next"],

@@ -40,11 +40,16 @@ def worker_failures_explained() -> Iterator[None]:
     """
     try:
         yield
+    except UserError as error:  # torch puts the worker's traceback in front of the message
+        name = f"{type(error).__name__}: "
+        if not str(error).startswith("Caught ") or name not in str(error):
+            raise
+        raise type(error)(str(error).rsplit(name, 1)[1].strip()) from error
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
         raise UserError(
-            f"{str(error).strip()} A worker without memory is killed, one that hangs waits for its disk (see the "
+            f"{str(error).strip(' .')}. A worker without memory is killed, one that hangs waits for its disk (see the "
             "system's log); lower data.workers, or set data.workers=0 to see the error itself"
         ) from error
 

@@ -42,13 +42,23 @@ def ready_captions(recipe, accelerator):
         UserError: synthetic captions of another number stand there already, or no text is usable.
     """
     data = recipe.data
-    if data.source == "synthetic" and accelerator.is_main_process:
-        _make_synthetic(data)
+    make_captions(recipe, accelerator)
     with accelerator.main_process_first():
         captions = open_captions(
             data.captions, data.column, data.phrases, data.phrase_share, held_out=data.held_out, limit=data.limit
         )
     return captions
+
+
+def make_captions(recipe, accelerator) -> None:
+    """For `data.source: synthetic` make up the recipe's captions, once.
+
+    Raises:
+        UserError: synthetic captions of another number, or real ones, stand there already.
+    """
+    if recipe.data.source == "synthetic" and accelerator.is_main_process:
+        _make_synthetic(recipe.data)
+    accelerator.wait_for_everyone()
 
 
 def _make_synthetic(data) -> None:
@@ -250,6 +260,7 @@ class TextStage(Stage):
                     "export.to"
                 )
         if recipe.data.streaming:
+            make_captions(recipe, accelerator)
             self.captions = None
             self.val_data = CaptionBatches(FirstOfStream(recipe), encoder(recipe))
             self.train_size = 0

@@ -90,7 +90,7 @@ def test_what_a_person_reads(tmp_path):
         "held out  val/cosine: untrained 0.0100, best 0.8500 at step 50, latest 0.8500 at step 50",
         "saved     step-000050, best-step-000050",
         f"bad data  2 unreadable samples, {folder}/unreadable.jsonl names them",
-        f"skipped   1 steps, {folder}/skipped.jsonl names them",
+        f"skipped   1 micro-batches, {folder}/skipped.jsonl names them",
         f"trackers  {folder}/effsam3",
         "next      wait, or stop it with `kill 42` on gpu-7: it saves first",
     ]
