@@ -218,27 +218,16 @@ def _text(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
 def _memory(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
     from effsam3.models.memory_slot import tracker_config
     from effsam3.models.memory_tracker import EfficientTracker
-    from effsam3.models.tracker_student import TrackerStudent
-    from effsam3.stages.memory import LOSSES, MemoryStage
+    from effsam3.stages.memory import MemoryStage, make_student
 
-    own, asked, train = _config(recipe.sam3.checkpoint).tracker_config, recipe.memory, recipe.train
+    own, asked = _config(recipe.sam3.checkpoint).tracker_config, recipe.memory
     dense = replace(asked, mode="dense", attention_layers=None, fuser_layers=None)
     with torch.device("meta"):
         tracker = EfficientTracker(tracker_config(own, asked))
         teacher = EfficientTracker(tracker_config(own, dense), remove_vision_encoder=True)
     tracker, teacher = _empty(fake, tracker), _empty(fake, teacher).eval().requires_grad_(False)
     side, frames, objects = tracker.image_size, recipe.data.frames, recipe.data.objects
-    student = TrackerStudent(
-        tracker,
-        asked.trains,
-        teacher,
-        {name: getattr(recipe.loss, name) for name in LOSSES},
-        recipe.loss.side_px or side,
-        recipe.loss.iou_error == "squared",
-        train.trunk_batch,
-        train.objects_at_once,
-        train.recompute,
-    )
+    student = make_student(recipe, tracker, teacher)
     # Real: masks and prompts decide what is run. As many objects as a clip may have, present in every frame.
     masks = torch.zeros(samples, frames, objects, side, side, dtype=torch.bool)
     masks[..., : side // 2, : side // 2] = True

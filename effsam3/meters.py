@@ -12,7 +12,7 @@ import torch
 
 # Dense bfloat16 TFLOP/s that makers state, by a part of the device's name; the first that fits.
 PEAK_TFLOPS = {
-    "B300": 2250, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "GH200": 989, "A100": 312,
+    "B300": 2250, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312,
     "A800": 312, "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "A6000": 155, "V100": 125, "T4": 65,
     "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip

@@ -96,6 +96,22 @@ def make_trackers(recipe, folder: Path) -> tuple[EfficientTracker, EfficientTrac
     return student.float(), teacher.float()
 
 
+def make_student(recipe, tracker: EfficientTracker, teacher: EfficientTracker) -> TrackerStudent:
+    """Take out of a tracker what the recipe trains."""
+    train, loss = recipe.train, recipe.loss
+    return TrackerStudent(
+        tracker,
+        recipe.memory.trains,
+        teacher,
+        {name: getattr(loss, name) for name in LOSSES},
+        loss.side_px or tracker.image_size,
+        loss.iou_error == "squared",
+        train.trunk_batch,
+        train.objects_at_once,
+        train.recompute,
+    )
+
+
 def keep_whole(student: TrackerStudent, accelerator) -> None:
     """Under ZeRO-3, keep the student's weights whole on every rank: gathered together, never module by module.
 
@@ -142,17 +158,7 @@ class MemoryStage(Stage):
         self.val_data = VideoClips(held_out, index.parent, **shape, reverse=0.0, augment=False, seed=train.seed)
         self.train_size = len(self.train_data)
         tracker, teacher = tracker.to(self.device), teacher.to(self.device)
-        self.student = TrackerStudent(
-            tracker,
-            recipe.memory.trains,
-            teacher,
-            {name: getattr(recipe.loss, name) for name in LOSSES},
-            recipe.loss.side_px or side,
-            recipe.loss.iou_error == "squared",
-            train.trunk_batch,
-            train.objects_at_once,
-            train.recompute,
-        )
+        self.student = make_student(recipe, tracker, teacher)
         keep_whole(self.student, accelerator)
         self.student_parameters = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         self.frozen_parameters = parameter_count(tracker) - self.student_parameters

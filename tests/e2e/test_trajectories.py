@@ -145,7 +145,7 @@ def test_batchnorm_is_validated_as_it_is_saved(shared):
     folder, overrides = shared
     run(
         folder, "train", *overrides, "student=efficientvit_b0", "train.steps=3", "train.eval_every=3",
-        "train.log_every=3", "optim.warmup_steps=1", "optim.lr=1e-3", "hardware=zero2_cpu", "name=batchnorm",
+        "train.log_every=3", "optim.warmup_steps=1", "optim.lr=1e-3", "hardware=zero3_cpu", "name=batchnorm",
         launch=True,
     )  # fmt: skip
     reported = metrics(folder / "runs/batchnorm", "val/cosine")[3]["val/cosine"]
