@@ -113,13 +113,14 @@ def _write(folder: Path, files: dict[str, dict], trainer: dict, is_best: bool) -
             save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial / name)
         (partial / "trainer.json").write_text(json.dumps(trainer, indent=1))
         sync(partial)
+        if is_best:  # before the step itself, whose trainer.json names it
+            _keep_best(partial, folder.with_name(f"best-{folder.name}"))
     except (OSError, SafetensorError):
-        shutil.rmtree(partial)  # the room it takes may be what others need
+        for torn in folder.parent.glob("*.partial"):  # the room they take may be what others need
+            shutil.rmtree(torn)
         raise
     shutil.rmtree(folder, ignore_errors=True)  # of the same step, from before a resume
     partial.rename(folder)
-    if is_best:
-        _keep_best(folder)
 
 
 def sync(folder: Path) -> None:
@@ -130,8 +131,7 @@ def sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _keep_best(folder: Path) -> None:
-    best = folder.with_name(f"best-{folder.name}")
+def _keep_best(folder: Path, best: Path) -> None:
     partial = best.with_name(best.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -241,10 +241,13 @@ def _memory(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
 def training_flops(recipe: Any) -> float:
     """Return the floating-point operations of training on one sample: forward and backward, frozen parts included.
 
-    Matrix products and convolutions only, as is usual; what `recompute` does twice counts twice.
+    Matrix products and convolutions only, as is usual; what `recompute` does twice counts once. It is the most that
+    there can be: texts of full length, as many objects as a clip may have.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    if recipe.stage == "memory":
+        recipe = replace(recipe, train=replace(recipe.train, recompute=False))
     samples = 1 if recipe.stage == "memory" else 2  # BatchNorm may want two
     dry = dry_stage(recipe, samples)
     with _attention_as(_plain_attention), Ledger(), FlopCounterMode(display=False) as counter:

@@ -7,10 +7,12 @@ optimizer is counted as torch and DeepSpeed allocate it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -20,6 +22,7 @@ from effsam3.errors import UserError
 from effsam3.layouts import REDUCE_BUCKET, layout_file, layout_processes
 from effsam3.recipe import flat
 
+Found = TypeVar("Found")
 GIB = 1 << 30
 FP32 = 4  # bytes; weights, gradients and optimizer state are float32 in every precision
 LIBRARIES = GIB  # the CUDA context, cuBLAS' and NCCL's own buffers: outside of torch's allocator
@@ -131,7 +134,7 @@ class Estimate:
         return sum(self.device.values())
 
 
-def states(layout: Layout, trained: int, precision: str) -> tuple[dict[str, int], int]:
+def states(layout: Layout, trained: int) -> tuple[dict[str, int], int]:
     """Return the bytes of weights, gradients and optimizer on one device, and of what is offloaded per process.
 
     ZeRO keeps another float32 copy of its part of the weights, although they are float32 already: counted in
@@ -143,11 +146,9 @@ def states(layout: Layout, trained: int, precision: str) -> tuple[dict[str, int]
         copies = P if layout.processes > 1 else 0  # DDP sends copies of the gradients
         return {"weights": P, "gradients": P + copies, "optimizer": 2 * P}, 0
     divided = {"weights": P, "gradients": part if layout.stage > 1 else P, "optimizer": 3 * part}
-    kinds = 2 if precision == "bf16" else 1  # one bucket for each type that gradients are sent in
-    divided["ZeRO's buckets"] = kinds * REDUCE_BUCKET * FP32
+    divided["ZeRO's buckets"] = REDUCE_BUCKET * FP32
     if layout.stage == 3:  # weights are gathered for as long as a step needs them; here that is all of it
         divided["weights"] += 0 if layout.offloads_weights else part
-        divided["ZeRO's buckets"] = REDUCE_BUCKET * (FP32 + (2 if kinds == 2 else 0))
     if not layout.offloads:
         return divided, 0
     moved = divided.pop("optimizer") + part + (part if layout.offloads_weights else 0)
@@ -157,7 +158,7 @@ def states(layout: Layout, trained: int, precision: str) -> tuple[dict[str, int]
 def estimate(recipe: Any, sizes: Sizes, layout: Layout | None = None) -> Estimate:
     """Return what a recipe takes on its layout, or on another one."""
     layout = layout or read_layout(recipe.hardware)
-    device, host = states(layout, sizes.trained, recipe.train.precision)
+    device, host = states(layout, sizes.trained)
     P, train = sizes.trained * FP32, recipe.train
     if train.ema:
         device["averaged weights"] = P
@@ -288,6 +289,17 @@ def table(recipe: Any, device_gib: float | None = None) -> str:
     return "\n".join(lines)
 
 
+def attempt(estimate: Callable[[Any], Found], recipe: Any, otherwise: Found) -> Found:
+    """Return an estimate, or `otherwise` where it cannot be made: a dry run must never stop a real one.
+
+    A SAM 3 whose sizes are not known is a UserError, an operation without a fake a RuntimeError.
+    """
+    try:
+        return estimate(recipe)
+    except (UserError, RuntimeError):
+        return otherwise
+
+
 def header_lines(recipe: Any, sizes: Sizes | None = None) -> dict[str, str]:
     """Return one line for a run's header. Without `sizes` an image or text recipe is measured, in a second or two.
 
@@ -326,3 +338,18 @@ def explain_out_of_memory(recipe: Any, error: torch.OutOfMemoryError, device_gib
         f"estimated were about {_gib(found.total)} a device, {_gib(sizes.micro_batch)} of them for a micro-batch\n"
         f"what decides it: {knobs}\nchange: " + "\n    or: ".join(lines)
     )
+
+
+@contextmanager
+def out_of_memory_explained(recipe: Any) -> Iterator[None]:
+    """Turn a device's lack of memory into an error that names what decides it.
+
+    Raises:
+        UserError: the device is out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        unexplained = UserError(f"{error}; lower train.micro_batch_size (it is {recipe.train.micro_batch_size})")
+        explain = partial(explain_out_of_memory, error=error)
+        raise attempt(explain, recipe, unexplained) from error

@@ -149,12 +149,13 @@ def run(recipe: Any, stage, accelerator, report) -> Any:
     batch, sample = heaviest(list(islice(stage.train_batches(0, LOOKED_AT), LOOKED_AT)))
     trained = sum(parameter.numel() for parameter in stage.student.parameters() if parameter.requires_grad)
     layout = replace(read_layout(recipe.hardware), processes=accelerator.num_processes)
-    taken, _ = states(layout, trained, recipe.train.precision)
+    taken, _ = states(layout, trained)
     average = FP32 * trained if recipe.train.ema else 0
     # The weights stand on the device already, and the trial's backward makes gradients.
     trial = Trial(stage, batch, sample, max(sum(taken.values()) + average - 2 * FP32 * trained, 0))
     mine = find(micro_batches(recipe, accelerator.num_processes), trial)
     found = int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).min())
+    torch.cuda.reset_peak_memory_stats()  # the run reports its own
     return take(recipe, found, stage, accelerator, report)
 
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -50,6 +52,13 @@ class Window:
         batch = next(batches)
         self.waited += time.perf_counter() - started
         return batch
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is no training: validation, saving."""
+        began = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - began
 
     def add(self, parts: dict[str, torch.Tensor]) -> None:
         """Add a micro-batch's losses, without waiting for the device."""

@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from effsam3.errors import UserError
+from effsam3.report import write_text
 
 FILE = "not_finite.json"  # of a run that stopped: the samples of the step
 MOST_IN_A_ROW = 10  # micro-batches that are left out one after the other
@@ -56,6 +57,7 @@ class NotFinite:
             with open(self.folder / SKIPPED, "a") as file:
                 file.write(json.dumps({"step": self.step, "micro_batch": len(self.losses) - 1, "ranks": named}) + "\n")
         self.losses[-1] = torch.zeros_like(self.losses[-1])
+        del parts  # and its activations: there is no room for those of two
         # Every layout wants a backward pass for every forward: a batch that is known to be harmless, times zero.
         parts = {name: 0 * value for name, value in self.stage.loss(student, self.usable).items()}
         _restore(student, buffers)
@@ -95,7 +97,7 @@ class NotFinite:
         """Write down the micro-batches and end the run."""
         if self.accelerator.is_main_process:
             text = json.dumps({"step": self.step, "micro_batches": named}, indent=1)
-            (self.folder / FILE).write_text(text)
+            write_text(self.folder / FILE, text)
         worst = next((one for one in named if not isinstance(one["loss"], float)), None)
         what = f"the loss is {worst['loss']} on rank {worst['rank']}" if worst else "the gradient is not finite"
         remedy = "take these samples out of the data" if self.skip else "leave them out with train.not_finite=skip"

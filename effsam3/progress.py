@@ -11,7 +11,8 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -72,18 +73,28 @@ class Progress:
         self.path, self.is_main, self.layout, self.global_batch = Path(folder) / FILE, is_main, layout, global_batch
         self.started = time.time()
         self.last: RunProgress | None = None
+        self.begun = False
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Say of a run that ends by an error that it failed; one that asked to end (SystemExit) has said so itself."""
-        if self.last is not None and error is not None and kind is not SystemExit:
-            self.update("failed", self.last.step, self.last.steps, error=str(error) or kind.__name__)
+        """Say of a run that ends by an error that it failed; one that asked to end (SystemExit) has said so itself.
+
+        Any rank says it, the first one counts: the others only lose their connection to it, or are killed.
+        """
+        if not self.begun or error is None or kind is SystemExit:
+            return
+        with suppress(OSError):  # a full disk must not hide the error
+            found = read_progress(self.path.parent)
+            if found is not None and found.state == "running":
+                told = replace(found, state="failed", updated=time.time(), error=str(error) or kind.__name__)
+                write_json(self.path, asdict(told))
 
     def update(self, state: str, step: int, steps: int, samples_per_s: float | None = None, error: str = "") -> None:
         """Write a sign of life; without `samples_per_s` the latest known speed stays."""
         assert state in STATES, state
+        self.begun = True
         if not self.is_main:
             return
         now, last = time.time(), self.last

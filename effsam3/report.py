@@ -18,11 +18,14 @@ VERSIONS = ("effsam3", "torch", "transformers", "timm", "accelerate", "deepspeed
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: a temporary name, fsync, rename."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)  # what a full disk leaves
 
 
 def write_json(path: Path, content) -> None:

@@ -102,7 +102,9 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
         "checkpoints": [path.name for path in saved],
         "best_checkpoint": best[-1].name if best else None,
         "unreadable": len({line["key"] for line in read_lines(folder / "unreadable.jsonl")}),
-        "skipped_micro_batches": len(read_lines(folder / "skipped.jsonl")),
+        "skipped_micro_batches": len(
+            {(one["step"], one["micro_batch"]) for one in read_lines(folder / "skipped.jsonl")}
+        ),
         "trackers": _trackers(folder),
     }
     if progress is not None:

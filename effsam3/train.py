@@ -21,7 +21,7 @@ from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
 from effsam3.dry_run import training_flops
 from effsam3.errors import UserError
-from effsam3.estimates import explain_out_of_memory, header_lines
+from effsam3.estimates import attempt, header_lines, out_of_memory_explained
 from effsam3.layouts import layout_file, layout_processes
 from effsam3.meters import Unreadable, Window, line_of, step_line
 from effsam3.not_finite import NotFinite
@@ -72,11 +72,8 @@ def run(recipe, resume: str = AUTO) -> None:
     )
     report = Report(folder, accelerator.is_main_process)
     progress = Progress(folder, accelerator.is_main_process, layout(accelerator), recipe.train.global_batch_size)
-    try:
-        with progress, worker_failures_explained():
-            learn(recipe, resume, accelerator, micros, report, progress, stop)
-    except torch.OutOfMemoryError as error:
-        raise explain_out_of_memory(recipe, error) from error
+    with progress, worker_failures_explained(), out_of_memory_explained(recipe):
+        learn(recipe, resume, accelerator, micros, report, progress, stop)
 
 
 def learn(recipe, resume: str, accelerator, micros: int, report: Report, progress: Progress, stop: Stop) -> None:
@@ -99,6 +96,10 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     moments: dict[str, torch.Tensor] = {}
     if last is not None:
         state |= read_trainer(last)
+        if last.parent.resolve() != (folder / "checkpoints").resolve():
+            state |= {"best": None, "worse": 0}  # the other run's best weights stay there
+        if state["step"] == steps and state["best"] is None:
+            raise UserError(f"--resume: {last} has taken all {steps} steps; there is nothing left to begin with")
         weights, moments = checkpoint.read_trained(last)
         stage.student.load_state_dict(weights)  # before a layout divides them
         if ema is not None:
@@ -111,9 +112,10 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     announce(recipe, stage, accelerator, report, steps, micros, state)
     average = None if ema is None else ema.module
     unreadable = Unreadable(folder)
-    if state["ended"] or state["step"] == steps:
+    # Asked anew, because the patience may have been raised.
+    state["ended"] = state["step"] == steps or 0 < recipe.train.patience <= state["worse"]
+    if state["ended"]:
         report.say(f"this run is complete: {state['step']} steps, nothing to do")
-        state["ended"] = True
     if state["step"] == 0:
         state["untrained"] = validate(recipe, stage, accelerator, average or student, unreadable, 0)
         report.metrics(state["untrained"], 0)
@@ -122,10 +124,12 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     # ---- loop
     # One rank reports speed, and on a CPU nobody asks for FLOPs: they take some seconds to count.
     counted = accelerator.is_main_process and accelerator.device.type == "cuda"
-    flops = training_flops(recipe) if counted else None
+    flops = attempt(training_flops, recipe, None) if counted else None
     batches = iter(stage.train_batches(state["step"], steps))
     bar = progress_bar(accelerator, steps, state["step"])
     window = Window(accelerator, recipe.train.global_batch_size, flops, recipe.train.per_rank)
+    if recipe.train.precision != "bf16":
+        window.peak = None  # which is bfloat16's
     finite = NotFinite(stage, accelerator, folder, recipe.train.not_finite == "skip")
     for step in range(state["step"], state["step"] if state["ended"] else steps):
         lr = lr_at(step, steps, warmup, optim.lr, optim.min_lr, optim.warmup_lr)
@@ -163,7 +167,8 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
         if any(due.values()) or asked:
             share_buffers(accelerator, student, average)
         if due["eval_every"]:
-            values = validate(recipe, stage, accelerator, average or student, unreadable, done)
+            with window.paused():
+                values = validate(recipe, stage, accelerator, average or student, unreadable, done)
             refuse_not_finite(values[stage.metric], done)
             improved = state["best"] is None or values[stage.metric] > state["best"][stage.metric]
             state["worse"] = 0 if improved else state["worse"] + 1
@@ -175,8 +180,9 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
         enough = 0 < recipe.train.patience <= state["worse"]
         state["ended"] = final or enough
         if improved or asked or enough or due["save_every"]:
-            keep = recipe.train.keep_checkpoints
-            checkpoint.save(accelerator, student, optimizer, average, folder / "checkpoints", state, keep, improved)
+            keep, home = recipe.train.keep_checkpoints, folder / "checkpoints"
+            with window.paused():
+                checkpoint.save(accelerator, student, optimizer, average, home, state, keep, improved)
         if asked and not final:
             progress.update("stopped", done, steps)
             report.say(f"asked to stop: saved at step {done}; the same command goes on from there")
@@ -297,7 +303,7 @@ def announce(recipe, stage, accelerator, report: Report, steps: int, micros: int
     resumed = f"   (going on from step {state['step']:,})" if state["step"] else ""
     lines = stage.describe() | {"batch": batch, "run": f"{report.folder}{resumed}"}
     if accelerator.is_main_process and accelerator.device.type == "cuda":
-        lines |= header_lines(recipe)
+        lines |= attempt(header_lines, recipe, {})
     report.header(f"train    {recipe.name}   {layout(accelerator)}   {recipe.train.precision}", lines)
     declared = layout_processes(layout_file(recipe.hardware))
     if declared != accelerator.num_processes:

@@ -33,8 +33,8 @@ fi
 # USR1: the time is nearly up (--signal). TERM: scancel or preemption, and requeueing is not ours to decide. srun hands
 # USR1 on to its tasks, whereas TERM would make it kill them.
 step= cancelled=
-trap 'kill -USR1 $step' USR1
-trap 'cancelled=yes; kill -USR1 $step' TERM
+trap '[ -z "$step" ] || kill -USR1 "$step"' USR1
+trap 'cancelled=yes; [ -z "$step" ] || kill -USR1 "$step"' TERM
 # --cpu-bind=none: the one task starts ranks and data workers for every core. --wait=0: node 0 merges and evaluates when
 # the others have ended. --kill-on-bad-exit=0: a node that has ended first must not take the time to finish from the one
 # that writes; ranks without their peers end by themselves.

@@ -46,7 +46,7 @@ def worker_failures_explained() -> Iterator[None]:
             raise
         raise type(error)(str(error).rsplit(name, 1)[1].strip()) from error
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        if not str(error).startswith("DataLoader "):  # not a worker's own error, which says "Caught ..."
             raise
         raise UserError(
             f"{str(error).strip(' .')}. A worker without memory is killed, one that hangs waits for its disk (see the "

@@ -7,6 +7,7 @@ Letters: B clips, T frames of a clip, O objects of all clips, N some of them, S 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,16 @@ class TrackerStudent(nn.Module):
         self.weights, self.side_px, self.squared_iou = dict(weights), side_px, squared_iou
         self.trunk_batch, self.objects_at_once, self.recompute = trunk_batch, objects_at_once, recompute
         self.trunk_frozen = not {"trunk", "neck", "decoder"} & set(parts)  # the decoder's first convolutions are there
+
+    def __deepcopy__(self, memo: dict) -> TrackerStudent:
+        """Copy what is trained, for averaged weights; what is frozen is shared."""
+        for module in (self.tracker, self.teacher):
+            for tensor in (*module.parameters(), *module.buffers()):
+                if not tensor.requires_grad:
+                    memo[id(tensor)] = tensor
+        memo[id(self)] = copied = TrackerStudent.__new__(TrackerStudent)
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
 
     def train(self, mode: bool = True) -> TrackerStudent:
         """Set the trained parts to train or eval mode. Tracker and teacher have the flag alone, not their modules: it

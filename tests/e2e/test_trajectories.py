@@ -138,6 +138,9 @@ def test_goes_on_under_another_layout(shared, reference, saved, step, layout):
     assert f"going on from step {step}" in printed
     found = metrics(folder / "runs" / name)
     assert_same({number: reference[number] for number in range(step + 1, STEPS + 1)}, found, 1e-4)
+    # Of the averaged weights, which are saved and read too.
+    whole, moved = (metrics(folder / "runs" / run_name, "val/cosine")[STEPS] for run_name in ("reference", name))
+    assert moved["val/cosine"] == pytest.approx(whole["val/cosine"], rel=1e-4)
 
 
 def test_batchnorm_is_validated_as_it_is_saved(shared):
@@ -165,6 +168,10 @@ def test_wandb_without_a_login_stays_on_disk(shared, tmp_path):
     )  # fmt: skip
     assert "wandb sync" in printed
     (recorded,) = Path(folder / "runs/tracked/wandb").glob("offline-run-*/*.wandb")
-    assert b"train/loss" in recorded.read_bytes() and b"val/cosine" in recorded.read_bytes()
+    logged = recorded.read_bytes()
+    # Numbers, the whole recipe, and where it all comes from.
+    assert all(
+        name in logged for name in (b"train/loss", b"val/cosine", b"optim.clip_grad_norm", b"provenance.commit")
+    )
     (events,) = (folder / "runs/tracked/tensorboard").rglob("events*.0")
     assert b"train/loss" in events.read_bytes()

@@ -73,7 +73,7 @@ def test_what_a_person_reads(tmp_path):
     unreadable = Unreadable(folder)
     unreadable.note({"unreadable": [("a.jpg", "cut short"), ("b.jpg", "empty")]}, 4)
     Unreadable(folder).note({"unreadable": [("a.jpg", "cut short")]}, 9)  # a second launch meets one again
-    (folder / "skipped.jsonl").write_text('{"step": 7}\n')
+    (folder / "skipped.jsonl").write_text('{"step": 7, "micro_batch": 0}\n' * 2)
     (folder / "effsam3").mkdir()
     (folder / "effsam3" / "events.out.tfevents.1.host").touch()
     edit_progress(folder, updated=5000.0, host="gpu-7", pid=42)

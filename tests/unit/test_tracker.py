@@ -142,6 +142,21 @@ def test_gradients_are_ready_in_the_same_order_whatever_the_prompts(tensors):
     assert orders[0] == orders[1] and len(orders[0]) > 100
 
 
+def test_a_copy_for_averaging_shares_what_is_frozen(tensors):
+    student = make_student(tensors).eval()
+    copied = deepcopy(student)
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    own, other = dict(student.tracker.named_parameters()), dict(copied.tracker.named_parameters())
+    assert own.keys() == other.keys() and trained < own.keys()
+    assert all((own[name] is other[name]) == (name not in trained) for name in own)
+    assert all(other[name] is parameter for name, parameter in copied.named_parameters())
+    given = inputs()
+    torch.testing.assert_close(copied(*given)["j"], student(*given)["j"])
+    with torch.no_grad():
+        next(copied.parameters()).zero_()
+    assert next(student.parameters()).any()
+
+
 @pytest.mark.parametrize("mode", ["hybrid", "latents", "pooled"])
 def test_every_trained_parameter_learns_and_nothing_else_moves(tensors, mode):
     student = make_student(tensors, mode).train()
