@@ -300,14 +300,19 @@ def attempt(estimate: Callable[[Any], Found], recipe: Any, otherwise: Found) -> 
         return otherwise
 
 
-def header_lines(recipe: Any, sizes: Sizes | None = None) -> dict[str, str]:
-    """Return one line for a run's header. Without `sizes` an image or text recipe is measured, in a second or two.
+def running_layout(accelerator: Any, hardware: str) -> Layout:
+    """Return the layout that a run has been started on, whatever its recipe names."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return Layout(hardware, accelerator.num_processes, None, False, False)
+    zero = plugin.deepspeed_config["zero_optimization"]
+    offloads = [zero.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")]
+    return Layout(hardware, accelerator.num_processes, plugin.zero_stage, *offloads)
 
-    The memory stage takes longer than a start should: without `sizes` it gets no line.
-    """
-    if sizes is None and recipe.stage == "memory":
-        return {}
-    found, device = estimate(recipe, sizes or measure(recipe)), device_bytes()
+
+def header_lines(recipe: Any, layout: Layout, sizes: Sizes | None = None) -> dict[str, str]:
+    """Return one line for a run's header. Without `sizes` the recipe is measured, as `measure` says."""
+    found, device = estimate(recipe, sizes or measure(recipe), layout), device_bytes()
     of = "" if device is None else f" of {_gib(device)}"
     largest = sorted(found.device, key=found.device.get, reverse=True)[:2]
     parts = ", ".join(f"{name} {_gib(found.device[name])}" for name in largest)

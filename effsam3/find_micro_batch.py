@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from effsam3.accelerator import frozen_autocast
 from effsam3.errors import UserError
-from effsam3.estimates import FP32, micro_batches, read_layout, states
+from effsam3.estimates import FP32, micro_batches, running_layout, states
 from effsam3.recipe import accumulation, load_recipe
 
 LOOKED_AT = 8  # micro-batches; of these the heaviest sample is tried, repeated
@@ -148,8 +148,7 @@ def run(recipe: Any, stage, accelerator, report) -> Any:
         )
     batch, sample = heaviest(list(islice(stage.train_batches(0, LOOKED_AT), LOOKED_AT)))
     trained = sum(parameter.numel() for parameter in stage.student.parameters() if parameter.requires_grad)
-    layout = replace(read_layout(recipe.hardware), processes=accelerator.num_processes)
-    taken, _ = states(layout, trained)
+    taken, _ = states(running_layout(accelerator, recipe.hardware), trained)
     average = FP32 * trained if recipe.train.ema else 0
     # The weights stand on the device already, and the trial's backward makes gradients.
     trial = Trial(stage, batch, sample, max(sum(taken.values()) + average - 2 * FP32 * trained, 0))

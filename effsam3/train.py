@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
 from effsam3.dry_run import training_flops
 from effsam3.errors import UserError
-from effsam3.estimates import attempt, header_lines, out_of_memory_explained
+from effsam3.estimates import attempt, header_lines, out_of_memory_explained, running_layout
 from effsam3.layouts import layout_file, layout_processes
 from effsam3.meters import Unreadable, Window, line_of, step_line
 from effsam3.not_finite import NotFinite
@@ -303,7 +304,7 @@ def announce(recipe, stage, accelerator, report: Report, steps: int, micros: int
     resumed = f"   (going on from step {state['step']:,})" if state["step"] else ""
     lines = stage.describe() | {"batch": batch, "run": f"{report.folder}{resumed}"}
     if accelerator.is_main_process and accelerator.device.type == "cuda":
-        lines |= attempt(header_lines, recipe, {})
+        lines |= attempt(partial(header_lines, layout=running_layout(accelerator, recipe.hardware)), recipe, {})
     report.header(f"train    {recipe.name}   {layout(accelerator)}   {recipe.train.precision}", lines)
     declared = layout_processes(layout_file(recipe.hardware))
     if declared != accelerator.num_processes:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from effsam3.estimates import (
     Layout,
     Sizes,
     advice,
+    attempt,
     estimate,
     explain_out_of_memory,
     fits,
@@ -30,8 +32,10 @@ from effsam3.estimates import (
     measure,
     micro_batches,
     other_changes,
+    out_of_memory_explained,
     read_layout,
     resized,
+    running_layout,
     states,
     table,
 )
@@ -264,10 +268,30 @@ def test_show_refuses_a_device_without_memory_and_says_what_is_unknown(capsys):
 
 
 def test_the_header_has_one_line():
-    line = header_lines(load_recipe(IMAGE), Sizes(trained=1000, frozen=0, micro_batch=3 * GIB))["memory"]
+    recipe, layout = load_recipe(IMAGE), read_layout("cpu")
+    line = header_lines(recipe, layout, Sizes(trained=1000, frozen=0, micro_batch=3 * GIB))["memory"]
     assert line.startswith("about 3.0 GiB") and "(micro-batch 3.0 GiB, " in line
-    assert "\n" not in header_lines(load_recipe(IMAGE))["memory"]
-    assert header_lines(load_recipe(MEMORY)) == {}
+    assert "\n" not in header_lines(recipe, layout)["memory"]
+
+
+def test_a_run_is_on_the_layout_that_it_was_started_on():
+    def started(processes, plugin=None):
+        return SimpleNamespace(num_processes=processes, state=SimpleNamespace(deepspeed_plugin=plugin))
+
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": zero})
+    assert running_layout(started(4), "zero2") == Layout("zero2", 4, None, False, False)
+    assert running_layout(started(16, plugin), "ddp") == Layout("ddp", 16, 3, True, False)
+
+
+def test_an_estimate_that_cannot_be_made_stops_nothing():
+    recipe = load_recipe(TEXT, ["sam3.checkpoint=someone/sam3"])
+    with pytest.raises(UserError):
+        measure(recipe)
+    assert attempt(measure, recipe, None) is None
+    with pytest.raises(UserError, match="out of memory.*; lower train.micro_batch_size"):
+        with out_of_memory_explained(recipe):
+            raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_a_clip_with_fewer_frames_or_objects_takes_less():
