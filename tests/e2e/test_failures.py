@@ -26,7 +26,6 @@ from effsam3 import checkpoint
 from effsam3.data.sa1b import load_index
 from effsam3.data.sampler import StepSampler
 from effsam3.data.store import StoreReader, StoreWriter, create_store, finish_store
-from effsam3.data.synthetic_captions import make_synthetic_recap
 
 TEXT = REPOSITORY / "recipes/smoke/text.yaml"
 STEPS, BATCH, MICRO = 6, 8, 4
@@ -354,7 +353,6 @@ def test_stopped_and_resumed(shared, tmp_path, kind):
     folder, overrides = shared
     recipe, more = SMOKE, (*overrides, "teacher=online")
     if kind == "stream":
-        make_synthetic_recap(tmp_path / "recap", 200)
         recipe, more = TEXT, (
             "data.streaming=true", "data.phrases=[]", "data.phrase_share=0", f"data.captions={tmp_path}/recap",
             "train.eval_samples=20",

@@ -238,7 +238,7 @@ def test_where_no_micro_batch_helps_the_layout_is_named_next():
     assert list(totals)[0] == "hardware=zero3" and list(totals)[-1] == "train.ema=0"
     now = estimate(recipe, sizes).total / GIB
     assert now - totals["train.ema=0"] == pytest.approx(4e9 / GIB)
-    assert now - totals["hardware=zero3"] == pytest.approx((2 * REDUCE_BUCKET - 0.5e9) / GIB)
+    assert now - totals["hardware=zero3"] == pytest.approx(-0.5e9 / GIB)  # whole while a step runs, and its part
 
 
 def test_a_table_says_whether_a_device_is_enough():
