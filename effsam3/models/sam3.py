@@ -178,7 +178,8 @@ def _download(repo_id: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ChassisError(
             f"sam3.checkpoint: {repo_id} is no folder here and cannot be had from the Hub ({type(error).__name__}: "
-            f"{error}). facebook/sam3 is gated: ask for access on its page, then `hf auth login`; or name a local folder, or `tiny` for a trial"
+            f"{error}). facebook/sam3 is gated: ask for access on its page, then `hf auth login`; or name a local "
+            "folder, or `tiny` for a trial"
         ) from error
 
 
