@@ -149,7 +149,7 @@ def draw(curves: dict[str, dict[str, Curve]], metrics: Sequence[str], smooth: fl
     }
     figure = Figure(figsize=(WIDTH_PX / DPI, ROW_PX * rows / DPI), dpi=DPI, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, metric in zip(axes, metrics, strict=False):
+    for axis, metric in zip(axes[: len(metrics)], metrics, strict=True):
         drawn = {run: points[metric] for run, points in curves.items() if metric in points}
         for run, curve in drawn.items():
             _line(axis, metric, curve, smooth, styles[run])

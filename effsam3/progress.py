@@ -66,7 +66,7 @@ class RunProgress:
 
 
 class Progress:
-    """Keeps progress.json of a run folder up to date; ranks that are not the main one write nothing."""
+    """Keeps progress.json of a run folder up to date: the main rank writes, and whichever rank fails first."""
 
     def __init__(self, folder: Path, is_main: bool, layout: str, global_batch: int):
         """`layout` is such as "2 x cpu, MULTI_CPU"; `global_batch` counts samples per optimizer step."""

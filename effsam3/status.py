@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def _curve(losses: list[float]) -> list[float]:
     """Average a curve down to at most CURVE_POINTS points."""
     points = min(len(losses), CURVE_POINTS)
     edges = [len(losses) * point // points for point in range(points + 1)] if points else []
-    return [sum(losses[start:end]) / (end - start) for start, end in zip(edges, edges[1:], strict=False)]
+    return [sum(losses[start:end]) / (end - start) for start, end in pairwise(edges)]
 
 
 def _trackers(folder: Path) -> list[str]:

@@ -334,7 +334,10 @@ class TextStage(Stage):
 
     def samples(self, batch: dict) -> list[str]:
         """Keys of a batch's texts; a stream has none, so the texts themselves."""
-        return list(batch["texts"]) if self.recipe.data.streaming else super().samples(batch)
+        if self.recipe.data.streaming:
+            return list(batch["texts"])
+        # Of these alone, every step: the dataset's own list has the keys of all texts, gigabytes of them.
+        return self.train_data.part.keys(batch["positions"].tolist())
 
     def target(self, batch: dict) -> Tensor:
         """The teacher's features (B, C, 1, L), float32: read from the store or made here, each different text once."""

@@ -6,6 +6,7 @@ Letters: B samples of a micro-batch, C channels.
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
+from effsam3.data.caption_batches import CaptionBatches
 from effsam3.errors import UserError
 from effsam3.not_finite import MOST_IN_A_ROW, NotFinite
+from effsam3.stages.text import TextStage
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -144,3 +147,21 @@ def test_ten_in_a_row_are_left_out_and_no_more(finite, student, tmp_path):
 def test_the_first_micro_batch_of_a_launch_cannot_be_left_out(finite, student):
     with pytest.raises(UserError, match="the first micro-batch since the start"):
         learn(finite(skip=True), student, batch("bad", NAN), batch("good"))
+
+
+def test_naming_texts_does_not_list_all_keys():
+    """It is done for every micro-batch, and there may be a hundred million texts."""
+    asked = []
+
+    class Part:
+        def __len__(self):
+            return 100_000_000
+
+        def keys(self, positions):
+            asked.append(list(positions))
+            return [f"key-{position}" for position in positions]
+
+    recipe = SimpleNamespace(data=SimpleNamespace(streaming=False))
+    stage = SimpleNamespace(recipe=recipe, train_data=CaptionBatches(Part(), None))
+    assert TextStage.samples(stage, {"positions": torch.tensor([7, 3])}) == ["key-7", "key-3"]
+    assert asked == [[7, 3]]

@@ -92,7 +92,7 @@ def test_smoothing_is_a_mean_with_weights_that_fade():
     values = [3.0, 1.0, 4.0, 1.0, 5.0]
     for at, value in enumerate(smoothed(values, 0.8)):
         weights = [0.8 ** (at - past) for past in range(at + 1)]
-        expected = sum(w * v for w, v in zip(weights, values, strict=False)) / sum(weights)
+        expected = sum(w * v for w, v in zip(weights, values[: at + 1], strict=True)) / sum(weights)
         assert value == pytest.approx(expected)
     assert smoothed(values, 0.0) == values
 
