@@ -91,7 +91,7 @@ class Progress:
                 told = replace(found, state="failed", updated=time.time(), error=str(error) or kind.__name__)
                 write_json(self.path, asdict(told))
 
-    def update(self, state: str, step: int, steps: int, samples_per_s: float | None = None, error: str = "") -> None:
+    def update(self, state: str, step: int, steps: int, samples_per_s: float | None = None) -> None:
         """Write a sign of life; without `samples_per_s` the latest known speed stays."""
         assert state in STATES, state
         self.begun = True
@@ -117,7 +117,7 @@ class Progress:
             layout=self.layout,
             global_batch=self.global_batch,
             samples_per_s=samples_per_s,
-            error=error,
+            error="",
         )
         write_json(self.path, asdict(self.last))
 

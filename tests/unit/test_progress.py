@@ -42,8 +42,6 @@ def test_what_is_written_is_read(tmp_path, clock):
     run.update("running", 50, 200)
     found = read_progress(tmp_path)
     assert (found.interval_s, found.samples_per_s, found.first_step) == (20.0, 4.0, 40)
-    run.update("failed", 51, 200, error="the disk is full")
-    assert read_progress(tmp_path).error == "the disk is full"
     assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
 
 
@@ -51,6 +49,30 @@ def test_other_ranks_write_nothing(tmp_path):
     Progress(tmp_path, False, "2 x cpu, MULTI_CPU", 8).update("running", 1, 2)
     assert list(tmp_path.iterdir()) == []
     assert read_progress(tmp_path) is None
+
+
+def fail(run, problem):
+    with pytest.raises(type(problem)), run:
+        raise problem
+
+
+def test_the_first_rank_that_fails_says_why(tmp_path):
+    main, other, early = (Progress(tmp_path, is_main, "2 x cpu, MULTI_CPU", 8) for is_main in (True, False, False))
+    for run in (main, other):
+        run.update("running", 7, 20)
+    fail(early, UserError("another recipe"))  # it had not begun: the file is not about it
+    assert read_progress(tmp_path).state == "running"
+    fail(other, UserError("the shard is cut short"))
+    fail(main, RuntimeError("connection closed"))
+    found = read_progress(tmp_path)
+    assert (found.state, found.error, found.step) == ("failed", "the shard is cut short", 7)
+
+
+def test_one_that_asked_to_end_has_said_so(tmp_path):
+    run = Progress(tmp_path, True, "1 x cpu, NO", 8)
+    run.update("stopped", 7, 20)
+    fail(run, SystemExit(75))
+    assert read_progress(tmp_path).state == "stopped"
 
 
 def test_an_unknown_state_is_a_programmers_mistake(tmp_path):

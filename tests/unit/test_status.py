@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 LAYOUT = "2 x cpu, MULTI_CPU"
 
 
-def train(runs, name="r", state="running", steps_done=60, error="", **more):
+def train(runs, name="r", state="running", steps_done=60, **more):
     """Leave behind what `train` does at this step of 200: logged every 10, validated and saved every 50."""
     overrides = [f"name={name}", f"train.runs={runs}", "train.trackers=[tensorboard]"]
     recipe = load_recipe(ROOT / "recipes/smoke/image.yaml", overrides)
@@ -42,7 +42,7 @@ def train(runs, name="r", state="running", steps_done=60, error="", **more):
                 saved = checkpoint.step_folder(recipe.folder / "checkpoints", step, best)
                 saved.mkdir(parents=True)
                 (saved / "trainer.json").write_text(json.dumps({"step": step, "ended": step == 200}))
-    progress.update(state, steps_done, 200, error=error)
+    progress.update(state, steps_done, 200)
     return recipe.folder
 
 
