@@ -279,11 +279,12 @@ class _Shape:
         self.corners, self.depth = rng.integers(2, 7), rng.uniform(0.0, 0.3)
         self.turn, self.spin = rng.uniform(0, 2 * np.pi), rng.uniform(-1.2, 1.2)  # radians, radians per second
         self.breath, self.breath_rate = rng.uniform(0.1, 0.3), rng.uniform(0.2, 0.5)
-        # The others' paths go beyond the border, at first from inside; so they leave and come back.
+        # The others' paths go beyond the border: they leave and come back, and some are not there at first.
         inner, outer = (0.1, 0.25) if position == 0 else (0.35, 0.75)
         self.reach = rng.uniform(inner, outer, 2) * extent
         self.centre = extent * rng.uniform(0.4, 0.6, 2)
-        self.phase = rng.uniform(0, 2 * np.pi, 2) if position == 0 else rng.normal(0, 0.4, 2)
+        self.phase = rng.uniform(0, 2 * np.pi, 2)  # anywhere: no moment of a video is unlike the others
+        self.breath_phase = rng.uniform(0, 2 * np.pi)
         self.rate = rng.uniform(0.12, 0.3, 2) * rng.choice([-1, 1], 2)  # rounds per second
 
     def draw(
@@ -294,7 +295,7 @@ class _Shape:
         `hue` and `scale` make it a plain part in the middle of the shape.
         """
         centre = self.centre + self.reach * np.sin(2 * np.pi * self.rate * time + self.phase)
-        size = scale * self.size * (1 + self.breath * np.sin(2 * np.pi * self.breath_rate * time))
+        size = scale * self.size * (1 + self.breath * np.sin(2 * np.pi * self.breath_rate * time + self.breath_phase))
         turn = self.turn + self.spin * time
         cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
         y_HW, x_HW = (yx_2HW - centre.astype(np.float32)[:, None, None]) / np.float32(size)
