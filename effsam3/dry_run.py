@@ -138,13 +138,20 @@ def _stage(cls: type, recipe: Any, **attributes) -> Any:
 
 
 def _config(checkpoint: str) -> Any:
-    """The chassis' config: a local folder's own, else by its published sizes."""
+    """The chassis' config: a local folder's own, else by its published sizes.
+
+    Raises:
+        UserError: the sizes are not known.
+    """
     from effsam3.models.sam3 import read_config
 
     for folder in (Path(checkpoint) / "merged", Path(checkpoint)):
         if (folder / "config.json").is_file():
             return read_config(folder)
-    return tiny_config() if checkpoint == "tiny" else full_config()
+    if checkpoint == "tiny":
+        return tiny_config()
+    chassis_facts(checkpoint)  # it knows which names are of SAM 3's sizes
+    return full_config()
 
 
 def _image(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:

@@ -105,7 +105,7 @@ class ContactSheet:
         _write(draw, (2 * GAP, GAP), self.title, 17)
         for column, frame in enumerate(self.frames):
             left = indent + column * (width + GAP)
-            shown = f"frame {frame.index}" + (", prompt" if frame.prompted else "")
+            shown = f"{'prompt,' if frame.prompted else 'frame'} {frame.index}"  # as wide as a portrait video
             _write(draw, (left, 2 * LINE - GAP // 2), shown, 14, PALE)
             truths = frame.truths or {}
             rows = [(truths, {}), *((frame.masks[name], truths) for name in trackers)]
