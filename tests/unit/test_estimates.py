@@ -284,9 +284,10 @@ def test_a_run_is_on_the_layout_that_it_was_started_on():
     assert running_layout(started(16, plugin), "ddp") == Layout("ddp", 16, 3, True, False)
 
 
-def test_an_estimate_that_cannot_be_made_stops_nothing():
-    recipe = load_recipe(TEXT, ["sam3.checkpoint=someone/sam3"])
-    with pytest.raises(UserError):
+@pytest.mark.parametrize("path", [IMAGE, TEXT, MEMORY])
+def test_an_estimate_that_cannot_be_made_stops_nothing(path):
+    recipe = load_recipe(path, ["sam3.checkpoint=someone/sam3"])
+    with pytest.raises(UserError, match="sizes of 'someone/sam3' are not known"):
         measure(recipe)
     assert attempt(measure, recipe, None) is None
     with pytest.raises(UserError, match="out of memory.*; lower train.micro_batch_size"):
