@@ -10,6 +10,8 @@ import json
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from effsam3.benchmarks.fidelity import feature_fidelity
 from effsam3.benchmarks.masks import prompted_mask_quality
 from effsam3.benchmarks.models import load_pair
@@ -255,22 +257,23 @@ def memory_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     """Yield (name, result) as they are made, pictures last."""
     asked, data = recipe.evaluate, recipe.data
     if asked.videos is not None:
-        videos = open_vos(asked.videos)
+        videos = open_vos(asked.videos, split=asked.split)
     else:
         rows, root = load_videos(Path(data.index), "val", data.limit), Path(data.index).parent
         videos = [
             VosVideo(row["key"], root / row["video_file"], SavFile(root / row["annotation_file"]), VIDEO_FPS)
             for row in rows
         ]
-    trackers = {f"{merged['chassis']}, dense": load_tracker(chassis)}
-    student = load_tracker(folder / "merged")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trackers = {f"{merged['chassis']}, dense": load_tracker(chassis).to(device)}
+    student = load_tracker(folder / "merged").to(device)
     if isinstance(student, EfficientTracker):
         trackers |= {f"{student.config.memory_mode}, trained": student}
         trackers |= {f"{mode}, same weights": in_mode(student, mode) for mode in asked.modes}
         if asked.untrained:
             config = tracker_config(read_config(chassis).tracker_config, recipe.memory)
             start = efficient_tracker_tensors(read_tracker_tensors(chassis), config, seed=recipe.train.seed)
-            untrained = load_part(EfficientTracker, config, start).float()
+            untrained = load_part(EfficientTracker, config, start).float().to(device)
             trackers |= {f"{config.memory_mode}, untrained": untrained}
     else:
         trackers |= {"dense, trained": student}
@@ -283,6 +286,7 @@ def memory_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
         pictures=folder / "pictures",
         max_pictures=asked.pictures,
     )
+    result["available"] = len(videos)
     write_objects(result, folder / "eval" / "objects.csv")
     yield "vos", result
     yield "pictures", sorted((folder / "pictures").glob("*.png"))
@@ -290,7 +294,11 @@ def memory_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
 
 def memory_tables(results: dict) -> list[str]:
     """The video benchmark's results as Markdown."""
-    return [vos_table(results["vos"])]
+    result = results["vos"]
+    parts, tracked = [vos_table(result)], result["videos"] + len(result["failed"])
+    if tracked < result["available"]:
+        parts.append(f"The first {tracked} of {result['available']} videos (evaluate.max_videos).")
+    return parts
 
 
 def summarise(tables: list[str], merged: dict) -> str:
