@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from effsam3.data.indexing import advance, worker_pool
 from effsam3.data.sa1b import Unreadable
 from effsam3.data.video_files import VIDEO_EXTENSIONS, VideoFile
 from effsam3.errors import UserError
+from effsam3.report import write_json
 
 CHUNK = 8  # frames decoded at once
 
@@ -36,12 +38,13 @@ def extract_frames(
         How many videos were extracted, how many were there, and what is wrong with the others.
 
     Raises:
-        UserError: sources or values that cannot be used, or a worker that was killed.
+        UserError: sources or values that cannot be used, a folder with frames of other values, or a worker that was
+            killed.
     """
     if every < 1 or not 1 <= quality <= 95:
         raise UserError(f"--every {every} must be 1 or more, --quality {quality} from 1 to 95")
     videos = list_videos(sources)
-    out.mkdir(parents=True, exist_ok=True)
+    _claim(out, {"every": every, "quality": quality})
     waiting = {name: path for name, path in videos.items() if not (out / name).is_dir()}
     bad = []
     interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
@@ -56,6 +59,18 @@ def extract_frames(
         for future in futures:
             bad += future.result()
     return len(waiting) - len(bad), len(videos) - len(waiting), bad
+
+
+def _claim(out: Path, settings: dict) -> None:
+    """Note in a folder how its frames are made, or refuse one whose frames were made otherwise."""
+    stamp = out / ".extracted.json"
+    if stamp.is_file() and (found := json.loads(stamp.read_text(encoding="utf-8"))) != settings:
+        raise UserError(
+            f"{out} holds frames with --every {found['every']} --quality {found['quality']}, asked are --every "
+            f"{settings['every']} --quality {settings['quality']}; name another folder, or delete this one"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(stamp, settings)
 
 
 def list_videos(sources: list[Path]) -> dict[str, Path]:

@@ -211,6 +211,14 @@ def test_extracted_frames_have_the_numbers_of_the_videos_frames(clip, tmp_path):
     assert shown(folder.read(range(folder.frames))) == folder.numbers
 
 
+def test_extraction_refuses_a_folder_of_other_frames(clip, tmp_path):
+    out = tmp_path / "frames"
+    extract_frames([clip], out, every=8, workers=1, progress=False)
+    with pytest.raises(UserError, match="--every 8 --quality 95, asked are --every 4 --quality 95"):
+        extract_frames([clip], out, every=4, workers=1, progress=False)
+    assert extract_frames([clip], out, every=8, workers=1, progress=False) == (0, 1, [])
+
+
 def test_extraction_goes_on_and_names_what_it_leaves_out(tmp_path):
     (tmp_path / "videos" / "deep").mkdir(parents=True)
     write_mp4(tmp_path / "videos" / "deep" / "a.mp4", gop=12)
@@ -225,7 +233,8 @@ def test_extraction_goes_on_and_names_what_it_leaves_out(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert run.returncode == 1 and "1 videos extracted" in run.stdout and "left out: video 'b.mp4'" in run.stderr
-    assert [path.name for path in out.iterdir()] == ["a"] and len(list((out / "a").iterdir())) == 6
+    assert sorted(path.name for path in out.iterdir()) == [".extracted.json", "a"]
+    assert len(list((out / "a").iterdir())) == 6
     kept = (out / "a" / "00000.jpg").stat().st_mtime_ns
     extracted, there, bad = extract_frames([tmp_path / "videos"], out, every=10, workers=1, progress=False)
     assert (extracted, there, len(bad)) == (0, 1, 1) and (out / "a" / "00000.jpg").stat().st_mtime_ns == kept
