@@ -308,7 +308,8 @@ class _Pass:
         """Condition a frame's features on the bank, by the tracker's memory or the teacher's."""
         # Up to this frame: computed again in the backward pass, the bank holds later ones too.
         given = [past for past, entry in enumerate(self.bank[:time]) if entry.given]
-        near = sorted(given, key=lambda past: time - past)[: tracker.config.max_cond_frame_num]
+        most = tracker.config.max_cond_frame_num  # -1: all, as in transformers
+        near = sorted(given, key=lambda past: time - past)[: None if most == -1 else most]
         recent = [past for past in range(time - tracker.num_maskmem + 1, time) if past >= 0 and past not in near]
         order = [(0, past) for past in sorted(near)] + [(time - past, past) for past in recent]
         frames = [

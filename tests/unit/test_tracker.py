@@ -259,6 +259,23 @@ def test_corrections_add_predictions_and_conditioning_frames(tensors):
     assert tracked[1].predictions[1].objects_N.tolist() == [0, 1, 2]
 
 
+def test_all_conditioning_frames_are_read_where_there_is_no_limit(tensors):
+    """-1, as in transformers; corrected frames condition."""
+    student = make_student(tensors).eval()
+    pixels, masks = shapes()
+    features = encode_frames(student.tracker, pixels, 8, frozen=True)
+    prompts = mixed()
+    clicks = {frame: torch.rand(3, 1) for frame in (0, 1, 2)}
+    prompts = Prompts(prompts.points_OP2, prompts.labels_OP, prompts.by_mask_O, clicks)
+
+    def last(most):
+        student.tracker.config.max_cond_frame_num = most
+        with torch.no_grad():
+            return track(student.tracker, features, torch.arange(T).expand(3, T), masks, prompts)[-1].logits_OSS
+
+    assert torch.equal(last(-1), last(9)) and not torch.equal(last(-1), last(1))
+
+
 def test_a_given_mask_enters_memory_as_it_is_and_an_absent_object_not_at_all(tensors):
     tracker = make_tracker(tensors, "hybrid")
     pixels, masks = shapes()
