@@ -137,6 +137,11 @@ def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
         raise ChassisError(f"sam3.checkpoint: {path} is a single file of another kind; {meant}")
     if path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1:
         raise ChassisError(f"sam3.checkpoint: there is no folder or file {checkpoint}; {ACCEPTED}")
+    if path.parts[0] == "runs":  # a run folder's usual place, and no name of the Hub's
+        raise ChassisError(
+            f"sam3.checkpoint: there is no run folder {checkpoint} here yet; `effsam3 launch` the recipe whose name "
+            f"is {path.name} first, or {ACCEPTED}"
+        )
     return _download(checkpoint, revision)
 
 

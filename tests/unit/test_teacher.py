@@ -166,6 +166,12 @@ def test_a_checkpoint_that_is_not_there(name):
         chassis_folder(name)
 
 
+def test_a_run_that_is_not_there_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ChassisError, match="no run folder runs/first here yet; .* whose name is first first"):
+        chassis_folder("runs/first")
+
+
 def test_the_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(ChassisError, match="gated"):
