@@ -199,7 +199,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     accelerator.end_training()
     report.say("\n" + stage.conclude(state["untrained"], state["best"]))
     if (folder / "unreadable.jsonl").is_file():
-        report.say(f"some images were unreadable and left out, {folder}/unreadable.jsonl names them")
+        report.say(f"some {stage.files} were unreadable and left out, {folder}/unreadable.jsonl names them")
     report.say(f"\nnext: effsam3 merge {folder}/recipe.yaml")
 
 
@@ -252,10 +252,10 @@ def agree(accelerator, asked: bool, unreadable: int, not_finite: torch.Tensor) -
 
 
 def refuse_many_unreadable(count: int, stage, folder: Path) -> None:
-    """Stop when more images are unreadable than the recipe allows."""
+    """Stop when more files are unreadable than the recipe allows."""
     if count > stage.max_unreadable:
         raise UserError(
-            f"{count} images could not be read, more than data.max_unreadable={stage.max_unreadable}; "
+            f"{count} {stage.files} could not be read, more than data.max_unreadable={stage.max_unreadable}; "
             f"{folder}/unreadable.jsonl names them. Repair them or build the index again"
         )
 

@@ -30,6 +30,7 @@ from effsam3.errors import UserError, did_you_mean
 from effsam3.report import table, write_text
 
 FPS = 24  # of a video that does not say
+FEWEST_ANNOTATED = 3  # frames of a video that can be scored: the first and the last do not count
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def vos(
     A video that cannot be read, tracked or scored is left out for all trackers, and named in `failed`.
 
     Args:
-        protocol: `davis` (each pixel goes to the object of the highest logit) or `sav` (objects may overlap).
+        protocol: `davis` (each pixel goes to the object of the highest logit; objects that begin at 0, as SA-V's, are
+            numbered from 1) or `sav` (objects may overlap).
         appearing_later: also track objects that the video's first annotated frame does not show, each from the first
             annotated frame that does; otherwise they are only counted. DAVIS scores no such objects.
         predictions: a folder for the masks of all frames, `<tracker>/<video>/...` as the official evaluators read it.
@@ -109,7 +111,7 @@ def vos(
         a video, and `bytes_per_object_frame`, the same for each frame that was tracked.
 
     Raises:
-        UserError: an unknown protocol, or no video is left.
+        UserError: an unknown protocol, no video is left, or no object of any can be scored.
     """
     if protocol not in PROTOCOLS:
         raise UserError(f"protocol: there is no {protocol!r}{did_you_mean(protocol, PROTOCOLS)}")
@@ -120,6 +122,8 @@ def vos(
     for video in videos:
         keepers = []
         try:
+            if not rules.overlap and 0 in video.objects:  # SA-V's objects begin at 0, which is background in DAVIS
+                video = video.numbered_from_one()
             if predictions is not None:
                 keepers += [PredictionFolder(predictions / name, video, name, rules.overlap) for name in trackers]
             if pictures is not None and count < max_pictures:
@@ -143,6 +147,12 @@ def vos(
     if not count:
         reason = next(iter(failed.values()), "there are none")
         raise UserError(f"none of the {len(failed)} videos could be scored; the first: {reason}")
+    if not any(score for tally in tallies.values() for score in tally.scores.values()):
+        kept = "set evaluate.predictions=true" if predictions is None else f"the predictions are in {predictions}"
+        raise UserError(
+            f"none of the {count} videos has the masks that scores take, of {FEWEST_ANNOTATED} frames or more, with "
+            f"an object in between; where a server scores (MOSE and YouTube-VOS, valid) it takes predictions: {kept}"
+        )
     device = next(iter(trackers.values())).device
     return {
         "protocol": protocol,
@@ -183,9 +193,10 @@ def _one_video(
             after = masks.keys() - frame.prompted
             tallies[name].agreement += [region_similarity(masks[number], first[number]) for number in after]
     left_out = shown - tracked
+    scorable = len(video.annotated) >= FEWEST_ANNOTATED
     for name, run in runs.items():
         # SA-V scores what is tracked; DAVIS has named its objects after the first frame, tracked or not.
-        scores = scorers[name].scores()
+        scores = scorers[name].scores() if scorable else dict.fromkeys(tracked)
         if rules.scorer is SavScorer:
             scores = {number: score for number, score in scores.items() if number in tracked}
         tallies[name].scores = {(video.name, number): score for number, score in scores.items()}

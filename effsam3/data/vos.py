@@ -59,6 +59,10 @@ class VosVideo:
         self.name, self.fps = name, fps
         self._frames, self._annotations = frames, annotations
 
+    def numbered_from_one(self) -> VosVideo:
+        """The same video with objects 1, 2 ..., those of the first annotated frame first, as DAVIS numbers them."""
+        return VosVideo(self.name, self._frames, FromOne(self._annotations), self.fps)
+
     @functools.cached_property
     def _video(self) -> VideoFile | FrameFolder:
         video = open_video(self._frames)
@@ -276,6 +280,21 @@ class SavFile:
         """Return every object's mask."""
         content = self._content
         return {name: content.mask(number // FRAME_STRIDE, place) for place, name in enumerate(content.objects)}
+
+
+class FromOne:
+    """Annotations whose objects are numbered from 1, those of the first annotated frame first."""
+
+    def __init__(self, annotations: Annotations):
+        self._annotations, self.numbers = annotations, annotations.numbers
+        first = self.numbers[:1]
+        shown = {name for number in first for name, mask in annotations.masks(number).items() if mask.any()}
+        ordered = sorted(annotations.objects, key=lambda name: (name not in shown, name))
+        self._place = {name: place for place, name in enumerate(ordered, 1)}
+        self.objects = list(self._place.values())
+
+    def masks(self, number: int) -> dict[int, np.ndarray]:
+        return {self._place[name]: mask for name, mask in self._annotations.masks(number).items()}
 
 
 def _number(path: Path, video: str) -> int:

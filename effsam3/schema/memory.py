@@ -114,7 +114,7 @@ class MemoryTrain(Train):
     """The loop; samples are clips."""
 
     trunk_batch: PositiveInt = 8  # frames per forward of the frozen trunk
-    objects_at_once: PositiveInt | None = None  # objects tracked together; null: all of a micro-batch's
+    objects_at_once: PositiveInt | None = None  # objects tracked together (with `recompute`); null: all
     recompute: bool = False  # keep no activations but compute them again: less memory, about a third slower
 
 
@@ -126,6 +126,7 @@ class MemoryEvaluate(Section):
     """What the merged tracker is measured on: masks given in the first frame, tracked through the rest."""
 
     videos: str | None = None  # folder in SA-V's, DAVIS', MOSE's or YouTube-VOS' layout; null: data's held-out videos
+    split: str | None = None  # a list of `videos`, such as val: SA-V's <split>.txt, DAVIS' ImageSets/2017; null: all
     evaluator: VideoBenchmark = "sav"  # whose definition of J and F; they differ
     modes: tuple[Mode, ...] = ()  # memory modes to measure besides the recipe's own
     untrained: bool = False  # also measure the memory as it was before training
@@ -133,6 +134,12 @@ class MemoryEvaluate(Section):
     appearing_later: bool = False  # also prompt objects that are not in the first frame, when they come
     predictions: bool = False  # write all masks to eval/predictions, as the official evaluators read them
     pictures: NonNegativeInt = 4  # videos to draw
+
+    def check(self) -> Iterator[str]:
+        if self.split is not None and self.videos is None:
+            yield f"split: {self.split!r} is a list in evaluate.videos, which is null; give that folder, or no split"
+        if self.evaluator == "davis" and self.appearing_later:
+            yield "appearing_later: DAVIS scores the objects of the first frame alone; use evaluator: sav, or false"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,5 +176,7 @@ class MemoryRecipe(StageRecipe):
         yield from warmup_fits(self)
         if self.prompts.corrected_frames > self.data.frames:
             yield f"prompts.corrected_frames: {self.prompts.corrected_frames} of clips of {self.data.frames} frames"
+        if "memory" not in self.memory.trains:
+            yield f"memory.trains: {', '.join(self.memory.trains)} without memory, which the merged slot needs; add it"
         if self.memory.mode == "dense" and self.memory.trains == ("memory",) and self.memory.attention_layers is None:
             yield "memory.mode: dense with every layer is SAM 3's own memory; choose hybrid, latents or pooled"

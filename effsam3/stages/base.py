@@ -29,6 +29,7 @@ class Stage:
 
     metric = "val/cosine"  # the validation number to maximise
     unit = "samples"
+    files = "images"  # what samples are read from
     max_unreadable = 0
     lr_scales: dict[str, float] = {}  # beginning of a parameter's name -> multiple of the learning rate
 

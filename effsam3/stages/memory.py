@@ -134,6 +134,7 @@ class MemoryStage(Stage):
 
     metric = "val/j"
     unit = "clips"
+    files = "videos"
 
     def __init__(self, recipe, report, accelerator):
         super().__init__(recipe, report, accelerator)

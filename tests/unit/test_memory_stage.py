@@ -13,7 +13,7 @@ from run_folders import RECIPES, memory_run
 from effsam3 import merge
 from effsam3.cli import main
 from effsam3.data.sampler import PADDING
-from effsam3.errors import UserError
+from effsam3.errors import RecipeError, UserError
 from effsam3.models.sam3 import chassis_folder, read_tensors
 from effsam3.recipe import load_recipe
 from effsam3.report import Report
@@ -170,6 +170,19 @@ def test_a_memory_that_does_not_fit(overrides, key, message):
     with pytest.raises(UserError) as raised:
         make_trackers(load_recipe(SMOKE, [*overrides, key]), chassis_folder("tiny"))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["memory.trains=[decoder,neck]"], "memory.trains: decoder, neck without memory, which the merged slot needs"),
+        (["evaluate.split=val"], "split: 'val' is a list in evaluate.videos, which is null"),
+        (["evaluate.evaluator=davis", "evaluate.appearing_later=true"], "DAVIS scores the objects of the first frame"),
+    ],
+)
+def test_keys_that_contradict_each_other(keys, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(SMOKE, keys)
 
 
 def test_fewer_layers_start_from_the_first_and_the_last(overrides):

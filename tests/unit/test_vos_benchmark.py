@@ -19,6 +19,7 @@ from effsam3.benchmarks.vos import voc_palette, vos, vos_table, write_objects
 from effsam3.data.synthetic_sav import write_vos_layouts
 from effsam3.data.vos import open_vos
 from effsam3.errors import UserError
+from effsam3.evaluate import memory_tables
 from effsam3.models.memory_tracker import EfficientTracker, EfficientTrackerConfig
 from effsam3.models.prompted import load_tracker
 from effsam3.models.sam3 import chassis_folder
@@ -282,6 +283,8 @@ def test_a_bad_video_is_named_and_the_rest_goes_on(tracker, tmp_path):
     assert [path.name for path in (tmp_path / "it").iterdir()] == ["discs"]
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["discs.png"]
     assert "Left out: 2 videos (torn, blank)." in vos_table(result)
+    assert "The first 3 of 9 videos" in memory_tables({"vos": result | {"available": 9}})[1]
+    assert len(memory_tables({"vos": result | {"available": 3}})) == 1
     with pytest.raises(
         UserError, match="none of the 1 videos could be scored; the first: frame 3 of torn is not there"
     ):
@@ -305,6 +308,29 @@ def test_videos_in_folders(tracker, tmp_path):
         assert {row["frames"] for row in result["objects"]} <= {annotated - 2, annotated - 3}
         written = (tmp_path / "predictions" / layout / "it" / videos[0].name).rglob("*.png")
         assert len({path.name for path in written}) == 9
+
+
+def test_davis_numbers_the_objects_of_sav_from_one(tracker, tmp_path):
+    """SA-V's first object is 0, which is background in DAVIS' PNGs."""
+    write_vos_layouts(tmp_path, 1, frames=13, side_px=64, objects=2)
+    (video,) = open_vos(tmp_path / "sav_val")
+    assert video.objects == [0, 1] and all(mask.any() for mask in video.masks(0).values())
+    result = vos({"it": tracker}, [video], "davis", predictions=tmp_path / "predictions")
+    assert [row["object"] for row in result["objects"]] == [1, 2] and not result["failed"]
+    first = np.array(Image.open(tmp_path / "predictions" / "it" / video.name / "00000.png"))
+    alone = video.masks(0)[0] & ~video.masks(0)[1]
+    assert set(np.unique(first)) == {0, 1, 2} and (first[alone] == 1).all()
+
+
+def test_videos_that_a_server_scores_keep_their_predictions(tracker, tmp_path):
+    """MOSE and YouTube-VOS publish the first masks of their valid splits only."""
+    write_vos_layouts(tmp_path, 1, frames=9, side_px=64, objects=2)
+    for mask in sorted((tmp_path / "davis" / "Annotations").rglob("*.png"))[1:]:
+        mask.unlink()
+    with pytest.raises(UserError, match="none of the 1 videos has the masks.*the predictions are in .*predictions"):
+        vos({"it": tracker}, open_vos(tmp_path / "davis"), "davis", predictions=tmp_path / "predictions",
+            pictures=tmp_path / "pictures")  # fmt: skip
+    assert len(list((tmp_path / "predictions" / "it").rglob("*.png"))) == 9
 
 
 def test_sav_scores_an_object_on_the_frames_that_have_its_mask(tracker, tmp_path):
