@@ -307,5 +307,5 @@ def vos_table(result: dict) -> str:
         lines.append(f"Not tracked: {result['appearing_later']} objects that the first annotated frame does not show.")
     unscored = max(one["unscored"] for one in trackers.values())
     if unscored:
-        lines.append(f"Not scored: {unscored} objects that are absent from every frame that counts.")
+        lines.append(f"Not scored: {unscored} objects that are in no annotated frame that counts.")
     return "\n\n".join(lines)
