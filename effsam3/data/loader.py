@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from effsam3.errors import UserError
 
 TIMEOUT_S = 900  # shorter than the ranks' patience with each other, so that the reason is said
+SIGNAL_S = 1  # by then a process hears that its child has died
 
 
 def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, pin: bool) -> DataLoader:
@@ -39,7 +41,12 @@ def worker_failures_explained() -> Iterator[None]:
         UserError: a data worker has died or has given no sign for too long.
     """
     try:
-        yield
+        try:
+            yield
+        except (ConnectionError, EOFError):
+            # Perhaps a worker died while it handed over a batch: then torch's signal comes now, not in what follows.
+            time.sleep(SIGNAL_S)
+            raise
     except UserError as error:  # torch puts the worker's traceback in front of the message
         name = f"{type(error).__name__}: "
         if not str(error).startswith("Caught ") or name not in str(error):
