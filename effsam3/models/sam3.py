@@ -140,7 +140,7 @@ def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
     if path.parts[0] == "runs":  # a run folder's usual place, and no name of the Hub's
         raise ChassisError(
             f"sam3.checkpoint: there is no run folder {checkpoint} here yet; `effsam3 launch` the recipe whose name "
-            f"is {path.name} first, or {ACCEPTED}"
+            f"is {path.name} first; {ACCEPTED}"
         )
     return _download(checkpoint, revision)
 
