@@ -182,18 +182,9 @@ class DavisScorer(_Scorer):
         for number in self.objects:
             self._measure(number, predictions.get(number, self.empty_HW), truths.get(number, self.empty_HW))
 
-    def scores(self) -> dict[int, ObjectScore]:
-        """One score per object.
-
-        Raises:
-            ScoreError: fewer than three annotated frames.
-        """
-        count = max((len(frames) for frames in self.frames.values()), default=0)
-        if count < 3:
-            raise ScoreError(
-                f"{self.video}: {count} annotated frames; DAVIS needs 3, for it skips the first and the last"
-            )
-        return {number: _score(frames[1:-1]) for number, frames in self.frames.items()}
+    def scores(self) -> dict[int, ObjectScore | None]:
+        """One score per object, None with fewer than three annotated frames: the first and the last do not count."""
+        return {number: _score(frames[1:-1]) if frames[1:-1] else None for number, frames in self.frames.items()}
 
 
 class SavScorer(_Scorer):

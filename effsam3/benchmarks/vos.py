@@ -30,7 +30,6 @@ from effsam3.errors import UserError, did_you_mean
 from effsam3.report import table, write_text
 
 FPS = 24  # of a video that does not say
-FEWEST_ANNOTATED = 3  # frames of a video that can be scored: the first and the last do not count
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,8 @@ def vos(
     if not any(score for tally in tallies.values() for score in tally.scores.values()):
         kept = "set evaluate.predictions=true" if predictions is None else f"the predictions are in {predictions}"
         raise UserError(
-            f"none of the {count} videos has the masks that scores take, of {FEWEST_ANNOTATED} frames or more, with "
-            f"an object in between; where a server scores (MOSE and YouTube-VOS, valid) it takes predictions: {kept}"
+            f"none of the {count} videos has the masks that scores take, of three frames or more, with an object in "
+            f"between; where a server scores (MOSE and YouTube-VOS, valid) it takes predictions: {kept}"
         )
     device = next(iter(trackers.values())).device
     return {
@@ -193,10 +192,9 @@ def _one_video(
             after = masks.keys() - frame.prompted
             tallies[name].agreement += [region_similarity(masks[number], first[number]) for number in after]
     left_out = shown - tracked
-    scorable = len(video.annotated) >= FEWEST_ANNOTATED
     for name, run in runs.items():
         # SA-V scores what is tracked; DAVIS has named its objects after the first frame, tracked or not.
-        scores = scorers[name].scores() if scorable else dict.fromkeys(tracked)
+        scores = scorers[name].scores()
         if rules.scorer is SavScorer:
             scores = {number: score for number, score in scores.items() if number in tracked}
         tallies[name].scores = {(video.name, number): score for number, score in scores.items()}

@@ -4,6 +4,7 @@
 import csv
 import json
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from effsam3.benchmarks.tracking import TrackerRun, TrackingError, track
 from effsam3.benchmarks.video_pictures import evenly
 from effsam3.benchmarks.vos import voc_palette, vos, vos_table, write_objects
 from effsam3.data.synthetic_sav import write_vos_layouts
-from effsam3.data.vos import open_vos
+from effsam3.data.vos import FromOne, open_vos
 from effsam3.errors import UserError
 from effsam3.evaluate import memory_tables
 from effsam3.models.memory_tracker import EfficientTracker, EfficientTrackerConfig
@@ -320,6 +321,18 @@ def test_davis_numbers_the_objects_of_sav_from_one(tracker, tmp_path):
     first = np.array(Image.open(tmp_path / "predictions" / "it" / video.name / "00000.png"))
     alone = video.masks(0)[0] & ~video.masks(0)[1]
     assert set(np.unique(first)) == {0, 1, 2} and (first[alone] == 1).all()
+
+
+def test_davis_numbers_what_the_first_frame_shows_first():
+    """It takes objects up to the first frame's highest id, so one that comes later must not stand between."""
+    seen = {0: (0, 5), 4: (0, 3, 5)}  # object 3 comes on frame 4
+
+    def masks(number):
+        return {name: np.full(SIZE, name in seen[number]) for name in (0, 3, 5)}
+
+    video = FromOne(SimpleNamespace(objects=[0, 3, 5], numbers=[0, 4], masks=masks))
+    assert video.objects == [1, 2, 3]
+    assert [mask.any() for _, mask in sorted(video.masks(0).items())] == [True, True, False]
 
 
 def test_videos_that_a_server_scores_keep_their_predictions(tracker, tmp_path):
