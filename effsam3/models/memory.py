@@ -41,16 +41,14 @@ class FrameMemory:
 class MemoryTokens:
     """What a frame attends to: N tokens for each of O objects, tokens of maps first.
 
-    Positions are columns and rows in cells of the grid; a token at (0, 0) is not rotated. The first `mapped` tokens
-    are averaged after rotation in consecutive groups of `group`; `bias_N` is of what is left, and None means zeros.
+    Positions are columns and rows in cells of the grid; a token at (0, 0) is not rotated. `bias_N` is added to the
+    attention's logits; None means zeros.
     """
 
     values_ONM: Tensor
     encoding_NM: Tensor
     position_NX: Tensor
     bias_N: Tensor | None
-    mapped: int = 0
-    group: int = 1
 
 
 def rotate(tokens_OHND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -73,16 +71,10 @@ class MemoryCrossAttention(Sam3TrackerVideoRoPEAttention):
         def heads(projected_ONC: Tensor) -> Tensor:
             return projected_ONC.unflatten(2, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
 
-        def pooled(tokens_OHND: Tensor) -> Tensor:
-            mapped, rest = tokens_OHND.tensor_split([memory.mapped], 2)
-            return torch.cat([mapped.unflatten(2, (-1, memory.group)).mean(3), rest], 2)
-
         keys_ONM = memory.values_ONM + memory.encoding_NM.to(memory.values_ONM.dtype)
         query = rotate(heads(self.q_proj(query_ONC)), query_rope)
         key = rotate(heads(self.k_proj(keys_ONM)), memory_rope)
         value = heads(self.v_proj(memory.values_ONM))
-        if memory.group > 1:
-            key, value = pooled(key), pooled(value)
         bias = None if memory.bias_N is None else memory.bias_N.to(query.dtype).expand(len(query), 1, 1, -1)
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=self.dropout_p if self.training else 0.0, scale=self.scaling

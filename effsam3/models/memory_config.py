@@ -32,9 +32,15 @@ class EfficientTrackerConfig(Sam3TrackerVideoConfig):
     memory_window_latents: int = 64  # latents of a frame that read a window each; a square number
     memory_resampler_depth: int = 2  # layers
     memory_hot_frames: int = 1  # hybrid: how many recent frames keep their map
-    # True is EfficientTAM's formula to the digit: it averages rotated keys, and so must store every cell. The default
-    # averages first and rotates at the window's centre: a quarter of the store, and high frequencies are not damped.
-    memory_rope_before_pool: bool = False
+
+    def __post_init__(self, **unknown):
+        # Configs of earlier versions have this key. False was its default and is what is done now.
+        if unknown.pop("memory_rope_before_pool", False):
+            raise MemoryConfigError(
+                "memory_rope_before_pool: this model's keys are averaged after rotation, which is no longer computed; "
+                "without the key in config.json they are averaged before it, with other results: train it again"
+            )
+        super().__post_init__(**unknown)
 
     @property
     def grid(self) -> int:
@@ -70,7 +76,7 @@ class EfficientTrackerConfig(Sam3TrackerVideoConfig):
     @property
     def map_tokens(self) -> int:
         """Tokens of one map as it is kept."""
-        return (self.grid // (1 if self.memory_rope_before_pool else self.pool)) ** 2 if self.keeps_map else 0
+        return (self.grid // self.pool) ** 2 if self.keeps_map else 0
 
 
 def refuse_misfit(config: EfficientTrackerConfig) -> None:

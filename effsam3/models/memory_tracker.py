@@ -116,9 +116,8 @@ class EfficientTracker(Sam3TrackerVideoModel):
         return self.memory_attention(top_OCGG, tokens)
 
     def _map_tokens(self, map_OMGG: Tensor) -> Tensor:
-        """Tokens of maps as they are kept, window by window: means of windows, or all cells when rotated first."""
-        map_OWKM = windows(map_OMGG, self.config.pool)
-        return map_OWKM.flatten(1, 2) if self.config.memory_rope_before_pool else map_OWKM.mean(2)
+        """Tokens of maps as they are kept: the mean of every window, row by row."""
+        return windows(map_OMGG, self.config.pool).mean(2)
 
     def _grid_encoding(self, device: torch.device) -> Tensor:
         """Sine encoding of the grid's cells, float32 (M, G, G)."""
@@ -137,8 +136,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
         # What is constant over frames is brought to tokens exactly as the features were.
         constant_CGG = torch.cat([self._grid_encoding(device), coordinates(config.grid, device)])
         map_NC, latents_LC = self._map_tokens(constant_CGG[None])[0], self.memory_resampler.place(constant_CGG)
-        group = config.pool**2 if config.memory_rope_before_pool else 1
-        map_bias_N = map_NC.new_full((len(map_NC) // group,), 2 * math.log(config.pool))
+        map_bias_N = map_NC.new_full((len(map_NC),), 2 * math.log(config.pool))
         latents_bias_L = self.memory_resampler.log_multiplicity()
 
         maps, latents = [], []
@@ -158,8 +156,6 @@ class EfficientTracker(Sam3TrackerVideoModel):
             torch.cat(encodings),
             torch.cat(positions),
             torch.cat(biases) if latents or (maps and config.pool > 1) else None,
-            mapped=len(maps) * len(map_NC),
-            group=group,
         )
 
     def _pointer_tokens(self, pointers: list[tuple[int, Tensor]], video_frames: int | None) -> tuple[Tensor, ...]:

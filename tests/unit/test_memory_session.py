@@ -159,7 +159,6 @@ def test_a_dense_session_is_transformers_session(reference, script, frames):
         ({}, a_tracked_frame_corrected),
         ({}, a_stream),
         ({"memory_hot_frames": 0}, one_pass),
-        ({"memory_rope_before_pool": True}, one_pass),
     ],
 )
 def test_other_modes_track_through_every_script(reference, changes, script):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the efficient tracker remembers and recalls: tokens, modes, EfficientTAM's formula, gradients."""
+"""What the efficient tracker remembers and recalls: tokens, modes, the pooled attention's formula, gradients."""
 
+import json
 import math
 
 import pytest
@@ -152,7 +153,7 @@ def cells():
 
 
 def rope_by_complex_numbers(tokens_ND, grid_positions_N2):
-    """Axial rotary encoding as SAM 2 and EfficientTAM define it: half of the channels for columns, half for rows."""
+    """Axial rotary encoding as SAM 2 defines it: half of the channels for columns, half for rows."""
     quarter = tokens_ND.shape[1] // 4
     frequencies = 10000.0 ** (-torch.arange(quarter) / quarter)
     angles = torch.cat([grid_positions_N2[:, :1] * frequencies, grid_positions_N2[:, 1:] * frequencies], 1)
@@ -160,28 +161,28 @@ def rope_by_complex_numbers(tokens_ND, grid_positions_N2):
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(1)
 
 
-def efficient_tam_formula(attention, query_NC, values_NM, encodings_NM, frames):
-    """Equation 5 of EfficientTAM for one object, keys of the maps averaged after rotation, pointers last."""
+def pooled_by_windows(cells_NM):
+    """Means of 2 x 2 cells of one map."""
+    return F.avg_pool2d(cells_NM.T.reshape(-1, GRID, GRID), 2).flatten(1).T
+
+
+def pooled_attention(attention, query_NC, values_NM, encodings_NM, frames):
+    """One object reads maps of means, rotated at their windows' centres and weighing as four, then pointers."""
     query = rope_by_complex_numbers(attention.q_proj(query_NC), cells())
-    key, value = attention.k_proj(values_NM + encodings_NM), attention.v_proj(values_NM)
-    pooled_keys, pooled_values = [], []
+    keys, values = [], []
     for frame in range(frames):
         of_frame = slice(frame * GRID**2, (frame + 1) * GRID**2)
-        for tokens, pooled in (
-            (rope_by_complex_numbers(key[of_frame], cells()), pooled_keys),
-            (value[of_frame], pooled_values),
-        ):
-            map_CGG = tokens.T.reshape(-1, GRID, GRID)
-            pooled.append(F.avg_pool2d(map_CGG, 2).flatten(1).T)
-    of_maps = torch.cat(pooled_keys)
-    logits_of_maps = query @ of_maps.T / math.sqrt(query.shape[1]) + math.log(4)
-    logits_of_pointers = query @ key[frames * GRID**2 :].T / math.sqrt(query.shape[1])
-    weights = torch.cat([logits_of_maps, logits_of_pointers], 1).softmax(1)
-    return attention.o_proj(weights @ torch.cat([*pooled_values, value[frames * GRID**2 :]]))
+        mean, encoding = pooled_by_windows(values_NM[of_frame]), pooled_by_windows(encodings_NM[of_frame])
+        keys.append(rope_by_complex_numbers(attention.k_proj(mean + encoding), pooled_by_windows(cells())))
+        values.append(mean)
+    keys.append(attention.k_proj((values_NM + encodings_NM)[frames * GRID**2 :]))
+    logits = query @ torch.cat(keys).T / math.sqrt(query.shape[1])
+    logits[:, : frames * GRID**2 // 4] += math.log(4)
+    return attention.o_proj(logits.softmax(1) @ attention.v_proj(torch.cat([*values, values_NM[frames * GRID**2 :]])))
 
 
-def test_pooled_memory_can_be_efficient_tams(reference):
-    """Rotated before it is averaged, a bank attends as equation 5 of EfficientTAM says."""
+def test_pooled_memory_attends_to_means(reference):
+    """Against the formula, laid out from the dense bank."""
     tracker = efficient(reference, memory_mode="dense")
     steps, top, pointers = random_steps(tracker, 1, 3)
     offsets = [0, 2, 1]
@@ -190,7 +191,7 @@ def test_pooled_memory_can_be_efficient_tams(reference):
         return [(offset, tracker.remember(*step, False)) for offset, step in zip(offsets, steps, strict=True)]
 
     dense = tokens_of_a_recall(tracker, bank(), pointers, top)
-    tracker.config.memory_mode, tracker.config.memory_rope_before_pool = "pooled", True
+    tracker.config.memory_mode = "pooled"
     found = tracker.recall(top, bank(), pointers)
 
     attention = tracker.memory_attention
@@ -200,15 +201,24 @@ def test_pooled_memory_can_be_efficient_tams(reference):
     for layer in attention.layers:
         normed = layer.layer_norm1(query)[:, None]
         query = query + layer.self_attn(normed, normed, normed, rope)[0][:, 0]
-        read = efficient_tam_formula(
+        read = pooled_attention(
             layer.cross_attn_image, layer.layer_norm2(query)[0], dense.values_ONM[0], dense.encoding_NM, 3
         )
         query = query + read
         query = query + layer.linear2(F.relu(layer.linear1(layer.layer_norm3(query))))
     expected = attention.layer_norm(query).transpose(1, 2).unflatten(2, (GRID, GRID))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
-    tracker.config.memory_rope_before_pool = False
-    assert (tracker.recall(top, bank(), pointers) - expected).abs().max() > 1e-3
+
+
+def test_a_config_with_the_former_rope_before_pool(tmp_path):
+    """Trained with it, a model would compute something else now; every earlier config says false, and may."""
+    tracker = EfficientTrackerConfig(**options(), memory_rope_before_pool=False)
+    assert not hasattr(tracker, "memory_rope_before_pool")
+    tracker.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"memory_rope_before_pool": True}))
+    with pytest.raises(MemoryConfigError, match="memory_rope_before_pool: .* train it again"):
+        EfficientTrackerConfig.from_pretrained(tmp_path)
 
 
 def test_costs_at_full_size():
