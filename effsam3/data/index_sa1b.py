@@ -21,7 +21,7 @@ from effsam3.data import indexing, sa1b
 from effsam3.data.layouts_sa1b import Entry, Listing, check_sources, list_sources, printable
 from effsam3.errors import UserError
 
-VERSION = 1  # of what a part holds; another number makes older parts void
+VERSION = 2  # of what a part holds; another number makes older parts void
 PART_IMAGES = 250  # about 10 s of decoding SA-1B: what a kill can cost each worker
 NAMED_CONVERSIONS = 100  # keys that a report names for each kind of conversion
 PART_COLUMNS = sa1b.COLUMNS | {  # what the report is made of

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from effsam3.data import jpeg
 from effsam3.errors import UserError
 
 COLUMNS = {  # name: Arrow type
@@ -207,9 +208,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, key: str = "") -> tu
             raise
         except PILLOW_FAULTS as fault:
             raise UnreadableImage(key, "truncated", f"does not decode to its end: {fault}") from fault
-    if data.startswith(b"\xff\xd8") and data.endswith(bytes(64)) and not data.rstrip(b"\0").endswith(b"\xff\xd9"):
-        # A download that stopped in a preallocated file: libjpeg paints the missing part grey and says nothing.
-        raise UnreadableImage(key, "truncated", "the end of the JPEG is zero bytes")
+    if data.startswith(jpeg.START) and not jpeg.is_whole(data):  # as a download that stopped in a preallocated file
+        raise UnreadableImage(key, "truncated", "no end marker (FF D9) follows the JPEG's scan")
     return pixels_HWC, kinds + ["exif"] * (orientation in TRANSPOSE)
 
 
