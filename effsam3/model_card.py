@@ -144,11 +144,13 @@ CONCEPTS = Template("""\
 import effsam3  # registers the students' classes with transformers
 import torch
 from effsam3.models.concepts import encode_geometry_always
+from effsam3.models.tokens import PromptTokenizer
 from PIL import Image
 from transformers import $detector, Sam3Processor
 
 model = $detector.from_pretrained($source).eval()
 processor = Sam3Processor.from_pretrained($source)
+processor.tokenizer = PromptTokenizer()  # cleans texts as SAM 3 does; transformers' does not
 encode_geometry_always(model)  # as SAM 3 does; transformers leaves it out where there are no boxes
 
 image = Image.open("photo.jpg").convert("RGB")
@@ -190,11 +192,13 @@ from pathlib import Path
 import effsam3
 import torch
 from effsam3.models.concepts import encode_geometry_always
+from effsam3.models.tokens import PromptTokenizer
 from PIL import Image
 from transformers import Sam3VideoModel, Sam3VideoProcessor
 
 model = Sam3VideoModel.from_pretrained($source).eval()
 processor = Sam3VideoProcessor.from_pretrained($source)
+processor.tokenizer = PromptTokenizer()
 encode_geometry_always(model.detector_model)
 
 frames = [Image.open(file).convert("RGB") for file in sorted(Path("frames").glob("*.jpg"))]

@@ -30,7 +30,7 @@ from effsam3.models.prompted import Prompts, load_tracker, shown_masks, tracked_
 from effsam3.models.sam3 import ChassisError, chassis_folder
 from effsam3.models.slots import CARD, first_chassis, read_card
 from effsam3.models.tiny import MADE_UP
-from effsam3.models.tokens import PROCESSOR_LENGTH, Tokenizer
+from effsam3.models.tokens import TextTooLong, Tokenizer
 from effsam3.prediction_files import records, write_image, write_video
 
 IMAGE_THRESHOLD = 0.5
@@ -181,11 +181,10 @@ def refuse_misfit(asked: Asked, is_video: bool, size: tuple[int, int]) -> None:
     for x, y, _ in asked.points:
         if not (0 <= x < width and 0 <= y < height):
             raise PredictError(f"--point {x:g},{y:g} lies outside the image, which is {width}x{height} px")
-    for text, ids in zip(asked.texts, Tokenizer().tokenize(list(asked.texts), 10**6), strict=True):
-        if len(ids) > PROCESSOR_LENGTH:
-            raise PredictError(
-                f"--text {text!r} is {len(ids) - 2} tokens long; SAM 3 reads {PROCESSOR_LENGTH - 2}: say it shorter"
-            )
+    try:
+        Tokenizer().tokenize_whole(list(asked.texts))
+    except TextTooLong as error:
+        raise PredictError(f"--text: {error}") from error
     if is_video and asked.texts and asked.boxes:
         raise PredictError(
             "example boxes are for images; give a video --text alone, or --box alone to track what it shows"

@@ -24,6 +24,7 @@ from transformers import Sam3VideoModel
 
 from effsam3.models.prompted import at_full_size
 from effsam3.models.sam3 import processor, quiet_transformers, refuse_partial
+from effsam3.models.tokens import PromptTokenizer
 
 PADDING = -10  # the label with which transformers' SAM 3 marks boxes that only fill up a batch
 ANY_CONCEPT = "visual"  # SAM 3's text for example boxes without one
@@ -78,6 +79,7 @@ class ConceptModel:
         refuse_partial(info, f"{folder} is not a whole SAM 3")
         self.model = model.eval().requires_grad_(False).to(device)
         self.processor = processor(model.config)
+        self.processor.tokenizer = PromptTokenizer()
         encode_geometry_always(self.model.detector_model)
 
     @torch.no_grad()
@@ -101,13 +103,16 @@ class ConceptModel:
         Args:
             vision: what `look` made of the image.
             size: (H, W) of the original image.
-            text: cut after 32 tokens, the end token included, as the original does. None: the boxes alone.
+            text: None: the boxes alone.
             boxes_N4: examples, x1, y1, x2, y2 in pixels of the original image.
             positive_N: bool, False for an example of what is not meant; None: all are meant.
             threshold: instances with a higher score are kept.
 
         Returns:
             The instances, best first. The score is the instance's times that of the concept being there at all.
+
+        Raises:
+            TextTooLong: the text has more tokens than SAM 3 reads. (The original cuts it and says nothing.)
         """
         device = self.model.device
         text = ANY_CONCEPT if text is None else text
@@ -120,7 +125,7 @@ class ConceptModel:
                 "input_boxes": relative_N4[None].to(device),
                 "input_boxes_labels": labels_N[None].long().to(device),
             }
-        tokens = self.processor.tokenizer(text, return_tensors="pt", padding="max_length", truncation=True)
+        tokens = self.processor.tokenizer(text, return_tensors="pt")
         output = self.model.detector_model(vision_embeds=vision, **tokens.to(device), **prompt)
         scores = (output.pred_logits.sigmoid() * output.presence_logits.sigmoid())[0]
         order = scores.argsort(descending=True)
@@ -143,6 +148,9 @@ class ConceptModel:
             frames: normalised pixels (3, S, S) of each frame, read as they are needed and not kept.
             size: (H, W) of the original frames.
             threshold: score from which a new instance is tracked; None: as config.json says (SAM 3: 0.7).
+
+        Raises:
+            TextTooLong: a text has more tokens than SAM 3 reads.
         """
         model, config = self.model, self.model.config
         model.new_det_thresh = config.new_det_thresh if threshold is None else threshold

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """SAM 3's tokenizer: CLIP's lower-case byte-pair encoding, its cleaning of text included, fast enough to run online.
 
-The ids are those of open_clip's SimpleTokenizer, which are those of SAM 3's own. Padding is that of transformers'
-SAM 3 processors: id `PAD_ID` and a mask. The pad id is also the end token's, so only the mask tells them apart.
+The ids are those of open_clip's SimpleTokenizer, which are those of SAM 3's own. transformers' CLIPTokenizer, which
+its SAM 3 processors hold, does not clean: a typographic apostrophe or an HTML entity becomes other tokens, and more.
+Padding is that of these processors: id `PAD_ID` and a mask. The pad id is also the end token's, so only the mask tells
+them apart. torch and transformers are imported when they are needed: counting tokens takes neither.
 
 Letters: B texts, L tokens of the longest.
 """
@@ -12,14 +14,19 @@ from __future__ import annotations
 import gzip
 import html
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ftfy
 import regex
-import torch
 from tokenizers.models import BPE
-from torch import Tensor
+
+from effsam3.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 START_ID = 49406
 END_ID = 49407
@@ -39,6 +46,10 @@ _CLEAN = re.compile(r"[\t\n\r -%'-~]*")
 _MAX_KNOWN_WORDS = 2**18  # about 60 MB
 
 
+class TextTooLong(UserError):
+    """A prompt of more tokens than SAM 3 reads."""
+
+
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Read CLIP's vocabulary ({token: id}, 49,408) and its merges in order of rank from the file in open_clip."""
     # find_spec, not an import: open_clip itself takes seconds.
@@ -52,14 +63,17 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The printable letter that stands for each byte in the vocabulary, in the vocabulary's order."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    """The letter that stands for each byte in the vocabulary, in the vocabulary's order.
 
-    return bytes_to_unicode()
+    The printable ones of Latin-1 stand for themselves and come first, letters from U+0100 on for the others.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + n) for n, byte in enumerate(others)}
 
 
 def clip_tokenizer():
-    """CLIP's tokenizer as a transformers one (context 32), which a chassis' processor holds."""
+    """CLIP's tokenizer as a transformers one (context 32), which a saved processor holds: see `PromptTokenizer`."""
     from transformers import CLIPTokenizer
 
     vocabulary, merges = clip_vocabulary()
@@ -108,13 +122,64 @@ class Tokenizer:
             rows.append([START_ID, *[index for word in words for index in known[word]][:most], END_ID])
         return rows
 
+    def tokenize_whole(self, texts: list[str], context_length: int = PROCESSOR_LENGTH) -> list[list[int]]:
+        """Return each text's ids, start and end token included, of texts that need no cutting.
+
+        Raises:
+            TextTooLong: a text has more than `context_length`.
+        """
+        rows = self.tokenize(texts, sys.maxsize)
+        for text, row in zip(texts, rows, strict=True):
+            if len(row) > context_length:
+                raise TextTooLong(
+                    f"the text {text!r} is {len(row) - 2} tokens long; SAM 3 reads {context_length - 2}: say it "
+                    "shorter"
+                )
+        return rows
+
     def encode(self, texts: list[str], context_length: int) -> tuple[Tensor, Tensor]:
         """Return `pad(tokenize(texts, context_length))`."""
         return pad(self.tokenize(texts, context_length))
 
 
+class PromptTokenizer:
+    """SAM 3's tokenizer in the place of a transformers processor's: `processor.tokenizer = PromptTokenizer()`.
+
+    Images and videos prompted by texts then get the ids that SAM 3 gives them, always `PROCESSOR_LENGTH` of them. It
+    cannot be saved: a processor is saved before.
+    """
+
+    def __init__(self):
+        self._tokenizer = Tokenizer()
+
+    def __call__(
+        self,
+        text: str | list[str],
+        return_tensors: str | None = None,
+        padding: str = "max_length",
+        max_length: int = PROCESSOR_LENGTH,
+    ):
+        """Return transformers' BatchEncoding of `input_ids` and `attention_mask` (B, L), as its tokenizers do.
+
+        Raises:
+            TextTooLong: a text of more than `max_length` tokens.
+        """
+        from transformers import BatchEncoding
+
+        assert padding == "max_length", padding
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = self._tokenizer.tokenize_whole(texts, max_length)
+        ids = [row + [PAD_ID] * (max_length - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (max_length - len(row)) for row in rows]
+        if isinstance(text, str) and return_tensors is None:
+            ids, mask = ids[0], mask[0]
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
+
+
 def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Return ids (B, L) int64, padded with `PAD_ID` to the longest row, and the mask (B, L) bool, true on tokens."""
+    import torch
+
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     ids_BL = torch.tensor([row + [PAD_ID] * (longest - len(row)) for row in rows])

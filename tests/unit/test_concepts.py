@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.tokenizer import SimpleTokenizer
 from transformers import Sam3LiteTextModel, Sam3Processor
 
 from effsam3.models.concepts import ConceptModel, encode_geometry_always
 from effsam3.models.sam3 import chassis_folder, read_config
 from effsam3.models.text import lite_text_config, lite_text_detector_config
-from effsam3.models.tokens import PROCESSOR_LENGTH, Tokenizer
+from effsam3.models.tokens import PROCESSOR_LENGTH, TextTooLong, Tokenizer
 
 SIZE = (90, 120)
 
@@ -117,10 +118,26 @@ def test_two_images_with_a_text_each_and_a_text_student(positional):
     torch.testing.assert_close(output.pred_masks, logits, rtol=1e-3, atol=1e-4)
 
 
-def test_a_long_text_is_cut_to_what_the_encoder_reads(model, image):
-    vision = model.look(image)
-    long, cut, other = (model.find(vision, SIZE, "dog " * count, threshold=0) for count in (60, 30, 29))
-    assert long.scores_O.equal(cut.scores_O) and not long.scores_O.equal(other.scores_O)
+def test_a_long_text_is_refused_on_images_and_in_videos(model, image):
+    with pytest.raises(TextTooLong, match="60 tokens long; SAM 3 reads 30"):
+        model.find(None, SIZE, "dog " * 60)
+    with pytest.raises(TextTooLong, match="31 tokens long"):
+        next(model.follow([], SIZE, ["a dog", "\u2019 " * 31]))
+
+
+@pytest.mark.parametrize("text", ["a person\u2019s hat", "Tom &amp; Jerry", "\u201cA\u201d  \ufb01ne CAT \U0001f600"])
+def test_the_text_encoder_sees_open_clips_tokens(model, image, text):
+    """On images and in videos, whatever transformers' own tokenizer makes of the text."""
+    seen = []
+    encoder = model.model.detector_model.text_encoder
+    hook = encoder.register_forward_pre_hook(lambda _, __, named: seen.append(named["input_ids"]), with_kwargs=True)
+    model.find(model.look(image), SIZE, text)
+    pixels = model.processor.image_processor(image, return_tensors="pt").pixel_values
+    list(model.follow([pixels[0]], SIZE, [text]))
+    hook.remove()
+    wanted = [49406, *SimpleTokenizer().encode(text), 49407]
+    wanted += [49407] * (PROCESSOR_LENGTH - len(wanted))
+    assert [ids.tolist() for ids in seen] == [[wanted], [wanted]]
 
 
 def test_the_threshold_keeps_the_best(model, image):

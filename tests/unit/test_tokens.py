@@ -3,16 +3,29 @@
 
 import pickle
 import random
+import subprocess
+import sys
 
 import ftfy
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer, whitespace_clean
-from transformers import Sam3Processor
+from transformers import Sam3Processor, Sam3VideoProcessor
 
 from effsam3.models import tokens
 from effsam3.models.sam3 import chassis_folder
-from effsam3.models.tokens import END_ID, PAD_ID, PROCESSOR_LENGTH, START_ID, Tokenizer, clean, clip_vocabulary, pad
+from effsam3.models.tokens import (
+    END_ID,
+    PAD_ID,
+    PROCESSOR_LENGTH,
+    START_ID,
+    PromptTokenizer,
+    TextTooLong,
+    Tokenizer,
+    clean,
+    clip_vocabulary,
+    pad,
+)
 
 PHRASES = ["a cat", "the person's red hat", "yellow school bus no. 42", "Two dogs, playing!", "isn't it?", "caf\u00e9"]
 ODD = [
@@ -119,6 +132,60 @@ def test_padded_as_transformers_sam3_processor_pads(tokenizer):
         ids_BL, mask_BL = tokenizer.encode([phrase, "x " * 40], PROCESSOR_LENGTH)
         assert torch.equal(batch["input_ids"], ids_BL[:1])
         assert torch.equal(batch["attention_mask"].bool(), mask_BL[:1])
+
+
+TYPOGRAPHIC = [
+    "a person\u2019s hat",
+    "\u201cquoted\u201d sign",
+    "Tom &amp; Jerry",
+    "it&#39;s red",
+    "\ufb01ne",
+    "<|endoftext|>",
+]
+
+
+def prompts(reference, count, seed):
+    """Texts that SAM 3 can read whole, and the reference's ids and mask of each, padded as SAM 3's processors pad."""
+    texts = [*PHRASES, *TYPOGRAPHIC, *ODD, *generated(count, seed)]
+    rows = [(text, [START_ID, *reference.encode(text), END_ID]) for text in texts]
+    kept = [(text, row) for text, row in rows if len(row) <= PROCESSOR_LENGTH]
+    assert len(kept) > count / 2
+    for text, row in kept:
+        missing = PROCESSOR_LENGTH - len(row)
+        yield text, row + [PAD_ID] * missing, [1] * len(row) + [0] * missing
+
+
+def test_prompts_of_images_and_videos_get_the_references_ids(reference):
+    folder = chassis_folder("tiny")
+    image, video = Sam3Processor.from_pretrained(folder), Sam3VideoProcessor.from_pretrained(folder)
+    for text in TYPOGRAPHIC:  # what transformers' own tokenizer gives, and why it is replaced
+        assert image.tokenizer(text)["input_ids"] != [START_ID, *reference.encode(text), END_ID]
+    image.tokenizer = video.tokenizer = PromptTokenizer()
+    for text, ids, mask in prompts(reference, 300, seed=3):
+        batch = image(text=text, original_sizes=[[9, 9]], return_tensors="pt")
+        assert batch["input_ids"].tolist() == [ids] and batch["attention_mask"].tolist() == [mask], ascii(text)
+        session = video.init_video_session()
+        video.add_text_prompt(session, [text, text, "a cat"])
+        assert session.prompt_input_ids[0].tolist() == [ids], ascii(text)
+        assert session.prompt_attention_masks[0].tolist() == [mask] and len(session.prompts) == 2 - (text == "a cat")
+    batch = image.tokenizer(["a cat", "two dogs"], return_tensors="np")
+    assert batch["input_ids"].shape == (2, PROCESSOR_LENGTH)
+
+
+def test_a_prompt_that_is_too_long_is_named_with_its_true_count(tokenizer):
+    text = "\u2019 &amp;" * 20
+    for tokenize in (PromptTokenizer(), lambda text: tokenizer.tokenize_whole([text])):
+        assert tokenize("word " * 30)
+        with pytest.raises(TextTooLong, match=r"the text 'word word .* is 31 tokens long; SAM 3 reads 30: say it sho"):
+            tokenize("word " * 31)
+        with pytest.raises(TextTooLong, match="is 40 tokens long"):
+            tokenize(text)
+
+
+def test_counting_tokens_takes_neither_torch_nor_transformers():
+    code = "from effsam3.models.tokens import Tokenizer; import sys; assert Tokenizer().tokenize_whole(['a cat'])"
+    code += "; assert not {'torch', 'transformers'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_padded_to_the_longest_only(tokenizer):
