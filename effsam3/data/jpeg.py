@@ -24,5 +24,5 @@ def is_whole(data: bytes) -> bool:
         if code == END_OF_IMAGE:
             return scanned
         scanned |= code == START_OF_SCAN
-        place += int.from_bytes(data[place : place + 2])
+        place += int.from_bytes(data[place : place + 2], "big")
     return False
