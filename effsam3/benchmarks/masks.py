@@ -18,6 +18,7 @@ from torch import Tensor
 from effsam3.benchmarks.models import Pair
 from effsam3.data.sa1b import Unreadable, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
+from effsam3.errors import UserError
 from effsam3.models.prompted import prompted_masks
 
 # An object's size in positions of the trunk's grid: the grid is what small objects are lost on.
@@ -32,7 +33,7 @@ def annotated_rows(index, most: int) -> Iterator[dict]:
 
 def choose_annotations(annotations: list[dict], count: int) -> list[dict]:
     """Choose up to `count` annotations evenly over the range of areas, so that small objects count, too."""
-    ordered = sorted(annotations, key=lambda annotation: (annotation["area"], annotation["id"]))
+    ordered = sorted(annotations, key=lambda annotation: annotation["area"])
     if len(ordered) <= count:
         return ordered
     return [ordered[round(place)] for place in np.linspace(0, len(ordered) - 1, count)]
@@ -76,6 +77,9 @@ def prompted_mask_quality(pair: Pair, index, folder, prompts: tuple[str, ...], m
 
     Returns, per prompt, `student`, `teacher` (mIoU against the annotations), `agreement` (student against teacher's
     masks), the same by object size, and the number of masks; and the number of `images`.
+
+    Raises:
+        UserError: none of the images can be read.
     """
     grid = pair.image_size // pair.teacher.config.vision_config.backbone_config.patch_size
     found: dict[str, list[dict]] = {prompt: [] for prompt in prompts}
@@ -110,6 +114,9 @@ def prompted_mask_quality(pair: Pair, index, folder, prompts: tuple[str, ...], m
                  "size": size_of(annotation, height, width, grid)}
                 for student, teacher, agreement, annotation in scores
             ]  # fmt: skip
+    if not images:
+        reason = unreadable[0] if unreadable else "no image of the index has annotations"
+        raise UserError(f"masks cannot be measured: {reason}; build the index again")
     result = {prompt: _means(entries) for prompt, entries in found.items()}
     for prompt, entries in found.items():
         by_size = {name: [entry for entry in entries if entry["size"] == name] for name, _, _ in SIZES}

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from effsam3.benchmarks.masks import choose_annotations, segment
 from effsam3.benchmarks.models import Pair
-from effsam3.data.sa1b import UnreadableImage, mask_of, read_annotations, read_image
+from effsam3.data.sa1b import Unreadable, mask_of, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
 
 OBJECTS = 6  # prompted per picture
@@ -68,7 +68,8 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) ->
     for row in (index[position] for position in range(min(count, len(index)))):
         try:
             image = read_image(row, folder)
-        except UnreadableImage:
+            annotations = read_annotations(row, folder) if masks else []
+        except Unreadable:
             continue  # the benchmarks name it
         height, width = image.shape[:2]
         pixels = normalise(resize_image(image, pair.image_size, "square")[0])[None]
@@ -78,8 +79,8 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) ->
         colours = shared_pca(teacher, student, mean_C, scale_C)
         panels = [("image", image), ("teacher features", colours[0]), ("student features", colours[1])]
         panels.append((f"agreement, mean {agreement.mean():.2f}", agreement.numpy()))
-        if masks and row["num_masks"]:
-            panels += _mask_panels(pair, row, folder, image, pixels)
+        if annotations:
+            panels += _mask_panels(pair, annotations, image, pixels)
         rows = -(-len(panels) // 4)
         figure = Figure(figsize=(3.2 * 4, (3.2 * height / width + 0.3) * rows), layout="constrained", dpi=100)
         for axis, (title, content) in zip(figure.subplots(rows, 4).flat, panels, strict=False):
@@ -97,10 +98,10 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) ->
 
 
 def _mask_panels(
-    pair: Pair, row: dict, folder: Path, image: np.ndarray, pixels: Tensor
+    pair: Pair, annotations: list[dict], image: np.ndarray, pixels: Tensor
 ) -> list[tuple[str, np.ndarray]]:
     height, width = image.shape[:2]
-    annotations = choose_annotations(read_annotations(row, folder), OBJECTS)
+    annotations = choose_annotations(annotations, OBJECTS)
     truth = np.stack([mask_of(annotation, height, width) for annotation in annotations])
     panels = [("annotated masks", overlay(image, truth))]
     for name, model in (("teacher", pair.teacher), ("student", pair.student)):

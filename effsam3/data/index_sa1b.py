@@ -29,6 +29,7 @@ PART_COLUMNS = sa1b.COLUMNS | {  # what the report is made of
     "annotation_name": "string",
     "excluded": "string",  # reason, or ""
     "annotation_problem": "string",  # reason, or ""
+    "detail": "string",  # of either, or ""
 }
 
 
@@ -146,6 +147,7 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
         "annotation_name": annotation.name if annotation else "",
         "excluded": "",
         "annotation_problem": "",
+        "detail": "",
     }
     try:
         data = sa1b.read_indexed(row, folder, "image")
@@ -155,7 +157,7 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
         if options.decode:
             _, kinds = sa1b.decode_image(data, options.max_pixels, entry.key)
     except sa1b.UnreadableImage as fault:
-        return row | {"excluded": fault.reason}
+        return row | {"excluded": fault.reason, "detail": printable(fault.detail)}
     row["converted"] = ",".join(kinds)
     if annotation:
         place = {
@@ -166,7 +168,7 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
         try:
             row |= place | {"num_masks": len(sa1b.read_annotations(row | place, folder))}
         except sa1b.UnreadableAnnotations as fault:
-            row["annotation_problem"] = fault.reason
+            row |= {"annotation_problem": fault.reason, "detail": printable(fault.detail)}
     return row
 
 
@@ -203,7 +205,7 @@ def _report(table, listing: Listing) -> dict:
             for kind in sa1b.CONVERSIONS
             if kind in converted
         },
-        "excluded": indexing.counted(excluded),
-        "annotation_problems": indexing.counted(problems),
-        "tars": indexing.counted(listing.tars),
+        "excluded": indexing.counted(excluded, indexing.details_by_name(table, "image_name")),
+        "annotation_problems": indexing.counted(problems, indexing.details_by_name(table, "annotation_name")),
+        "tars": indexing.counted(listing.tars, {}),
     }

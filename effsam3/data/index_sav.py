@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import reprlib
 import shutil
 import time
 from collections.abc import Iterable
@@ -25,10 +26,10 @@ from effsam3.data.sav import COLUMNS, FRAME_STRIDE, KINDS, SavAnnotations, parse
 from effsam3.data.video_files import UnreadableVideo, open_video
 from effsam3.errors import UserError
 
-VERSION = 1  # of what a part holds; another number makes older parts void
+VERSION = 2  # of what a part holds; another number makes older parts void
 PART_VIDEOS = 4  # some 10 s of decoding: what a kill can cost each worker
 CHUNK = 8  # frames decoded at once, so that 4K videos fit
-PART_COLUMNS = COLUMNS | {"excluded": "string"}  # reason, or ""
+PART_COLUMNS = COLUMNS | {"excluded": "string", "detail": "string"}  # reason, and what is wrong in full, or ""
 
 
 class File(NamedTuple):
@@ -208,12 +209,13 @@ def _check(entry: Entry, folder: Path, check: str) -> list[dict]:
             "annotation_file": annotation.file,
             "annotation_bytes": annotation.size,
             "excluded": "",
+            "detail": "",
         }
         rows.append(row)
         try:
             annotations = _read_annotations(row, folder)
         except Unreadable as fault:
-            row["excluded"] = fault.reason
+            row |= _left_out(fault)
             continue
         row |= _facts(annotations)
         if any(row["visible"]):
@@ -226,14 +228,20 @@ def _check(entry: Entry, folder: Path, check: str) -> list[dict]:
         frames, size = _read_video(folder / entry.video.file, usable[0][1], check)
     except Unreadable as fault:
         for row, _ in usable:
-            row["excluded"] = fault.reason
+            row |= _left_out(fault)
         return rows
     for row, annotations in usable:
+        masks = annotations.height, annotations.width
         if frames is not None and frames != annotations.frames:
-            row["excluded"] = "frame_count"
-        elif size != (annotations.height, annotations.width):
-            row["excluded"] = "size_mismatch"
+            detail = f"masks for a video of {annotations.frames} frames, which has {frames}"
+            row |= {"excluded": "frame_count", "detail": detail}
+        elif size != masks:
+            row |= {"excluded": "size_mismatch", "detail": f"masks of (height, width) {masks}, frames of {size}"}
     return rows
+
+
+def _left_out(fault: Unreadable) -> dict:
+    return {"excluded": fault.reason, "detail": printable(fault.detail)}
 
 
 def _read_annotations(row: dict, folder: Path) -> SavAnnotations:
@@ -242,9 +250,9 @@ def _read_annotations(row: dict, folder: Path) -> SavAnnotations:
     except OSError as fault:
         raise UnreadableAnnotations(row["key"], "unreadable", str(fault)) from fault
     annotations = parse_sav(data, row["key"])
-    annotations.check_fill(row["key"])
+    annotations.check_masks()
     if annotations.video_id != row["video_id"]:
-        raise UnreadableAnnotations(row["key"], "other_video", f"its video_id is {annotations.video_id}")
+        raise UnreadableAnnotations(row["key"], "other_video", f"its video_id is {reprlib.repr(annotations.video_id)}")
     return annotations
 
 
@@ -312,5 +320,8 @@ def _report(table, unpaired: dict[str, list[str]]) -> dict:
         "annotations": {kind: kinds.count(kind) for kind in KINDS},
         "objects": sum(usable["objects"].to_pylist()),
         "annotated_frames": sum(usable["annotated"].to_pylist()),
-        "excluded": indexing.counted(indexing.names_by_reason(table, "excluded", "annotation_file", unpaired)),
+        "excluded": indexing.counted(
+            indexing.names_by_reason(table, "excluded", "annotation_file", unpaired),
+            indexing.details_by_name(table, "annotation_file"),
+        ),
     }

@@ -22,6 +22,8 @@ from pathlib import Path
 
 from effsam3.errors import UserError
 
+DETAILS = 100  # files of each reason of which a report says in full what is wrong
+
 # ---- workers
 
 
@@ -132,6 +134,21 @@ def names_by_reason(table, reason: str, name: str, listed: dict[str, list[str]])
     return found
 
 
-def counted(names: dict[str, list[str]]) -> dict:
-    """Return {reason: {"count", "files"}} in alphabetic order, as reports have it."""
-    return {reason: {"count": len(some), "files": sorted(some)} for reason, some in sorted(names.items()) if some}
+def details_by_name(table, name: str) -> dict[str, str]:
+    """Return {name: what is wrong in full} from a table's column `detail`, for rows that have one."""
+    columns = (table[column].to_pylist() for column in (name, "detail"))
+    return {one: detail for one, detail in zip(*columns, strict=True) if detail}
+
+
+def counted(names: dict[str, list[str]], details: dict[str, str]) -> dict:
+    """Return {reason: {"count", "files", "details"}} in alphabetic order, as reports have it.
+
+    `details` holds what is wrong in full with the first DETAILS files, where it is known.
+    """
+    found = {}
+    for reason, some in sorted(names.items()):
+        if some:
+            files = sorted(some)
+            told = {file: details[file] for file in files[:DETAILS] if file in details}
+            found[reason] = {"count": len(files), "files": files} | ({"details": told} if told else {})
+    return found

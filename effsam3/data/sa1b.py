@@ -8,7 +8,6 @@ tar is the tar's name with the member's byte offset and size, so tars are read i
 from __future__ import annotations
 
 import io
-import json
 import os
 import struct
 import warnings
@@ -18,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from effsam3.data import jpeg
+from effsam3.data import coco, jpeg
 from effsam3.errors import UserError
 
 COLUMNS = {  # name: Arrow type
@@ -95,7 +94,8 @@ class UnreadableImage(Unreadable):
 
 
 class UnreadableAnnotations(Unreadable):
-    """Reasons: bad_json, not_sa1b, size_mismatch, unreadable, changed."""
+    """Reasons: bad_json, not_sa1b or not_sav, bad_mask, bad_box, bad_point, object_ids, size_mismatch, frame_count,
+    unreadable, changed; of a benchmark's PNGs those that `data.vos` gives."""
 
     what = "annotations of"
 
@@ -266,7 +266,7 @@ def _eight_bit(image: Image.Image, key: str) -> Image.Image:
 
 
 def read_annotations(row: dict, folder: Path) -> list[dict]:
-    """Return the annotations of an index row as in its JSON; [] when it has none. Raises UnreadableAnnotations."""
+    """Return the annotations of an index row, see `parse_annotations`; [] when it has none."""
     if row["annotation_file"] is None:
         return []
     data = read_indexed(row, folder, "annotation")
@@ -274,59 +274,16 @@ def read_annotations(row: dict, folder: Path) -> list[dict]:
 
 
 def parse_annotations(data: bytes, height: int, width: int, key: str = "") -> list[dict]:
-    """Return the annotations of an SA-1B JSON after checking its form and every mask's size.
+    """Return the annotations of an SA-1B JSON, checked and completed as `coco.check_annotations` does.
 
     Raises UnreadableAnnotations.
     """
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as fault:
-        raise UnreadableAnnotations(key, "bad_json", str(fault)) from fault
-    try:
-        annotations = content["annotations"]
-        sizes = {(content["image"]["height"], content["image"]["width"])}
-        sizes |= {tuple(annotation["segmentation"]["size"]) for annotation in annotations}
-        covered = {rle_pixels(annotation["segmentation"]["counts"]) for annotation in annotations}
-        box_lengths = {len(annotation["bbox"]) for annotation in annotations}
-    except (LookupError, TypeError, ValueError, AttributeError) as fault:
-        raise UnreadableAnnotations(key, "not_sa1b", f"{type(fault).__name__}: {fault}") from fault
-    if not isinstance(annotations, list) or box_lengths - {4}:
-        raise UnreadableAnnotations(key, "not_sa1b", "`annotations` is not a list of masks with boxes of 4 numbers")
-    if sizes != {(height, width)}:
-        other = sorted(sizes - {(height, width)}, key=str)[0]
-        raise UnreadableAnnotations(key, "size_mismatch", f"(height, width) {other}, the image has {(height, width)}")
-    if covered - {height * width}:
-        raise UnreadableAnnotations(key, "not_sa1b", "the RLE of a mask does not fill the image")
-    return annotations
+        return coco.check_annotations(coco.load_json(data), height, width)
+    except coco.Malformed as fault:
+        raise UnreadableAnnotations(key, fault.reason or "not_sa1b", str(fault)) from fault
 
 
 def mask_of(annotation: dict, height: int, width: int) -> np.ndarray:
-    """Return the mask of an annotation, bool [height, width]. Raises UserError when its RLE is of another size."""
-    from pycocotools import mask
-
-    rle = annotation["segmentation"]
-    if tuple(rle["size"]) != (height, width) or rle_pixels(rle["counts"]) != height * width:
-        raise UserError(f"mask of size {rle['size']} does not fill an image of height {height} and width {width}")
-    return mask.decode(rle).astype(bool)
-
-
-def rle_pixels(counts: str) -> int:
-    """Return how many pixels a compressed COCO RLE covers, -1 when it is malformed.
-
-    pycocotools fills what an RLE leaves out with whatever was in memory, so this must be checked before decoding.
-    Six bits a character: 5 of a little-endian signed number, 1 for "goes on"; from the fourth number on, each is the
-    difference to the one two places earlier.
-    """
-    code = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
-    ends = np.flatnonzero(code & 32 == 0)
-    if not len(ends) or ends[-1] != len(code) - 1 or code.min() < 0 or code.max() > 63:
-        return -1
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    place = np.arange(len(code)) - np.repeat(starts, ends - starts + 1)
-    if place.max() > 6:  # more than 35 bits
-        return -1
-    runs = np.add.reduceat((code & 31) << 5 * place, starts)
-    runs -= np.where(code[ends] & 16, 1 << 5 * (place[ends] + 1), 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return int(runs.sum()) if runs.min() >= 0 else -1
+    """Return the mask of an annotation, bool [height, width]. Raises UserError when it is not of this size."""
+    return coco.decode(annotation["segmentation"], height, width)

@@ -9,14 +9,16 @@ Letters: A annotated frames, N objects, T frames asked for, H W rows and columns
 
 from __future__ import annotations
 
-import json
+import reprlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from effsam3.data.sa1b import SPLITS, UnreadableAnnotations, mask_of, rle_pixels
+from effsam3.data import coco
+from effsam3.data.sa1b import MAX_PIXELS, SPLITS, UnreadableAnnotations
 from effsam3.data.video_files import UnreadableVideo, open_video
 from effsam3.errors import UserError
 
@@ -45,6 +47,7 @@ COLUMNS = {  # name: Arrow type
 class SavAnnotations:
     """One JSON; `masklet[k][n]` is the COCO RLE of object n on annotated frame k, which is None where k is missing."""
 
+    key: str
     video_id: str
     frames: int
     height: int
@@ -53,17 +56,33 @@ class SavAnnotations:
     masklet: list[list[dict] | None]
 
     def mask(self, annotated: int, position: int) -> np.ndarray:
-        """Return one object's mask on one annotated frame, bool (H, W); objects may overlap."""
-        return mask_of({"segmentation": self.masklet[annotated][position]}, self.height, self.width)
+        """Return one object's mask on one annotated frame, bool (H, W); objects may overlap.
 
-    def check_fill(self, key: str) -> None:
+        Raises:
+            UnreadableAnnotations: bad_mask.
+        """
+        try:
+            return coco.decode(self.masklet[annotated][position], self.height, self.width)
+        except coco.Malformed as fault:
+            raise self._bad_mask(annotated, fault) from fault
+
+    def check_masks(self) -> None:
         """Raise UnreadableAnnotations unless every RLE fills its frame; `mask` checks the one it decodes, too."""
-        for rles in self.masklet:
-            if any(rle_pixels(rle["counts"]) != self.height * self.width for rle in rles or ()):
-                raise UnreadableAnnotations(key, "not_sav", "the RLE of a mask does not fill the frame")
+        for annotated, rles in enumerate(self.masklet):
+            try:
+                for rle in rles or ():
+                    coco.runs_of(rle)
+            except coco.Malformed as fault:
+                raise self._bad_mask(annotated, fault) from fault
+
+    def _bad_mask(self, annotated: int, fault: coco.Malformed) -> UnreadableAnnotations:
+        return UnreadableAnnotations(self.key, fault.reason, f"annotated frame {annotated}: {fault}")
 
     def visible(self) -> np.ndarray:
-        """Return which object has a mask that is not empty, bool (A, N); nothing is visible where k is missing."""
+        """Return which object has a mask that is not empty, bool (A, N); nothing is visible where k is missing.
+
+        The masks must have been checked.
+        """
         from pycocotools import mask
 
         visible_AN = np.zeros((len(self.masklet), len(self.objects)), bool)
@@ -77,33 +96,46 @@ def parse_sav(data: bytes, key: str = "") -> SavAnnotations:
     """Check the form of an SA-V JSON, the size of every mask, and the number of annotated frames.
 
     Raises:
-        UnreadableAnnotations: bad_json, not_sav, size_mismatch, or frame_count (not every fourth frame is annotated).
+        UnreadableAnnotations: bad_json, not_sav, object_ids (two objects have one), size_mismatch, bad_mask, or
+            frame_count (not every fourth frame is annotated).
     """
     try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as fault:
-        raise UnreadableAnnotations(key, "bad_json", str(fault)) from fault
-    try:
-        frames, height, width = (int(content[f"video_{name}"]) for name in ("frame_count", "height", "width"))
-        objects = [int(number) for number in content["masklet_id"]]
-        video_id = str(content["video_id"])
-        # An annotated frame of which any object is missing is no use for tracking, as in SA-V's own loader.
-        masklet = [None if rles is None or None in rles else list(rles) for rles in content["masklet"]]
-        rles = [rle for rles in masklet if rles is not None for rle in rles]
-        sizes = {tuple(rle["size"]) for rle in rles}
-        counts = {len(rles) for rles in masklet if rles is not None}
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as fault:
-        raise UnreadableAnnotations(key, "not_sav", f"{type(fault).__name__}: {fault}") from fault
-    if counts - {len(objects)}:
-        raise UnreadableAnnotations(key, "not_sav", f"{len(objects)} in masklet_id, {sorted(counts)} masks in a frame")
-    if sizes - {(height, width)}:
-        other = sorted(sizes - {(height, width)}, key=str)[0]
-        raise UnreadableAnnotations(key, "size_mismatch", f"a mask of {other}, the video has {(height, width)}")
+        return _check_sav(coco.load_json(data), key)
+    except coco.Malformed as fault:
+        raise UnreadableAnnotations(key, fault.reason or "not_sav", str(fault)) from fault
+
+
+def _check_sav(content, key: str) -> SavAnnotations:
+    numbers = ("video_frame_count", "video_height", "video_width")
+    coco.mapping(content, "the file", ("video_id", *numbers, "masklet_id", "masklet"))
+    frames, height, width = (coco.whole(content[name], name, least=1) for name in numbers)
+    if height * width > MAX_PIXELS:
+        raise coco.Malformed(f"{width} x {height} pixels are more than any video has")
+    video_id = content["video_id"]
+    if not isinstance(video_id, str):
+        raise coco.Malformed(f"video_id is {reprlib.repr(video_id)}; it must be a text")
+    objects = [coco.whole(number, "masklet_id") for number in coco.listed(content["masklet_id"], "masklet_id")]
+    twice = [number for number, count in Counter(objects).items() if count > 1]
+    if twice:
+        raise coco.Malformed(f"masklet_id has {twice[0]} twice; every object needs an id of its own", "object_ids")
+    masklet = coco.listed(content["masklet"], "masklet")
     expected = -(-frames // FRAME_STRIDE)
     if len(masklet) != expected:
         detail = f"{len(masklet)} annotated frames, {expected} for a video of {frames} frames"
-        raise UnreadableAnnotations(key, "frame_count", detail)
-    return SavAnnotations(video_id, frames, height, width, objects, masklet)
+        raise coco.Malformed(detail, "frame_count")
+    checked = []
+    for annotated, rles in enumerate(masklet):
+        # An annotated frame of which any object is missing is no use for tracking, as in SA-V's own loader.
+        if rles is None or None in coco.listed(rles, f"masklet[{annotated}]"):
+            checked.append(None)
+            continue
+        if len(rles) != len(objects):
+            raise coco.Malformed(f"{len(objects)} objects in masklet_id, {len(rles)} masks in masklet[{annotated}]")
+        try:
+            checked.append([coco.to_rle(rle, height, width) for rle in rles])
+        except coco.Malformed as fault:
+            raise coco.Malformed(f"masklet[{annotated}]: {fault}", fault.reason) from fault
+    return SavAnnotations(key, video_id, frames, height, width, objects, checked)
 
 
 def read_sav(row: dict, folder: Path) -> SavAnnotations:

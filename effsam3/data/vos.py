@@ -266,7 +266,9 @@ class SavFile:
 
     @functools.cached_property
     def _content(self) -> SavAnnotations:
-        return parse_sav(self.path.read_bytes(), self.path.stem)
+        content = parse_sav(self.path.read_bytes(), self.path.stem)
+        content.check_masks()  # before any of them is tracked
+        return content
 
     @property
     def objects(self) -> list[int]:

@@ -187,6 +187,12 @@ def test_bad_annotations_are_dropped_and_the_image_kept(flat, tmp_path):
     data.mkdir()
     image = (flat / "sa_1.jpg").read_bytes()
     width, height = Image.open(flat / "sa_1.jpg").size
+
+    def with_box(box):
+        record = sa1b_record(1, np.ones((1, height, width), bool))
+        record["annotations"][0]["bbox"] = box
+        return record
+
     other = json.dumps(sa1b_record(1, np.ones((1, height + 1, width), bool)))
     texts = {
         "fine": (flat / "sa_1.json").read_text(),
@@ -194,6 +200,9 @@ def test_bad_annotations_are_dropped_and_the_image_kept(flat, tmp_path):
         "torn": '{"image": {"wid',
         "list": "[1, 2]",
         "other": other,
+        "nan_box": json.dumps(with_box([float("nan")] * 4)),
+        "far_box": json.dumps(with_box([2 * width, 0, 5, 5])),
+        "lone": '[{"segmentation": "\\ud800"}]',
     }
     for name, text in texts.items():
         (data / f"{name}.jpg").write_bytes(image)
@@ -204,19 +213,23 @@ def test_bad_annotations_are_dropped_and_the_image_kept(flat, tmp_path):
             report = build(data, where / "index.parquet")
             problems = report["annotation_problems"]
             assert {reason: names(report, reason, "annotation_problems") for reason in problems} == {
+                "bad_box": ["far_box.json"],
                 "bad_json": ["torn.json"],
-                "not_sa1b": ["list.json"],
+                "not_sa1b": ["list.json", "lone.json", "nan_box.json"],
                 "size_mismatch": ["other.json"],
                 "without_image": ["alone.json"],
             }  # fmt: skip
+    told = report["annotation_problems"]["not_sa1b"]["details"]
+    assert told["nan_box.json"].startswith("annotation 0: bbox is [nan, nan, nan, nan]; it must be a list of 4 finite")
     masks = {
         row["key"]: (row["num_masks"], row["annotation_file"] is None) for row in rows(tmp_path / "index.parquet")
     }
     count = len(json.loads(texts["fine"])["annotations"])
     assert masks == {
         "fine": (count, False), "none": (0, False), "torn": (0, True), "list": (0, True), "other": (0, True),
+        "nan_box": (0, True), "far_box": (0, True), "lone": (0, True),
     }  # fmt: skip
-    assert report["without_annotations"] == 3
+    assert report["without_annotations"] == 6
 
 
 def test_of_two_images_with_one_key_the_first_stays_and_the_other_is_named(flat, tmp_path):

@@ -18,7 +18,7 @@ from effsam3.data import index_sav
 from effsam3.data.extract_frames import extract_frames
 from effsam3.data.index_sav import build_index, summary
 from effsam3.data.sa1b import split_of
-from effsam3.data.sav import COLUMNS, load_index
+from effsam3.data.sav import COLUMNS, load_index, read_sav
 from effsam3.data.synthetic_sav import make_synthetic_sav, make_video, mp4_bytes, sav_record
 from effsam3.errors import UserError
 
@@ -191,12 +191,13 @@ def test_bad_files_are_left_out_and_named(tmp_path):
     report = build(tmp_path / "data", tmp_path / "index.parquet")
     assert left_out(report) == {
         "bad_json": ["broken_json_manual.json"],
+        "bad_mask": ["torn_mask_manual.json"],
         "corrupt": ["cut_manual.json", "text_manual.json"],
         "duplicate": ["good_manual.json"],
         "frame_count": ["long_manual.json"],
         "missing_frame": ["holes_manual.json"],
         "no_object": ["invisible_manual.json"],
-        "not_sav": ["other_json_manual.json", "torn_mask_manual.json"],
+        "not_sav": ["other_json_manual.json"],
         "other_video": ["renamed_manual.json"],
         "size_mismatch": ["odd_mask_manual.json", "sizes_manual.json", "wide_manual.json"],
         "truncated": ["damaged_manual.json", "torn_manual.json"],
@@ -206,6 +207,46 @@ def test_bad_files_are_left_out_and_named(tmp_path):
     }
     assert [row["key"] for row in rows(tmp_path / "index.parquet")] == ["good_manual"]
     assert "excluded: size_mismatch 3" in summary(report)
+
+
+def test_one_bad_json_costs_that_file_only(tmp_path):
+    """Written by other tools or by hand; each has a good neighbour, and `lists` is a valid COCO file."""
+    masks = np.zeros((14, 2, 32, 32), bool)
+    masks[:, :, 3:9, 3:9] = True
+    video = mp4_bytes(np.zeros((14, 32, 32, 3), np.uint8))
+
+    def write(name, change):
+        content = sav_record(name, masks)
+        change(content, content["masklet"][1][0])
+        (tmp_path / f"{name}_manual.json").write_text(json.dumps(content))
+        (tmp_path / f"{name}.mp4").write_bytes(video)
+
+    lists = [3 * 32 + 3, 6, *[26, 6] * 5, 32 * 32 - 8 * 32 - 9]
+    write("good", lambda content, rle: None)
+    write("lists", lambda content, rle: rle.update(counts=lists))
+    write("null", lambda content, rle: rle.update(counts=None))
+    write("missing", lambda content, rle: rle.pop("counts"))
+    write("accent", lambda content, rle: rle.update(counts="\u00e9" + rle["counts"]))
+    write("doubled", lambda content, rle: content.update(masklet_id=[5, 5]))
+    write("fraction", lambda content, rle: content.update(masklet_id=[0, 1.7]))
+    write("nan", lambda content, rle: content.update(video_height=float("nan")))
+    write("huge", lambda content, rle: content.update(video_width=10**400))
+    write("lone", lambda content, rle: content.update(video_id="\ud800" * 9))
+    report = build(tmp_path, tmp_path / "index.parquet")
+    assert left_out(report) == {
+        "bad_mask": ["accent_manual.json"],
+        "not_sav": [f"{name}_manual.json" for name in ("fraction", "huge", "missing", "nan", "null")],
+        "object_ids": ["doubled_manual.json"],
+        "other_video": ["lone_manual.json"],
+    }
+    assert [row["key"] for row in rows(tmp_path / "index.parquet")] == ["good_manual", "lists_manual"]
+    assert rows(tmp_path / "index.parquet")[0]["visible"] == rows(tmp_path / "index.parquet")[1]["visible"]
+    told = report["excluded"]["not_sav"]["details"]
+    assert told["null_manual.json"] == "masklet[1]: counts is None; it must be a list"
+    assert "1.7; it must be a whole number" in told["fraction_manual.json"]
+    assert "masklet_id has 5 twice" in report["excluded"]["object_ids"]["details"]["doubled_manual.json"]
+    annotations = read_sav(rows(tmp_path / "index.parquet")[1], tmp_path)
+    assert (annotations.mask(1, 0) == masks[4, 0]).all()
 
 
 def test_header_check_does_not_decode_and_says_so(tmp_path):

@@ -2,6 +2,7 @@
 """Prompted masks and their scores, against transformers one prompt at a time and against counting pixels."""
 
 import copy
+import json
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ from effsam3.benchmarks.pictures import draw
 from effsam3.data.index_sa1b import build_index
 from effsam3.data.sa1b import load_index
 from effsam3.data.synthetic import make_synthetic_sa1b
+from effsam3.errors import UserError
 from effsam3.models.prompted import load_tracker, prompted_masks
 from effsam3.models.sam3 import ChassisError, chassis_folder
 from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
@@ -77,7 +79,7 @@ def test_iou_counts_pixels():
 
 
 def test_annotations_are_chosen_over_all_sizes():
-    annotations = [{"area": area, "id": area} for area in range(100, 0, -1)]
+    annotations = [{"area": area} for area in range(100, 0, -1)]
     chosen = [annotation["area"] for annotation in choose_annotations(annotations, 5)]
     assert chosen == sorted(chosen) and chosen[0] == 1 and chosen[-1] == 100 and len(chosen) == 5
     assert len(choose_annotations(annotations[:3], 5)) == 3
@@ -89,16 +91,21 @@ def test_size_is_measured_in_grid_positions():
     assert size_of({"area": 64 * 100}, 160, 160, 16) == "large"
 
 
-def test_pictures_with_masks(models, tmp_path):
-    """Two rows of four panels: the masks that are drawn are those of the annotations."""
+@pytest.fixture(scope="module")
+def pair(models):
     tracker, _ = models
-    make_synthetic_sa1b(tmp_path / "images", 6)
-    build_index([tmp_path / "images"], tmp_path / "index.parquet", 0.5, workers=1, progress=False)
     torch.manual_seed(0)
     student = StudentTrunk(StudentTrunkConfig(timm_name="test_convnext", hidden_size=64, image_size=224)).eval()
     other = copy.deepcopy(tracker)
     other.vision_encoder.backbone = student
-    pair = Pair(tracker, other, torch.device("cpu"))
+    return Pair(tracker, other, torch.device("cpu"))
+
+
+def test_pictures_with_masks(models, pair, tmp_path):
+    """Two rows of four panels: the masks that are drawn are those of the annotations."""
+    tracker, _ = models
+    make_synthetic_sa1b(tmp_path / "images", 6)
+    build_index([tmp_path / "images"], tmp_path / "index.parquet", 0.5, workers=1, progress=False)
     index = load_index(tmp_path / "index.parquet", "val")
     wide, tall = (
         draw(pair, index, tmp_path, 1, tmp_path / name, masks) for name, masks in (("a", False), ("b", True))
@@ -110,3 +117,32 @@ def test_pictures_with_masks(models, tmp_path):
     assert result["images"] == 2 and 2 <= result["box"]["masks"] <= 6
     same = prompted_mask_quality(Pair(tracker, tracker, pair.device), index, tmp_path, ("point",), 2, 3)
     assert same["point"]["agreement"] == 1.0 and same["point"]["student"] == same["point"]["teacher"]
+
+
+def test_all_that_was_indexed_can_be_measured(pair, tmp_path):
+    """SAM's own mask generator writes no `id`, other tools no `area`, `bbox` or points: they come from the masks."""
+    make_synthetic_sa1b(tmp_path / "whole", 2)
+    (tmp_path / "sparse").mkdir()
+    for file in (tmp_path / "whole").glob("sa_*.j*"):
+        shutil.copy(file, tmp_path / "sparse")
+    for file in (tmp_path / "sparse").glob("*.json"):
+        masks = [one["segmentation"] for one in json.loads(file.read_text())["annotations"]]
+        file.write_text(json.dumps([{"segmentation": mask} for mask in masks]))
+    found = {}
+    for name in ("whole", "sparse"):
+        report = build_index([tmp_path / name], tmp_path / f"{name}.parquet", 0.0, workers=1, progress=False)
+        assert not report["annotation_problems"] and report["masks"] >= 6
+        index = load_index(tmp_path / f"{name}.parquet")
+        found[name] = prompted_mask_quality(pair, index, tmp_path, ("box", "point"), 2, 4)
+    assert found["sparse"]["box"] == found["whole"]["box"], "the boxes and areas are those that were left out"
+    assert found["sparse"]["images"] == 2 and np.isfinite(found["sparse"]["point"]["teacher"])
+    assert draw(pair, index, tmp_path, 1, tmp_path / "out", masks=True)
+
+    # Files that are lost after they were indexed are named, and end it only when none is left.
+    (tmp_path / "sparse/sa_1.json").unlink()
+    left = prompted_mask_quality(pair, index, tmp_path, ("box",), 2, 4)
+    assert left["images"] == 1 and "sa_1" in left["unreadable"][0]
+    assert [path.name for path in draw(pair, index, tmp_path, 2, tmp_path / "left", masks=True)] == ["sa_2.png"]
+    (tmp_path / "sparse/sa_2.json").unlink()
+    with pytest.raises(UserError, match="masks cannot be measured: annotations of 'sa_1': unreadable"):
+        prompted_mask_quality(pair, index, tmp_path, ("box",), 2, 4)

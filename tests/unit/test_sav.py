@@ -31,7 +31,7 @@ def sample(kind):
 def test_the_real_files(kind, objects, absent):
     data = sample(kind)
     found = parse_sav(data)
-    found.check_fill(kind)
+    found.check_masks()
     assert (found.video_id, found.frames, found.height, found.width) == ("sav_000001", 483, 848, 480)
     assert len(found.masklet) == 121 and found.objects == list(range(objects))
     visible = found.visible()
@@ -63,7 +63,7 @@ def refused(content, check=False):
     with pytest.raises(UnreadableAnnotations, match="annotations of 'here'") as caught:
         found = parse_sav(data, "here")
         if check:
-            found.check_fill("here")
+            found.check_masks()
     return caught.value.reason
 
 
@@ -86,7 +86,7 @@ def test_bad_files_are_named():
         assert parse_sav(json.dumps(record() | {"video_frame_count": float(frames)}).encode()).frames == frames
     short = record()
     short["masklet"][2][1]["counts"] = short["masklet"][2][1]["counts"][:-2]
-    assert refused(short, check=True) == "not_sav"
+    assert refused(short, check=True) == "bad_mask"
     with pytest.raises(UserError, match="does not fill"):
         parse_sav(json.dumps(short).encode()).mask(2, 1)
 
@@ -97,7 +97,7 @@ def test_a_frame_with_a_missing_mask_is_not_annotated():
     content["masklet"][2] = None
     found = parse_sav(json.dumps(content).encode())
     assert found.visible().tolist() == [[True, True], [False, False], [False, False]]
-    found.check_fill("here")
+    found.check_masks()
 
 
 def test_a_changed_file_is_noticed(tmp_path):

@@ -26,7 +26,7 @@ def test_files_have_the_released_form(tmp_path):
     for number in (1, 2):
         truth = make_video(number, 22, 64, 4)
         annotations = parse_sav((tmp_path / f"sav_{number:06d}_manual.json").read_bytes())
-        annotations.check_fill("")
+        annotations.check_masks()
         video = open_video(tmp_path / f"sav_{number:06d}.mp4")
         assert annotations.video_id == f"sav_{number:06d}" and max(video.size) == 64 and video.fps == 24
         assert annotations.frames == video.frames == 22 and (annotations.height, annotations.width) == video.size
