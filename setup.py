@@ -40,8 +40,8 @@ setup(
         "pyyaml>=6.0",
         "regex>=2023.12",
         "safetensors>=0.4.3",
-        "tensorboard>=2.16",
-        "timm>=1.0.20",
+        "tensorboard>=2.16.2",  # older 2.16 ask for TensorFlow, the first for its nightly builds
+        "timm>=1.0.23",  # init_non_persistent_buffers, without which TinyViT cannot be loaded
         "tokenizers>=0.22",
         "torch>=2.6",
         "torchvision>=0.21",

@@ -144,7 +144,22 @@ class StudentTrunk(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: timm and torch have initialised everything already, and better than transformers' default would."""
+        """Compute the buffers of a timm module that no file holds, such as the indices of TinyViT's attention biases.
+
+        `from_pretrained` builds on `meta`, gives such buffers memory without contents and then calls this. Weights
+        stay as timm and torch have initialised them, better than transformers' default would.
+        """
+        if module._non_persistent_buffers_set:
+            module.init_non_persistent_buffers()
+
+    def train(self, mode: bool = True) -> StudentTrunk:
+        """Set the mode, and forget what the trunk has computed from older weights.
+
+        In eval mode some of timm's trunks (TinyViT, LeViT) keep their attention biases, whatever is loaded or averaged
+        into the parameters later; `train(True)` is what makes every version of timm drop them.
+        """
+        super().train(True)
+        return super().train(mode)
 
     def get_input_embeddings(self) -> None:
         """None: there are no token embeddings. transformers asks every backbone."""

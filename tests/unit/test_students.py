@@ -5,6 +5,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers import DropPath
+from timm.utils import ModelEmaV3
 from transformers import AutoModel
 
 from effsam3.models.registry import IMAGE_STUDENTS, head_params
@@ -40,6 +42,9 @@ def test_counts_are_the_registry_rows(name):
 def test_forward_and_a_finite_gradient_for_every_parameter(name):
     torch.manual_seed(0)
     student = build(name).train()
+    for module in student.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0  # it may drop a block for both images, and with it the block's gradient
     for parameter in student.parameters():
         if not parameter.any():  # RepViT and TinyViT begin with some scales at zero, which would hide what they scale
             torch.nn.init.normal_(parameter, std=0.1)
@@ -88,6 +93,34 @@ def test_saves_and_loads_bit_for_bit_through_auto_classes(tmp_path):
         assert torch.equal(feat, once_more(pixels).last_hidden_state)
         # Weights read from a file lie unaligned in memory, for which the CPU's kernels round differently.
         torch.testing.assert_close(feat, student(pixels).last_hidden_state, rtol=1e-5, atol=1e-5)
+
+
+def test_averaged_and_loaded_weights_count_from_the_next_eval():
+    """TinyViT keeps its attention biases in eval mode; validation must not go on with those of older weights."""
+    torch.manual_seed(0)
+    student, pixels = build("tiny_vit_5m").eval(), torch.rand(1, 3, 224, 224)
+
+    @torch.no_grad()
+    def features(model):
+        return model.eval()(pixels).last_hidden_state
+
+    def fresh(weights):
+        other = build("tiny_vit_5m")
+        other.load_state_dict(weights)
+        return features(other)
+
+    ema = ModelEmaV3(student, decay=0.5)
+    before = features(ema.module)
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if name.endswith("attention_biases"):
+                parameter.add_(torch.rand_like(parameter))
+    ema.update(student)
+    averaged = features(ema.module)
+    assert not torch.allclose(averaged, before, rtol=0, atol=1e-4)
+    torch.testing.assert_close(averaged, fresh(ema.module.state_dict()))
+    ema.module.load_state_dict(student.state_dict())
+    torch.testing.assert_close(features(ema.module), fresh(student.state_dict()))
 
 
 def test_statistics_scale_and_shift_the_output():
