@@ -26,7 +26,9 @@ from effsam3.data.store import (
     create_store,
     finish_store,
     repair_store,
+    untied,
 )
+from effsam3.disk import free_bytes, gigabytes, refuse_full_disk
 from effsam3.errors import UserError
 from effsam3.report import Report
 from effsam3.stages import make_teacher_pass
@@ -63,8 +65,9 @@ def run(recipe, check: int | None = None) -> None:
         create_store(root, teacher_pass.fields(), teacher_pass.description(), expected=images)
         for shard, records in repair_store(root).items():
             report.say(f"{shard}: {records} torn records of an interrupted export cut off, they are made again")
+        lines = teacher_pass.describe() | {"store": str(root)} | plan(recipe, root, teacher_pass)
+        report.header(f"export   {recipe.name}   {layout(accelerator)}", lines)
     accelerator.wait_for_everyone()
-    _announce(recipe, teacher_pass, accelerator, report)
     started = time.monotonic()
     with StoreWriter(root, accelerator.process_index) as writer:
         # Every rank writes as soon as it starts; what is done must be read before anyone adds to it.
@@ -75,7 +78,7 @@ def run(recipe, check: int | None = None) -> None:
         )
     exported = accelerator.reduce(torch.tensor([exported], device=accelerator.device)).item()
     if accelerator.is_main_process:
-        expected = [key for dataset in teacher_pass.datasets for key in dataset.keys]
+        expected = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
         refuse_many_skipped(expected, root, teacher_pass.max_unreadable)
         manifest = finish_store(root, expected, _statistics(root, teacher_pass))
         seconds = time.monotonic() - started
@@ -90,14 +93,31 @@ def run(recipe, check: int | None = None) -> None:
     accelerator.wait_for_everyone()
 
 
-def _announce(recipe, teacher_pass, accelerator, report: Report) -> None:
-    lines = teacher_pass.describe() | {"store": recipe.export.to}
-    report.header(f"export   {recipe.name}   {layout(accelerator)}", lines)
+def plan(recipe, root: Path, teacher_pass) -> dict[str, str]:
+    """What is to be made, as lines for the header.
+
+    Raises:
+        UserError: the disk cannot hold it.
+    """
+    reader = StoreReader(root, allow_unfinished=True)
+    keys = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
+    missing = [key for key, place in zip(keys, reader.find(keys), strict=True) if place < 0]
+    needed = len(missing) * reader.manifest.stride
+    refuse_full_disk(
+        root,
+        needed,
+        f"{len(missing):,} records of {reader.manifest.stride:,} bytes",
+        f"{teacher_pass.less_room}data.limit=N takes fewer, teacher=online none; or name another disk with export.to",
+    )
+    line = f"{len(missing):,} of {len(keys):,} records, {gigabytes(needed)}; {gigabytes(free_bytes(root))} are free"
+    if replaced := reader.replaced(missing):
+        line += f"; {len(replaced):,} of them for what was replaced since, such as {', '.join(replaced[:3])}"
+    return {"to make": line} | ({} if reader.manifest.ties_inputs else {"note": untied(root)})
 
 
 def _export(recipe, dataset, teacher_pass, writer: StoreWriter, done: frozenset, accelerator) -> int:
     """Write this rank's share of a dataset's missing records; returns how many."""
-    todo = [position for position, key in enumerate(dataset.keys) if key not in done]
+    todo = [position for position, key in enumerate(dataset.store_keys) if key not in done]
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     size = recipe.export.batch_size
     batches = [mine[start : start + size] for start in range(0, len(mine), size)]
@@ -117,21 +137,22 @@ def _export(recipe, dataset, teacher_pass, writer: StoreWriter, done: frozenset,
             checked = True
             if pending is not None:
                 written += pending.result()
-            pending = disk.submit(_write, teacher_pass, dataset.keys, batch, feat_BCHW, writer)
+            pending = disk.submit(_write, teacher_pass, dataset, batch, feat_BCHW, writer)
             bar.update(len(batch["positions"]))
         if pending is not None:
             written += pending.result()
     return written
 
 
-def _write(teacher_pass, keys, batch: dict, feat_BCHW: torch.Tensor, writer: StoreWriter) -> int:
+def _write(teacher_pass, dataset, batch: dict, feat_BCHW: torch.Tensor, writer: StoreWriter) -> int:
     unreadable = dict(batch["unreadable"])
-    for key, reason in unreadable.items():
-        writer.skip(key, reason)
     written = 0
     for place, position in enumerate(batch["positions"].tolist()):
-        if keys[position] not in unreadable:
-            writer.write(keys[position], teacher_pass.record(batch, place, feat_BCHW[place], keys[position]))
+        name, key = dataset.keys[position], dataset.store_keys[position]
+        if name in unreadable:
+            writer.skip(key, unreadable[name])
+        else:
+            writer.write(key, teacher_pass.record(batch, place, feat_BCHW[place], name))
             written += 1
     return written
 
@@ -156,7 +177,7 @@ def _statistics(root: Path, teacher_pass) -> dict:
     """Per-channel mean and deviation over a fixed sample of the training data, from what was stored."""
     reader = StoreReader(root, allow_unfinished=True)
     train = teacher_pass.datasets[0]
-    sample = stored_sample(reader, train.keys, SAMPLE)
+    sample = stored_sample(reader, train, SAMPLE)
     if not sample:
         raise StoreError(f"none of the {len(train)} training samples could be exported to {root}; see the reasons")
     statistics = FeatureStatistics(teacher_pass.channels)
@@ -165,17 +186,22 @@ def _statistics(root: Path, teacher_pass) -> dict:
     return statistics.result()
 
 
-def stored_sample(reader: StoreReader, keys: list[str], size: int) -> list[int]:
+def stored_sample(reader: StoreReader, dataset, size: int) -> list[int]:
     """The first `size` positions of the statistics' fixed order whose images are in the store."""
-    order = statistics_sample(keys, len(keys))
-    return list(islice((position for position in order if reader.contains(keys[position])), size))
+    order = statistics_sample(dataset.keys, len(dataset))
+    return list(islice((position for position in order if reader.contains(dataset.store_keys[position])), size))
 
 
 def _check(recipe, teacher_pass, accelerator, report: Report, samples: int) -> None:
     """Recompute `samples` records and compare them with the store."""
     reader = StoreReader(recipe.export.to)
+    if not reader.manifest.ties_inputs:
+        report.say(untied(recipe.export.to))
+    skipped = {entry["key"] for entry in reader.manifest.skipped}
+    for dataset in teacher_pass.datasets:
+        reader.positions([key for key in dataset.store_keys if key not in skipped])
     dataset = teacher_pass.datasets[0]
-    positions = stored_sample(reader, dataset.keys, samples)
+    positions = stored_sample(reader, dataset, samples)
     worst = 1.0
     for batch in loader(dataset, [[position] for position in positions], 0, pin=False):
         key = dataset.keys[int(batch["positions"][0])]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from effsam3.data.sampler import PADDING
-from effsam3.data.store import StoreReader
+from effsam3.data.store import StoreError, StoreReader
 
 
 class CaptionBatches(Dataset):
@@ -40,6 +40,11 @@ class CaptionBatches(Dataset):
             self._keys = self.part.keys(range(len(self.part)))
         return self._keys
 
+    @property
+    def store_keys(self) -> list[str]:
+        """What a store calls the texts: a key is the text's own hash, so a changed text is another one."""
+        return self.keys
+
     def __getitems__(self, positions: list[int]) -> dict:
         """Return the batch of `positions`, of which `PADDING` ones come out as texts that count nowhere.
 
@@ -51,7 +56,16 @@ class CaptionBatches(Dataset):
         counts = torch.tensor([position != PADDING for position in positions])
         batch = {"ids": ids, "mask": mask, "counts": counts, "positions": torch.tensor(positions), "unreadable": []}
         if self.store is not None:
-            batch |= self.store.read(self.store.positions(self.part.keys(kept)))
+            keys = self.part.keys(kept)
+            batch |= self.store.read(self.store.positions(keys))
+            if other := [
+                key for key, same in zip(keys, batch["length"][:, 0] == mask.sum(1), strict=True) if not same
+            ]:
+                raise StoreError(
+                    f"{self.store.root}: {len(other)} of {len(keys)} records have another number of tokens than their "
+                    f"text (first: {other[0]}); the store was made with another tokenizer or data.context_length: "
+                    "export again to another export.to"
+                )
         return batch
 
     def by_length(self, positions: np.ndarray) -> np.ndarray:

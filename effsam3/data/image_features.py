@@ -28,14 +28,20 @@ class ImageFeatures(Dataset):
         image_size: S.
         resize: `square` or `longest_side`, see `transforms.resize_image`.
         store: the teacher's features; None gives images alone (export, or a teacher that runs beside the student).
+        tied: whether `store_keys` end in the digest of the image's bytes; with a store, it knows.
+
+    Raises StoreError naming the images that the store has no features of, or only those of another image of that name.
     """
 
-    def __init__(self, index, folder: Path, image_size: int, resize: str, store: StoreReader | None = None):
+    def __init__(
+        self, index, folder: Path, image_size: int, resize: str, store: StoreReader | None = None, tied: bool = True
+    ):
         self.index, self.folder = index, folder
         self.image_size, self.resize = image_size, resize
         self.store = store
         self.keys: list[str] = list(index["key"])
-        self.records = None if store is None else store.positions(self.keys)
+        self.store_keys = store_keys(index, tied if store is None else store.manifest.ties_inputs)
+        self.records = None if store is None else store.positions(self.store_keys)
         self.pixels_stored = store is not None and "pixels" in store.names
 
     def __len__(self) -> int:
@@ -70,6 +76,13 @@ class ImageFeatures(Dataset):
             batch["pixels"][place], size = resize_image(image_HW3, side, self.resize)
             batch["sizes"][place] = torch.tensor(size)
         return batch
+
+
+def store_keys(index, tied: bool) -> list[str]:
+    """What a store calls the images of an index: `name@digest`, in an untied store the name alone."""
+    if not tied:
+        return list(index["key"])
+    return [f"{key}@{digest}" for key, digest in zip(index["key"], index["image_digest"], strict=True)]
 
 
 def stored_features(batch: dict) -> Tensor:

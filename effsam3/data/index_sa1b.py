@@ -136,6 +136,7 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
         "image_file": image.file,
         "image_offset": image.offset,
         "image_bytes": image.size,
+        "image_digest": "",
         "annotation_file": None,
         "annotation_offset": 0,
         "annotation_bytes": 0,
@@ -150,7 +151,8 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
         "detail": "",
     }
     try:
-        data = sa1b.read_indexed(row, folder, "image")
+        data = sa1b.read_file(row, folder, "image")
+        row["image_digest"] = sa1b.digest_of(data)
         row["width"], row["height"], kinds = sa1b.image_header(data, options.max_pixels, entry.key)
         if min(row["width"], row["height"]) < options.min_side:
             raise sa1b.UnreadableImage(entry.key, "too_small")

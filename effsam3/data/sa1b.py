@@ -26,6 +26,7 @@ COLUMNS = {  # name: Arrow type
     "image_file": "string",  # posix path relative to the parquet's folder
     "image_offset": "int64",  # bytes; 0 for a plain file
     "image_bytes": "int64",
+    "image_digest": "string",  # xxh3_64 of those bytes, 16 hex digits; see digest_of
     "annotation_file": "string",  # null: the image has no usable annotations
     "annotation_offset": "int64",
     "annotation_bytes": "int64",
@@ -110,6 +111,13 @@ def write_atomic(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
+def digest_of(data: bytes) -> str:
+    """Return what tells an image's bytes from all others: their xxh3_64, 16 hex digits."""
+    import xxhash
+
+    return xxhash.xxh3_64_hexdigest(data)
+
+
 def split_of(key: str, val_fraction: float) -> str:
     """Return train or val from the key alone, so that no other file and no order has a say."""
     import xxhash
@@ -143,7 +151,10 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
     found = {field.name: str(field.type) for field in table.schema}
     wrong = [f"{name} ({kind}, found {found.get(name)})" for name, kind in COLUMNS.items() if found.get(name) != kind]
     if wrong:
-        raise UserError(f"{path} is not an SA-1B index: {', '.join(wrong)}; make it anew with: {command}")
+        raise UserError(
+            f"{path} is no index of images, or an older version's: {', '.join(wrong)}; make it anew, with the options "
+            f"it was made with: {command}"
+        )
     if split is not None:
         if split not in SPLITS:
             raise UserError(f"split {split!r} does not exist; choose from {', '.join(SPLITS)}")
@@ -155,7 +166,19 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
 
 
 def read_indexed(row: dict, folder: Path, what: str) -> bytes:
-    """Return the bytes of a row's `image` or `annotation`. Raises the Unreadable of its kind."""
+    """Return the bytes of a row's `image` or `annotation`. Raises the Unreadable of its kind.
+
+    Of an image these are the very bytes that were indexed: a file replaced under the same name is noticed.
+    """
+    data = read_file(row, folder, what)
+    if what == "image" and digest_of(data) != row["image_digest"]:
+        detail = f"{row['image_file']} is another file of the same size than when indexed; build the index again"
+        raise UnreadableImage(row["key"], "changed", detail)
+    return data
+
+
+def read_file(row: dict, folder: Path, what: str) -> bytes:
+    """Return what stands where a row says, as far as it has the size that was indexed."""
     error = {"image": UnreadableImage, "annotation": UnreadableAnnotations}[what]
     file = Path(folder) / row[f"{what}_file"]
     try:

@@ -9,6 +9,10 @@
 
 Fields are named `features`, `scale` (of int8 features), `pixels` (uint8 RGB 0-255) and `tokens` (text).
 
+A key names what its features were made of, not only whose they are: an image's ends in the digest of its bytes, a
+text's is the hash of the text. So features of something else are never found; an input that has changed is a new key,
+and the record of the old one stays where it is.
+
 A record exists once its journal line does, and the line is written after the payload. A killed process therefore
 leaves at most one payload without a line, or half a line; both are cut when the store is opened for writing again. A
 power failure can also lose, in any order, what the kernel had not yet put on disk. So every SYNC_BYTES the payload is
@@ -31,6 +35,7 @@ import numpy as np
 import xxhash
 
 from effsam3.data.store_format import (
+    INPUTS,
     Field,
     Manifest,
     Shard,
@@ -41,6 +46,9 @@ from effsam3.data.store_format import (
     list_shards,
     open_manifest,
     remedy,
+    shards_on_disk,
+    ties_inputs,
+    untied,
 )
 from effsam3.data.store_writer import StoreWriter, finish_store, repair_store
 
@@ -49,6 +57,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "INPUTS",
     "BadRecord",
     "Field",
     "Manifest",
@@ -63,7 +72,9 @@ __all__ = [
     "open_manifest",
     "quantise_int8",
     "repair_store",
+    "ties_inputs",
     "to_float16",
+    "untied",
     "verify_store",
 ]
 
@@ -94,6 +105,8 @@ class StoreReader:
         self.root = Path(root)
         self.manifest = manifest = open_manifest(root)
         self._shards = list_shards(self.root, manifest)
+        if allow_unfinished and all(shard.journal for shard in self._shards):
+            self._shards = shards_on_disk(self.root, manifest)  # a finished store may be growing
         keys = journal_column(self.root, manifest, self._shards, "key")
         if not (manifest.finished or allow_unfinished):
             total = "" if manifest.expected is None else f" of {manifest.expected}"
@@ -138,20 +151,28 @@ class StoreReader:
         return bool(place < len(hashes)) and self.arrow_keys[order[place]].as_py() == key
 
     def positions(self, keys: Sequence[str]) -> np.ndarray:
-        """Position of every key, int64; StoreError naming the keys that are not stored."""
+        """Position of every key, int64; StoreError naming the keys that are not stored, and those replaced since."""
         keys = list(keys)
-        found = self._find(keys)
+        found = self.find(keys)
         if (found < 0).any():
-            missing = [keys[i] for i in np.flatnonzero(found < 0)[:5]]
-            count = int((found < 0).sum())
-            raise StoreError(
-                f"{self.root} lacks {count} of {len(keys)} keys: {', '.join(missing)}{', ...' if count > 5 else ''}. "
-                "Run export for this data: it writes only what is missing"
-            )
+            missing = [keys[i] for i in np.flatnonzero(found < 0)]
+            replaced = self.replaced(missing)
+            said = f"{self.root} lacks {len(missing)} of {len(keys)} keys: {_first(missing)}. "
+            if replaced:
+                said += (
+                    f"Of {len(replaced)} of them it has features of other bytes under the same name (replaced since "
+                    f"it was made): {_first(replaced)}. "
+                )
+            raise StoreError(said + "Run export for this data: it writes only what is missing")
         return found
 
-    def _find(self, keys: list[str]) -> np.ndarray:
-        """Positions, -1 where absent: a search among sorted hashes, then a comparison of the keys themselves."""
+    def replaced(self, missing: Sequence[str]) -> list[str]:
+        """Names of those of the keys, none of which is stored, under whose names other bytes are."""
+        names = {name_of(key) for key in self.keys} if self.manifest.ties_inputs and len(missing) else set()
+        return [name for name in map(name_of, missing) if name in names and name]
+
+    def find(self, keys: list[str]) -> np.ndarray:
+        """Positions, int64, -1 where absent: a search among sorted hashes, then a comparison of the keys."""
         import pyarrow
         from pyarrow import compute
 
@@ -230,6 +251,15 @@ class StoreReader:
         if self._checksums[row].as_py() != _checksum(buffers):
             key = self.arrow_keys[int(np.searchsorted(self._rows, row))]
             raise StoreError(f"record {key} in {self.root / shard.file} is damaged (checksum); {remedy(shard)}")
+
+
+def name_of(key: str) -> str:
+    """Whose record a key `name@digest` is of."""
+    return key.rpartition("@")[0]
+
+
+def _first(names: list[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
 def _hash(keys: pyarrow.Array, seed: int) -> np.ndarray:

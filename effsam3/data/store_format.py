@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 FORMAT, VERSION = "effsam3-store", 1
+INPUTS = "inputs"  # entry of a description: how records are tied to what their features were made of
 DTYPES = ("float16", "float32", "int8", "uint8", "int32")
 
 
@@ -69,6 +70,11 @@ class Manifest:
     skipped: tuple[dict[str, str], ...] = ()  # key, reason
     statistics: dict | None = None
     shards: tuple[Shard, ...] = ()
+
+    @property
+    def ties_inputs(self) -> bool:
+        """Whether records are tied to what their features were made of; imported and older stores are not."""
+        return INPUTS in self.description
 
     @property
     def finished(self) -> bool:
@@ -159,6 +165,19 @@ def open_manifest(root: str | Path) -> Manifest:
         return Manifest(**content)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is malformed ({error!r}): restore it, or export into an empty folder") from error
+
+
+def ties_inputs(root: str | Path) -> bool:
+    """Whether the store ties its records to what their features were made of; one still to be made does."""
+    return not (Path(root) / "manifest.json").exists() or open_manifest(root).ties_inputs
+
+
+def untied(root: str | Path) -> str:
+    """What to say of a store that does not."""
+    return (
+        f"{root} was imported or made by an older version and does not know what its features were made of: an input "
+        "that was replaced since under the same name is not noticed"
+    )
 
 
 def write_manifest(root: str | Path, manifest: Manifest) -> None:

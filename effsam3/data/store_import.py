@@ -23,6 +23,7 @@ from effsam3.data.store_format import (
     StoreError,
     check_sizes,
     open_manifest,
+    untied,
     whole_lines,
     write_manifest,
 )
@@ -80,6 +81,7 @@ def import_upstream(
         facts |= PREPROCESSING
         report(PREPROCESSING_WARNING)
     facts |= {"payload": field.dtype, "teacher": {"checkpoint": "unknown, upstream does not record it"}}
+    report(f"note: {untied(root)}")
     manifest = Manifest((field,), facts | (description or {}), shards=shards)
     check_sizes(root, manifest, shards)
     root.mkdir(parents=True, exist_ok=True)

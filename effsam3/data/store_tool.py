@@ -2,7 +2,7 @@
 """The command `effsam3 store`: show, verify and import embedding stores.
 
 effsam3 store show PATH
-effsam3 store verify PATH
+effsam3 store verify PATH [--index INDEX]
 effsam3 store import SOURCE PATH [--channels C --grid G]
 """
 
@@ -21,7 +21,11 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="effsam3 store", description="Show, verify or import an embedding store.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, help_text in (("show", "what a store holds"), ("verify", "read every record, compare its checksum")):
-        commands.add_parser(name, help=help_text).add_argument("path", type=Path, help="folder of the store")
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("path", type=Path, help="folder of the store")
+        if name == "verify":
+            index_help = "also read every image of this index: are the features of these very bytes?"
+            command.add_argument("--index", type=Path, help=index_help)
     importer = commands.add_parser("import", help="make upstream's rank*-values.bin readable without copying them")
     importer.add_argument("source", type=Path, help="folder that upstream's exporter wrote")
     importer.add_argument("path", type=Path, help="new folder for the manifest")
@@ -31,7 +35,8 @@ def main(argv: list[str]) -> int:
     if arguments.command == "show":
         return show(arguments.path)
     if arguments.command == "verify":
-        return verify(arguments.path)
+        damaged = verify(arguments.path)
+        return damaged if arguments.index is None else max(damaged, verify_images(arguments.path, arguments.index))
     if (arguments.channels is None) != (arguments.grid is None):
         importer.error("--channels and --grid go together")
     return import_(arguments.source, arguments.path, arguments.channels, arguments.grid)
@@ -120,6 +125,36 @@ def verify(root: Path) -> int:
     for advice in dict.fromkeys(remedy(record.shard) for record in report.bad):
         print(f"to mend: {advice}")
     return 1
+
+
+def verify_images(root: Path, index: Path) -> int:
+    """Prints the images of an index that are not those whose features are stored; returns 1 if there is one."""
+    from tqdm import tqdm
+
+    from effsam3.data.image_features import store_keys
+    from effsam3.data.sa1b import UnreadableImage, load_index, read_indexed
+    from effsam3.data.store import StoreReader, untied
+
+    reader = StoreReader(root, allow_unfinished=True)
+    rows, tied = load_index(index), reader.manifest.ties_inputs
+    keys = store_keys(rows, tied)
+    skipped = {entry["key"] for entry in reader.manifest.skipped}
+    missing = [key for key, place in zip(keys, reader.find(keys), strict=True) if place < 0 and key not in skipped]
+    replaced = set(reader.replaced(missing))
+    wrong = [f"{name}: replaced since its features were made; export again" for name in sorted(replaced)]
+    wrong += [f"{key}: has no features; export again" for key in missing if key.rpartition("@")[0] not in replaced]
+    for row in tqdm(rows, unit=" images", desc="images"):
+        try:
+            read_indexed(row, index.parent, "image")
+        except UnreadableImage as error:
+            wrong.append(str(error))
+    if not tied:
+        print(untied(root))
+    print(f"{len(rows):,} images of {index}: {len(wrong):,} are not those whose features are stored")
+    for line in wrong[:SHOWN]:
+        print(f"  {line}")
+    _print_rest(len(wrong))
+    return 1 if wrong else 0
 
 
 def import_(source: Path, root: Path, channels: int | None, grid: int | None) -> int:

@@ -176,6 +176,24 @@ class PromptTokenizer:
         return BatchEncoding({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
 
 
+# Texts on which tokenizers have been seen to differ: apostrophes, entities, broken encodings, scripts, long words.
+_PROBES = (
+    "a dog",
+    "the dog\u2019s ball, don't",
+    "caf\u00c3\u00a9 &amp;amp; bar",
+    "\u8857\u4e0a\u7684\u72d7 \U0001f436",
+    "<start_of_text> 1,234.5 m\u00b2",
+    "\u00dcBER  \n fluffy-tailed " + "antidisestablishmentarianism " * 20,
+)
+
+
+def tokenizer_fingerprint() -> str:
+    """Return a digest of the ids of texts that tokenizers differ in, 16 hex digits: what a store was made with."""
+    import xxhash
+
+    return xxhash.xxh3_64_hexdigest(repr(Tokenizer().tokenize(list(_PROBES), PROCESSOR_LENGTH)).encode())
+
+
 def pad(rows: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Return ids (B, L) int64, padded with `PAD_ID` to the longest row, and the mask (B, L) bool, true on tokens."""
     import torch

@@ -13,7 +13,7 @@ from torch import Tensor
 from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler
 from effsam3.data.statistics import FeatureStatistics
-from effsam3.data.store import StoreError
+from effsam3.data.store import StoreError, StoreReader, untied
 from effsam3.models.slots import start_from
 from effsam3.models.teacher import parameter_count
 from effsam3.report import table
@@ -109,6 +109,11 @@ class Stage:
             [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in names)],
         ]
         return table(rows, [f"held-out {self.unit}", "cosine", "centred cosine", "mse"])
+
+
+def untied_note(store: StoreReader | None) -> dict[str, str]:
+    """A line for the header where a store cannot tell what its features were made of."""
+    return {} if store is None or store.manifest.ties_inputs else {"note": untied(store.root)}
 
 
 def refuse_other_teacher(recipe, teacher: dict) -> None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from effsam3.accelerator import frozen_autocast
-from effsam3.data.image_features import ImageFeatures, stored_features
+from effsam3.data.image_features import ImageFeatures, store_keys, stored_features
 from effsam3.data.loader import loader
 from effsam3.data.sa1b import SPLITS, load_index
 from effsam3.data.statistics import statistics_sample
-from effsam3.data.store import Field, StoreError, StoreReader, quantise_int8, to_float16
+from effsam3.data.store import INPUTS, Field, StoreError, StoreReader, quantise_int8, ties_inputs, to_float16
 from effsam3.data.synthetic import make_synthetic_sa1b
 from effsam3.data.transforms import normalise, resized_size, valid_mask
 from effsam3.errors import UserError
@@ -28,7 +28,7 @@ from effsam3.models.teacher import Neck, Teacher, check_features, check_weights,
 from effsam3.models.vision import StudentTrunk, StudentTrunkConfig, load_timm_weights, resize_BCHW
 from effsam3.report import write_json
 from effsam3.schema.rules import names_a_model
-from effsam3.stages.base import Stage, refuse_other_teacher
+from effsam3.stages.base import Stage, refuse_other_teacher, untied_note
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn images: they are few
 
@@ -64,15 +64,22 @@ def ready_index(recipe, accelerator) -> Path:
 
 
 def image_dataset(
-    recipe, index: Path, split: str, image_size: int, store: StoreReader | None = None, most: int | None = None
+    recipe,
+    index: Path,
+    split: str,
+    image_size: int,
+    store: StoreReader | None = None,
+    most: int | None = None,
+    tied: bool = True,
 ) -> ImageFeatures:
     """The images of one split, the first `data.limit` and at most `most` of them, less those that export skipped."""
     limits = [limit for limit in (recipe.data.limit, most) if limit is not None]
     rows = load_index(index, split, min(limits, default=None))
     if store is not None and store.manifest.skipped:
         skipped = {entry["key"] for entry in store.manifest.skipped}
-        rows = rows.select([position for position, key in enumerate(rows["key"]) if key not in skipped])
-    return ImageFeatures(rows, index.parent, image_size, recipe.data.resize, store)
+        keys = store_keys(rows, store.manifest.ties_inputs)
+        rows = rows.select([position for position, key in enumerate(keys) if key not in skipped])
+    return ImageFeatures(rows, index.parent, image_size, recipe.data.resize, store, tied)
 
 
 class ImageTeacherPass:
@@ -83,12 +90,17 @@ class ImageTeacherPass:
         self.teacher = make_teacher(recipe, accelerator)
         self.channels = self.teacher.channels
         self.max_unreadable = recipe.data.max_unreadable
+        self.less_room = "export.dtype=int8 takes half, " if recipe.export.dtype == "float16" else ""
         index = ready_index(recipe, accelerator)
         # Features may be wanted of photographs that are all in one split; training will ask for both.
         present = set(load_index(index)["split"])
+        tied = ties_inputs(recipe.export.to)
         self.datasets = [
-            image_dataset(recipe, index, split, self.teacher.image_size) for split in SPLITS if split in present
+            image_dataset(recipe, index, split, self.teacher.image_size, tied=tied)
+            for split in SPLITS
+            if split in present
         ]
+        self.inputs = {INPUTS: "xxh3_64 of the image's bytes, at the end of its key"} if tied else {}
         self.accelerator = accelerator
 
     def fields(self) -> list[Field]:
@@ -104,7 +116,7 @@ class ImageTeacherPass:
     def description(self) -> dict:
         """What the manifest says about the features: they belong to this teacher and this preprocessing alone."""
         teacher = self.teacher
-        return {
+        return self.inputs | {
             "kind": "image",
             "tap": teacher.tap,
             "grid": teacher.grid,
@@ -162,7 +174,8 @@ class ImageTeacherPass:
             resized_size(height, width, dataset.image_size, dataset.resize)
             for height, width in zip(rows["height"], rows["width"], strict=True)
         ]
-        features = stored_features(reader.read(reader.positions(list(rows["key"]))))
+        keys = [dataset.store_keys[position] for position in positions]
+        features = stored_features(reader.read(reader.positions(keys)))
         return features, valid_mask(torch.tensor(sizes), self.teacher.image_size, self.teacher.grid)
 
 
@@ -225,6 +238,7 @@ class ImageStage(Stage):
                 "both are needed (scripts/index_sa1b.py --val-fraction divides them)"
             )
         self.train_size = len(self.train_data)
+        self.note = untied_note(store)
         self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
         student = make_student(recipe, self.facts["channels"], self.facts["image_size"], facts.patch_size)
         self.set_student(student)
@@ -266,13 +280,14 @@ class ImageStage(Stage):
         own = self.student_parameters
         grid, channels = self.facts["grid"], self.facts["channels"]
         source = "beside the student" if self.teacher is not None else f"from {self.recipe.export.to}"
-        return {
+        lines = {
             "student": f"{row.label} ({self.recipe.student}, head {self.recipe.head})  {own / 1e6:.2f} M parameters "
             f"instead of {replaced / 1e6:.2f} M",
             "teacher": f"{self.recipe.sam3.checkpoint} {self.facts['tap']}, {channels} x {grid} x {grid}, {source}",
             "data": f"{self.recipe.data.index}  {len(self.train_data):,} images, {len(self.val_data):,} held out, "
             f"{self.facts['image_size']} px {self.facts['resize']}",
-        } | self.start
+        }
+        return lines | self.start | self.note
 
     def valid(self, batch: dict) -> Tensor:
         """Valid mask (B, 1, G, G) on the device."""

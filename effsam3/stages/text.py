@@ -20,7 +20,7 @@ from effsam3.data.caption_batches import CaptionBatches, as_map, valid_tokens
 from effsam3.data.caption_stream import stream_captions
 from effsam3.data.captions import open_captions
 from effsam3.data.statistics import statistics_sample
-from effsam3.data.store import Field, StoreReader, to_float16
+from effsam3.data.store import INPUTS, Field, StoreError, StoreReader, ties_inputs, to_float16
 from effsam3.data.synthetic_captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
 from effsam3.losses import agreement_sums, feature_loss, standardise
@@ -29,10 +29,10 @@ from effsam3.models.sam3 import chassis_folder
 from effsam3.models.teacher import parameter_count
 from effsam3.models.text import TextTeacher, check_text_weights, check_tokens, text_student
 from effsam3.models.text_weights import load_text_weights
-from effsam3.models.tokens import PAD_ID, PROCESSOR_LENGTH, Tokenizer
+from effsam3.models.tokens import PAD_ID, PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
 from effsam3.report import write_json
 from effsam3.schema.rules import names_a_model
-from effsam3.stages.base import Stage, refuse_other_teacher
+from effsam3.stages.base import Stage, refuse_other_teacher, untied_note
 
 
 def ready_captions(recipe, accelerator):
@@ -170,6 +170,7 @@ class TextTeacherPass:
         self.teacher = make_teacher(recipe, accelerator)
         self.channels = self.teacher.channels
         self.max_unreadable = 0  # captions are checked when they are opened
+        self.less_room = ""
         captions = ready_captions(recipe, accelerator)
         self.datasets = [
             CaptionBatches(Distinct(part), encoder(recipe)) for part in (captions.train, captions.val) if len(part)
@@ -182,7 +183,8 @@ class TextTeacherPass:
 
     def description(self) -> dict:
         """What the manifest says about the features: they belong to this teacher and this tokenizer alone."""
-        return {
+        tied = {INPUTS: inputs()} if ties_inputs(self.recipe.export.to) else {}
+        return tied | {
             "kind": "text",
             "tap": "text",
             "channels": self.channels,
@@ -237,6 +239,11 @@ def encoder(recipe):
     return partial(Tokenizer().encode, context_length=recipe.data.context_length)
 
 
+def inputs() -> str:
+    """What ties a store's records to their texts: the key is the text's hash, the tokenizer makes ids of it."""
+    return f"hash of the text, tokenizer {tokenizer_fingerprint()}"
+
+
 class TextStage(Stage):
     """The training side: student, data, loss and validation."""
 
@@ -259,6 +266,11 @@ class TextStage(Stage):
                     f"says data.context_length={recipe.data.context_length}; change it, or export again to another "
                     "export.to"
                 )
+            if self.facts.get(INPUTS, inputs()) != inputs():
+                raise StoreError(
+                    f"the store at {recipe.export.to} was made with another tokenizer ({self.facts[INPUTS]}, here "
+                    f"{inputs()}); export again to another export.to"
+                )
         if recipe.data.streaming:
             make_captions(recipe, accelerator)
             self.captions = None
@@ -275,6 +287,10 @@ class TextStage(Stage):
                     f"{self.train_size} training and {len(self.val_data)} held-out texts; both are needed "
                     "(data.held_out)"
                 )
+            if store is not None:  # now: a text that is missing would end the training when its turn comes
+                for texts in map(Distinct, (self.captions.train, val)):
+                    store.positions(texts.keys(range(len(texts))))
+        self.note = untied_note(store)
         self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
         student, self.loaded = make_student(recipe, self.facts["channels"])
         self.set_student(student)
@@ -305,7 +321,8 @@ class TextStage(Stage):
             f"{source}",
             "data": f"{data}, up to {self.recipe.data.context_length} tokens",
         }
-        return lines | ({"weights": str(self.loaded).replace("\n", "; ")} if self.loaded else self.start)
+        start = {"weights": str(self.loaded).replace("\n", "; ")} if self.loaded else self.start
+        return lines | start | self.note
 
     def train_batches(self, start: int, steps: int):
         """This rank's micro-batches from step `start` on."""

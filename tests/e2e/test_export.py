@@ -5,25 +5,31 @@ what is left."""
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ENVIRONMENT, SMOKE, command, metrics, run
+from PIL import Image
 from safetensors.torch import load_file
 
 import effsam3.export
 import effsam3.merge
 import effsam3.train
 from effsam3.data.image_features import stored_features
+from effsam3.data.index_sa1b import build_index
 from effsam3.data.sa1b import load_index
 from effsam3.data.store import StoreError, StoreReader, open_manifest, repair_store, verify_store
+from effsam3.data.store_tool import main as store_tool
 from effsam3.errors import UserError
 from effsam3.recipe import load_recipe
 
@@ -104,7 +110,7 @@ def test_an_image_that_went_bad_is_named_skipped_and_survived(own, capsys):
     trained, held_out = spoil(folder, "train"), spoil(folder, "val")
     call("export", overrides)
     manifest = StoreReader(folder / "teacher").manifest
-    assert {entry["key"] for entry in manifest.skipped} == {trained, held_out}
+    assert {entry["key"].rpartition("@")[0] for entry in manifest.skipped} == {trained, held_out}
     assert all("when indexed" in entry["reason"] for entry in manifest.skipped)
     assert trained in capsys.readouterr().out
     call("train", overrides, *SHORT)
@@ -269,3 +275,105 @@ def test_the_command_line_reports_errors_without_a_traceback(shared):
     folder, overrides = shared
     printed = run(folder, "train", *overrides, "export.to=nowhere", "name=lost", code=2)
     assert "nowhere" in printed and "export" in printed and "Traceback" not in printed
+
+
+# ---- images replaced under the same name
+
+
+def replace_image(folder: Path, split: str, number: int = 0) -> str:
+    """Put another drawing under an image's name, of another size in bytes, and index again; returns its key."""
+    row = load_index(folder / "data/index.parquet", split)[number]
+    path = folder / "data" / row["image_file"]
+    pixels = np.random.default_rng(0).integers(0, 255, (row["height"], row["width"], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, quality=90)
+    build_index([folder / "data/images"], folder / "data/index.parquet", 0.2, workers=1, progress=False)
+    return row["key"]
+
+
+def test_a_replaced_image_is_named_and_it_alone_is_made_anew(own, capsys):
+    folder, overrides = own
+    call("export", overrides)
+    before = {key: features_of(folder, key) for key in StoreReader(folder / "teacher").keys}
+    trained, held_out = replace_image(folder, "train"), replace_image(folder, "val")
+    for verb, options in (("train", {}), ("export", {"check": 2})):
+        with pytest.raises(StoreError, match="other bytes under the same name") as error:
+            call(verb, overrides, *SHORT, **options)
+        assert trained in str(error.value) and "Run export" in str(error.value)
+    assert not (folder / "runs/smoke-image/checkpoints").exists()
+    assert store_tool(["verify", str(folder / "teacher"), "--index", str(folder / "data/index.parquet")]) == 1
+    assert f"{held_out}: replaced since" in capsys.readouterr().out
+    call("export", overrides)
+    printed = capsys.readouterr().out
+    assert "2 of 48 records" in printed and "2 made now" in printed
+    assert "2 of them for what was replaced since" in printed and held_out in printed
+    after = {key: features_of(folder, key) for key in StoreReader(folder / "teacher").keys}
+    assert all(torch.equal(after[key], features) for key, features in before.items()), "a stored record was touched"
+    new = {key.rpartition("@")[0]: features for key, features in after.items() if key not in before}
+    assert new.keys() == {trained, held_out}
+    for key, features in before.items():
+        assert not torch.equal(features, new.get(key.rpartition("@")[0], torch.zeros(1))), key
+    call("train", overrides, *SHORT)
+    assert store_tool(["verify", str(folder / "teacher"), "--index", str(folder / "data/index.parquet")]) == 0
+
+
+def features_of(folder: Path, key: str) -> torch.Tensor:
+    reader = StoreReader(folder / "teacher")
+    return reader.read(reader.positions([key]))["features"]
+
+
+def test_a_file_replaced_behind_the_index_is_noticed_when_it_is_read(own):
+    folder, overrides = own
+    call("export", overrides)
+    row = load_index(folder / "data/index.parquet", "train")[0]
+    path = folder / "data" / row["image_file"]
+    content = bytearray(path.read_bytes())
+    content[-200] ^= 1  # the same size, and it may still decode
+    path.write_bytes(content)
+    call("train", overrides, *SHORT, "train.steps=6")
+    (line,) = (folder / "runs/smoke-image/unreadable.jsonl").read_text().splitlines()
+    assert row["key"] in line and "another file of the same size" in line
+    assert store_tool(["verify", str(folder / "teacher"), "--index", str(folder / "data/index.parquet")]) == 1
+
+
+def test_a_store_of_an_older_version_is_said_and_read(own, capsys):
+    """Bare names as keys, and a manifest that does not tell what its features were made of."""
+    folder, overrides = own
+    call("export", overrides)
+    for path in (folder / "teacher").glob("*.tsv"):
+        path.write_text(re.sub(r"@[0-9a-f]{16}\t", "\t", path.read_text()))
+    manifest = json.loads((folder / "teacher/manifest.json").read_text())
+    del manifest["description"]["inputs"]
+    (folder / "teacher/manifest.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    call("export", overrides)
+    printed = capsys.readouterr().out
+    assert "0 made now" in printed and printed.count("older version") == 1
+    call("train", overrides, *SHORT)
+    assert capsys.readouterr().out.count("older version") == 1
+
+
+def test_a_finished_store_grows_by_more_images_than_may_be_unreadable(own, capsys):
+    folder, overrides = own
+    call("export", overrides, "data.limit=4", "data.max_unreadable=0")
+    call("export", overrides, "data.max_unreadable=0")
+    assert "40 made now" in capsys.readouterr().out.replace(",", "") and len(StoreReader(folder / "teacher")) == 48
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(own):
+    """48 records of 32 KiB on a file system of 1 MB, which Linux lets every user make; where not, the test is off."""
+    folder, overrides = own
+    (folder / "small").mkdir()
+    inside = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f"mount -t tmpfs -o size=1m none {folder}/small"
+    if subprocess.run([*inside, mount], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    export = command("export", *overrides, f"export.to={folder}/small/teacher")
+    script = f"{mount} && {shlex.join(export)}; code=$?; ls {folder}/small/teacher; exit $code"
+    done = subprocess.run([*inside, script], env=ENVIRONMENT, capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 2, done.stderr
+    assert re.search(
+        r"48 records of 32,768 bytes will take 0.00157 GB in \S+teacher, where 0.001\d* GB are free; "
+        r"export.dtype=int8 takes half, data.limit=N takes fewer, teacher=online none; or name another disk with "
+        "export.to", done.stderr
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "manifest.json"  # which the next attempt goes on from

@@ -17,7 +17,7 @@ from transformers import Sam3LiteTextModel, Sam3TrackerVideoModel, Sam3VideoMode
 
 from effsam3.models.sam3 import chassis_folder, read_tensors
 from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
-from effsam3.models.tokens import PROCESSOR_LENGTH, Tokenizer
+from effsam3.models.tokens import PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
 
 TEXT = REPOSITORY / "recipes/smoke/text.yaml"
 SHORT = ("train.steps=10", "train.log_every=1", "train.eval_every=5", "train.save_every=2", "optim.warmup_steps=2",
@@ -56,6 +56,21 @@ def test_stored_features_give_the_same_trajectory(texts):
     same(folder, "stored", 5e-3)
     other = (*overrides, *SHORT, "teacher=stored", "name=other", "sam3.fingerprint=deadbeef")
     assert "was made by tiny" in run(folder, "train", *other, recipe=TEXT, code=2)
+    manifest = folder / "teacher/manifest.json"
+    content = manifest.read_text()
+    assert f"tokenizer {tokenizer_fingerprint()}" in content
+    manifest.write_text(content.replace(tokenizer_fingerprint(), "0" * 16))
+    another = (*overrides, *SHORT, "teacher=stored", "name=another")
+    assert "was made with another tokenizer" in run(folder, "train", *another, recipe=TEXT, code=2)
+    manifest.write_text(content)
+    # A text that has changed has another key: said before the first step, not when its turn comes.
+    phrases = folder / "data/phrases.txt"
+    drawn = phrases.read_text()
+    phrases.write_text(drawn.replace("\n", " and a kite\n", 1))
+    printed = run(folder, "train", *another, recipe=TEXT, code=2)
+    assert "lacks 1 of" in printed and "Run export" in printed and not (folder / "runs/another/checkpoints").exists()
+    assert "1 made now" in run(folder, "export", *overrides, "teacher=stored", recipe=TEXT)
+    phrases.write_text(drawn)  # which the other tests read, too
 
 
 def test_real_captions_are_never_overwritten(texts, tmp_path):

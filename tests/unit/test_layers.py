@@ -23,6 +23,7 @@ LAYERS = [
         "layouts",
         "report",
         "progress",
+        "disk",
         "models.registry",
         "models.tiny",
     },
