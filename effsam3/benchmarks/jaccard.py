@@ -147,38 +147,39 @@ class _Scorer:
 class DavisScorer(_Scorer):
     """DAVIS 2017, semi-supervised.
 
-    The objects are 1 up to the highest id of the first annotated frame, also ids between that are not in it. The
-    first and the last annotated frame do not count, every other one does, also where object and prediction are both
-    absent (J = F = 1). Void (255) is background, and a missing prediction is an empty mask. The toolkit quits over a
-    predicted id above the highest: here that is an error.
+    The objects are those that the first annotated frame shows. The first and the last annotated frame do not count,
+    every other one does, also where object and prediction are both absent (J = F = 1). A missing prediction is an
+    empty mask. Two things are other than in the toolkit, which expects ids without gaps: it takes every id up to the
+    highest for an object, so that of ids 7 and 12 ten would be absent, and perfect; and it quits over a predicted id
+    above the highest, where here an object that is not scored is an error on a frame that counts.
     """
-
-    VOID = 255
 
     def __init__(self, video: str):
         super().__init__(video)
-        self.objects: range | None = None
+        self.objects: list[int] | None = None
+        self.unscored: int | None = None  # predicted on the latest frame, which counts if another one follows
 
     def add(self, truths: Mapping[int, np.ndarray], predictions: Mapping[int, np.ndarray]) -> None:
         """Score the next annotated frame, {object: mask} each; an object that has no mask is absent.
 
         Raises:
-            ScoreError: no object on the first frame, a predicted id above the highest, or masks of two sizes.
+            ScoreError: no object on the first frame, a predicted object that is not scored, or masks of two sizes.
         """
+        if self.unscored is not None:
+            raise ScoreError(
+                f"{self.video}: predicted object {self.unscored}, which the first annotated frame does not show; "
+                "DAVIS scores no object that appears later (appearing_later=False)"
+            )
         if self.objects is None:
-            present = [number for number, mask in truths.items() if number != self.VOID and mask.any()]
-            if not present:
+            self.objects = sorted(number for number, mask in truths.items() if mask.any())
+            if not self.objects:
                 raise ScoreError(
                     f"{self.video}: the first annotated frame shows no object, so DAVIS has none to score"
                 )
-            self.objects = range(1, max(present) + 1)
-            self.empty_HW = np.zeros_like(truths[present[0]], dtype=bool)
-        beyond = [number for number, mask in predictions.items() if number not in self.objects and mask.any()]
-        if beyond:
-            raise ScoreError(
-                f"{self.video}: predicted object {min(beyond)}, but the first annotated frame's highest id is "
-                f"{self.objects[-1]}; DAVIS scores no object that appears later (appearing_later=False)"
-            )
+            self.empty_HW = np.zeros_like(truths[self.objects[0]], dtype=bool)
+        else:
+            others = (number for number, mask in predictions.items() if number not in self.objects and mask.any())
+            self.unscored = min(others, default=None)
         for number in self.objects:
             self._measure(number, predictions.get(number, self.empty_HW), truths.get(number, self.empty_HW))
 

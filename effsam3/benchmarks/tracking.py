@@ -89,10 +89,7 @@ class TrackerRun:
 
     def _count_tokens(self, _, arguments: tuple, named: dict) -> None:
         memory = named["memory"] if "memory" in named else arguments[1]
-        if isinstance(memory, MemoryTokens):
-            tokens = memory.values_ONM.shape[1] - memory.mapped + memory.mapped // memory.group
-        else:
-            tokens = len(memory)
+        tokens = memory.values_ONM.shape[1] if isinstance(memory, MemoryTokens) else len(memory)
         self.most_tokens = max(self.most_tokens, tokens)
 
     def _at_full_size(self, logits_O1LL: Tensor) -> Tensor:

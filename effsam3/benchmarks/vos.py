@@ -25,7 +25,7 @@ from transformers import Sam3TrackerVideoModel
 from effsam3.benchmarks.jaccard import DavisScorer, ObjectScore, SavScorer, mean_scores, region_similarity
 from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
 from effsam3.benchmarks.video_pictures import Animation, ContactSheet
-from effsam3.data.vos import VosVideo
+from effsam3.data.vos import HIGHEST_ID, VosVideo
 from effsam3.errors import UserError, did_you_mean
 from effsam3.report import table, write_text
 
@@ -94,8 +94,8 @@ def vos(
     A video that cannot be read, tracked or scored is left out for all trackers, and named in `failed`.
 
     Args:
-        protocol: `davis` (each pixel goes to the object of the highest logit; objects that begin at 0, as SA-V's, are
-            numbered from 1) or `sav` (objects may overlap).
+        protocol: `davis` (each pixel goes to the object of the highest logit; ids that a PNG of ids cannot hold, such
+            as SA-V's 0, make the video's objects count from 1) or `sav` (objects may overlap).
         appearing_later: also track objects that the video's first annotated frame does not show, each from the first
             annotated frame that does; otherwise they are only counted. DAVIS scores no such objects.
         predictions: a folder for the masks of all frames, `<tracker>/<video>/...` as the official evaluators read it.
@@ -121,8 +121,8 @@ def vos(
     for video in videos:
         keepers = []
         try:
-            if not rules.overlap and 0 in video.objects:  # SA-V's objects begin at 0, which is background in DAVIS
-                video = video.numbered_from_one()
+            if not rules.overlap and not all(0 < number <= HIGHEST_ID for number in video.objects):
+                video = video.numbered_from_one()  # SA-V's objects begin at 0, which is background in DAVIS' PNGs
             if predictions is not None:
                 keepers += [PredictionFolder(predictions / name, video, name, rules.overlap) for name in trackers]
             if pictures is not None and count < max_pictures:
@@ -214,7 +214,7 @@ class PredictionFolder:
     def __init__(self, root: Path, video: VosVideo, tracker: str, per_object: bool):
         self.folder, self.partial = root / video.name, root / f".{video.name}.partial"
         self.files, self.size = [f"{name}.png" for name in video.frame_names], video.size
-        self.tracker, self.per_object = tracker, per_object
+        self.video, self.tracker, self.per_object = video.name, tracker, per_object
         self.written: list[str] = []
         self.discard()
         self.partial.mkdir(parents=True)
@@ -222,6 +222,11 @@ class PredictionFolder:
     def add(self, frame: TrackedFrame) -> None:
         """Write a frame's masks."""
         masks = frame.masks[self.tracker]
+        if not self.per_object and max(masks, default=0) > HIGHEST_ID:
+            raise UserError(
+                f"{self.video}: {len(masks)} objects do not fit into PNGs of ids, which end at {HIGHEST_ID}; set "
+                "evaluate.evaluator: sav, which writes a PNG for each object, or evaluate.predictions: false"
+            )
         file = self.files[frame.index]
         self.written.append(file)
         if self.per_object:

@@ -28,6 +28,7 @@ from effsam3.data.video_files import FrameFolder, UnreadableVideo, VideoFile, mi
 from effsam3.errors import UserError, did_you_mean
 
 VOID = 255  # in a palette PNG: neither object nor background; scored as background
+HIGHEST_ID = VOID - 1  # that such a PNG can hold
 LAYOUTS = ("sav", "davis", "sav_train")
 RESOLUTIONS = ("480p", "Full-Resolution")  # DAVIS' folders between JPEGImages and its videos; the first that is there
 
@@ -143,8 +144,11 @@ def open_vos(root: str | Path, layout: str = "auto", split: str | None = None) -
     else:
         videos, fps = {}, VIDEO_FPS
         for kind in reversed(KINDS):  # manual ones replace automatic ones
-            for path in root.rglob(f"*_{kind}.json"):
+            found = {}
+            for path in sorted(root.rglob(f"*_{kind}.json")):
                 name = path.stem.removesuffix(f"_{kind}")
+                if (other := found.setdefault(name, path)) != path:
+                    raise UserError(f"{other} and {path} are of one video; give the folder of one of them")
                 folder = path.with_name(name)
                 videos[name] = (folder if folder.is_dir() else path.with_name(f"{name}.mp4"), SavFile(path))
     if split is not None:
@@ -182,7 +186,10 @@ def _names(root: Path, split: str, videos: dict) -> list[str]:
     file = next((path for path in lists if path.is_file()), None)
     if file is None:
         raise UserError(f"split {split!r}: there is no {split}.txt in {root} or its ImageSets")
-    names = file.read_text().split()
+    try:
+        names = file.read_text(encoding="utf-8-sig").split()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is no text in UTF-8 ({error}); write one name of a video in each line") from error
     missing = [name for name in names if name not in videos]
     if missing:
         raise UserError(f"{file} names {len(missing)} videos without masks, such as {missing[0]}")
@@ -200,11 +207,8 @@ class ObjectFolders:
 
     @functools.cached_property
     def _files(self) -> dict[int, dict[int, Path]]:
-        files = {}
-        for folder in sorted(_folders(self.path)):
-            files[_number(folder, self.path.name)] = {
-                _number(file, self.path.name): file for file in folder.glob("*.png") if not file.name.startswith(".")
-            }
+        folders = _by_number(_folders(self.path), self.path.name)
+        files = {number: _by_number(_pngs(folder), self.path.name) for number, folder in folders.items()}
         if not any(files.values()):
             raise UnreadableAnnotations(self.path.name, "missing", f"no <object>/<frame>.png in {self.path}")
         return files
@@ -234,7 +238,7 @@ class PaletteFrames:
 
     @functools.cached_property
     def _files(self) -> dict[int, Path]:
-        files = {_number(file, self.path.name): file for file in self.path.glob("*.png") if file.name[0] != "."}
+        files = _by_number(_pngs(self.path), self.path.name)
         if not files:
             raise UnreadableAnnotations(self.path.name, "missing", f"no <frame>.png in {self.path}")
         return files
@@ -299,23 +303,34 @@ class FromOne:
         return {self._place[name]: mask for name, mask in self._annotations.masks(number).items()}
 
 
-def _number(path: Path, video: str) -> int:
-    if not path.stem.isdecimal():
-        raise UnreadableAnnotations(video, "names", f"{path} must have a number for a name, such as 00012.png")
-    return int(path.stem)
+def _pngs(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith(".")]
+
+
+def _by_number(paths: list[Path], video: str) -> dict[int, Path]:
+    """Return files or folders by the numbers that are their names, ascending."""
+    found = {}
+    for path in sorted(paths):
+        if not path.stem.isdecimal():
+            raise UnreadableAnnotations(video, "names", f"{path} must have a number for a name, such as 00012.png")
+        other = found.setdefault(int(path.stem), path)
+        if other != path:
+            raise UnreadableAnnotations(video, "names", f"{other} and {path.name} have one number; remove one of them")
+    return dict(sorted(found.items()))
 
 
 def _read_png(path: Path, video: str) -> np.ndarray:
     """Return the values of a mask, uint8 (H, W): of a palette image its indexes, not its colours."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG",)) as image:  # whatever its name says, a JPEG has no exact values
             if image.mode not in ("P", "L", "1"):
-                detail = (
-                    f"{path} is {image.mode}; save masks as palette or grey PNG, whose values are the objects' ids"
-                )
+                wanted = "8-bit palette or grey PNG, whose values are the objects' ids"
+                detail = f"{path} is {image.mode}; save masks as {wanted}"
                 raise UnreadableAnnotations(video, "colour_mask", detail)
             return np.array(image).astype(np.uint8)
     except UnreadableAnnotations:
         raise
+    except Image.DecompressionBombError as fault:
+        raise UnreadableAnnotations(video, "huge", f"{path}: {fault}") from fault
     except PILLOW_FAULTS as fault:
         raise UnreadableAnnotations(video, "corrupt", f"{path}: {fault}") from fault

@@ -150,26 +150,60 @@ def test_davis_skips_the_first_and_the_last_frame():
     assert later_wrong[1].J == pytest.approx(2 / 3) and later_wrong[1].J_recall == pytest.approx(2 / 3)
 
 
-def test_davis_objects_are_those_up_to_the_highest_id_of_the_first_frame():
-    # 2 is not in the first frame but below 3; 4 comes later; 255 is void.
-    truths = [{1: square(3), 3: square(9), 255: square(20)}] + [{2: square(1), 3: square(9), 4: square(20)}] * 3
-    predictions = [{}, {3: square(9)}, {3: square(9), 2: square(1)}, {}]
+def test_davis_objects_are_those_of_the_first_frame_whatever_their_ids():
+    # 2 and 4 come later.
+    truths = [{1: square(3), 3: square(9), 2: EMPTY}] + [{2: square(1), 3: square(9), 4: square(15)}] * 3
+    predictions = [{}, {3: square(9)}, {3: square(9), 2: EMPTY}, {}]
     scores = scored(DavisScorer("v"), truths, predictions)
-    assert list(scores) == [1, 2, 3]
+    assert list(scores) == [1, 3]
     # 1 is absent from truth and predictions, also where it was left out: both count as agreement.
-    assert scores[1].J == scores[1].F == 1.0
-    assert scores[2].J == 0.5 and scores[3].J == 1.0
+    assert scores[1].J == scores[1].F == 1.0 and scores[3].J == 1.0
     assert {score.frames for score in scores.values()} == {2}
 
 
+@pytest.mark.parametrize("ids", [(7, 12), (100, 200), (0, 5), (1, 255), (-3, 70_000), (1, 2)])
+def test_ids_with_gaps_do_not_change_a_score(ids):
+    """By hand: one object is missed on all frames, the other found on one of the two that count."""
+    first, second = ids
+    truths = [{first: square(3), second: square(15)}] * 4
+    missed = scored(DavisScorer("v"), truths, [{}] * 4)
+    assert list(missed) == [first, second] and mean_scores(missed.values())["J&F"] == 0.0
+    half = scored(DavisScorer("v"), truths, [{}, {second: square(15)}, {}, {}])
+    assert mean_scores(half.values()) == pytest.approx(
+        {"J&F": 0.25, "J": 0.25, "F": 0.25, "J_recall": 0.25, "F_recall": 0.25, "J_decay": 0.5, "F_decay": 0.5,
+         "objects": 2}
+    )  # fmt: skip
+
+
+def test_davis_equals_a_walk_over_id_maps():
+    """As PNGs hold them: every id of the first map is an object, scored on all maps but the first and the last."""
+    rng = np.random.default_rng(4)
+    for ids in ((1, 2, 3), (7, 12, 40)):
+        truths, predictions = (
+            [np.where(rng.random((6, 8)) > 0.5, rng.choice([0, *ids]), 0) for _ in range(7)] for _ in range(2)
+        )
+        truths[0].flat[:3] = ids
+        pairs = list(zip(predictions[1:-1], truths[1:-1], strict=True))
+        expected = {
+            number: tuple(np.mean([slow(p == number, t == number) for p, t in pairs]) for slow in (slow_j, slow_f))
+            for number in ids
+        }
+        maps = ([{number: one == number for number in ids} for one in some] for some in (truths, predictions))
+        found = {number: (score.J, score.F) for number, score in scored(DavisScorer("v"), *maps).items()}
+        assert found == {number: pytest.approx(values) for number, values in expected.items()}
+
+
 def test_davis_refuses_what_its_toolkit_quits_over():
-    with pytest.raises(ScoreError, match="predicted object 2, but the first annotated frame's highest id is 1"):
-        scored(DavisScorer("bear"), [{1: square(3)}] * 3, [{1: square(3)}, {1: square(3), 2: square(9)}, {}])
+    good, more = {1: square(3)}, {1: square(3), 2: square(9)}
+    with pytest.raises(ScoreError, match="bear: predicted object 2, which the first annotated frame does not show"):
+        scored(DavisScorer("bear"), [good] * 3, [good, more, {}])
+    # The toolkit does not read the first and the last frame.
+    assert scored(DavisScorer("bear"), [good] * 3, [more, good, more])[1].J == 1.0
     # An empty mask is what a PNG without that id says.
-    scored(DavisScorer("bear"), [{1: square(3)}] * 3, [{1: square(3), 2: EMPTY}] * 3)
+    scored(DavisScorer("bear"), [good] * 3, [{1: square(3), 2: EMPTY}] * 3)
     with pytest.raises(ScoreError, match="bear: the first annotated frame shows no object"):
-        scored(DavisScorer("bear"), [{1: EMPTY}, {1: square(3)}], [{}, {}])
-    assert scored(DavisScorer("bear"), [{1: square(3)}] * 2, [{}] * 2) == {1: None}, "no frame that counts"
+        scored(DavisScorer("bear"), [{1: EMPTY}, good], [{}, {}])
+    assert scored(DavisScorer("bear"), [good] * 2, [{}] * 2) == {1: None}, "no frame that counts"
 
 
 def test_masks_of_another_size_are_refused():

@@ -2,6 +2,7 @@
 """Benchmark videos in all layouts, against the masks they were written from; what is wrong with bad ones."""
 
 import json
+import zlib
 
 import numpy as np
 import pytest
@@ -173,6 +174,47 @@ def test_bad_masks_are_named(tmp_path):
     assert videos["good"].masks(0)[1].all()
 
 
+def test_masks_that_would_be_lost_or_changed_are_refused(tmp_path):
+    ids = np.ones((8, 10), np.uint8)
+    for name in ("twice", "lossy", "deep", "bomb", "capital"):
+        write_davis(tmp_path, name, {0: ids}, range(3))
+    masks = tmp_path / "Annotations"
+    save(masks / "twice" / "0.png", Image.fromarray(ids))
+    Image.fromarray(ids).save(masks / "lossy" / "00000.png", "JPEG")
+    save(masks / "deep" / "00000.png", Image.fromarray(ids.astype(np.uint16) * 300))
+    bomb = bytearray((masks / "bomb" / "00000.png").read_bytes())
+    bomb[16:24] = (50_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    (masks / "bomb" / "00000.png").write_bytes(bomb)
+    (masks / "capital" / "00000.png").rename(masks / "capital" / "00000.PNG")
+    videos = {video.name: video for video in open_vos(tmp_path)}
+    reasons = {"twice": "names", "lossy": "corrupt", "deep": "colour_mask", "bomb": "huge"}
+    for name, reason in reasons.items():
+        assert refused(name, lambda name=name: videos[name].objects or videos[name].masks(0)) == reason
+    assert videos["capital"].masks(0)[1].all()
+
+
+def test_two_folders_of_one_object_are_refused(tmp_path):
+    save(tmp_path / "JPEGImages_24fps" / "v" / "00000.jpg", Image.new("RGB", (10, 8)))
+    for name in ("001", "1"):
+        save(tmp_path / "Annotations_6fps" / "v" / name / "00000.png", Image.new("L", (10, 8), 255))
+    assert refused("v", lambda: open_vos(tmp_path)[0].objects) == "names"
+
+
+def test_lists_and_names_that_would_lose_a_video(tmp_path):
+    write_davis(tmp_path, "caf\u00e9", {0: np.ones((8, 10), np.uint8)}, range(3))
+    (tmp_path / "val.txt").write_text("\ufeffcaf\u00e9\n", encoding="utf-8")
+    assert [video.name for video in open_vos(tmp_path, split="val")] == ["caf\u00e9"]
+    (tmp_path / "val.txt").write_bytes("caf\u00e9\n".encode("latin-1"))
+    with pytest.raises(UserError, match="val.txt is no text in UTF-8"):
+        open_vos(tmp_path, split="val")
+    for folder in ("a", "b"):
+        (tmp_path / "sav" / folder).mkdir(parents=True)
+        (tmp_path / "sav" / folder / "v_manual.json").write_text("{}")
+    with pytest.raises(UserError, match="a/v_manual.json and .*b/v_manual.json are of one video"):
+        open_vos(tmp_path / "sav")
+
+
 # ---- SA-V
 
 
@@ -204,3 +246,10 @@ def test_sav_train_takes_manual_masks_first_and_frames_of_any_kind(tmp_path):
     assert both.objects == [0, 1] and both.frames == 3 and both.annotated == [0, 1, 2] and both.masks(2)[1].all()
     assert only.objects == [0]
     assert refused("only.mp4", lambda: only.frames, UnreadableVideo) == "missing"
+
+
+def test_a_bad_mask_in_a_json_is_named_before_anything_is_tracked(tmp_path):
+    content = sav_record("v", np.ones((9, 2, 8, 10), bool))
+    content["masklet"][2][1]["counts"] = "\u00e9"
+    (tmp_path / "v_manual.json").write_text(json.dumps(content))
+    assert refused("v_manual", lambda: open_vos(tmp_path)[0].objects) == "bad_mask"
