@@ -16,15 +16,17 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from effsam3 import optimizer_state
 from effsam3.errors import UserError
+from effsam3.tensor_files import read_safetensors
 
 STEP = re.compile(r"(best-)?step-(\d{6,})$")
 WEIGHTS = "student.safetensors"
 TRAINED = "trained.safetensors"
 OPTIMIZER = "optimizer.safetensors"
+REMEDY = "delete this checkpoint to go on from the one before, or name another with --resume"
 
 
 class CheckpointError(UserError):
@@ -149,9 +151,9 @@ def read_weights(folder: Path) -> dict:
     """Read a checkpoint's releasable weights, {name: tensor}.
 
     Raises:
-        CheckpointError: the file is missing or cut short.
+        CheckpointError: the file is missing or cut short, or a tensor in it is not finite.
     """
-    return _read(folder / WEIGHTS, "choose another merge.checkpoint")
+    return read_safetensors(folder / WEIGHTS, "choose another merge.checkpoint", CheckpointError)
 
 
 def read_trained(folder: Path) -> tuple[dict, dict]:
@@ -160,13 +162,6 @@ def read_trained(folder: Path) -> tuple[dict, dict]:
     Raises:
         CheckpointError: a file is missing or cut short.
     """
-    remedy = "delete this checkpoint to go on from the one before, or name another with --resume"
-    trained = TRAINED if (folder / TRAINED).is_file() else WEIGHTS
-    return _read(folder / trained, remedy), _read(folder / OPTIMIZER, remedy)
-
-
-def _read(path: Path, remedy: str) -> dict:
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); {remedy}") from error
+    trained = TRAINED if (folder / TRAINED).exists() else WEIGHTS
+    weights = read_safetensors(folder / trained, REMEDY, CheckpointError)
+    return weights, read_safetensors(folder / OPTIMIZER, REMEDY, CheckpointError)

@@ -15,6 +15,10 @@ class RecipeError(UserError):
     """A recipe that cannot be used; the message lists every mistake."""
 
 
+class ChassisError(UserError):
+    """A SAM 3 checkpoint that is missing, incomplete or not what it claims to be."""
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return `; did you mean X?` for the nearest of the choices, or `; choose from A, B` when none is near."""
     choices = list(choices)

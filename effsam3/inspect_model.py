@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Sam3VideoConfig
 
+from effsam3.checked_files import read_yaml
 from effsam3.checkpoint import OPTIMIZER, WEIGHTS, complete, read_weights
 from effsam3.errors import UserError
+from effsam3.models.formats import extras
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import TRUNK as SAM3_TRUNK
 from effsam3.models.keymaps.sam3 import to_transformers
@@ -29,7 +29,6 @@ from effsam3.models.pickled import open_pickled
 from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, TINY_TEXT_STUDENTS
 from effsam3.models.sam3 import (
     ACCEPTED,
-    EXTRAS_FILE,
     PICKLED,
     TRUNK,
     ChassisError,
@@ -38,11 +37,12 @@ from effsam3.models.sam3 import (
     map_tensors,
     read_config,
 )
-from effsam3.models.slots import CARD
+from effsam3.models.slots import CARD, read_card
 from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.models.tiny import MADE_UP
 from effsam3.models.upstream_files import UpstreamFile, divide
 from effsam3.report import table
+from effsam3.resume import read_trainer
 
 # Part -> how its tensors' names begin in a Sam3VideoModel; of several that fit, the first.
 PARTS = {
@@ -118,8 +118,8 @@ def examine(path: str) -> dict[str, Any]:
 def model_folder(folder: Path) -> dict[str, Any]:
     """Facts of a whole model in transformers' layout."""
     tensors = map_tensors(folder)
-    card = json.loads((folder / CARD).read_text()) if (folder / CARD).is_file() else {"slots": {}}
-    beside = load_file(folder / EXTRAS_FILE) if (folder / EXTRAS_FILE).is_file() else {}
+    card = read_card(folder) if (folder / CARD).exists() else {"slots": {}}
+    beside = extras(folder)
     return {
         "path": str(folder),
         "layout": "transformers folder",
@@ -148,7 +148,7 @@ def pickled_file(path: Path) -> dict[str, Any]:
         tensors, beside = to_transformers(pickled.tensors)
     except KeyMapError as error:
         raise InspectError(f"{path} is neither in SAM 3's own layout nor in EfficientSAM3's: {error}") from error
-    config, slots = config_of(pickled, path), own_card(pickled)["slots"]
+    config, slots = config_of(pickled, path), own_card(pickled, path)["slots"]
     return facts | {"layout": "SAM 3's own layout"} | _model(tensors, config, slots, beside)
 
 
@@ -177,7 +177,7 @@ def training_checkpoint(folder: Path) -> dict[str, Any]:
     """
     if not (folder / "trainer.json").is_file():
         raise InspectError(f"{folder} was never finished: it has no trainer.json; look at another of {folder.parent}")
-    trainer = json.loads((folder / "trainer.json").read_text())
+    trainer = read_trainer(folder)
     weights = read_weights(folder)
     recipe = folder.parents[1] / "recipe.yaml"
     return {
@@ -186,7 +186,7 @@ def training_checkpoint(folder: Path) -> dict[str, Any]:
         "bytes": (folder / WEIGHTS).stat().st_size,
         "recipe": _recipe(recipe) if recipe.is_file() else None,
         "step": trainer["step"],
-        "best": trainer["best"],
+        "best": trainer.get("best"),
         "resumable": (folder / OPTIMIZER).is_file(),
         "parts": _parts(weights, {name.partition(".")[0]: (name.partition(".")[0],) for name in weights}),
         "fingerprints": {"student": fingerprint(weights)},
@@ -208,7 +208,7 @@ def run_folder(folder: Path) -> dict[str, Any]:
 
 def _recipe(path: Path) -> dict[str, Any]:
     """What a run's resolved recipe says of the student, read as plain YAML: an older version's is good enough."""
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    recipe = read_yaml(path, {"name?": str, "stage?": str}, "inspect what lies beside it: checkpoints, merged")
     return {key: recipe[key] for key in ("name", "stage", "student", "head", "parts") if key in recipe}
 
 
@@ -263,7 +263,10 @@ def _image(config: Sam3VideoConfig) -> dict[str, Any]:
             "student": None,
             "is": f"SAM 3's own, {backbone.num_hidden_layers} layers, {backbone.hidden_size} channels",
         }
-    name, row = next((name, row) for name, row in IMAGE_STUDENTS.items() if row.timm_name == backbone.timm_name)
+    rows = ((name, row) for name, row in IMAGE_STUDENTS.items() if row.timm_name == backbone.timm_name)
+    if (found := next(rows, None)) is None:
+        return {"student": backbone.timm_name, "is": f"timm's {backbone.timm_name} with head {backbone.head}"}
+    name, row = found
     return {"student": name, "is": f"{row.label} ({name}) with head {backbone.head}, {backbone.hidden_size} channels"}
 
 

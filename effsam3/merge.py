@@ -7,13 +7,13 @@ python scripts/merge.py recipes/release/es_rv_m_mc_s.yaml --format sam3
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from pathlib import Path
 
 import torch
 
 from effsam3 import checkpoint
+from effsam3.checked_files import read_json
 from effsam3.models.combine import combine, slot_table
 from effsam3.models.formats import extras, write_model
 from effsam3.models.memory_slot import memory_config, memory_tensors, owned_by, tracker_config
@@ -34,6 +34,12 @@ from effsam3.models.slots import (
 from effsam3.models.tracker import PARTS
 from effsam3.recipe import dump_recipe, load_recipe
 from effsam3.report import Report, provenance, write_text
+from effsam3.resume import read_trainer
+
+# What a run says of the features that it learned, as far as a merge asks.
+PROVENANCE_FORM = {
+    "features": {"teacher": {"fingerprint?": str}, "tap?": str, "channels?": int, "image_size?": int},
+}
 
 
 def run(recipe) -> Path:
@@ -104,7 +110,9 @@ def part_of(slot: str, folder: Path, which: str, config) -> Part:
         return part_of_model(slot, folder)
     trained = trained_recipe(slot, folder)
     source = checkpoint.chosen(folder / "checkpoints", which)
-    features = json.loads((folder / "provenance.json").read_text())["features"]
+    features = read_json(folder / "provenance.json", PROVENANCE_FORM, "train again, or restore it", MergeError)[
+        "features"
+    ]
     teacher = {"checkpoint": trained.sam3.checkpoint, "revision": trained.sam3.revision}
     if "fingerprint" in features["teacher"]:  # an imported store names none
         teacher["fingerprint"] = features["teacher"]["fingerprint"]
@@ -113,7 +121,7 @@ def part_of(slot: str, folder: Path, which: str, config) -> Part:
         "teacher": teacher,
         "facts": {
             "student_init": trained.student_init,
-            "validation": json.loads((source / "trainer.json").read_text())["best"],
+            "validation": read_trainer(source).get("best"),
         },
     }
     return PARTS_OF_RUNS[slot](trained, features, checkpoint.read_weights(source), config, about)

@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from effsam3 import checkpoint
+from effsam3.checked_files import read_json
 from effsam3.errors import UserError
 from effsam3.recipe import differing_keys, load_recipe
 
 AUTO, NEVER = "auto", "never"
+TRAINER_FORM = {
+    "step": int,
+    "best?": ({"step": int, str: float}, None),
+    "untrained?": ({str: float}, None),
+    "worse?": int,
+    "ended?": bool,
+}
 # What may differ between a run and its continuation: nothing here changes what is learned.
 SECTIONS_AFTER = ("evaluate.", "merge.", "push.")  # what is done with a trained student
 FREE_KEYS = ("hardware", "data.workers", "data.max_unreadable", "export.batch_size", *SECTIONS_AFTER) + tuple(
@@ -77,8 +84,12 @@ def resumable(recipe, folder: Path, resume: str) -> Path | None:
 
 
 def read_trainer(folder: Path) -> dict:
-    """Read what the trainer had counted when it saved a checkpoint."""
-    return json.loads((folder / "trainer.json").read_text())
+    """Read what the trainer had counted when it saved a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return read_json(folder / "trainer.json", TRAINER_FORM, checkpoint.REMEDY, checkpoint.CheckpointError)
 
 
 def _named(path: Path) -> Path:

@@ -15,7 +15,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Sam3VideoConfig, Sam3VideoModel, Sam3ViTConfig
 
@@ -25,9 +25,11 @@ from effsam3.models.keymaps.sam3 import CLASS_ROW, absent_from_transformers, to_
 from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
 from effsam3.models.registry import TEXT_STUDENTS
 from effsam3.models.sam3 import (
+    AGAIN,
     EXTRAS_FILE,
     PROCESSOR_FILES,
     TRUNK,
+    ChassisError,
     processor,
     quiet_transformers,
     read_tensors,
@@ -35,13 +37,15 @@ from effsam3.models.sam3 import (
 from effsam3.models.slots import CARD, SLOTS, MergeError
 from effsam3.models.text import DETECTOR
 from effsam3.report import write_json
+from effsam3.tensor_files import read_safetensors, refuse_unusable
 
 BUILDER = "build_efficientsam3_image_model"  # EfficientSAM3's
 
 
 def extras(chassis: Path) -> dict[str, Tensor]:
     """What a chassis brings that transformers cannot hold, by SAM 3's own names; only a sam3.pt brings anything."""
-    return load_file(chassis / EXTRAS_FILE) if (chassis / EXTRAS_FILE).is_file() else {}
+    path = chassis / EXTRAS_FILE
+    return read_safetensors(path, AGAIN, ChassisError) if path.exists() else {}
 
 
 def write_model(
@@ -61,9 +65,11 @@ def write_model(
         formats: `sam3` and `efficientsam3` add a file each; see the top of this file.
 
     Raises:
-        MergeError: a format cannot hold this model, or what was written does not read back bit for bit.
+        MergeError: a tensor cannot be a weight, a format cannot hold this model, or what was written does not read
+            back bit for bit.
     """
     # First of all: what cannot be written must not cost anything.
+    refuse_unusable(merged.tensors | beside, str(folder), "nothing was written; merge another checkpoint", MergeError)
     files = {name: FORMATS[name](merged, beside, card["slots"]) for name in formats if name in FORMATS}
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -181,7 +187,9 @@ def efficientsam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -
     if "image" in slots:
         own = {name.removeprefix(TRUNK): rest.pop(name) for name in merged.tensors if name.startswith(TRUNK)}
         tensors |= {IMAGE_PREFIX + name: tensor for name, tensor in image_to_upstream(own, trunk.timm_name).items()}
-        arguments["backbone_type"], arguments["model_name"] = BUILDER_NAMES[slots["image"]["student"]]
+        if (student := slots["image"]["student"]) not in BUILDER_NAMES:
+            raise MergeError(f"merge.formats: EfficientSAM3 has no image student {student}; leave efficientsam3 out")
+        arguments["backbone_type"], arguments["model_name"] = BUILDER_NAMES[student]
     if "text" in slots:
         owns = SLOTS["text"].owns
         own = {name.removeprefix(DETECTOR): rest.pop(name) for name in merged.tensors if name.startswith(owns)}

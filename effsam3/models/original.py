@@ -20,22 +20,27 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Sam3VideoConfig, Sam3VideoModel
 
+from effsam3.checked_files import parse_json
 from effsam3.models import keymaps
+from effsam3.models.cache import kept_in_cache
+from effsam3.models.chassis_config import config_from
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import to_transformers
 from effsam3.models.pickled import Pickled, content_key, open_pickled
 from effsam3.models.sam3 import (
     EXTRAS_FILE,
     ChassisError,
-    kept_in_cache,
+    misfits,
     processor,
     quiet_transformers,
     refuse_partial,
 )
-from effsam3.models.slots import CARD
+from effsam3.models.slots import CARD, CARD_FORM
 from effsam3.report import write_json
+from effsam3.tensor_files import refuse_unusable
 
 OWN = "effsam3"  # the entry beside the model in which this project's files say their config, as JSON
+WRITE_AGAIN = "write the file again with `effsam3 merge --format sam3`"
 SHARD_BYTES = 2**27  # a shard is in memory at once, beside the pages of the file that have been read
 EFFICIENTSAM3 = ".trunk.model.backbone.model."  # in the names of EfficientSAM3's image students
 
@@ -63,6 +68,9 @@ def _write(path: Path, folder: Path) -> None:
     except KeyMapError as error:
         raise ChassisError(f"sam3.checkpoint: {path} is not in SAM 3's own layout: {error}") from error
     sizes = "" if OWN in pickled.aside else " of the published sizes, which it must be as it says no others"
+    refuse_unusable(
+        tensors | beside, f"sam3.checkpoint: {path}", "take another checkpoint, or fetch it again", ChassisError
+    )
     refuse_misfit(tensors, config, f"sam3.checkpoint: {path} is not a whole SAM 3{sizes} (by transformers' names)")
     averaged = " (its averaged weights)" if pickled.is_average else ""
     print(f"{path}{averaged}: to transformers' layout, once, in {folder.parent}", file=sys.stderr, flush=True)
@@ -74,7 +82,7 @@ def _write(path: Path, folder: Path) -> None:
     with quiet_transformers():
         processor(config).save_pretrained(folder)
     if OWN in pickled.aside:  # who fills the slots
-        write_json(folder / CARD, {key: value for key, value in own_card(pickled).items() if key != "config"})
+        write_json(folder / CARD, {key: value for key, value in own_card(pickled, path).items() if key != "config"})
 
 
 def config_of(pickled: Pickled, path: Path) -> Sam3VideoConfig:
@@ -84,13 +92,7 @@ def config_of(pickled: Pickled, path: Path) -> Sam3VideoConfig:
         ChassisError: the file is EfficientSAM3's, or its config cannot be read.
     """
     if OWN in pickled.aside:
-        try:
-            return Sam3VideoConfig.from_dict(own_card(pickled)["config"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ChassisError(
-                f"sam3.checkpoint: what {path} says of itself under {OWN!r} cannot be read ({type(error).__name__}: "
-                f"{error}); write the file again with `effsam3 merge --format sam3`"
-            ) from error
+        return config_from(own_card(pickled, path)["config"], f"sam3.checkpoint: {path}", WRITE_AGAIN)
     if any(EFFICIENTSAM3 in name for name in pickled.tensors):
         raise ChassisError(
             f"sam3.checkpoint: {path} is a checkpoint of EfficientSAM3, a student already; `effsam3 import {path}` "
@@ -99,9 +101,18 @@ def config_of(pickled: Pickled, path: Path) -> Sam3VideoConfig:
     return Sam3VideoConfig()
 
 
-def own_card(pickled: Pickled) -> dict[str, Any]:
-    """What a file of this project says of itself: its `config`, who fills its `slots`; other files fill none."""
-    return {"slots": {}} | (json.loads(pickled.aside[OWN]) if OWN in pickled.aside else {})
+def own_card(pickled: Pickled, path: Path) -> dict[str, Any]:
+    """What a file of this project says of itself: its `config`, who fills its `slots`; other files fill none.
+
+    Raises:
+        ChassisError: it cannot be read.
+    """
+    if OWN not in pickled.aside:
+        return {"slots": {}}
+    said, where = pickled.aside[OWN], f"sam3.checkpoint: what {path} says of itself under {OWN!r}"
+    if not isinstance(said, str):
+        raise ChassisError(f"{where} is damaged: it is of type {type(said).__name__}, expected text; {WRITE_AGAIN}")
+    return parse_json(said, CARD_FORM | {"config": dict}, where, WRITE_AGAIN, ChassisError)
 
 
 def refuse_misfit(tensors: Mapping[str, Tensor], config: Sam3VideoConfig, problem: str) -> None:
@@ -113,21 +124,7 @@ def refuse_misfit(tensors: Mapping[str, Tensor], config: Sam3VideoConfig, proble
     """
     with torch.device("meta"):
         wanted = Sam3VideoModel(deepcopy(config)).state_dict()
-    info: dict[str, Any] = {
-        "missing": wanted.keys() - tensors.keys(),
-        "unexpected": tensors.keys() - wanted.keys(),
-        "of another shape": [
-            f"{name} {tuple(tensor.shape)} for {tuple(wanted[name].shape)}"
-            for name, tensor in tensors.items()
-            if name in wanted and tensor.shape != wanted[name].shape
-        ],
-    }
-    info["not floating point"] = [
-        f"{name} {tensor.dtype}"
-        for name, tensor in tensors.items()
-        if name in wanted and wanted[name].is_floating_point() and not tensor.is_floating_point()
-    ]
-    refuse_partial(info, problem)
+    refuse_partial(misfits(wanted, tensors), problem)
 
 
 def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:

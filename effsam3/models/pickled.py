@@ -6,21 +6,17 @@ A file is opened with `weights_only`, and its tensors stay on the disk until the
 
 from __future__ import annotations
 
-import pickle
 import re
-import struct
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from torch import Tensor
 
-from effsam3.errors import UserError
+from effsam3.models.torch_file import PickledError, has_checksums, inner_name, is_zip, load, records_of
 
 # Under which names a training script keeps its model, and under which the moving average of the model's weights.
 MODELS = ("model", "state_dict", "model_state_dict", "module", "net", "network", "student")
@@ -30,22 +26,7 @@ WRAPPED = re.compile(r"^module\.|(?<![^.])_orig_mod\.")
 FRONT = "model."
 COUNTER = "n_averaged"  # torch.optim.swa_utils counts here; no weight
 TRAINING = {"param_groups", "optimizer", "optimizer_state_dict", "optimizer_states", "lr_scheduler", "scheduler"}
-# What torch.load raises at files in its old format with random bytes in them; those have no checksums.
-DAMAGE = (
-    RuntimeError,
-    pickle.UnpicklingError,
-    EOFError,
-    LookupError,
-    AssertionError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    struct.error,
-)
-
-
-class PickledError(UserError):
-    """A file that is not a whole checkpoint of tensors."""
+DEEPEST = 8  # entries around a model
 
 
 @dataclass(frozen=True)
@@ -83,7 +64,7 @@ def open_pickled(path: str | Path) -> Pickled:
             and plain values; no model, or several without saying which; a name twice.
     """
     path = Path(path)
-    return _find(_load(path), path, ())
+    return _find(load(path), path, ())
 
 
 def content_key(path: Path) -> str:
@@ -95,9 +76,9 @@ def content_key(path: Path) -> str:
         PickledError: as `open_pickled` on files that are not whole.
     """
     digest = xxhash.xxh3_64()
-    if _is_zip(path) and has_checksums(records := _records(path)):
+    if is_zip(path) and has_checksums(records := records_of(path)):
         for record in records:
-            digest.update(f"{_inner(record)} {record.file_size} {record.CRC}\n".encode())
+            digest.update(f"{inner_name(record)} {record.file_size} {record.CRC}\n".encode())
         return digest.hexdigest()
     with open(path, "rb") as file:
         while block := file.read(2**24):
@@ -105,116 +86,13 @@ def content_key(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ---- the file
-
-
-def _load(path: Path) -> Any:
-    is_zip = _is_zip(path)
-    if is_zip:
-        _refuse_damaged_zip(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except DAMAGE as error:
-        objects = torch.serialization.get_unsafe_globals_in_checkpoint(path) if is_zip else []
-        if objects:
-            raise PickledError(
-                f"{path} holds objects that would have to be made by running code ({', '.join(sorted(objects)[:5])}); "
-                "nothing of it was run. If you trust its origin, save the tensors alone where it came from: "
-                'torch.save({"model": model.state_dict()}, "model.pt")'
-            ) from error
-        raise PickledError(
-            f"{path} is damaged, or holds more than tensors and plain values ({type(error).__name__}: "
-            f"{_gist(error)}). Fetch it again; or save the tensors alone where it came from: "
-            'torch.save({"model": model.state_dict()}, "model.pt")'
-        ) from error
-
-
-def _gist(error: BaseException) -> str:
-    """The part of an error of torch.load that is about the file, not about torch.load's arguments."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if line.startswith(("Unsupported", "Trying", "unexpected", "invalid"))]
-    return (telling or lines or ["no reason given"])[0][:200]
-
-
-def _is_zip(path: Path) -> bool:
-    """Tell torch.save's format (a zip) from its old one (a bare pickle).
-
-    Raises:
-        PickledError: the file is neither.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise PickledError(
-            f"{path} cannot be read ({error.strerror}); expected a file that torch.save wrote"
-        ) from error
-    if not head:
-        raise PickledError(f"{path} is empty; fetch it again")
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-        raise PickledError(
-            f"{path} is a safetensors file under another name: rename it {path.stem}.safetensors, and where a "
-            "checkpoint is asked for name the folder that holds it and its config.json"
-        )
-    if not head.startswith((b"PK\x03\x04", b"\x80")):
-        raise PickledError(f"{path} is not a file of torch.save; it begins with {head[:40]!r}")
-    return head.startswith(b"PK")
-
-
-def _records(path: Path) -> list[zipfile.ZipInfo]:
-    """List the records of a zip.
-
-    Raises:
-        PickledError: the zip is cut short, or torch.save has not written it.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
-    except zipfile.BadZipFile as error:
-        raise PickledError(
-            f"{path} is cut short: {path.stat().st_size:,} bytes, without the list of records that ends such a file; "
-            "fetch it again"
-        ) from error
-    inner = {_inner(record) for record in records}
-    if "constants.pkl" in inner:
-        raise PickledError(
-            f"{path} is a TorchScript program; expected tensors: "
-            'torch.save({"model": torch.jit.load(FILE).state_dict()}, "model.pt")'
-        )
-    if "data.pkl" not in inner:
-        raise PickledError(f"{path} is a zip, but not one of torch.save: it holds {', '.join(sorted(inner)[:3])}")
-    return records
-
-
-def _inner(record: zipfile.ZipInfo) -> str:
-    """A record's name without the first folder, which is the name that the file once had."""
-    return record.filename.partition("/")[2] or record.filename
-
-
-def has_checksums(records: list[zipfile.ZipInfo]) -> bool:
-    """Whether the zip was written with checksums; `torch.serialization.set_crc32_options(False)` leaves zeros."""
-    return any(record.CRC for record in records)
-
-
-def _refuse_damaged_zip(path: Path) -> None:
-    """Compare every record with its checksum, which torch.load does not when it maps the file.
-
-    Raises:
-        PickledError: one differs.
-    """
-    if not has_checksums(_records(path)):
-        return
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise PickledError(f"{path} is damaged: its record {damaged} does not have its checksum; fetch it again")
-
-
 # ---- what it holds
 
 
 def _find(content: Any, path: Path, entry: tuple[str, ...]) -> Pickled:
     """Find the model in what was read; `entry` are the keys that led to `content`."""
+    if len(entry) > DEEPEST:
+        raise PickledError(f"{path} holds entries inside entries{_at(entry[:DEEPEST])}; save the model alone")
     if not isinstance(content, Mapping):
         raise PickledError(f"{path} holds a {type(content).__name__}{_at(entry)}; expected tensors by name")
     content = _grouped(content)

@@ -7,23 +7,21 @@ first, so that everything after this file is one code path. Half-precision weigh
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import xxhash
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
 
-from effsam3.checkpoint import WEIGHTS, sync
-from effsam3.errors import UserError
+from effsam3.checked_files import read_json
+from effsam3.checkpoint import WEIGHTS
+from effsam3.errors import ChassisError
+from effsam3.models.cache import kept_in_cache
 from effsam3.models.tiny import MADE_UP
 from effsam3.models.tokens import clip_tokenizer
+from effsam3.tensor_files import open_safetensors, refuse_unusable, tensor_of
 
 TRUNK = "detector_model.vision_encoder.backbone."  # the slot `image`
 NECK = "detector_model.vision_encoder.neck."  # the detector's FPN; the tracker has its own, `tracker_neck.`
@@ -32,6 +30,8 @@ PICKLED = (".pt", ".pth")  # files that torch.save wrote
 MADE_AS = "2"  # to be changed with what `_make` writes, so that no cache keeps the old
 # Beside model.safetensors: what SAM 3's own layout has and transformers has no place for, under SAM 3's names.
 EXTRAS_FILE = "sam3_original.safetensors"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+AGAIN = "fetch or merge it again"
 ACCEPTED = (
     "expected a folder in transformers' layout, a run folder that has been merged, a sam3.pt (.pt or .pth), a Hub id "
     "such as facebook/sam3, `tiny` or `random`"
@@ -47,10 +47,6 @@ PROCESSOR_FILES = (
     "vocab.json",
     "merges.txt",
 )
-
-
-class ChassisError(UserError):
-    """A SAM 3 checkpoint that is missing, incomplete or not what it claims to be."""
 
 
 @contextmanager
@@ -69,48 +65,6 @@ def quiet_transformers() -> Iterator[None]:
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
-
-
-def cache_folder() -> Path:
-    """Where made-up and converted chassis are kept: `$EFFSAM3_CACHE`, else `~/.cache/effsam3`."""
-    return Path(os.environ.get("EFFSAM3_CACHE", Path.home() / ".cache" / "effsam3"))
-
-
-def kept_in_cache(name: str, write: Callable[[Path], None]) -> Path:
-    """Return the cache's folder `name`, filled by `write` if it is not there: whole or not at all, and only once.
-
-    Processes that ask at the same time wait for the first of them.
-
-    Raises:
-        ChassisError: the disk is full or the cache not writable.
-    """
-    folder = cache_folder() / name
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f".{name}.lock")):
-            if not folder.is_dir():
-                _write_whole(folder, write)
-    except (OSError, SafetensorError) as error:
-        if not folder.is_dir():  # where locks do not hold, another process may have been first
-            free = shutil.disk_usage(next(path for path in folder.absolute().parents if path.is_dir())).free
-            raise ChassisError(
-                f"sam3.checkpoint: {folder} cannot be written ({error}); {free / 1e9:.1f} GB are free there. Make "
-                "room, or set EFFSAM3_CACHE to a folder that has it"
-            ) from error
-    return folder
-
-
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        partial.chmod(0o755)
-        write(partial)
-        sync(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
@@ -237,54 +191,55 @@ def read_config(folder: Path):
     """Read the `Sam3VideoConfig` of a chassis folder.
 
     Raises:
-        ChassisError: another model's config.
+        ChassisError: it cannot be read, or is another model's.
     """
-    from transformers import Sam3VideoConfig
+    from effsam3.models.chassis_config import config_from
 
-    try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ChassisError(
-            f"sam3.checkpoint: {folder / 'config.json'} is no transformers config ({type(error).__name__}: {error})"
-        ) from error
-    if kind != "sam3_video":
+    path = folder / "config.json"
+    content = read_json(path, {"model_type": str}, AGAIN, ChassisError)
+    if (kind := content["model_type"]) != "sam3_video":
         raise ChassisError(
             f"sam3.checkpoint: {folder} holds a model of type {kind!r}; expected 'sam3_video', the full SAM 3 with "
             "detector and tracker (facebook/sam3 is one)"
         )
-    return Sam3VideoConfig.from_pretrained(folder)
-
-
-def open_shard(path: Path):
-    """Open a safetensors file, memory-mapped.
-
-    Raises:
-        ChassisError: it is cut short or something else.
-    """
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ChassisError(f"sam3.checkpoint: {path} is cut short or damaged ({error}); fetch it again") from error
+    return config_from(content, str(path), AGAIN)
 
 
 def shard_of(folder: Path) -> dict[str, Path]:
     """Return which safetensors file holds each tensor of a folder: {tensor name: file}.
 
     Raises:
-        ChassisError: no safetensors, or a file that the index names is not there.
+        ChassisError: no safetensors, or two models of them; a file that the index names is not there, or does not
+            hold what the index says.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-        absent = sorted({path.name for path in shards.values() if not path.is_file()})
-        if absent:
-            raise ChassisError(f"sam3.checkpoint: {folder} lacks {', '.join(absent)}, which its index names")
-        return shards
-    single = folder / "model.safetensors"
-    if not single.is_file():
-        raise ChassisError(f"sam3.checkpoint: {folder} has neither model.safetensors nor model.safetensors.index.json")
-    with open_shard(single) as file:
-        return {name: single for name in file.keys()}
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        raise ChassisError(
+            f"sam3.checkpoint: {folder} holds two models, {SINGLE} and the shards of {INDEX}; delete the one that is "
+            "not meant"
+        )
+    if single.exists():
+        with open_safetensors(single, AGAIN, ChassisError) as file:
+            return {name: single for name in file.keys()}
+    if not index.exists():
+        raise ChassisError(f"sam3.checkpoint: {folder} has neither {SINGLE} nor {INDEX}")
+    listed = read_json(index, {"weight_map": {str: str}}, AGAIN, ChassisError)["weight_map"]
+    if outside := [file for file in listed.values() if Path(file).name != file]:
+        raise ChassisError(f"sam3.checkpoint: {index} names {outside[0]!r}, which is no file of its folder; {AGAIN}")
+    shards = {name: folder / file for name, file in listed.items()}
+    absent = sorted({path.name for path in shards.values() if not path.exists()})
+    if absent:
+        raise ChassisError(f"sam3.checkpoint: {folder} lacks {', '.join(absent)}, which its index names")
+    held = set()
+    for path in set(shards.values()):
+        with open_safetensors(path, AGAIN, ChassisError) as file:
+            held |= {(name, path) for name in file.keys()}
+    if differing := sorted(name for name, _ in held ^ set(shards.items())):
+        raise ChassisError(
+            f"sam3.checkpoint: {index} and the shards that it names do not agree about {len(set(differing))} tensors "
+            f"(first: {differing[0]}); {AGAIN}"
+        )
+    return shards
 
 
 def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -293,9 +248,11 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     Numbers of another precision become float32: everything that learns, compares or merges sees one type.
 
     Raises:
-        ChassisError: none has the prefix.
+        ChassisError: none has the prefix, or one cannot be a weight: it is not of real numbers, or not finite.
     """
-    return {name: to_float32(tensor) for name, tensor in map_tensors(folder, prefix).items()}
+    tensors = map_tensors(folder, prefix)
+    refuse_unusable(tensors, str(folder), AGAIN, ChassisError)
+    return {name: to_float32(tensor) for name, tensor in tensors.items()}
 
 
 def map_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -315,9 +272,9 @@ def map_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
         )
     tensors = {}
     for path, names in files.items():
-        with open_shard(path) as file:
+        with open_safetensors(path, AGAIN, ChassisError) as file:
             for name in names:
-                tensors[name.removeprefix(prefix)] = file.get_tensor(name)
+                tensors[name.removeprefix(prefix)] = tensor_of(file, name, path, AGAIN, ChassisError)
     return tensors
 
 
@@ -331,7 +288,7 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes = {}
     files = shard_of(folder)
     for path in set(files.values()):
-        with open_shard(path) as file:
+        with open_safetensors(path, AGAIN, ChassisError) as file:
             shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return shapes
 
@@ -361,21 +318,31 @@ def load_part(model_class, config, tensors: dict[str, torch.Tensor]):
         ChassisError: a tensor is missing, left over or of another shape; the message names the first ones.
     """
     model = model_class(config)
-    wanted = model.state_dict()
-    info = {
-        "missing": sorted(wanted.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - wanted.keys()),
-        "of another shape": [
-            f"{name} {tuple(tensor.shape)} for {tuple(wanted[name].shape)}"
-            for name, tensor in tensors.items()
-            if name in wanted and tensor.shape != wanted[name].shape
-        ],
-    }
+    info = misfits(model.state_dict(), tensors)
     refuse_partial(info, f"the checkpoint's tensors do not fit {model_class.__name__} as its config.json says")
     # Not `from_pretrained`, which under ZeRO-3 divides a frozen model among the ranks; assigned, so that the tensors
     # keep their types and stay where they are mapped.
     model.load_state_dict(tensors, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def misfits(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> dict[str, list[str]]:
+    """Say in which tensors `found` differs from what a model wants: by kind, what `refuse_partial` takes."""
+    both = {name: (tensor, wanted[name]) for name, tensor in found.items() if name in wanted}
+    return {
+        "missing": sorted(wanted.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - wanted.keys()),
+        "of another shape": [
+            f"{name} {tuple(tensor.shape)} for {tuple(own.shape)}"
+            for name, (tensor, own) in both.items()
+            if tensor.shape != own.shape
+        ],
+        "not floating point": [
+            f"{name} {tensor.dtype}"
+            for name, (tensor, own) in both.items()
+            if own.is_floating_point() and not tensor.is_floating_point()
+        ],
+    }
 
 
 def refuse_partial(info: dict, problem: str) -> None:

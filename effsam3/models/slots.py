@@ -6,16 +6,18 @@ A `Part` fills one slot; models/combine.py puts any number of parts into one mod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, Sam3VideoConfig
 
+from effsam3.checked_files import read_json
 from effsam3.errors import UserError
 from effsam3.models.memory_slot import MEMORY, TRACKER, memory_config, with_memory
 from effsam3.models.registry import image_student
@@ -33,6 +35,15 @@ from effsam3.models.tokens import PROCESSOR_LENGTH
 from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
 
 CARD = "effsam3.json"  # beside a merged model's config.json: who fills which slot
+# Of a teacher everything is known, all but its fingerprint, or nothing.
+TEACHER_FORM = ({"checkpoint": str, "revision": (str, None), "fingerprint?": str}, {})
+CARD_FORM = {
+    "slots": {str: {"student": str, "from": str, "teacher?": TEACHER_FORM, "also?": [str]}},
+    "chassis?": str,
+    "revision?": (str, None),
+    "imported?": str,
+    "provenance?": {"started": str},
+}
 
 
 class MergeError(UserError):
@@ -183,19 +194,16 @@ def text_part(student: str, weights: Mapping[str, Tensor], config: Sam3VideoConf
     return Part(slot="text", student=student, config=lite_text, tensors=tensors, **about)
 
 
-def read_card(folder: Path) -> dict:
-    """Read a merged or imported model's effsam3.json.
+def read_card(folder: Path, also: Mapping[str, Any] = MappingProxyType({})) -> dict:
+    """Read a merged or imported model's effsam3.json, in which there must be what `also` says besides the slots.
 
     Raises:
         MergeError: it cannot be read, or does not say who fills the slots.
     """
-    try:
-        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-        return {**card, "slots": dict(card["slots"])}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MergeError(
-            f"{folder / CARD} cannot be read ({type(error).__name__}: {error}); merge or import the model again"
-        ) from error
+    card = read_json(folder / CARD, CARD_FORM | also, "merge or import the model again", MergeError)
+    if other := card["slots"].keys() - SLOTS.keys():
+        raise MergeError(f"{folder / CARD} fills a slot {min(other)!r}, which there is not; merge the model again")
+    return card
 
 
 def inherited_slots(chassis: Path) -> dict:
@@ -204,9 +212,17 @@ def inherited_slots(chassis: Path) -> dict:
 
 
 def first_chassis(card: dict) -> tuple[str, str | None]:
-    """Return the checkpoint and the revision that a merged model began with, through all merges before it."""
+    """Return the checkpoint and the revision that a merged model began with, through all merges before it.
+
+    Raises:
+        MergeError: a card on the way cannot be read, or they go round in a circle.
+    """
+    seen: set[Path] = set()
     while (inner := model_folder(Path(card["chassis"]))) is not None and (inner / CARD).is_file():
-        card = read_card(inner)
+        if inner.resolve() in seen:
+            raise MergeError(f"{inner / CARD} names a chassis that was merged into itself; merge the model again")
+        seen.add(inner.resolve())
+        card = read_card(inner, {"chassis": str, "revision": (str, None)})
     return card["chassis"], card["revision"]
 
 
@@ -231,7 +247,7 @@ def part_of_model(slot: str, place: Path) -> Part:
             f"{folder} has no {CARD}: it was neither merged nor imported here. `effsam3 import` makes such a folder "
             "of an EfficientSAM3 checkpoint"
         )
-    slots = json.loads((folder / CARD).read_text())["slots"]
+    slots = read_card(folder)["slots"]
     if slot not in slots:
         raise MergeError(f"{folder} has no student in the slot {slot}; it has {', '.join(slots) or 'none'}")
     card = dict(slots[slot])
@@ -242,7 +258,7 @@ def part_of_model(slot: str, place: Path) -> Part:
         also=also,
         student=card.pop("student"),
         origin=card.pop("from"),
-        teacher=card.pop("teacher"),
+        teacher=card.pop("teacher", {}),
         facts=card,
         config=SLOTS[slot].config_of(read_config(folder)),
         tensors={name: tensor for name, tensor in read_tensors(folder).items() if name.startswith(owns)},
@@ -272,16 +288,19 @@ def start_from(student: nn.Module, slot: str, place: Path) -> None:
 
 
 def refuse_other_student(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str) -> None:
-    """Refuse weights whose names or shapes are not the student's.
+    """Refuse weights whose names, shapes or kinds (real numbers or whole ones) are not the student's.
 
     Raises:
         MergeError: they are not; the message names the first.
     """
-    wanted, found = ({key: tuple(tensor.shape) for key, tensor in tensors.items()} for tensors in (wanted, found))
+    wanted, found = (
+        {key: (tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in tensors.items()}
+        for tensors in (wanted, found)
+    )
     if wanted != found:
         wrong = sorted(set(wanted.items()) ^ set(found.items()))
         raise MergeError(
-            f"{len(wrong)} tensors are not those of {name} (first: {wrong[0][0]} {wrong[0][1]}); "
+            f"{len(wrong)} tensors are not those of {name} (first: {wrong[0][0]} {wrong[0][1][0]}); "
             "was the recipe changed after training, or is this a checkpoint of something else?"
         )
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Sam3VideoModel, Sam3VideoProcessor
 
 from effsam3.models import original
+from effsam3.models.cache import kept_in_cache
 from effsam3.models.keymaps.sam3 import CLASS_ROW, POINTS, to_original
 from effsam3.models.memory_tracker import EfficientTrackerConfig
 from effsam3.models.pickled import PickledError
@@ -24,7 +25,6 @@ from effsam3.models.sam3 import (
     ChassisError,
     chassis_folder,
     fingerprint,
-    kept_in_cache,
     map_tensors,
     read_config,
     read_tensors,
@@ -248,7 +248,7 @@ def test_without_a_config_the_sizes_must_be_the_published_ones(saved, tensors):
 
 def test_a_config_that_cannot_be_read(saved):
     for broken in ("{", "[]", '{"slots": {}}'):
-        with pytest.raises(ChassisError, match="what .* says of itself under 'effsam3' cannot be read"):
+        with pytest.raises(ChassisError, match="what .* says of itself under 'effsam3' is damaged"):
             chassis_folder(saved(ONE, config=None, effsam3=broken))
 
 
