@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from effsam3 import __version__
 from effsam3.errors import RecipeError, UserError, did_you_mean
+from effsam3.stopping import STOP, STOPPED, Stopped, stopped_at_once
 
 # verb -> what it does
 VERBS = {
@@ -29,6 +30,7 @@ VERBS = {
     "inspect": "say what a checkpoint is, who fills its slots, how big its parts are; loads nothing",
     "store": "show, verify or import a store of teacher features",
 }
+SAVING = ("export", "train")  # verbs that finish and keep what they are at when they are asked to stop
 RECIPE_HELP = "YAML file of one run, such as recipes/stage1/image/es_rv_m.yaml"
 FULL_DISK = "; make room, the same command goes on from what is saved"
 RUN_HELP = "a run folder such as runs/smoke-image, or the recipe of a run"
@@ -40,7 +42,8 @@ OVERRIDES_HELP = "change single keys of the recipe, such as optim.lr=5e-4 or tra
 
 
 def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
-    """Run one verb and return the exit code: 0, 1 (a check failed) or 2 (something for the user to mend).
+    """Run one verb and return the exit code: 0, 1 (a check failed), 2 (something for the user to mend) or 75 (asked to
+    stop, and the same command goes on).
 
     `argv` defaults to the process's own arguments; `verb` is given by scripts that are one verb each.
     """
@@ -54,7 +57,8 @@ def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
             return 0
         verb = argv.pop(0)
     try:
-        return _run(verb, argv)
+        with STOP.noted() if verb in SAVING else stopped_at_once():
+            return _run(verb, argv)
     except RecipeError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank has the same recipe: say it once
             print(f"error: {error}", file=sys.stderr)
@@ -62,9 +66,9 @@ def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
-        return 130
+        return STOPPED if isinstance(interrupt, Stopped) else 130
     except BrokenPipeError:  # `effsam3 show ... | head`
         sys.stdout = None
         return 0

@@ -32,6 +32,7 @@ from effsam3.disk import free_bytes, gigabytes, refuse_full_disk
 from effsam3.errors import UserError
 from effsam3.report import Report
 from effsam3.stages import make_teacher_pass
+from effsam3.stopping import STOP, STOPPED
 
 # Recomputed features differ by rounding only: float16's or int8's payload, and kernels that depend on the batch.
 CHECK_COSINE = 0.999
@@ -47,6 +48,7 @@ def run(recipe, check: int | None = None) -> None:
     Raises:
         UserError: the store belongs to another teacher or preprocessing, the guard refuses the teacher, or a checked
             sample differs.
+        SystemExit: code 75 after a request to stop; what was made is kept.
     """
     if recipe.teacher == "online" and check is None:
         raise UserError(
@@ -76,7 +78,11 @@ def run(recipe, check: int | None = None) -> None:
         exported = sum(
             _export(recipe, dataset, teacher_pass, writer, done, accelerator) for dataset in teacher_pass.datasets
         )
-    exported = accelerator.reduce(torch.tensor([exported], device=accelerator.device)).item()
+    counts = torch.tensor([exported, int(STOP.asked)], device=accelerator.device)
+    exported, asked = accelerator.reduce(counts).tolist()
+    if asked:
+        report.say(f"asked to stop: {exported:,} records made now are kept; the same command goes on from there")
+        sys.exit(STOPPED)
     if accelerator.is_main_process:
         expected = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
         refuse_many_skipped(expected, root, teacher_pass.max_unreadable)
@@ -133,6 +139,8 @@ def _export(recipe, dataset, teacher_pass, writer: StoreWriter, done: frozenset,
     with ThreadPoolExecutor(1) as disk, bar:
         pending: Future | None = None
         for batch in loader(dataset, batches, recipe.data.workers, pin=False):
+            if STOP.asked:
+                break
             feat_BCHW = teacher_pass.features(batch, check=not checked).cpu()
             checked = True
             if pending is not None:

@@ -24,8 +24,10 @@ from effsam3.layouts import (
 )
 from effsam3.progress import read_progress
 from effsam3.recipe import accumulation, load_recipe, refuse_verb
+from effsam3.stopping import LAUNCHED, STOP, STOPPED
 
 DISTRIBUTED = {"export": True, "train": True, "merge": False, "evaluate": False}  # verb -> started by accelerate
+LAUNCHER = "accelerate.commands.launch"
 SLURM_STEP = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID")  # set by srun, not by salloc
 
 
@@ -139,10 +141,17 @@ def launch(
         before = read_progress(recipe.folder)
         if code := _run(command, layout_environment(layout_file(recipe.hardware))):
             # The launcher of several processes has one code of its own for every end. The file, which is compared
-            # with itself because the clocks of two machines may differ, tells a saved run from a failed one.
-            after = read_progress(recipe.folder)
-            stopped = verb == "train" and after is not None and after.state == "stopped" and after != before
-            return os.EX_TEMPFAIL if stopped else code
+            # with itself because the clocks of two machines may differ, tells a saved run from a failed one. What was
+            # asked to stop before it has said anything, or by a verb that keeps no such file, begins again.
+            after = read_progress(recipe.folder) if verb == "train" else None
+            state = after.state if after is not None and after != before else None
+            if state == "stopped" or (STOP.asked and state != "failed"):
+                print(f"{verb} has stopped as it was asked to; the same command goes on{_aside(command)}", flush=True)
+                return STOPPED
+            return code
+        if STOP.asked and verb != verbs[-1]:
+            print(f"asked to stop after {verb}; the same command goes on", flush=True)
+            return STOPPED
     return 0
 
 
@@ -186,7 +195,11 @@ def command_of(
         options += ["--main_process_port", str(machines.main_port)]
     if log_dir is not None:
         options += ["--tee", "3", "--log_dir", f"{log_dir}/node-{machines.node_rank}"]  # 3: stdout and stderr
-    return [sys.executable, "-m", "accelerate.commands.launch", *options, _short(script), *arguments]
+    return [sys.executable, "-m", LAUNCHER, *options, _short(script), *arguments]
+
+
+def _aside(command: list[str]) -> str:
+    return " (a traceback above is how torch's launcher ends)" if LAUNCHER in command else ""
 
 
 def _short(path: Path) -> str:
@@ -196,19 +209,22 @@ def _short(path: Path) -> str:
 
 def _run(command: list[str], environment: dict[str, str]) -> int:
     """Run a command to its end, passing on a request to stop; returns its exit code, 128 + signal if one ended it."""
-    # The launcher kills ranks that have not ended 30 s after SIGTERM: too soon for a slow step and a checkpoint.
-    process = subprocess.Popen(command, env={"PET_SHUTDOWN_TIMEOUT": "120"} | os.environ | environment)
+    process, told = None, False
 
-    # Batch systems signal this process only; the run itself must hear it to save. Ctrl-C reaches it by itself.
-    # SIGUSR1 goes on as SIGTERM: the launcher of several processes forwards only the latter to them.
-    def stop(number, frame):
-        process.terminate()
-        for request in (signal.SIGTERM, signal.SIGUSR1):  # a second one would end the launcher's wait for the ranks
-            signal.signal(request, signal.SIG_IGN)
+    # Some batch systems signal this process only, and the run itself must hear it to save. Others signal all of them:
+    # then the launcher of several processes hears it twice, and a third time would end its wait for the ranks.
+    # SIGUSR1 goes on as SIGTERM: that launcher forwards only the latter. Ctrl-C reaches everybody by itself.
+    def pass_on(number):
+        nonlocal told
+        if process is not None and number != signal.SIGINT and not told:
+            told = True
+            process.terminate()
 
-    reactions = {signal.SIGTERM: stop, signal.SIGUSR1: stop, signal.SIGINT: signal.SIG_IGN}
-    before = {number: signal.signal(number, reaction) for number, reaction in reactions.items()}
-    code = process.wait()
-    for number, reaction in before.items():
-        signal.signal(number, reaction)
+    with STOP.noted(pass_on):
+        # The launcher kills ranks that have not ended 30 s after SIGTERM: too soon for a slow step and a checkpoint.
+        own = {"PET_SHUTDOWN_TIMEOUT": os.environ.get("PET_SHUTDOWN_TIMEOUT", "120"), LAUNCHED: str(os.getpid())}
+        process = subprocess.Popen(command, env=os.environ | own | environment)
+        if STOP.asked:  # while it was being started
+            pass_on(signal.SIGTERM)
+        code = process.wait()
     return code if code >= 0 else 128 - code

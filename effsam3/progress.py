@@ -19,6 +19,7 @@ from typing import TypeVar
 from effsam3.errors import UserError
 from effsam3.recipe import load_recipe
 from effsam3.report import write_json
+from effsam3.stopping import is_alive
 
 Found = TypeVar("Found")
 FILE = "progress.json"
@@ -60,7 +61,7 @@ class RunProgress:
         """
         if self.state != "running":
             return self.state
-        if self.host == socket.gethostname() and not _alive(self.pid):
+        if self.host == socket.gethostname() and not is_alive(self.pid):
             return "killed"
         return "silent" if self.age_s(now) > max(SILENT_S, SILENT_INTERVALS * self.interval_s) else "running"
 
@@ -170,13 +171,3 @@ def each_run(runs: Sequence[str], look: Callable[[Path], Found]) -> tuple[list[F
     if not found:
         raise UserError(left_out[0] if len(runs) == 1 else "\n  - ".join(["none of these is a run:", *left_out]))
     return found, left_out
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True

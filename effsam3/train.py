@@ -7,11 +7,11 @@ accelerate launch --config_file accelerate_configs/zero2.yaml scripts/train.py r
 from __future__ import annotations
 
 import math
-import signal
 import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from tqdm import tqdm
@@ -32,23 +32,8 @@ from effsam3.recipe import accumulation, dump_recipe, total_steps, warmup_steps
 from effsam3.report import Report, provenance, write_text
 from effsam3.resume import AUTO, read_trainer, resumable
 from effsam3.stages import make_stage
-from effsam3.trackers import start_trackers
-
-STOPPED = 75  # exit code after SIGTERM or SIGUSR1: the run is saved and the same command goes on (EX_TEMPFAIL)
-
-
-class Stop:
-    """Remembers a request to stop (SIGTERM, SIGUSR1, Ctrl-C), so that it is obeyed between two steps."""
-
-    def __init__(self):
-        self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._ask)
-
-    def _ask(self, number, frame) -> None:
-        if number == signal.SIGINT and self.asked:
-            raise KeyboardInterrupt  # a second Ctrl-C means now
-        self.asked = True
+from effsam3.stopping import STOP, STOPPED
+from effsam3.trackers import Trackers
 
 
 def run(recipe, resume: str = AUTO) -> None:
@@ -59,7 +44,6 @@ def run(recipe, resume: str = AUTO) -> None:
             not finite, or too many images are unreadable.
         SystemExit: code 75 after SIGTERM or SIGUSR1, with everything saved.
     """
-    stop = Stop()
     folder = Path(recipe.train.runs) / recipe.name
     recipe = find_micro_batch.kept(recipe, folder)
     micros = accumulation(recipe, launched_processes())
@@ -74,10 +58,10 @@ def run(recipe, resume: str = AUTO) -> None:
     report = Report(folder, accelerator.is_main_process)
     progress = Progress(folder, accelerator.is_main_process, layout(accelerator), recipe.train.global_batch_size)
     with progress, worker_failures_explained(), out_of_memory_explained(recipe):
-        learn(recipe, resume, accelerator, micros, report, progress, stop)
+        learn(recipe, resume, accelerator, micros, report, progress)
 
 
-def learn(recipe, resume: str, accelerator, micros: int, report: Report, progress: Progress, stop: Stop) -> None:
+def learn(recipe, resume: str, accelerator, micros: int, report: Report, progress: Progress) -> None:
     """The part of `run` that is under way: set-up, loop and end."""
     # ---- setup
     folder = report.folder
@@ -108,19 +92,24 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     student, optimizer = accelerator.prepare(stage.student.train(), optimizer)
     if last is not None:
         optimizer_state.scatter(accelerator, student, optimizer, moments, state["step"])
-    report.forget_metrics_after(state["step"] if last is not None else -1)
+    logged = report.forget_metrics_after(state["step"] if last is not None else -1)
     progress.update("running", state["step"], steps)
-    announce(recipe, stage, accelerator, report, steps, micros, state)
+    trackers = Trackers(accelerator, recipe.train.trackers, folder)
+    announce(recipe, stage, accelerator, report, trackers, steps, micros, state, logged)
     average = None if ema is None else ema.module
     unreadable = Unreadable(folder)
     # Asked anew, because the patience may have been raised.
     state["ended"] = state["step"] == steps or 0 < recipe.train.patience <= state["worse"]
     if state["ended"]:
         report.say(f"this run is complete: {state['step']} steps, nothing to do")
+    elif any_asked(accelerator):
+        end_stopped(progress, report, trackers, state["step"], steps)
     if state["step"] == 0:
         state["untrained"] = validate(recipe, stage, accelerator, average or student, unreadable, 0)
         report.metrics(state["untrained"], 0)
         report.say(f"step {0:>6}/{steps}  held out: {line_of(state['untrained'])}  (untrained)")
+        if any_asked(accelerator):
+            end_stopped(progress, report, trackers, 0, steps)
 
     # ---- loop
     # One rank reports speed, and on a CPU nobody asks for FLOPs: they take some seconds to count.
@@ -156,14 +145,14 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
         bar.update()
 
         state["step"] = done = step + 1
-        asked, missing, bad = agree(accelerator, stop.asked, len(unreadable.keys), finite.count(grad_norm))
+        asked, missing, bad = agree(accelerator, STOP.asked, len(unreadable.keys), finite.count(grad_norm))
         finite.refuse(bad)
         refuse_many_unreadable(missing, stage, folder)
         final, improved = done == steps, False
         due = {name: final or done % getattr(recipe.train, name) == 0 for name in ("eval_every", "save_every")}
         if final or done % recipe.train.log_every == 0:
             values = window.close(lr, grad_norm)
-            record(accelerator, report, values, done, step_line(done, steps, values))
+            record(report, trackers, values, done, step_line(done, steps, values))
             progress.update("running", done, steps, values["perf/samples_per_s"])
         if any(due.values()) or asked:
             share_buffers(accelerator, student, average)
@@ -176,8 +165,9 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
             if improved:
                 state["best"] = {"step": done, **values}
             line = f"step {done:>6}/{steps}  held out: {line_of(values)}{'  best' if improved else ''}"
-            record(accelerator, report, values, done, line)
+            record(report, trackers, values, done, line)
             progress.update("running", done, steps)
+            asked = asked or any_asked(accelerator)  # it may have taken long
         enough = 0 < recipe.train.patience <= state["worse"]
         state["ended"] = final or enough
         if improved or asked or enough or due["save_every"]:
@@ -185,10 +175,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
             with window.paused():
                 checkpoint.save(accelerator, student, optimizer, average, home, state, keep, improved)
         if asked and not final:
-            progress.update("stopped", done, steps)
-            report.say(f"asked to stop: saved at step {done}; the same command goes on from there")
-            accelerator.end_training()
-            sys.exit(STOPPED)
+            end_stopped(progress, report, trackers, done, steps)
         if enough:
             report.say(f"no better for {state['worse']} validations in a row: stopping at step {done}")
             break
@@ -196,7 +183,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     # ---- finish
     bar.close()
     progress.update("complete", state["step"], steps)
-    accelerator.end_training()
+    finish(trackers, report)
     report.say("\n" + stage.conclude(state["untrained"], state["best"]))
     if (folder / "unreadable.jsonl").is_file():
         report.say(f"some {stage.files} were unreadable and left out, {folder}/unreadable.jsonl names them")
@@ -236,11 +223,19 @@ def progress_bar(accelerator, steps: int, done: int) -> tqdm:
     return tqdm(total=steps, initial=done, unit="step", disable=not shown)
 
 
-def record(accelerator, report: Report, values: dict[str, float], step: int, line: str) -> None:
+def record(report: Report, trackers: Trackers, values: dict[str, float], step: int, line: str) -> None:
     """Send numbers to metrics.jsonl, the trackers and the console."""
     report.metrics(values, step)
-    accelerator.log(values, step)
     report.say(line)
+    if note := trackers.log(values, step):
+        report.say(note)
+
+
+def finish(trackers: Trackers, report: Report) -> None:
+    """Close the trackers and leave the other ranks."""
+    if note := trackers.finish():
+        report.say(note)
+    trackers.accelerator.end_training()
 
 
 def agree(accelerator, asked: bool, unreadable: int, not_finite: torch.Tensor) -> tuple[bool, int, int]:
@@ -249,6 +244,20 @@ def agree(accelerator, asked: bool, unreadable: int, not_finite: torch.Tensor) -
     own = torch.tensor([int(asked), unreadable], device=accelerator.device)
     counts = accelerator.reduce(torch.cat([own, not_finite.reshape(1)])).tolist()
     return counts[0] > 0, counts[1], counts[2]
+
+
+def any_asked(accelerator) -> bool:
+    """Whether any rank was asked to stop; all of them ask at the same time."""
+    return accelerator.reduce(torch.tensor(int(STOP.asked), device=accelerator.device)).item() > 0
+
+
+def end_stopped(progress: Progress, report: Report, trackers: Trackers, step: int, steps: int) -> NoReturn:
+    """End a run that is saved at a step because it was asked to."""
+    progress.update("stopped", step, steps)
+    where = f"saved at step {step}; the same command goes on from there" if step else "nothing was learned yet"
+    report.say(f"asked to stop: {where}")
+    finish(trackers, report)
+    sys.exit(STOPPED)
 
 
 def refuse_many_unreadable(count: int, stage, folder: Path) -> None:
@@ -294,7 +303,9 @@ def sample_seed(seed: int, step: int, micro: int, rank: int) -> int:
     return hash((seed, step, micro, rank)) & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def announce(recipe, stage, accelerator, report: Report, steps: int, micros: int, state: dict) -> None:
+def announce(
+    recipe, stage, accelerator, report: Report, trackers: Trackers, steps: int, micros: int, state: dict, logged: int
+) -> None:
     """Print what the run is and what it will take, keep its recipe and provenance, start the trackers."""
     epochs = f" = {steps * recipe.train.global_batch_size / stage.train_size:.1f} epochs" if stage.train_size else ""
     batch = (
@@ -318,8 +329,6 @@ def announce(recipe, stage, accelerator, report: Report, steps: int, micros: int
     made_by = provenance() | facts
     report.write_json("provenance.json", made_by)
     config = asdict(recipe) | {"provenance": made_by}
-    note = start_trackers(
-        accelerator, recipe.train.trackers, recipe.train.wandb_project, recipe.name, report.folder, config
-    )
+    note = trackers.start(recipe.train.wandb_project, recipe.name, config, state["step"], logged)
     if note:
         report.say(note)

@@ -35,6 +35,7 @@ from effsam3.data.caption_stream import (
     phrase_values,
 )
 from effsam3.data.fetch import HUB, hub_errors, hub_files
+from effsam3.data.indexing import start_worker
 from effsam3.data.sa1b import SPLITS, write_atomic
 from effsam3.errors import UserError
 
@@ -275,7 +276,8 @@ def _make_copies(jobs: list[tuple[str, str, Path]], workers: int) -> None:
                 _make_copy(job)
                 bar.update()
             return
-        with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=start_worker) as pool:
             for _ in pool.map(_make_copy, jobs):
                 bar.update()
 

@@ -12,7 +12,6 @@ import functools
 import io
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from effsam3.errors import UserError
+from effsam3.stopping import leave_stopping_to_the_parent, stopped_at_once
 
 DETAILS = 100  # files of each reason of which a report says in full what is wrong
 
@@ -33,14 +33,22 @@ def worker_pool(workers: int) -> Iterator[Callable[..., Future]]:
 
     Raises:
         UserError: a worker was killed.
+        KeyboardInterrupt: this process was asked to stop; parts that are under way are given up.
     """
     if workers == 1:
-        yield _run_now
+        with stopped_at_once():
+            yield _run_now
         return
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    executor = ProcessPoolExecutor(workers, context, initializer=start_worker)
+    others = set(multiprocessing.active_children())
     try:
-        yield executor.submit
+        with stopped_at_once():
+            yield executor.submit
+    except KeyboardInterrupt:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()
+        raise
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed, perhaps for want of memory; the finished parts are kept: "
@@ -56,8 +64,9 @@ def _run_now(function: Callable, *arguments) -> Future:
     return future
 
 
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends a worker at once and without a traceback
+def start_worker() -> None:
+    """Initialise a worker of a pool: it ends by its parent alone, or with it."""
+    leave_stopping_to_the_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,6 +13,7 @@ from contextlib import contextmanager
 from torch.utils.data import DataLoader, Dataset
 
 from effsam3.errors import UserError
+from effsam3.stopping import leave_stopping_to_the_parent
 
 TIMEOUT_S = 900  # shorter than the ranks' patience with each other, so that the reason is said
 SIGNAL_S = 1  # by then a process hears that its child has died
@@ -19,7 +23,8 @@ def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, pin: bo
     """Yield `dataset.__getitems__(positions)` for every list of positions.
 
     `workers` processes read ahead, 0 reads in this one; `pin` puts tensors into page-locked memory for a GPU. A worker
-    that gives nothing for `TIMEOUT_S` is an error (RuntimeError, see `worker_failures_explained`), not a hang.
+    that gives nothing for `TIMEOUT_S` is an error (RuntimeError, see `worker_failures_explained`), not a hang. Workers
+    ignore requests to stop, so that this process can finish its step when all of them are signalled.
     """
     return DataLoader(
         dataset,
@@ -28,7 +33,19 @@ def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, pin: bo
         num_workers=workers,
         pin_memory=pin,
         timeout=TIMEOUT_S if workers else 0,
+        worker_init_fn=leave_stopping_to_the_parent,
     )
+
+
+def _end_workers() -> None:
+    """Kill what is left of data workers at exit: multiprocessing would send SIGTERM, which they ignore, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes it for a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
+atexit.register(_end_workers)  # after torch has imported multiprocessing, so that it runs before multiprocessing's own
 
 
 @contextmanager

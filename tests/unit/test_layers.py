@@ -25,6 +25,7 @@ LAYERS = [
         "report",
         "progress",
         "disk",
+        "stopping",
         "models.registry",
         "models.tiny",
     },
@@ -191,7 +192,7 @@ def test_the_lowest_layer_needs_only_python_and_yaml():
 
 def test_the_command_line_imports_verbs_only_when_they_run():
     top = imports(PACKAGE / "cli.py", top_level_only=True)
-    assert {name.split(".")[1] for name in top if name.startswith("effsam3.")} <= {"errors", "__version__"}
+    assert {name.split(".")[1] for name in top if name.startswith("effsam3.")} <= {"errors", "stopping", "__version__"}
 
 
 def test_nobody_imports_forbidden_packages():
