@@ -38,6 +38,8 @@ TRAINING = {
 }
 # The same model in other layouts: file -> whose names its tensors have
 OTHER_LAYOUTS = {"sam3.pt": "the original SAM 3's", "efficientsam3.pt": "EfficientSAM3's"}
+# What a part learned from: data.source -> how the card calls it
+DATA = {"sa1b": "SA-1B", "folder": "own photographs", "sav": "SA-V", "synthetic": "made-up data"}
 PICTURES = 4  # how many are shown on the card; the others lie beside them
 
 
@@ -258,6 +260,8 @@ def _training(release: Release) -> str:
     rows = []
     for title, key in TRAINING.items():
         cells = [values.get(slot, {}).get(key) for slot in slots]
+        if key == "data.source":
+            cells = [DATA.get(cell, cell) for cell in cells]
         if cells != [None] * len(slots):
             rows.append([title, *map(_cell, cells)])
     blocks = [table(rows, ["", *slots], text_columns=1 + len(slots))] if rows else []

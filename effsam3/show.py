@@ -87,6 +87,8 @@ def image_counts(recipe: Any) -> dict[str, int]:
     if not report.is_file():
         if recipe.data.source == "synthetic":
             raise UserError(f"{recipe.data.synthetic_images} images will be drawn by export or train")
+        if recipe.data.source == "folder":
+            raise UserError(f"the photographs in {recipe.data.folder} will be indexed by export or train")
         raise UserError(f"no {report}; make it with: python scripts/index_sa1b.py FOLDER --out {recipe.data.index}")
     counts = json.loads(report.read_text(encoding="utf-8"))["images"]
     return {split: min(counts[split], recipe.data.limit or counts[split]) for split in ("train", "val")}

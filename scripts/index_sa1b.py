@@ -23,6 +23,8 @@ def main() -> int:
     parser.add_argument(
         "--val-fraction", type=float, default=0.1, help="share held out, by a hash of the key (default 0.1)"
     )
+    own_help = "photographs of your own: named by their paths, divided by their content, copies left out"
+    parser.add_argument("--own", action="store_true", help=f"{own_help}; what data.source: folder does by itself")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
     parser.add_argument(
         "--check",

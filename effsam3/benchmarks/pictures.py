@@ -6,7 +6,7 @@ Letters: C channels, G grid rows and columns, H W rows and columns of the origin
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -92,9 +92,15 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) ->
                 figure.colorbar(shown, ax=axis, shrink=0.75)
         for axis in figure.axes[: 4 * rows]:
             axis.set_axis_off()
-        paths.append(out / f"{row['key']}.png")
+        paths.append(out / f"{picture_name(row)}.png")
         figure.savefig(paths[-1])
     return paths
+
+
+def picture_name(row: dict) -> str:
+    """Return a file name for an image's picture: its key, of a key that is a path the last part and its digest."""
+    key = PurePosixPath(row["key"])
+    return key.name if len(key.parts) == 1 else f"{key.stem}-{row['image_digest'][:8]}"
 
 
 def _mask_panels(

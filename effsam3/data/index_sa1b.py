@@ -39,6 +39,7 @@ class Check(NamedTuple):
     decode: bool
     min_side: int  # pixels
     max_pixels: int
+    val_fraction: float  # of what has no split yet: photographs of one's own, by their content
 
 
 def build_index(
@@ -50,11 +51,13 @@ def build_index(
     min_side: int = 16,
     max_pixels: int = sa1b.MAX_PIXELS,
     progress: bool = True,
+    own: bool = False,
 ) -> dict:
     """Write the index `out` (.parquet) and `<stem>.report.json` beside it; return the report.
 
     `check`: `decode` decodes every image to its end, `header` reads sizes only and so lets truncated images through.
-    `min_side` is in pixels. `workers` defaults to one per core; with 1 all is done in this process.
+    `min_side` is in pixels. `workers` defaults to one per core; with 1 all is done in this process. `own`: photographs
+    of one's own, see data/own_photographs.py.
     The same sources give the same bytes, whatever the workers and the interruptions.
     Raises UserError for sources or values that cannot be used, when no image is usable, and when a worker was killed.
     """
@@ -73,17 +76,20 @@ def build_index(
     parts = out.parent / f"{out.stem}.parts"
     parts.mkdir(parents=True, exist_ok=True)
     folder = out.parent.resolve()
-    options = Check(check == "decode", min_side, max_pixels)
+    options = Check(check == "decode", min_side, max_pixels, val_fraction if own else 0.0)
     with indexing.worker_pool(workers or os.cpu_count()) as submit:
-        listing = list_sources(sources, folder, val_fraction, submit)
+        listing = list_sources(sources, folder, val_fraction, submit, own)
         slices = [group[i : i + PART_IMAGES] for group in listing.groups for i in range(0, len(group), PART_IMAGES)]
         files = {parts / f"{_fingerprint(entries, options)}.parquet": entries for entries in slices}
         indexing.make_parts(files, _make_part, (folder, options), submit, "images", progress)
 
     table = indexing.read_parts(files, _schema())
+    if own:
+        table = _without_copies(table, val_fraction)
     report = _report(table, listing) | {
         "check": check,
         "val_fraction": val_fraction,
+        "own": own,
         "min_side": min_side,
         "max_pixels": max_pixels,
         "sources": [printable(str(source)) for source in sources],
@@ -153,6 +159,7 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
     try:
         data = sa1b.read_file(row, folder, "image")
         row["image_digest"] = sa1b.digest_of(data)
+        row["split"] = row["split"] or sa1b.split_of(row["image_digest"], options.val_fraction)
         row["width"], row["height"], kinds = sa1b.image_header(data, options.max_pixels, entry.key)
         if min(row["width"], row["height"]) < options.min_side:
             raise sa1b.UnreadableImage(entry.key, "too_small")
@@ -172,6 +179,22 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
         except sa1b.UnreadableAnnotations as fault:
             row |= {"annotation_problem": fault.reason, "detail": printable(fault.detail)}
     return row
+
+
+def _without_copies(table, val_fraction: float):
+    """Leave out all but the first of equal files; hold one image out where chance has held out none."""
+    import pyarrow
+
+    columns = {name: table[name].to_pylist() for name in ("excluded", "split", "image_digest")}
+    first: dict[str, int] = {}
+    for place, (reason, digest) in enumerate(zip(columns["excluded"], columns["image_digest"], strict=True)):
+        if not reason and first.setdefault(digest, place) != place:
+            columns["excluded"][place] = "copy"
+    if val_fraction and len(first) > 1 and "val" not in {columns["split"][place] for place in first.values()}:
+        columns["split"][first[min(first, key=lambda digest: sa1b.split_code(digest))]] = "val"
+    for name in ("excluded", "split"):
+        table = table.set_column(table.schema.get_field_index(name), name, pyarrow.array(columns[name], "string"))
+    return table
 
 
 def _fingerprint(entries: list[Entry], options: Check) -> str:

@@ -11,10 +11,12 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from effsam3.data.sa1b import EXTENSIONS, SPLITS, split_of
+from effsam3.data.store_format import storable
 from effsam3.errors import UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -39,7 +41,7 @@ class Entry(NamedTuple):
     """An image, its split and its annotations."""
 
     key: str
-    split: str
+    split: str  # "" where the image's content will decide
     image: Blob
     annotation: Blob | None
 
@@ -75,26 +77,33 @@ def check_sources(sources: list[Path]) -> None:
             raise UserError(f"{source} is neither a folder nor a .tar; give the folder it is in")
 
 
-def list_sources(sources: list[Path], folder: Path, val_fraction: float, submit: Callable) -> Listing:
+def list_sources(
+    sources: list[Path], folder: Path, val_fraction: float, submit: Callable, own: bool = False
+) -> Listing:
     """Pair images with their JSON, give each a split, and drop the second of two with the same key.
 
-    `folder` is the parquet's; `submit(function, argument)` returns a future, and is given the tars to scan.
+    `folder` is the parquet's; `submit(function, argument)` returns a future, and is given the tars to scan. With `own`
+    a key is the path below its source, and no split is given.
     """
     listing = Listing()
     containers: dict[str, tuple[dict[str, Blob], bool]] = {}  # path: ({name in it: blob}, split by folder?)
-    tars: dict[Path, None] = {}
+    tars: dict[Path, str] = {}  # path: its path below its source
     for source in sources:
         root = source.resolve()
         if root.is_file():
-            tars[root] = None
+            tars[root] = root.name
             continue
         images, annotations = root / "images", root / "annotations"
-        reorganised = images.is_dir() and any((part).is_dir() for part in (annotations, *map(images.joinpath, SPLITS)))
+        reorganised = (
+            not own
+            and images.is_dir()
+            and any((part).is_dir() for part in (annotations, *map(images.joinpath, SPLITS)))
+        )
         blobs = {}
         for top in (images, annotations) if reorganised else (root,):
-            for path, blob in _walk(top, folder, listing):
+            for path, blob in _walk(top, folder, listing, own):
                 if path.suffix == ".tar":
-                    tars[path] = None
+                    tars[path] = path.relative_to(top).as_posix()
                 elif path.name.endswith(COMPRESSED):
                     listing.tars.setdefault("compressed", []).append(blob.name)
                 else:
@@ -104,16 +113,21 @@ def list_sources(sources: list[Path], folder: Path, val_fraction: float, submit:
         containers[str(path)] = _tar_blobs(path, scan.result(), folder, listing), False
 
     seen: dict[str, Entry] = {}
-    for _, (blobs, split_by_folder) in sorted(containers.items()):
-        entries = _pair(blobs, split_by_folder, val_fraction, listing)
+    for path, (blobs, split_by_folder) in sorted(containers.items()):
+        inside = f"{tars[Path(path)]}/" if Path(path) in tars else ""
+        naming = partial(_own_name, inside) if own else partial(_sa1b_name, split_by_folder, val_fraction)
+        entries = _pair(blobs, naming, listing)
         listing.groups.append([entry for entry in entries if seen.setdefault(entry.key, entry) is entry])
         again = [entry.image.name for entry in entries if seen[entry.key].image != entry.image]
         listing.excluded.setdefault("duplicate", []).extend(again)
     return listing
 
 
-def _walk(top: Path, folder: Path, listing: Listing) -> Iterator[tuple[Path, Blob]]:
-    """Yield the files of interest below `top`, in sorted order, through links to folders, without hidden ones."""
+def _walk(top: Path, folder: Path, listing: Listing, own: bool) -> Iterator[tuple[Path, Blob]]:
+    """Yield the files of interest below `top`, in sorted order, through links to folders, without hidden ones.
+
+    In a folder of one's own the others are listed, too: they may be photographs in a format that nobody reads here.
+    """
 
     def unreadable(path: str | Path) -> None:
         listing.excluded.setdefault("unreadable", []).append(printable(os.path.relpath(path, folder)))
@@ -134,6 +148,9 @@ def _walk(top: Path, folder: Path, listing: Listing) -> Iterator[tuple[Path, Blo
                     continue
                 file = Path(os.path.relpath(path, folder)).as_posix()
                 yield path, Blob(file, "", 0, status.st_size, status.st_mtime_ns)
+            elif own and path.suffix != ".parquet":
+                file = Path(os.path.relpath(path, folder)).as_posix()
+                listing.excluded.setdefault("other_file", []).append(printable(file))
 
 
 def scan_tar(path: Path) -> TarScan:
@@ -172,8 +189,19 @@ def _tar_blobs(path: Path, scan: TarScan, folder: Path, listing: Listing) -> dic
     }
 
 
-def _pair(blobs: dict[str, Blob], split_by_folder: bool, val_fraction: float, listing: Listing) -> list[Entry]:
-    """Pair `a/sa_1.jpg` with `a/sa_1.json`, in sorted order."""
+def _sa1b_name(split_by_folder: bool, val_fraction: float, path: PurePosixPath) -> tuple[str, str]:
+    """Return the key and the split of an image of SA-1B, whose file stems are unique."""
+    by_folder = split_by_folder and path.parts[0] in SPLITS
+    return path.stem, path.parts[0] if by_folder else split_of(path.stem, val_fraction)
+
+
+def _own_name(inside: str, path: PurePosixPath) -> tuple[str, str]:
+    """Return the key of a photograph of one's own: its path below the source, through the tar that it is inside."""
+    return f"{inside}{path}", ""
+
+
+def _pair(blobs: dict[str, Blob], naming: Callable, listing: Listing) -> list[Entry]:
+    """Pair `a/sa_1.jpg` with `a/sa_1.json`, in sorted order; `naming(path)` returns an image's key and split."""
     paths = sorted(path for path in map(PurePosixPath, blobs) if not path.name.startswith("."))
     annotations = {str(path.with_suffix("")): path for path in paths if path.suffix == ".json"}
     entries = []
@@ -181,11 +209,10 @@ def _pair(blobs: dict[str, Blob], split_by_folder: bool, val_fraction: float, li
         if path.suffix.lower() not in EXTENSIONS:
             continue
         json_path = annotations.pop(str(path.with_suffix("")), None)
-        if printable(str(path)) != str(path):  # a parquet cannot hold it
+        if printable(str(path)) != str(path) or not storable(str(path)):  # no parquet or no store can hold it
             listing.excluded.setdefault("undecodable_name", []).append(blobs[str(path)].name)
             continue
-        split = path.parts[0] if split_by_folder and path.parts[0] in SPLITS else split_of(path.stem, val_fraction)
-        entries.append(Entry(path.stem, split, blobs[str(path)], json_path and blobs[str(json_path)]))
+        entries.append(Entry(*naming(path), blobs[str(path)], json_path and blobs[str(json_path)]))
     alone = [blobs[str(path)].name for path in annotations.values() if not path.name.endswith(".report.json")]
     listing.annotation_problems.setdefault("without_image", []).extend(alone)
     return entries

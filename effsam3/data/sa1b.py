@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SA-1B as released (photographs, COCO RLE masks), read through the parquet index that `scripts/index_sa1b.py` builds.
+"""SA-1B as released (photographs, COCO RLE masks), and any photographs, read through a parquet index.
 
 The index has one row per usable image (COLUMNS). Files are named relative to the parquet's own folder; a member of a
 tar is the tar's name with the member's byte offset and size, so tars are read in place and never extracted.
@@ -21,7 +21,7 @@ from effsam3.data import coco, jpeg
 from effsam3.errors import UserError
 
 COLUMNS = {  # name: Arrow type
-    "key": "string",  # the file's stem, `sa_123`; unique in an index
+    "key": "string",  # the file's stem, `sa_123`, of one's own photographs the path below their folder; unique
     "split": "string",  # train | val
     "image_file": "string",  # posix path relative to the parquet's folder
     "image_offset": "int64",  # bytes; 0 for a plain file
@@ -120,9 +120,14 @@ def digest_of(data: bytes) -> str:
 
 def split_of(key: str, val_fraction: float) -> str:
     """Return train or val from the key alone, so that no other file and no order has a say."""
+    return "val" if split_code(key) < val_fraction * 2**64 else "train"
+
+
+def split_code(key: str) -> int:
+    """Return the number below 2**64 that decides a key's split: the lowest are held out."""
     import xxhash
 
-    return "val" if xxhash.xxh3_64_intdigest(key.encode()) < val_fraction * 2**64 else "train"
+    return xxhash.xxh3_64_intdigest(key.encode())
 
 
 # ---- index

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -145,6 +146,11 @@ def _settings(manifest: Manifest) -> dict[str, str]:
     flatten("fields", [str(field) for field in manifest.fields])
     flatten("description", manifest.description)
     return flat
+
+
+def storable(key: str) -> bool:
+    """Whether a text can be a key: journals hold one a line, between tabs."""
+    return bool(key) and not any(unicodedata.category(letter) in ("Cc", "Zl", "Zp", "Cs") for letter in key)
 
 
 def open_manifest(root: str | Path) -> Manifest:

@@ -24,6 +24,7 @@ from effsam3.data.store_format import (
     journal_lines,
     open_manifest,
     shards_on_disk,
+    storable,
     sync_folder,
     whole_lines,
     write_manifest,
@@ -220,7 +221,7 @@ class StoreWriter:
 
 
 def _check_key(key: str) -> None:
-    if not key.isprintable() or not key:
+    if not storable(key):
         raise StoreError(
             f"key {key!r} cannot be stored: keys are text without tabs, line breaks or control characters"
         )

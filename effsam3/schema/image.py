@@ -16,6 +16,7 @@ from effsam3.schema.rules import (
     PositiveInt,
     Section,
     at_least_one,
+    below_one,
     each_once,
     image_student_name,
     initialisation,
@@ -27,8 +28,13 @@ from effsam3.schema.rules import (
 class ImageData(Section):
     """The photographs."""
 
-    source: Literal["sa1b", "synthetic"]  # synthetic: drawn shapes, never used unless asked for here
-    index: Annotated[str, parquet]  # what to read; scripts/index_sa1b.py makes it, or `synthetic` does
+    # folder: photographs of your own; synthetic: drawn shapes, never used unless asked for here
+    source: Literal["sa1b", "folder", "synthetic"]
+    index: Annotated[
+        str, parquet
+    ]  # what to read; scripts/index_sa1b.py makes it, `folder` and `synthetic` by themselves
+    folder: str | None = None  # source folder only: the photographs, in subfolders too; indexed on first use
+    held_out: Annotated[float, below_one] = 0.1  # source folder only: share held out, by the images' content
     resize: Literal["square", "longest_side"] = "square"  # square is SAM 3's own; longest_side pads to a square
     synthetic_images: NonNegativeInt = 0  # how many to draw, both splits together; source synthetic only
     synthetic_side_px: PositiveInt = 192  # longest side of a drawn image
@@ -37,6 +43,12 @@ class ImageData(Section):
     max_unreadable: NonNegativeInt = 100  # stop after more unreadable images than this in one run
 
     def check(self) -> Iterator[str]:
+        if self.source == "folder" and self.folder is None:
+            yield "folder: source folder needs to know where the photographs are, such as data.folder=/photos"
+        if self.source != "folder" and self.folder is not None:
+            yield f"folder: {self.folder} is given, but source is {self.source}; set data.source=folder"
+        if self.source == "folder" and self.held_out == 0:
+            yield "held_out: 0 leaves nothing to validate on; set it above 0"
         if self.source == "synthetic" and self.synthetic_images == 0:
             yield "synthetic_images: source synthetic needs to know how many to draw; set it above 0"
         if self.source != "synthetic" and self.synthetic_images > 0:

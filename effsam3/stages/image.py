@@ -7,6 +7,7 @@ Letters: B images, C channels, G grid rows and columns, S image side in pixels.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from effsam3.accelerator import frozen_autocast
 from effsam3.data.image_features import ImageFeatures, store_keys, stored_features
 from effsam3.data.loader import loader
+from effsam3.data.own_photographs import ready_photographs
 from effsam3.data.sa1b import SPLITS, load_index
 from effsam3.data.statistics import statistics_sample
 from effsam3.data.store import INPUTS, Field, StoreError, StoreReader, quantise_int8, ties_inputs, to_float16
@@ -30,18 +32,28 @@ from effsam3.report import write_json
 from effsam3.schema.rules import names_a_model
 from effsam3.stages.base import Stage, refuse_other_teacher, untied_note
 
+DIVIDED_BY = {
+    "sa1b": "scripts/index_sa1b.py --val-fraction",
+    "folder": "data.held_out",
+    "synthetic": "their number, data.synthetic_images,",
+}
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn images: they are few
 
 
-def ready_index(recipe, accelerator) -> Path:
-    """Return the index's path; for `data.source: synthetic` make images and index first, once.
+def ready_index(recipe, accelerator, say: Callable[[str], object] = print) -> Path:
+    """Return the index's path; for `data.source: folder` make it first, for `synthetic` the images, too, once.
+
+    `say` gets what is to be known of a folder of photographs: what was left out of the index, what has changed since.
 
     Raises:
-        UserError: synthetic images and index of another number or size stand there already.
+        UserError: an index of something else stands there already, or synthetic images of another number or size.
     """
     from effsam3.data.index_sa1b import build_index
 
     index = Path(recipe.data.index)
+    if recipe.data.source == "folder" and accelerator.is_main_process:
+        if news := ready_photographs(recipe.data.folder, index, recipe.data.held_out):
+            say(news)
     if recipe.data.source == "synthetic" and accelerator.is_main_process:
         made = {"images": recipe.data.synthetic_images, "side_px": recipe.data.synthetic_side_px}
         stamp = index.parent / "synthetic.json"
@@ -212,7 +224,7 @@ class ImageStage(Stage):
     def __init__(self, recipe, report, accelerator):
         super().__init__(recipe, report, accelerator)
         self.max_unreadable = recipe.data.max_unreadable
-        index = ready_index(recipe, accelerator)
+        index = ready_index(recipe, accelerator, report.say)
         facts = chassis_facts(recipe.sam3.checkpoint)
         self.teacher: Teacher | None = None
         if recipe.teacher == "online":
@@ -235,7 +247,7 @@ class ImageStage(Stage):
         if not len(self.train_data) or not len(self.val_data):
             raise UserError(
                 f"data.index: {index} has {len(self.train_data)} training and {len(self.val_data)} held-out images; "
-                "both are needed (scripts/index_sa1b.py --val-fraction divides them)"
+                f"both are needed ({DIVIDED_BY[recipe.data.source]} divides them)"
             )
         self.train_size = len(self.train_data)
         self.note = untied_note(store)

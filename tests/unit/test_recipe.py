@@ -184,7 +184,7 @@ def test_a_mistake_in_a_parent_names_the_parent(write):
 def test_missing_keys_are_all_named(write):
     found = problems_of(write("stage: image\nname: x\nstudent: tiny_convnext\n", inherits=None))
     assert "data.index is missing; expected text" in found
-    assert "data.source is missing; expected sa1b or synthetic" in found
+    assert "data.source is missing; expected sa1b or folder or synthetic" in found
     assert "optim.lr is missing; expected float" in found
     assert "train.eval_every is missing; expected int" in found
 
