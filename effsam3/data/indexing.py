@@ -107,12 +107,32 @@ def advance(bar, count: int, future: Future) -> None:
 
 
 def parquet_bytes(table) -> memoryview:
-    """Return an Arrow table as a parquet file."""
+    """Return an Arrow table as a parquet file, whose pages have checksums."""
     import pyarrow.parquet as parquet
 
     sink = io.BytesIO()
-    parquet.write_table(table, sink)
+    parquet.write_table(table, sink, write_page_checksum=True)
     return sink.getbuffer()
+
+
+def read_index(path: Path, command: str):
+    """Return an index as an Arrow table; `command` is what makes one.
+
+    Raises:
+        UserError: it is missing, is not a parquet file, or is damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    if not path.is_file():
+        raise UserError(f"no index at {path}; make it with: {command}")
+    try:
+        table = parquet.read_table(path, partitioning=None, page_checksum_verification=True)
+        table.validate(full=True)
+        table.schema.names  # noqa: B018  they are decoded only now
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a parquet file, or is damaged ({error}); make it with: {command}") from error
+    return table
 
 
 def read_parts(files: Iterable[Path], schema):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from effsam3.data import coco, jpeg
+from effsam3.data import coco, indexing, jpeg
 from effsam3.errors import UserError
 
 COLUMNS = {  # name: Arrow type
@@ -138,21 +138,14 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
 
     The table (about 100 bytes a row) is held in memory: no cache file that several ranks could race for, or that
     would outlive a rebuilt index. `split` keeps train or val, `limit` the first rows of what is left.
-    Raises UserError when the file is missing, is not such an index, or has no row in the split.
+    Raises UserError when the file is missing, is damaged, is not such an index, or has no row in the split.
     """
-    import pyarrow
     import pyarrow.compute as compute
-    import pyarrow.parquet as parquet
     from datasets import Dataset
 
     path = Path(path)
     command = f"python scripts/index_sa1b.py FOLDER_OR_TARS --out {path}"
-    if not path.is_file():
-        raise UserError(f"no index at {path}; make it with: {command}")
-    try:
-        table = parquet.read_table(path, partitioning=None)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a parquet file ({error}); make it with: {command}") from error
+    table = indexing.read_index(path, command)
     found = {field.name: str(field.type) for field in table.schema}
     wrong = [f"{name} ({kind}, found {found.get(name)})" for name, kind in COLUMNS.items() if found.get(name) != kind]
     if wrong:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from effsam3.data import coco
+from effsam3.data import coco, indexing
 from effsam3.data.sa1b import MAX_PIXELS, SPLITS, UnreadableAnnotations
 from effsam3.data.video_files import UnreadableVideo, open_video
 from effsam3.errors import UserError
@@ -181,21 +181,14 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
     `split` keeps train or val, `limit` the first rows of what is left.
 
     Raises:
-        UserError: the file is missing, is not such an index, or has no row in the split.
+        UserError: the file is missing, is damaged, is not such an index, or has no row in the split.
     """
-    import pyarrow
     import pyarrow.compute as compute
-    import pyarrow.parquet as parquet
     from datasets import Dataset
 
     path = Path(path)
     command = f"python scripts/index_sav.py FOLDER --out {path}"
-    if not path.is_file():
-        raise UserError(f"no index at {path}; make it with: {command}")
-    try:
-        table = parquet.read_table(path, partitioning=None)
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path} is not a parquet file ({error}); make it with: {command}") from error
+    table = indexing.read_index(path, command)
     asked = schema()
     wrong = [field.name for field in asked if field.name not in table.schema.names]
     if wrong or table.select(asked.names).schema.types != asked.types:
@@ -207,7 +200,7 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
         table = table.filter(compute.equal(table["split"], split))
         if not table.num_rows:
             raise UserError(f"{path} has no video in split {split} ({counts}); rebuild it with another --val-fraction")
-    return Dataset(table.select(list(COLUMNS)).slice(0, limit).combine_chunks())
+    return Dataset(table.select(list(COLUMNS)).cast(asked).slice(0, limit).combine_chunks())
 
 
 def schema(columns: dict[str, str] = COLUMNS):

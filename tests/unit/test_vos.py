@@ -253,3 +253,21 @@ def test_a_bad_mask_in_a_json_is_named_before_anything_is_tracked(tmp_path):
     content["masklet"][2][1]["counts"] = "\u00e9"
     (tmp_path / "v_manual.json").write_text(json.dumps(content))
     assert refused("v_manual", lambda: open_vos(tmp_path)[0].objects) == "bad_mask"
+
+
+def test_damaged_pngs_are_named_or_the_same(tmp_path):
+    ids = np.zeros((20, 30), np.uint8)
+    ids[2:9, 3:9] = 3
+    write_davis(tmp_path, "v", {0: ids}, [0], size=ids.shape)
+    file, rng = tmp_path / "Annotations" / "v" / "00000.png", np.random.default_rng(0)
+    data, named = file.read_bytes(), 0
+    for number in range(400):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), rng.integers(1, 5)):
+            damaged[place] ^= rng.integers(1, 256)
+        file.write_bytes(damaged[: rng.integers(len(data))] if number % 4 == 0 else damaged)
+        try:
+            assert (open_vos(tmp_path)[0].masks(0)[3] == (ids == 3)).all()
+        except UnreadableAnnotations as error:
+            named += error.reason in ("corrupt", "huge", "colour_mask")
+    assert named > 300

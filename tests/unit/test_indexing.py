@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A damaged index is named, and never read as another one."""
+
+import numpy as np
+import pyarrow
+import pytest
+
+from effsam3.data import sa1b, sav
+from effsam3.data.indexing import parquet_bytes
+from effsam3.errors import UserError
+
+VALUES = {
+    "string": "sa_1", "int32": 7, "int64": 2**40, "bool": True, "list<int32>": [2, 5],
+    "list<list<int32>>": [[0, 9], []],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [sa1b, sav])
+def test_damage_is_found(kind, tmp_path):
+    row = {name: VALUES[column] for name, column in kind.COLUMNS.items()} | {"split": "train"}
+    rows = [row | {"key": f"sa_{number:03d}"} for number in range(40)]
+    data = bytes(parquet_bytes(pyarrow.Table.from_pylist(rows, sav.schema(kind.COLUMNS))))
+    file, rng = tmp_path / "index.parquet", np.random.default_rng(0)
+    file.write_bytes(data)
+    assert kind.load_index(file, "train").to_list() == rows
+    found = 0
+    for number in range(200):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), rng.integers(1, 5)):
+            damaged[place] ^= rng.integers(1, 256)
+        file.write_bytes(damaged[: rng.integers(len(data))] if number % 4 == 0 else damaged)
+        try:
+            assert kind.load_index(file, "train").to_list() == rows, "damage to what nobody reads"
+        except UserError as error:
+            assert "make it" in str(error) or "--val-fraction" in str(error)
+            found += 1
+    assert found > 150
