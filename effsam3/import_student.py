@@ -129,7 +129,7 @@ def students(found: UpstreamFile, config: Sam3VideoConfig, about: dict) -> list[
         tensors[table] = stretched(tensors[table], PROCESSOR_LENGTH)
         channels = len(tensors["text_projection.bias"])
         tensors |= {"feature_mean": torch.zeros(channels), "feature_scale": torch.ones(channels)}
-        parts.append(text_part(name, tensors, config, **about))
+        parts.append(text_part(name, "attended", tensors, config, **about))
         print(f"text: {name}, {rows} positions{text_remark(rows)}")
     return parts
 
@@ -151,10 +151,7 @@ def text_remark(rows: int) -> str:
     remark = "" if rows == PROCESSOR_LENGTH else f", interpolated to {PROCESSOR_LENGTH}"
     if rows < PROCESSOR_LENGTH:
         remark += f". It learned on {rows} tokens, which its authors found to do badly on more: train it further"
-    return remark + (
-        ". EfficientSAM3 lets texts attend to padding (id 0), transformers hides it: short texts get other features, "
-        "so measure it, or train it further"
-    )
+    return remark + "; it attends to padding, as in EfficientSAM3 (student_padding: attended)"
 
 
 # ---- a whole model

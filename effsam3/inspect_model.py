@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Sam3VideoConfig
+from transformers import Sam3LiteTextTextConfig, Sam3VideoConfig
 
 from effsam3.checked_files import read_yaml
 from effsam3.checkpoint import OPTIMIZER, WEIGHTS, complete, read_weights
@@ -39,6 +39,7 @@ from effsam3.models.sam3 import (
 )
 from effsam3.models.slots import CARD, read_card
 from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
+from effsam3.models.text_padding import padding_of
 from effsam3.models.tiny import MADE_UP
 from effsam3.models.upstream_files import UpstreamFile, divide
 from effsam3.report import table
@@ -273,8 +274,9 @@ def _image(config: Sam3VideoConfig) -> dict[str, Any]:
 def _text_slot(config: Sam3VideoConfig) -> dict[str, Any]:
     text = config.detector_config.text_config
     size = f"{text.num_hidden_layers} layers, {text.max_position_embeddings} tokens"
-    if text.model_type != "sam3_lite_text_text_model":
+    if not isinstance(text, Sam3LiteTextTextConfig):
         return {"student": None, "is": f"SAM 3's own, {size}"}
+    size += f", padding {padding_of(text)}"
     rows = TEXT_STUDENTS | TINY_TEXT_STUDENTS
     shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "use_repmixer_blocks")
     found = (

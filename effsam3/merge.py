@@ -69,7 +69,15 @@ def run(recipe) -> Path:
     }
     folder = recipe.folder
     report = Report(folder)
-    notes = write_model(merged, folder / "merged", card, chassis, extras(chassis), recipe.merge.formats)
+    notes = write_model(
+        merged,
+        folder / "merged",
+        card,
+        chassis,
+        extras(chassis),
+        recipe.merge.formats,
+        recipe.merge.allow_padding_mismatch,
+    )
     if recipe.stage == "release":
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         report.write_json("provenance.json", provenance() | {"recipe": recipe.name, "slots": card["slots"]})
@@ -157,7 +165,7 @@ def image_of_run(trained, features: dict, weights: dict, config, about: dict) ->
 
 def text_of_run(trained, features: dict, weights: dict, config, about: dict) -> Part:
     """The part of a run of stage `text`."""
-    return text_part(trained.student, weights, config, **about)
+    return text_part(trained.student, trained.student_padding, weights, config, **about)
 
 
 def memory_of_run(trained, features: dict, weights: dict, config, about: dict) -> Part:

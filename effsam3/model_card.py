@@ -17,6 +17,7 @@ import yaml
 from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS
 from effsam3.models.sam3 import read_config
 from effsam3.models.slots import SLOTS
+from effsam3.models.text_padding import padding_of
 from effsam3.models.tiny import MADE_UP
 from effsam3.recipe import dump_recipe, flat
 from effsam3.release_folder import SAM3, SAM_LICENSE_URL, Release
@@ -148,7 +149,8 @@ import torch
 from effsam3.models.concepts import encode_geometry_always
 from effsam3.models.tokens import PromptTokenizer
 from PIL import Image
-from transformers import $detector, Sam3Processor
+from $detector_module import $detector
+from transformers import Sam3Processor
 
 model = $detector.from_pretrained($source).eval()
 processor = Sam3Processor.from_pretrained($source)
@@ -216,8 +218,12 @@ BLOCKS = {
     "Boxes and points": PROMPTS,
     "All that a text names, through a video": VIDEO,
 }
-# model_type in config.json -> class that loads it
-DETECTORS = {"sam3": "Sam3Model", "sam3_lite_text": "Sam3LiteTextModel"}
+# model_type in config.json -> module and class that loads it
+DETECTORS = {
+    "sam3": ("transformers", "Sam3Model"),
+    "sam3_lite_text": ("transformers", "Sam3LiteTextModel"),
+    "effsam3_attended_lite_text": ("effsam3.models.text_padding", "AttendedLiteTextModel"),
+}
 TRACKERS = {
     "sam3_tracker_video": ("transformers", "Sam3TrackerVideoModel"),
     "effsam3_tracker_video": ("effsam3.models.memory_tracker", "EfficientTracker"),
@@ -227,9 +233,11 @@ TRACKERS = {
 def _use(release: Release, repo: str, revision: str) -> str:
     config = read_config(release.model)
     module, tracker = TRACKERS[config.tracker_config.model_type]
+    detector_module, detector = DETECTORS[config.detector_config.model_type]
     names = {
         "source": f'"{repo}"' if revision == "main" else f'"{repo}", revision="{revision}"',
-        "detector": DETECTORS[config.detector_config.model_type],
+        "detector_module": detector_module,
+        "detector": detector,
         "tracker_module": module,
         "tracker": tracker,
     }
@@ -296,9 +304,26 @@ def _limitations(release: Release) -> str:
             points.append(f"The student in the slot `{slot}` learned from made-up data and has seen nothing real.")
         if "data.context_length" in values:
             points.append(f"Prompts were learned up to {values['data.context_length']} tokens.")
+    if "text" in release.merged["slots"]:
+        points += _padding(release)
     if "image" in release.merged["slots"]:
         points.append("Detector and tracker both read the image student's features: where those fail, all prompts do.")
     return "\n".join(f"- {point}" for point in points)
+
+
+def _padding(release: Release) -> list[str]:
+    """What the text student's padding rule asks of whoever uses it."""
+    if padding_of(read_config(release.model).detector_config) == "attended":
+        return [
+            "Texts attend to their padding, as EfficientSAM3's do. transformers' own classes mask it and do not load "
+            "this model: `AttendedLiteTextModel` of effsam3 does."
+        ]
+    if (release.model / "efficientsam3.pt").is_file():
+        return [
+            "The text student masks padding, EfficientSAM3 lets texts attend to it: `efficientsam3.pt` gives short "
+            "texts other features than this model does."
+        ]
+    return []
 
 
 def licence(release: Release) -> str:

@@ -33,12 +33,15 @@ def image_run(runs: Path, name: str = "image", student: str = "tiny_convnext", h
     return _write(recipe, own | facts, trunk.state_dict())
 
 
-def text_run(runs: Path, name: str = "text", student: str = "tiny_text_plain", **facts) -> Path:
+def text_run(
+    runs: Path, name: str = "text", student: str = "tiny_text_plain", padding: str = "masked", **facts
+) -> Path:
     """A run of stage text on the tiny chassis."""
-    recipe = load_recipe(RECIPES / "smoke/text.yaml", [f"name={name}", f"student={student}", f"train.runs={runs}"])
+    own = [f"name={name}", f"student={student}", f"student_padding={padding}", f"train.runs={runs}"]
+    recipe = load_recipe(RECIPES / "smoke/text.yaml", own)
     teacher = fingerprint(_tiny_tensors(TEXT_ENCODER, TEXT_PROJECTION))
     facts = {"tap": "text", "channels": 128, "teacher": {"fingerprint": teacher}} | facts
-    return _write(recipe, facts, tiny_text(student).state_dict())
+    return _write(recipe, facts, tiny_text(student, padding).state_dict())
 
 
 def memory_run(runs: Path, name: str = "memory", trains: tuple[str, ...] = ("memory",)) -> Path:
@@ -80,10 +83,10 @@ def tiny_trunk(student: str = "tiny_convnext", head: str = "fused") -> StudentTr
     return shaken(StudentTrunk(config))
 
 
-def tiny_text(student: str = "tiny_text_plain"):
+def tiny_text(student: str = "tiny_text_plain", padding: str = "masked"):
     """A text student for the tiny chassis, as `tiny_trunk`."""
     torch.manual_seed(1)
-    return shaken(text_student(student, 32, 128))
+    return shaken(text_student(student, 32, 128, padding))
 
 
 def shaken(model: torch.nn.Module) -> torch.nn.Module:

@@ -18,9 +18,10 @@ from transformers import Sam3LiteTextModel
 from effsam3.benchmarks.speed import alternate
 from effsam3.errors import UserError
 from effsam3.losses import agreement_sums, standardise
-from effsam3.models.sam3 import quiet_transformers, refuse_partial
+from effsam3.models.sam3 import quiet_transformers, read_config, refuse_partial
 from effsam3.models.teacher import parameter_count
 from effsam3.models.text import TextTeacher
+from effsam3.models.text_padding import RULES, padding_of
 from effsam3.models.tokens import END_ID, PAD_ID, PROCESSOR_LENGTH, START_ID
 
 SPEED_LENGTHS = (8, PROCESSOR_LENGTH)  # tokens: a noun phrase and the longest text
@@ -54,16 +55,17 @@ class MergedText(nn.Module):
 
 
 def load_text_features(folder: Path) -> MergedText:
-    """Load the text side of a merged folder through transformers' own class, float32, frozen, in eval mode.
+    """Load the text side of a merged folder through the class that its padding rule needs, frozen, in eval mode.
 
     Raises:
         ChassisError: the folder lacks tensors or holds others; one whose text encoder is still SAM 3's does.
     """
+    detector = RULES[padding_of(read_config(folder).detector_config)].detector
     with quiet_transformers():
-        model, info = Sam3LiteTextModel.from_pretrained(
+        model, info = detector.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    refuse_partial(info, f"{folder} is not a whole Sam3LiteTextModel")
+    refuse_partial(info, f"{folder} is not a whole {detector.__name__}")
     return MergedText(model)
 
 

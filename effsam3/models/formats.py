@@ -23,6 +23,7 @@ from effsam3 import checkpoint
 from effsam3.models.combine import Merged
 from effsam3.models.keymaps.sam3 import CLASS_ROW, absent_from_transformers, to_original
 from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
+from effsam3.models.padding_disagreement import disagreement
 from effsam3.models.registry import TEXT_STUDENTS
 from effsam3.models.sam3 import (
     AGAIN,
@@ -36,6 +37,7 @@ from effsam3.models.sam3 import (
 )
 from effsam3.models.slots import CARD, SLOTS, MergeError
 from effsam3.models.text import DETECTOR
+from effsam3.models.text_padding import padding_of
 from effsam3.report import write_json
 from effsam3.tensor_files import read_safetensors, refuse_unusable
 
@@ -55,6 +57,7 @@ def write_model(
     chassis: Path | None,
     beside: dict[str, Tensor],
     formats: Sequence[str] = ("transformers",),
+    allow_padding_mismatch: bool = False,
 ) -> list[str]:
     """Write a whole model, readable at once or not there at all; returns lines worth telling.
 
@@ -63,6 +66,7 @@ def write_model(
         chassis: whose processor files go along; None: new ones.
         beside: what transformers cannot hold, by SAM 3's own names.
         formats: `sam3` and `efficientsam3` add a file each; see the top of this file.
+        allow_padding_mismatch: write EfficientSAM3's file of a text student that masks its padding, too.
 
     Raises:
         MergeError: a tensor cannot be a weight, a format cannot hold this model, or what was written does not read
@@ -70,6 +74,8 @@ def write_model(
     """
     # First of all: what cannot be written must not cost anything.
     refuse_unusable(merged.tensors | beside, str(folder), "nothing was written; merge another checkpoint", MergeError)
+    if "efficientsam3" in formats and not allow_padding_mismatch:
+        refuse_other_padding(merged, card["slots"])
     files = {name: FORMATS[name](merged, beside, card["slots"]) for name in formats if name in FORMATS}
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -169,6 +175,36 @@ BUILDER_NAMES = {
 }
 
 
+def text_tensors(merged: Merged) -> dict[str, Tensor]:
+    """The text student's tensors by its own names, `text_encoder.*` and `text_projection.*`."""
+    owns = SLOTS["text"].owns
+    return {name.removeprefix(DETECTOR): merged.tensors[name] for name in merged.tensors if name.startswith(owns)}
+
+
+def padding_mismatch(merged: Merged, slots: dict) -> str | None:
+    """What EfficientSAM3, which lets texts attend to padding, makes of a student that masks it; None: the same."""
+    config = SLOTS["text"].config_of(merged.config)
+    if "text" not in slots or padding_of(config) == "attended":
+        return None
+    return (
+        f"the text student {slots['text']['student']} masks padding, EfficientSAM3 lets texts attend to it: "
+        f"{disagreement(config, text_tensors(merged))}"
+    )
+
+
+def refuse_other_padding(merged: Merged, slots: dict) -> None:
+    """Refuse to write EfficientSAM3's file of a text student that computes other features there.
+
+    Raises:
+        MergeError: it does; the message says by how much.
+    """
+    if mismatch := padding_mismatch(merged, slots):
+        raise MergeError(
+            f"merge.formats: {mismatch}. Train it for that (student_padding=attended), leave efficientsam3 out, or "
+            "write it nevertheless with merge.allow_padding_mismatch=true"
+        )
+
+
 def efficientsam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of efficientsam3.pt, and the call of EfficientSAM3's builder that loads them.
 
@@ -191,18 +227,19 @@ def efficientsam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -
             raise MergeError(f"merge.formats: EfficientSAM3 has no image student {student}; leave efficientsam3 out")
         arguments["backbone_type"], arguments["model_name"] = BUILDER_NAMES[student]
     if "text" in slots:
-        owns = SLOTS["text"].owns
-        own = {name.removeprefix(DETECTOR): rest.pop(name) for name in merged.tensors if name.startswith(owns)}
-        tensors |= {TEXT_PREFIX + name: tensor for name, tensor in text_to_upstream(own).items()}
+        rest = {name: tensor for name, tensor in rest.items() if not name.startswith(SLOTS["text"].owns)}
+        own = text_to_upstream(text_tensors(merged))
+        tensors |= {TEXT_PREFIX + name: tensor for name, tensor in own.items()}
         student = slots["text"]["student"]
         arguments["text_encoder_type"] = TEXT_STUDENTS[student].tower if student in TEXT_STUDENTS else "none has this"
         arguments["text_encoder_context_length"] = text.max_position_embeddings
     notes = [f"  {BUILDER}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"]
     if "text" in slots:
         notes.append(
-            f"  the builder's own default, 77 positions, does not load a table of {text.max_position_embeddings}. It "
-            "pads with id 0 and lets texts attend to padding, which this student has never seen: see docs/layouts.md"
+            f"  the builder's own default, 77 positions, does not load a table of {text.max_position_embeddings}"
         )
+        if mismatch := padding_mismatch(merged, slots):
+            notes.append(f"  {mismatch}")
     return to_original(rest, beside, own_trunk(merged.config)) | tensors, notes
 
 

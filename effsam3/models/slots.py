@@ -180,18 +180,21 @@ def image_part(student: str, head: str, weights: Mapping[str, Tensor], config: S
     return Part(slot="image", student=student, config=built, tensors=tensors, **about)
 
 
-def text_part(student: str, weights: Mapping[str, Tensor], config: Sam3VideoConfig, **about) -> Part:
-    """Make a part of a trained `StudentText`'s tensors; `about` are the part's other attributes.
+def text_part(
+    student: str, padding: str, weights: Mapping[str, Tensor], config: Sam3VideoConfig, facts: dict, **about
+) -> Part:
+    """Make a part of a trained `StudentText`'s tensors; `facts` and `about` are the part's other attributes.
 
     Raises:
         MergeError: its tensors are not this student's.
     """
-    built = text_student(student, PROCESSOR_LENGTH, config.detector_config.detr_encoder_config.hidden_size)
+    built = text_student(student, PROCESSOR_LENGTH, config.detector_config.detr_encoder_config.hidden_size, padding)
     refuse_other_student(built.state_dict(), weights, student)
     built.load_state_dict(weights)
     tensors = {DETECTOR + name: tensor for name, tensor in to_lite_text_tensors(built).items()}
-    lite_text = lite_text_config(student, PROCESSOR_LENGTH)
-    return Part(slot="text", student=student, config=lite_text, tensors=tensors, **about)
+    lite_text = lite_text_config(student, PROCESSOR_LENGTH, padding)
+    facts = facts | {"padding": padding}
+    return Part(slot="text", student=student, config=lite_text, tensors=tensors, facts=facts, **about)
 
 
 def read_card(folder: Path, also: Mapping[str, Any] = MappingProxyType({})) -> dict:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The text side: SAM 3's frozen text encoder as teacher, MobileCLIP's text towers as students.
 
-A student is transformers' Sam3LiteText encoder and projection, so a merged model is plain `Sam3LiteText*`. Teacher and
-students take padded ids and their mask as models/tokens.py makes them, padding on the right.
+A student is transformers' Sam3LiteText encoder and projection, so a merged model is plain `Sam3LiteText*`; one that
+attends to its padding is a subclass (models/text_padding.py). Teacher and students take padded ids and their mask as
+models/tokens.py makes them, padding on the right.
 
 Letters: B texts, L tokens, C channels of SAM 3's detector, D channels inside a student.
 """
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from transformers import Sam3LiteTextConfig, Sam3LiteTextTextConfig, Sam3LiteTextTextModel
+from transformers import Sam3LiteTextConfig, Sam3LiteTextTextConfig
 from transformers.models.sam3_lite_text.modeling_sam3_lite_text import (
     Sam3LiteTextRepMixerBlock,
     Sam3LiteTextTextPositionEmbedding,
@@ -25,6 +26,7 @@ from transformers.models.sam3_lite_text.modeling_sam3_lite_text import (
 from effsam3.models.registry import text_student_row
 from effsam3.models.sam3 import ChassisError, fingerprint, load_part, read_config, read_tensors
 from effsam3.models.teacher import refuse_damaged
+from effsam3.models.text_padding import RULES, padding_of
 from effsam3.models.tokens import PAD_ID
 
 DETECTOR = "detector_model."
@@ -125,6 +127,7 @@ class StudentText(nn.Module):
     It computes what `Sam3LiteTextModel.get_text_features` will on the same texts padded to `context_length`, which is
     the length of its table of positions. transformers stretches the table over any other length, and its SAM 3
     processors always pad to 32: a student for them has `context_length` 32, however short its training texts are.
+    `padding` is its padding rule, which the config says.
 
     `feature_scale` and `feature_mean` are the teacher's per-channel deviation and mean: the network works in
     standardised units. `to_lite_text_tensors` multiplies them into the projection.
@@ -133,7 +136,8 @@ class StudentText(nn.Module):
     def __init__(self, config: Sam3LiteTextTextConfig, channels: int):
         super().__init__()
         self.context_length = config.max_position_embeddings
-        self.text_encoder = Sam3LiteTextTextModel(config)
+        self.padding = padding_of(config)
+        self.text_encoder = RULES[self.padding].text_model(config)
         embeddings = self.text_encoder.embeddings
         table = embeddings.position_embedding.position_embedding
         embeddings.position_embedding = FirstPositions(self.context_length, config.hidden_size)
@@ -159,18 +163,18 @@ class StudentText(nn.Module):
         """Return features (B, L, C); L is at most `context_length`, and what stands at padding means nothing."""
         length, missing = ids_BL.shape[1], self.context_length - ids_BL.shape[1]
         assert missing >= 0, f"{length} tokens, the student reads {self.context_length}"
-        if missing and self.text_encoder.config.use_repmixer_blocks:
-            # The convolutions know no mask: what follows a text must be what follows it in use.
+        if missing and (self.padding == "attended" or self.text_encoder.config.use_repmixer_blocks):
+            # The convolutions know no mask, either: what follows a text must be what follows it in use.
             ids_BL, mask_BL = F.pad(ids_BL, (0, missing), value=PAD_ID), F.pad(mask_BL, (0, missing))
         hidden_BLD = self.text_encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state[:, :length]
         # float(): under bf16 autocast large channels would lose the small differences that matter.
         return self.text_projection(hidden_BLD).float() * self.feature_scale + self.feature_mean
 
 
-def lite_text_config(name: str, context_length: int) -> Sam3LiteTextTextConfig:
+def lite_text_config(name: str, context_length: int, padding: str = "masked") -> Sam3LiteTextTextConfig:
     """Return transformers' config of the text student `name` with `context_length` positions."""
     row = text_student_row(name)
-    return Sam3LiteTextTextConfig(
+    return RULES[padding].text_config(
         hidden_size=row.hidden_size,
         intermediate_size=4 * row.hidden_size,
         projection_dim=row.hidden_size,
@@ -181,20 +185,23 @@ def lite_text_config(name: str, context_length: int) -> Sam3LiteTextTextConfig:
     )
 
 
-def text_student(name: str, context_length: int, channels: int) -> StudentText:
+def text_student(name: str, context_length: int, channels: int, padding: str = "masked") -> StudentText:
     """Build the text student `name`, randomly initialised, for features of `channels`; see `StudentText`."""
-    return StudentText(lite_text_config(name, context_length), channels)
+    return StudentText(lite_text_config(name, context_length, padding), channels)
 
 
 def lite_text_detector_config(detector_config, text_config: Sam3LiteTextTextConfig) -> Sam3LiteTextConfig:
-    """Return a `Sam3Config` as the `Sam3LiteTextConfig` with this text encoder and everything else the same."""
+    """Return a `Sam3Config` as the `Sam3LiteTextConfig` with this text encoder and everything else the same.
+
+    Its class is that of the text encoder's padding rule.
+    """
     own = ("geometry_encoder_config", "detr_encoder_config", "detr_decoder_config", "mask_decoder_config")
     # Their model_type differs, nothing else.
     parts = {name: getattr(detector_config, name).to_dict() for name in own}
     for part in parts.values():
         del part["model_type"]
     # Copies: a config resets the attention of those that it takes in, and a model built from them would lose its mask.
-    return Sam3LiteTextConfig(
+    return RULES[padding_of(text_config)].detector_config(
         vision_config=deepcopy(detector_config.vision_config),
         text_config=deepcopy(text_config),
         initializer_range=detector_config.initializer_range,

@@ -102,6 +102,8 @@ class Merge(Section):
     checkpoint: FileName = "best"  # `best`, `last`, or a folder of checkpoints/ such as step-000100
     # The transformers folder is written in any case; sam3: merged/sam3.pt; efficientsam3: merged/efficientsam3.pt.
     formats: Annotated[tuple[Format, ...], at_least_one, each_once] = ("transformers",)
+    # Write efficientsam3.pt of a text student whose padding is masked, too: there its short texts get other features.
+    allow_padding_mismatch: bool = False
 
 
 class StageRecipe(Section):

@@ -96,6 +96,8 @@ class TextRecipe(StageRecipe):
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     student: Annotated[str, text_student_name]  # a row of effsam3/models/registry.py; see `effsam3 compare`
     student_init: Annotated[str, text_initialisation] = "mobileclip"  # mobileclip, random, file or model folder
+    # What tokens see behind a short text: nothing, or a filling of id 0, as in EfficientSAM3 and its checkpoints.
+    student_padding: Literal["masked", "attended"] = "masked"
     teacher: Literal["stored", "online"] = "online"  # online: costs less than reading stored targets
     sam3: Sam3 = Sam3()
     data: TextData

@@ -25,9 +25,11 @@ from effsam3.data.synthetic_captions import make_synthetic_phrases, make_synthet
 from effsam3.errors import UserError
 from effsam3.losses import agreement_sums, feature_loss, standardise
 from effsam3.models.registry import text_student_row
-from effsam3.models.sam3 import chassis_folder
+from effsam3.models.sam3 import chassis_folder, read_config
+from effsam3.models.slots import model_folder
 from effsam3.models.teacher import parameter_count
 from effsam3.models.text import TextTeacher, check_text_weights, check_tokens, text_student
+from effsam3.models.text_padding import padding_of
 from effsam3.models.text_weights import load_text_weights
 from effsam3.models.tokens import PAD_ID, PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
 from effsam3.report import write_json
@@ -103,7 +105,7 @@ def make_student(recipe, channels: int):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
         # Always SAM 3's own length: transformers' processors pad every prompt to it, however short the training texts.
-        student = text_student(recipe.student, PROCESSOR_LENGTH, channels)
+        student = text_student(recipe.student, PROCESSOR_LENGTH, channels, recipe.student_padding)
     if recipe.student_init == "random" or names_a_model(recipe.student_init):
         return student, None
     own = text_student_row(recipe.student).weights
@@ -298,6 +300,18 @@ class TextStage(Stage):
         if self.loaded is not None:  # every tensor by name: loaded, initialised or dropped, and why
             report.write_json("student_init.json", asdict(self.loaded))
 
+    def go_on(self) -> dict[str, str]:
+        """As for every stage; says, too, when the model had another padding rule than the recipe."""
+        found = super().go_on()
+        if found:
+            config = read_config(model_folder(Path(self.recipe.student_init)))
+            if (theirs := padding_of(config.detector_config)) != self.recipe.student_padding:
+                found["weights"] += (
+                    f"; it learned with padding {theirs}, this run's is {self.recipe.student_padding}, so short texts "
+                    "begin with other features (student_padding)"
+                )
+        return found
+
     def statistics_batches(self):
         """The sample that a store's statistics are made of, in batches; of a stream, the held-out texts."""
         streaming, size = self.recipe.data.streaming, self.recipe.export.batch_size
@@ -316,7 +330,8 @@ class TextStage(Stage):
         source = "beside the student" if self.teacher is not None else f"from {self.recipe.export.to}"
         data = self.recipe.data.captions if self.captions is None else self.captions.summary()
         lines = {
-            "student": f"{row.label} ({self.recipe.student})  {self.student_parameters / 1e6:.2f} M parameters",
+            "student": f"{row.label} ({self.recipe.student})  {self.student_parameters / 1e6:.2f} M parameters, "
+            f"padding {self.recipe.student_padding}",
             "teacher": f"{self.recipe.sam3.checkpoint} text encoder, {self.facts['channels']} channels a token, "
             f"{source}",
             "data": f"{data}, up to {self.recipe.data.context_length} tokens",

@@ -4,14 +4,14 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from run_folders import image_run, tiny_text, tiny_trunk
-from transformers import Sam3LiteTextModel, Sam3VideoConfig, Sam3VideoModel
+from transformers import Sam3VideoConfig, Sam3VideoModel
+from upstream_text import POSITIONS, linear, masked_features, random_rows, upstream_text, zero_padded
 
 from effsam3 import import_student, merge
+from effsam3.benchmarks.text import load_text_features
 from effsam3.cli import main
 from effsam3.errors import UserError
 from effsam3.import_student import ImportedError, completed, find, stretched, students
@@ -22,11 +22,12 @@ from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
 from effsam3.models.registry import IMAGE_STUDENTS
 from effsam3.models.sam3 import TRUNK, chassis_folder, read_config, read_tensors
 from effsam3.models.slots import CARD, MergeError
+from effsam3.models.text_padding import AttendedLiteTextModel
+from effsam3.models.tokens import pad
 from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
 from effsam3.recipe import load_recipe
 
 STUDENT = "efficientvit_b0"
-POSITIONS = "encoder.positional_embedding.pos_embed.pos_embed"
 
 
 @pytest.fixture(autouse=True)
@@ -151,73 +152,37 @@ def test_our_own_export_comes_back(somewhere):
 # ---- text students
 
 
-def linear(table_TD, length):
-    """Resize a table along its rows, the half-pixel way: an independent reference in numpy."""
-    rows = len(table_TD)
-    places = np.clip((np.arange(length) + 0.5) * rows / length - 0.5, 0, rows - 1)
-    return np.stack([np.interp(places, np.arange(rows), column) for column in table_TD.T], 1).astype(np.float32)
-
-
-def upstream_text(tensors, ids_BL, heads):
-    """EfficientSAM3's text student as its documents describe it, every token attending to every token."""
-
-    def affine(name, x):
-        return F.linear(x, tensors[name + ".weight"], tensors[name + ".bias"])
-
-    def norm(name, x):
-        return F.layer_norm(x, x.shape[-1:], tensors[name + ".weight"], tensors[name + ".bias"])
-
-    def batch_norm(name, x):
-        values = (tensors[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
-        return F.batch_norm(x, *values)
-
-    length = ids_BL.shape[1]
-    table = linear(tensors[POSITIONS][0, 0].numpy(), length)
-    x = tensors["encoder.embedding_layer.weight"][ids_BL] + torch.from_numpy(table)
-    layers = {int(name.split(".")[2]) for name in tensors if name.startswith("encoder.transformer.")}
-    for layer in sorted(layers):
-        at = f"encoder.transformer.{layer}."
-        if at + "layer_scale" in tensors:
-            maps = x.transpose(1, 2)[:, :, None]
-            kernel = {"padding": (0, 5), "groups": maps.shape[1]}
-            mixed = F.conv2d(maps, tensors[at + "token_mixer.mixer.rbr_conv.0.conv.weight"], **kernel)
-            mixed = batch_norm(at + "token_mixer.mixer.rbr_conv.0.bn", mixed)
-            mixed = mixed + batch_norm(at + "token_mixer.mixer.rbr_skip", maps)
-            skipped = batch_norm(at + "token_mixer.norm.rbr_skip", maps)
-            maps = maps + tensors[at + "token_mixer.layer_scale"] * (mixed - skipped)
-            update = F.conv2d(maps, tensors[at + "convffn.conv.conv.weight"], **kernel)
-            update = batch_norm(at + "convffn.conv.bn", update)
-            for name in ("fc1", "fc2"):
-                update = F.conv2d(update, *(tensors[f"{at}convffn.{name}.{kind}"] for kind in ("weight", "bias")))
-                update = F.gelu(update) if name == "fc1" else update
-            x = (maps + tensors[at + "layer_scale"] * update)[:, :, 0].transpose(1, 2)
-            continue
-        packed = affine(at + "pre_norm_mha.1.qkv_proj", norm(at + "pre_norm_mha.0", x))
-        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in packed.chunk(3, -1))
-        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-        x = x + affine(at + "pre_norm_mha.1.out_proj", (weights @ v).transpose(1, 2).flatten(2))
-        hidden = F.gelu(affine(at + "pre_norm_ffn.1", norm(at + "pre_norm_ffn.0", x)))
-        x = x + affine(at + "pre_norm_ffn.4", hidden)
-    return affine("projector", norm("encoder.final_layer_norm", x))
-
-
 @pytest.mark.parametrize("student", ["tiny_text", "tiny_text_plain"])
 @pytest.mark.parametrize("rows", [77, 32, 16])
-def test_a_text_student_gives_what_it_gave_at_32_tokens(student, rows, somewhere, capsys):
-    """With EfficientSAM3's padding (id 0) in sight, as it was trained; whatever the length of its table."""
+def test_a_text_student_gives_what_it_gave_whatever_the_length_of_a_text(student, rows, somewhere, capsys):
+    """For 2 to 32 tokens, filled up with EfficientSAM3's padding and in sight of it, as it was trained."""
     tensors = text_file(student, rows)
     folder = import_student.run(saved(somewhere, tensors), sam3="tiny")
-    model, info = Sam3LiteTextModel.from_pretrained(folder, output_loading_info=True)
-    assert not any(info.values())
-    ids = torch.randint(1, 49406, (3, 32))
-    ids[1, 9:], ids[2, 20:] = 0, 0
+    texts, theirs = zero_padded(random_rows(31))
+    wanted = upstream_text(tensors, theirs, heads=2)
+    ids, mask = pad(texts)
+    assert not torch.equal(ids, theirs) and mask.sum(1).tolist() == list(range(2, 33))
+    whole, info = Sam3VideoModel.from_pretrained(folder, output_loading_info=True)
+    alone, information = AttendedLiteTextModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()) and not any(information.values())
     with torch.no_grad():
-        found = model.eval().get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids)).pooler_output
-    torch.testing.assert_close(found, upstream_text(tensors, ids, heads=2), atol=2e-5, rtol=2e-5)
+        for model in (whole.detector_model, alone):
+            found = model.eval().get_text_features(input_ids=ids, attention_mask=mask.long()).pooler_output
+            torch.testing.assert_close(found[mask], wanted[mask], atol=1e-4, rtol=0)
+        measured = load_text_features(folder)
+        for length in (2, 5, 17, 32):  # as `evaluate` has them, padded to the longest of a batch
+            found = measured(ids[: length - 1, :length], mask[: length - 1, :length])
+            torch.testing.assert_close(
+                found[mask[: length - 1, :length]], wanted[: length - 1][mask[: length - 1]], atol=1e-4, rtol=0
+            )
+        # What masking it would give: the features of another model, but where there is nothing to mask.
+        masked = masked_features(folder, ids, mask)
+    assert (masked[:5] - wanted[:5])[mask[:5]].abs().max() > 0.1 and torch.allclose(masked[30], wanted[30], atol=1e-4)
     printed = capsys.readouterr().out
-    assert f"text: {student}, {rows} positions" in printed
+    assert f"text: {student}, {rows} positions" in printed and "(student_padding: attended)" in printed
     assert ("interpolated to 32" in printed) == (rows != 32)
     assert ("learned on 16 tokens" in printed) == (rows == 16)
+    assert json.loads((folder / CARD).read_text())["slots"]["text"]["padding"] == "attended"
 
 
 def test_the_table_is_stretched_like_transformers_stretches_it():

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a text student sees behind a short text: its padding rule, which its config keeps. `RULES` has both.
+
+masked    nothing: no token attends to padding, so features do not depend on it. transformers' own Sam3LiteText.
+attended  a filling: texts are filled up to the whole table of positions with id 0, and every token attends to it, as
+          EfficientSAM3's students do. transformers has no class for that; these are ours.
+
+Behind the encoder both rules are one: SAM 3's detector reads the tokens of a text and never its padding.
+
+Letters: B texts, L tokens, D channels inside a student.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    Sam3LiteTextConfig,
+    Sam3LiteTextModel,
+    Sam3LiteTextTextConfig,
+    Sam3LiteTextTextModel,
+)
+
+FILLING_ID = 0  # what EfficientSAM3 pads with
+
+
+class AttendedTextConfig(Sam3LiteTextTextConfig):
+    """`Sam3LiteTextTextConfig` of a student that attends to its padding."""
+
+    model_type = "effsam3_attended_text"
+
+
+class AttendedTextModel(Sam3LiteTextTextModel):
+    """`Sam3LiteTextTextModel` whose tokens attend to the padding of their text, which becomes `FILLING_ID`."""
+
+    config_class = AttendedTextConfig
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
+        """Return what the parent does; `attention_mask` (B, L), 1 on tokens, says where the padding is."""
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, FILLING_ID)
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+class AttendedLiteTextConfig(Sam3LiteTextConfig):
+    """`Sam3LiteTextConfig` with an `AttendedTextConfig`.
+
+    In config.json its key has another name: a class that masks padding must not find the sizes of an encoder that
+    cannot do without. `Sam3LiteTextModel` then stops at the table of positions instead of computing other features.
+    """
+
+    model_type = "effsam3_attended_lite_text"
+    base_config_key = "detector_config"  # so that the folder of a Sam3VideoModel is read too
+    sub_configs_defaults = Sam3LiteTextConfig.sub_configs_defaults | {"text_config": AttendedTextConfig}
+
+    def __post_init__(self, **unknown):
+        self.text_config = unknown.pop("attended_text_config", self.text_config)
+        super().__post_init__(**unknown)
+
+    def to_dict(self) -> dict[str, Any]:
+        content = super().to_dict()
+        return content | {"attended_text_config": content.pop("text_config")}
+
+
+class AttendedLiteTextModel(Sam3LiteTextModel):
+    """`Sam3LiteTextModel`, SAM 3's detector with a text student, whose texts attend to their padding."""
+
+    config_class = AttendedLiteTextConfig
+
+    def __init__(self, config: AttendedLiteTextConfig):
+        super().__init__(config)
+        self.text_encoder = AttendedTextModel(config.text_config)
+        self.post_init()
+
+
+AutoConfig.register(AttendedTextConfig.model_type, AttendedTextConfig)
+AutoConfig.register(AttendedLiteTextConfig.model_type, AttendedLiteTextConfig)
+AutoModel.register(AttendedTextConfig, AttendedTextModel)
+AutoModel.register(AttendedLiteTextConfig, AttendedLiteTextModel)
+
+
+class Classes(NamedTuple):
+    """What a rule is made of: the text encoder alone, and SAM 3's detector with it."""
+
+    text_config: type[Sam3LiteTextTextConfig]
+    text_model: type[Sam3LiteTextTextModel]
+    detector_config: type[Sam3LiteTextConfig]
+    detector: type[Sam3LiteTextModel]
+
+
+RULES = {
+    "masked": Classes(Sam3LiteTextTextConfig, Sam3LiteTextTextModel, Sam3LiteTextConfig, Sam3LiteTextModel),
+    "attended": Classes(AttendedTextConfig, AttendedTextModel, AttendedLiteTextConfig, AttendedLiteTextModel),
+}
+
+
+def padding_of(config: PreTrainedConfig) -> str:
+    """Return the rule that a text encoder's or a detector's config says; of SAM 3's own, `masked`."""
+    return "attended" if isinstance(config, AttendedTextConfig | AttendedLiteTextConfig) else "masked"
+
+
+def with_padding(config: Sam3LiteTextTextConfig, rule: str) -> Sam3LiteTextTextConfig:
+    """Return a text encoder's config with this padding rule and everything else the same."""
+    sizes = config.to_dict()
+    del sizes["model_type"]
+    return RULES[rule].text_config(**sizes)
