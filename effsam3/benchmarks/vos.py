@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import shutil
 import statistics
 from collections.abc import Iterable
@@ -71,7 +72,7 @@ class Tally:
         return mean_scores(scored) | {
             "unscored": len(self.scores) - len(scored),
             "agreement": float(np.mean(self.agreement)),
-            "frames_per_s": 1 / statistics.median(self.seconds),
+            "frames_per_s": 1 / statistics.median(self.seconds or [math.nan]),
             "memory_tokens": self.most_tokens,
             "bytes_per_object": self.stored_bytes / self.tracked,
             "bytes_per_object_frame": self.stored_bytes / self.object_frames,
@@ -105,9 +106,9 @@ def vos(
         `protocol`, `device`; `videos` scored; `failed` {video: reason}; `appearing_later`, the number of objects left
         out; `objects`, one row for each tracker and object. `trackers` has for each name the means of
         `jaccard.mean_scores` and `unscored` (objects absent from all frames that count); `agreement`, the mean J with
-        the first tracker's masks; `frames_per_s`, by the median time of a frame with all its objects and no prompt;
-        `memory_tokens`, the most that one object attended to; `bytes_per_object`, what a session holds at the end of
-        a video, and `bytes_per_object_frame`, the same for each frame that was tracked.
+        the first tracker's masks; `frames_per_s`, by the median time of a frame with all its objects and no prompt
+        (NaN if there is none); `memory_tokens`, the most that one object attended to; `bytes_per_object`, what a
+        session holds at the end of a video, and `bytes_per_object_frame`, the same for each frame that was tracked.
 
     Raises:
         UserError: an unknown protocol, no video is left, or no object of any can be scored.

@@ -422,6 +422,14 @@ def test_objects_that_are_not_tracked_are_counted_and_not_scored(tracker):
         vos({"it": tracker}, [Video(later=2)], "davis", appearing_later=True)
 
 
+def test_a_video_with_a_new_object_on_every_frame_has_no_speed(tracker):
+    video = Video(frames=3, annotated=[0, 1, 2], objects=(1, 2, 3))
+    video.masks = lambda index: {n: video.disc(index, n) & (index >= n - 1) for n in video.objects}
+    result = vos({"it": tracker}, [video], "sav", appearing_later=True)
+    assert [row["object"] for row in result["objects"]] == [1, 2]
+    assert np.isnan(result["trackers"]["it"]["frames_per_s"]) and " nan |" in vos_table(result)
+
+
 def test_pictures_show_frames_and_objects(tracker, efficient, tmp_path):
     trackers = {"dense": tracker, "latents": efficient}
     vos(trackers, [Video(), Video("b")], "sav", pictures=tmp_path, max_pictures=1, animate=True)
