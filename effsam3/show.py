@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from effsam3.checked_files import read_json
 from effsam3.errors import RecipeError, UserError, did_you_mean
 from effsam3.layouts import layout_file, layout_processes
 from effsam3.models.registry import TEACHER, chassis_facts, head_params, image_student, text_student_row
@@ -90,7 +91,7 @@ def image_counts(recipe: Any) -> dict[str, int]:
         if recipe.data.source == "folder":
             raise UserError(f"the photographs in {recipe.data.folder} will be indexed by export or train")
         raise UserError(f"no {report}; make it with: python scripts/index_sa1b.py FOLDER --out {recipe.data.index}")
-    counts = json.loads(report.read_text(encoding="utf-8"))["images"]
+    counts = read_json(report, {"images": {"train": int, "val": int}}, "make the index again")["images"]
     return {split: min(counts[split], recipe.data.limit or counts[split]) for split in ("train", "val")}
 
 
@@ -182,7 +183,7 @@ def _videos(recipe: Any) -> str:
         if data.source == "synthetic":
             raise UserError(f"{data.synthetic_videos} videos will be drawn by train; {clip}")
         raise UserError(f"no {report}; make it with: python scripts/index_sav.py FOLDER --out {data.index}")
-    counts = json.loads(report.read_text(encoding="utf-8"))["videos"]
+    counts = read_json(report, {"videos": {"train": int, "val": int}}, "make the index again")["videos"]
     return f"{counts['train']:,} to learn from, {counts['val']:,} held out; {clip}"
 
 

@@ -8,9 +8,9 @@ could be learned from and held out at once.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from effsam3.checked_files import read_json
 from effsam3.data.index_sa1b import build_index, summary
 from effsam3.data.indexing import worker_pool
 from effsam3.data.layouts_sa1b import check_sources, list_sources
@@ -35,7 +35,9 @@ def ready_photographs(folder: str, index: Path, held_out: float, workers: int | 
         report = build_index([folder], index, held_out, workers, own=True)
         left_out = sum(found["count"] for found in report["excluded"].values())
         return f"{summary(report)}\n{left_out:,} files left out, each with its reason in {report_of(index)}"
-    made = json.loads(report_of(index).read_text(encoding="utf-8")) if report_of(index).is_file() else {}
+    form = {"sources": [str], "val_fraction": float, "excluded": {str: {"files": [str]}}}
+    remedy = f"delete {index} to index the photographs anew"
+    made = read_json(report_of(index), form, remedy) if report_of(index).is_file() else {}
     sources = made.get("sources", ["something else"])
     if not made.get("own") or [Path(source).resolve() for source in sources] != [Path(folder).resolve()]:
         raise UserError(

@@ -195,6 +195,9 @@ def test_show_derives_numbers(tmp_path):
     assert rows["store"] == "10,616,832 bytes per image (1024 x 72 x 72 float16), 1,178.47 GB in all"
     limited = load_recipe(ES_RV_M, [f"data.index={tmp_path}/photos.parquet", "data.limit=20_000"])
     assert "# images    20,000 to learn from, 11,000 held out" in show(limited)
+    for damage in ("{", "[]", '{"images": {"train": "many"}}', '{"images": 3}'):
+        report.write_text(damage)
+        assert f"# images    unknown yet: {report} is damaged" in show(recipe)
 
 
 def test_show_says_what_is_not_there_yet():

@@ -89,6 +89,15 @@ def test_what_has_changed_since_is_said(photos, tmp_path):
     assert len(load_index(index)) == 14  # the index itself stays
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"sources": "photos", "val_fraction": 0.3, "excluded": {}}', "\0"])
+def test_a_damaged_report_is_named(photos, tmp_path, damage):
+    index = tmp_path / "photos.parquet"
+    ready_photographs(str(photos), index, 0.3, workers=1)
+    (tmp_path / "photos.report.json").write_text(damage)
+    with pytest.raises(UserError, match="photos.report.json is damaged.*delete .*photos.parquet to index"):
+        ready_photographs(str(photos), index, 0.3, workers=1)
+
+
 def test_an_index_of_something_else_is_refused(photos, tmp_path):
     index = tmp_path / "photos.parquet"
     ready_photographs(str(photos), index, 0.3, workers=1)
