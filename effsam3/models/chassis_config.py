@@ -15,12 +15,13 @@ from transformers import Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.checked_files import mismatch
 from effsam3.errors import ChassisError
+from effsam3.models.text_padding import ATTENDED_KEY, AttendedLiteTextConfig
 
 # Far above those of any SAM 3: what is larger would be built for hours, or fill the memory.
 MOST_LAYERS, LARGEST_SIZE, LONGEST_LIST = 256, 2**17, 1024
 FORM = {
     "model_type": str,
-    "detector_config": {"vision_config": {"backbone_config": dict}, "text_config": dict},
+    "detector_config": {"model_type": str, "vision_config": {"backbone_config": dict}},
     "tracker_config": {"model_type": str},
 }
 # What transformers and torch raise at values that are no sizes of a model.
@@ -43,13 +44,23 @@ def config_from(content: dict[str, Any], where: str, remedy: str) -> Sam3VideoCo
     Raises:
         ChassisError: it describes no model of this kind; the message calls it `where` and ends with `remedy`.
     """
-    if wrong := mismatch(content, FORM) or next(_out_of_range(content, ""), ""):
+    if (
+        wrong := mismatch(content, FORM)
+        or _without_text(content["detector_config"])
+        or next(_out_of_range(content, ""), "")
+    ):
         raise ChassisError(f"{where} describes no SAM 3: {wrong}; {remedy}")
     try:
         return deepcopy(_built(json.dumps(content)))
     except NO_MODEL as error:
         told = " ".join(str(error).split())[:200]
         raise ChassisError(f"{where} describes no model ({type(error).__name__}: {told}); {remedy}") from error
+
+
+def _without_text(detector: dict[str, Any]) -> str:
+    """Return what is wrong with where a detector's config says its text encoder's sizes; empty when nothing is."""
+    key = ATTENDED_KEY if detector["model_type"] == AttendedLiteTextConfig.model_type else "text_config"
+    return mismatch(detector, {key: dict}, "detector_config")
 
 
 def _out_of_range(value: Any, name: str) -> Iterator[str]:

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 FILLING_ID = 0  # what EfficientSAM3 pads with
+ATTENDED_KEY = "attended_text_config"  # in config.json, where a masked student has `text_config`
 
 
 class AttendedTextConfig(Sam3LiteTextTextConfig):
@@ -58,12 +59,12 @@ class AttendedLiteTextConfig(Sam3LiteTextConfig):
     sub_configs_defaults = Sam3LiteTextConfig.sub_configs_defaults | {"text_config": AttendedTextConfig}
 
     def __post_init__(self, **unknown):
-        self.text_config = unknown.pop("attended_text_config", self.text_config)
+        self.text_config = unknown.pop(ATTENDED_KEY, self.text_config)
         super().__post_init__(**unknown)
 
     def to_dict(self) -> dict[str, Any]:
         content = super().to_dict()
-        return content | {"attended_text_config": content.pop("text_config")}
+        return content | {ATTENDED_KEY: content.pop("text_config")}
 
 
 class AttendedLiteTextModel(Sam3LiteTextModel):

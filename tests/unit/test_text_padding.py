@@ -12,6 +12,7 @@ from upstream_text import masked_features, random_rows, upstream_text, zero_padd
 from effsam3 import merge
 from effsam3.benchmarks.text import load_text_features
 from effsam3.cli import main
+from effsam3.errors import ChassisError
 from effsam3.model_card import model_card
 from effsam3.models import concepts
 from effsam3.models.formats import TEXT_PREFIX
@@ -85,6 +86,11 @@ def test_a_masked_one_stays_plain_and_an_attended_one_is_not_taken_for_one(tmp_p
     attended = merged(tmp_path / "own", "attended")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         Sam3LiteTextModel.from_pretrained(attended)
+    content = json.loads((attended / "config.json").read_text())
+    content["detector_config"]["text_config"] = content["detector_config"].pop("attended_text_config")
+    (attended / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ChassisError, match="detector_config.attended_text_config is missing"):
+        read_config(attended)
 
 
 def test_the_detector_reads_no_padding_of_it(tmp_path):
