@@ -228,6 +228,9 @@ def _check_box(box, around: list[float], height: int, width: int) -> None:
     x, y, across, down = numbers(box, "bbox", 4)
     if across < 0 or down < 0:
         raise Malformed(f"bbox {box} has a negative side; it must be [x, y, width, height]", "bad_box")
+    corners = [around[0], around[1], around[0] + around[2], around[1] + around[3]]
+    if _near(box, corners) and not _near(box, around):
+        raise Malformed(f"bbox {box} is [left, top, right, bottom]; it must be [x, y, width, height]", "bad_box")
     _check_inside("bbox", [x, x + across], [y, y + down], height, width, "bad_box")
     apart = [
         max(start, other) - min(start + side, other + length)
@@ -235,6 +238,10 @@ def _check_box(box, around: list[float], height: int, width: int) -> None:
     ]
     if max(apart) > OUTSIDE:
         raise Malformed(f"bbox {box} does not touch its mask, which is within {around}", "bad_box")
+
+
+def _near(box: list[float], other: list[float]) -> bool:
+    return max(abs(one - two) for one, two in zip(box, other, strict=True)) <= 2 * OUTSIDE
 
 
 def _check_inside(name: str, xs: list[float], ys: list[float], height: int, width: int, reason: str) -> None:

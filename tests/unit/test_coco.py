@@ -174,6 +174,7 @@ def test_the_middle_of_a_mask_is_in_it():
         ({"bbox": [25, 4, 12, 10]}, "bad_box"),
         ({"bbox": [6, -8, 12, 10]}, "bad_box"),
         ({"bbox": [0, 0, 0, 0]}, "bad_box"),
+        ({"bbox": [6, 4, 18, 14]}, "bad_box"),  # left, top, right, bottom
         ({"bbox": [0.1, 0.1, 0.5, 0.5]}, "bad_box"),  # shares of the image's sides
         ({"point_coords": [[40, 5]]}, "bad_point"),
         ({"point_coords": [[5, math.nan]]}, "not_sa1b"),
@@ -192,10 +193,20 @@ def test_what_evaluation_could_not_use_is_refused(change, reason):
     assert "annotation 0" in error.value.detail or "image_id" in change
 
 
+def test_corners_in_place_of_a_box_are_told():
+    for mask, box in ((drawn(), [6, 4, 18, 14]), (drawn(10, 20, 12, 10), [20, 10, 30, 22])):
+        record = sa1b_record(1, mask[None])
+        record["annotations"][0]["bbox"] = box
+        with pytest.raises(UnreadableAnnotations, match="left, top, right, bottom"):
+            annotations_of(record=record)
+
+
 def test_boxes_by_other_conventions_are_fine():
     """SAM's own boxes end on the last pixel, others behind it; an amodal box is larger than what is seen."""
     for box in ([6, 4, 11, 9], [5.5, 3.5, 13, 11], [-0.5, -0.4, 32.9, 24.8], [18.5, 4, 3, 10]):
         assert annotations_of(lambda one, box=box: one.update(bbox=box))[0]["bbox"] == box
+    corner = sa1b_record(1, drawn(0, 0, 10, 12)[None])
+    assert annotations_of(record=corner)[0]["bbox"] == [0, 0, 12, 10], "both conventions say the same"
     line = sa1b_record(1, drawn(5, 5, 1, 9)[None])
     line["annotations"][0]["bbox"][3] = 0
     assert annotations_of(record=line)[0]["bbox"] == [5, 5, 9, 0]
