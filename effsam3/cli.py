@@ -102,11 +102,12 @@ def _run(verb: str, argv: list[str]) -> int:
         return store_main(argv)
     parser = _parser(verb)
     if verb == "compare":
+        parser.add_argument("students", nargs="*", metavar="timm/NAME", help="further image students, of timm")
         parser.add_argument("--json", action="store_true", help="the same numbers, exact, for programs")
         arguments = parser.parse_args(argv)
         from effsam3.compare import compare
 
-        print(compare(as_json=arguments.json))
+        print(compare(arguments.students, as_json=arguments.json))
         return 0
     if verb == "inspect":
         parser.add_argument("path", metavar="PATH", help="a model, run or step-* folder, a .pt file or a Hub id")

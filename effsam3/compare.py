@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `compare`: the published parameter tables beside the counts of what really ships. No torch.
 
-effsam3 compare          tables
-effsam3 compare --json   the same numbers, exact
+effsam3 compare                  tables
+effsam3 compare timm/resnet10t   with a backbone of timm in them, which takes torch to count
+effsam3 compare --json           the same numbers, exact
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+from effsam3.models.backbones import image_student
 from effsam3.models.registry import (
     IMAGE_STUDENTS,
     SAM3,
@@ -28,8 +31,16 @@ def saved_percent(millions: float, of_millions: float) -> float:
     return 100 * (1 - millions / of_millions)
 
 
-def numbers() -> dict[str, Any]:
-    """Return everything the tables print, in parameters unless a name says millions or percent."""
+def numbers(others: Sequence[str] = ()) -> dict[str, Any]:
+    """Return everything the tables print, in parameters unless a name says millions or percent.
+
+    `others` are names of image students besides the published ones.
+
+    Raises:
+        UserError: no student has such a name.
+    """
+    rows = {name: row for name, row in IMAGE_STUDENTS.items() if row.published_millions is not None}
+    rows |= {name: image_student(name) for name in others}
     return {
         "teacher": {
             "total": TEACHER.total,
@@ -41,7 +52,7 @@ def numbers() -> dict[str, Any]:
             "transformers_total": TEACHER.transformers_total,
             "transformers_trunk": TEACHER.transformers_trunk,
         },
-        "image": [_image(name, row) for name, row in IMAGE_STUDENTS.items() if row.published_millions is not None],
+        "image": [_image(name, row) for name, row in rows.items()],
         "text": [_text(name, row) for name, row in TEXT_STUDENTS.items()],
     }
 
@@ -54,7 +65,9 @@ def _image(name: str, row: ImageStudent) -> dict[str, Any]:
         "family": row.family,
         "source": row.source,
         "published_millions": row.published_millions,
-        "published_saved_percent": saved_percent(row.published_millions, millions(TEACHER.vision)),
+        "published_saved_percent": None
+        if row.published_millions is None
+        else saved_percent(row.published_millions, millions(TEACHER.vision)),
         "trunk": row.trunk_params,
     }
     for head in HEADS:
@@ -86,11 +99,16 @@ def millions(parameters: int) -> float:
     return round(parameters / 1e6, 2)
 
 
-def compare(as_json: bool = False) -> str:
-    """Return the tables, or the same numbers as JSON."""
+def compare(others: Sequence[str] = (), as_json: bool = False) -> str:
+    """Return the tables, or the same numbers as JSON; `others` as `numbers` has them.
+
+    Raises:
+        UserError: no student has such a name.
+    """
     if as_json:
-        return json.dumps(numbers(), indent=2)
-    teacher, image, text = numbers().values()
+        return json.dumps(numbers(others), indent=2)
+    teacher, image, text = numbers(others).values()
+    wide = max(len(row["student"]) for row in image)
     rest = f"{teacher['rest'] / 1e6:.2f} M geometry, detector and tracker"
     parts = f"{teacher['vision'] / 1e6:.2f} M vision + {teacher['text'] / 1e6:.2f} M text + {rest}"
     necks = f"{teacher['trunk'] / 1e6:.2f} M trunk (ViT) + {teacher['necks'] / 1e6:.2f} M necks"
@@ -98,17 +116,20 @@ def compare(as_json: bool = False) -> str:
         f"SAM 3    {teacher['total'] / 1e6:.2f} M = {parts}",
         f"vision   {teacher['vision'] / 1e6:.2f} M = {necks}; a student replaces the trunk, the necks stay",
         "",
-        f"{'':<8} {'':<16} {'published':^17} {'exact':>11} {'with fused head':^26} {'with stride32 head':^26}",
-        f"{'image':<8} {'student':<16} {'M':>8} {'saved':>8} {'trunk':>11}"
+        f"{'':<8} {'':<{wide}} {'published':^17} {'exact':>11} {'with fused head':^26} {'with stride32 head':^26}",
+        f"{'image':<8} {'student':<{wide}} {'M':>8} {'saved':>8} {'trunk':>11}"
         + 2 * f" {'M':>8} {'saved':>8} {'model M':>8}",
     ]
     for row in image:
-        published = f"{row['published_millions']:>8.2f} {row['published_saved_percent']:>6.2f} %"
+        published = f"{'-':>8} {'-':>8}"
+        if row["published_millions"] is not None:
+            published = f"{row['published_millions']:>8.2f} {row['published_saved_percent']:>6.2f} %"
         shipped = "".join(
             f" {head['trunk_and_head'] / 1e6:>8.2f} {head['saved_percent']:>6.2f} % {head['whole_model'] / 1e6:>8.2f}"
             for head in (row[name] for name in HEADS)
         )
-        lines.append(f"{row['label']:<8} {row['student']:<16} {published} {row['trunk']:>11,}{shipped}")
+        label = row["label"] if row["published_millions"] is not None else "-"
+        lines.append(f"{label:<8} {row['student']:<{wide}} {published} {row['trunk']:>11,}{shipped}")
     lines += [
         "",
         f"{'':<8} {'':<16} {'published':^17} {'exact':>11} {'with projector':^17}",

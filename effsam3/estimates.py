@@ -31,7 +31,7 @@ DEVICES = {24: "RTX 4090, A10", 40: "A100 40 GB", 48: "L40S", 80: "A100, H100", 
 LESS = {"ddp": "zero2", "zero1": "zero2", "zero2": "zero3", "zero3": "zero3_offload"}  # what divides more
 # What decides the memory of a stage, the cheapest to change first.
 KNOBS = {
-    "image": ("train.micro_batch_size", "hardware", "train.ema", "teacher", "loss.neck"),
+    "image": ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck"),
     "text": ("train.micro_batch_size", "hardware", "train.ema", "data.context_length", "teacher"),
     "memory": (
         "train.micro_batch_size",

@@ -194,7 +194,7 @@ def image_tables(results: dict) -> list[str]:
     if (timing := results.get("speed")) is not None:
         rows = [
             [
-                name,
+                f"{name}, {timing['image_size'][name]} px",
                 f"{timing[name]['trunk_parameters'] / 1e6:.2f} M",
                 f"{timing[name]['trunk_ms']:.1f}",
                 f"{timing[name]['trunk_images_per_s']:.1f}",

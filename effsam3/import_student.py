@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.errors import UserError
+from effsam3.models.backbones import student_name
 from effsam3.models.combine import Merged, combine, slot_table
 from effsam3.models.formats import extras, write_model
 from effsam3.models.keymaps.mobileclip import POSITIONS
@@ -120,8 +121,8 @@ def students(found: UpstreamFile, config: Sam3VideoConfig, about: dict) -> list[
     parts = []
     if found.image:
         timm_name, tensors = image_from_upstream(found.image)
-        name = next(name for name, row in IMAGE_STUDENTS.items() if row.timm_name == timm_name)
-        parts.append(image_part(name, "stride32", tensors, config, **about))
+        name = student_name(timm_name)
+        parts.append(image_part(name, "stride32", None, tensors, config, **about))
         print(f"image: {IMAGE_STUDENTS[name].label} ({name})")
     if found.text:
         name, rows, tensors = text_from_upstream(found.text)

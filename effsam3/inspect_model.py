@@ -19,6 +19,7 @@ from transformers import Sam3LiteTextTextConfig, Sam3VideoConfig
 from effsam3.checked_files import read_yaml
 from effsam3.checkpoint import OPTIMIZER, WEIGHTS, complete, read_weights
 from effsam3.errors import UserError
+from effsam3.models.backbones import student_name
 from effsam3.models.formats import extras
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import TRUNK as SAM3_TRUNK
@@ -158,8 +159,8 @@ def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:
     slots = {}
     if file.image:
         timm_name, _ = image_from_upstream(file.image)
-        name, row = next((name, row) for name, row in IMAGE_STUDENTS.items() if row.timm_name == timm_name)
-        slots["image"] = {"student": name, "is": f"{row.label} ({name}) with head stride32"}
+        name = student_name(timm_name)
+        slots["image"] = {"student": name, "is": f"{IMAGE_STUDENTS[name].label} ({name}) with head stride32"}
     if file.text:
         name, positions, _ = text_from_upstream(file.text)
         slots["text"] = {"student": name, "is": f"{TEXT_STUDENTS[name].label} ({name}), {positions} tokens"}
@@ -264,11 +265,10 @@ def _image(config: Sam3VideoConfig) -> dict[str, Any]:
             "student": None,
             "is": f"SAM 3's own, {backbone.num_hidden_layers} layers, {backbone.hidden_size} channels",
         }
-    rows = ((name, row) for name, row in IMAGE_STUDENTS.items() if row.timm_name == backbone.timm_name)
-    if (found := next(rows, None)) is None:
-        return {"student": backbone.timm_name, "is": f"timm's {backbone.timm_name} with head {backbone.head}"}
-    name, row = found
-    return {"student": name, "is": f"{row.label} ({name}) with head {backbone.head}, {backbone.hidden_size} channels"}
+    name = student_name(backbone.timm_name)
+    called = f"{IMAGE_STUDENTS[name].label} ({name})" if name in IMAGE_STUDENTS else name
+    seen = "" if backbone.student_image_size is None else f", sees {backbone.student_image_size} px"
+    return {"student": name, "is": f"{called} with head {backbone.head}, {backbone.hidden_size} channels{seen}"}
 
 
 def _text_slot(config: Sam3VideoConfig) -> dict[str, Any]:

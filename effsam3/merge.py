@@ -160,7 +160,7 @@ def image_of_run(trained, features: dict, weights: dict, config, about: dict) ->
             f"{about['origin']} learned from images of {features['image_size']} px, this SAM 3 takes {side} px: their "
             "grids differ; put together what was trained against the same SAM 3"
         )
-    return image_part(trained.student, trained.head, weights, config, **about)
+    return image_part(trained.student, trained.head, trained.student_image_size, weights, config, **about)
 
 
 def text_of_run(trained, features: dict, weights: dict, config, about: dict) -> Part:

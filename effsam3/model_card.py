@@ -14,7 +14,8 @@ from string import Template
 import torch
 import yaml
 
-from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS
+from effsam3.models.backbones import image_student
+from effsam3.models.registry import TEXT_STUDENTS
 from effsam3.models.sam3 import read_config
 from effsam3.models.slots import SLOTS
 from effsam3.models.text_padding import padding_of
@@ -29,6 +30,7 @@ REPLACED = {"image": "vision trunk", "text": "text encoder", "memory": "video me
 TRAINING = {
     "teacher": "sam3.checkpoint",
     "initial weights": "student_init",
+    "student sees, px": "student_image_size",
     "data": "data.source",
     "epochs": "train.epochs",
     "steps": "train.steps",
@@ -90,19 +92,29 @@ def _slots(release: Release) -> str:
         row = [f"`{slot}`", REPLACED[slot], "not replaced", ""]
         if slot in release.merged["slots"]:
             filled = release.merged["slots"][slot]
-            row[2:] = [_student(slot, filled["student"]), f"`{filled['from']}`"]
+            row[2:] = [_student(release, slot), f"`{filled['from']}`"]
         rows.append(row)
     return table(rows, ["slot", "part of SAM 3", "replaced by", "from"], text_columns=4)
 
 
-def _student(slot: str, name: str) -> str:
+def _student(release: Release, slot: str) -> str:
     """How the card calls a student: its published label and source, where it has them, beside its name."""
-    row = _row(slot, name)
-    return f"`{name}`" if row is None else f"{row.label} (`{name}`; {row.source})"
+    name, row = release.merged["slots"][slot]["student"], _row(release, slot)
+    called = f"`{name}`" if row is None else f"{row.label} (`{name}`; {row.source})"
+    if slot == "image" and (config := _image_config(release)).student_image_size is not None:
+        called += f", which sees {config.student_image_size} px of the {config.image_size}"
+    return called
 
 
-def _row(slot: str, name: str):
-    return {"image": IMAGE_STUDENTS, "text": TEXT_STUDENTS}.get(slot, {}).get(name)
+def _image_config(release: Release):
+    return SLOTS["image"].config_of(read_config(release.model))
+
+
+def _row(release: Release, slot: str):
+    name = release.merged["slots"][slot]["student"]
+    if slot == "image":
+        return image_student(name, _image_config(release).seen_size)
+    return TEXT_STUDENTS.get(name) if slot == "text" else None
 
 
 def _parameters(release: Release) -> str:
@@ -343,7 +355,7 @@ def licence(release: Release) -> str:
 def _origin(release: Release, slot: str) -> str:
     """Whose weights a slot's student began with; nothing to say of random ones."""
     filled = release.merged["slots"][slot]
-    row = _row(slot, filled["student"])
+    row = _row(release, slot)
     research = f"MobileCLIP's weights ({row.source}) are for research purposes only" if slot == "text" and row else ""
     start = filled.get("student_init")
     if start == "random" or slot == "memory":  # which begins with the chassis' own, copied, cut and pooled
@@ -351,7 +363,7 @@ def _origin(release: Release, slot: str) -> str:
     if start == "mobileclip":
         return f"**For research only.** The text student began with MobileCLIP's. {research}, and so is this model."
     if start == "imagenet":
-        return f"The image student began with timm's ImageNet weights of `{row.timm_name}` ({row.source})."
+        return f"The image student began with timm's pretrained weights of `{row.timm_name}` ({row.source})."
     text = f"The student in the slot `{slot}` "
     text += (
         f"comes from `{filled['from']}`, and whose weights it began with is not known."

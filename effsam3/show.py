@@ -15,7 +15,8 @@ from typing import Any
 from effsam3.checked_files import read_json
 from effsam3.errors import RecipeError, UserError, did_you_mean
 from effsam3.layouts import layout_file, layout_processes
-from effsam3.models.registry import TEACHER, chassis_facts, head_params, image_student, text_student_row
+from effsam3.models.backbones import image_student
+from effsam3.models.registry import TEACHER, chassis_facts, head_params, text_student_row
 from effsam3.recipe import accumulation, dump_recipe, flat, load_recipe, total_steps, warmup_steps
 
 PAGE, SMALL, LINE = 4096, 64 << 10, 64  # a store pads records to whole pages, small ones to cache lines
@@ -108,12 +109,15 @@ def _length(recipe: Any) -> str:
 
 
 def _student(recipe: Any) -> str:
-    student, facts = image_student(recipe.student), chassis_facts(recipe.sam3.checkpoint)
+    facts = chassis_facts(recipe.sam3.checkpoint)
+    seen = recipe.student_image_size or facts.image_size
+    student = image_student(recipe.student, seen)
     head = head_params(recipe.head, student.channels, _channels(recipe))
     total = student.trunk_params + head
     saved = 100 * (1 - total / facts.trunk_params)
     verdict = f"{abs(saved):.2f} % {'fewer' if saved > 0 else 'more'} than the {facts.trunk_params:,} they replace"
-    return f"{student.trunk_params:,} trunk + {head:,} {recipe.head} head = {total:,} parameters, {verdict}"
+    counts = f"{student.trunk_params:,} trunk + {head:,} {recipe.head} head = {total:,} parameters, {verdict}"
+    return counts if seen == facts.image_size else f"{counts}; sees {seen} px instead of {facts.image_size}"
 
 
 def _channels(recipe: Any) -> int:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from effsam3 import checkpoint, merge
+from effsam3.models.backbones import image_student
 from effsam3.models.memory_slot import MEMORY, tracker_config
 from effsam3.models.memory_tracker import EfficientTracker
-from effsam3.models.registry import image_student
 from effsam3.models.sam3 import TRUNK, chassis_folder, fingerprint, read_config, read_tensors
 from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION, text_student
 from effsam3.models.tracker import PARTS

@@ -24,7 +24,8 @@ def speed(pair: Pair, elements: dict[str, int]) -> dict:
         elements: the size of either whole model (text encoder, detector and tracker included), which is not loaded.
 
     Returns for `teacher` and `student`: `trunk_parameters`, `model_parameters`, `trunk_ms`, `trunk_images_per_s` (a
-    batch of `batch`), `model_ms` and `model_images_per_s` (one image: embed it, segment one box); and their ratios.
+    batch of `batch`), `model_ms` and `model_images_per_s` (one image: embed it, segment one box); their ratios; and
+    `image_size`, the pixels that either trunk sees (a student's resizing is part of its time).
     """
     models = {"teacher": pair.teacher, "student": pair.student}
     side = pair.image_size
@@ -62,7 +63,8 @@ def speed(pair: Pair, elements: dict[str, int]) -> dict:
     }
     threads = torch.get_num_threads()
     device = torch.cuda.get_device_name() if pair.device.type == "cuda" else f"cpu, {threads} threads"
-    return result | {"device": device, "batch": batch}
+    seen = {"teacher": side, "student": trunk_of(pair.student).config.seen_size}
+    return result | {"device": device, "batch": batch, "image_size": seen}
 
 
 def alternate(calls: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:

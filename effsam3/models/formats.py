@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Sam3VideoConfig, Sam3VideoModel, Sam3ViTConfig
 
 from effsam3 import checkpoint
+from effsam3.models.backbones import student_name
 from effsam3.models.combine import Merged
 from effsam3.models.keymaps.sam3 import CLASS_ROW, absent_from_transformers, to_original
 from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
@@ -221,11 +222,15 @@ def efficientsam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -
     trunk, text = (SLOTS[slot].config_of(merged.config) for slot in ("image", "text"))
     arguments = {"checkpoint_path": "efficientsam3.pt", "backbone_type": "sam3"}
     if "image" in slots:
+        if trunk.student_image_size is not None:
+            raise MergeError(
+                f"merge.formats: this image student sees {trunk.student_image_size} px, EfficientSAM3's builder gives "
+                f"its students the whole {trunk.image_size}; leave efficientsam3 out (merge.formats=[transformers,"
+                "sam3]), or train with student_image_size=null"
+            )
         own = {name.removeprefix(TRUNK): rest.pop(name) for name in merged.tensors if name.startswith(TRUNK)}
         tensors |= {IMAGE_PREFIX + name: tensor for name, tensor in image_to_upstream(own, trunk.timm_name).items()}
-        if (student := slots["image"]["student"]) not in BUILDER_NAMES:
-            raise MergeError(f"merge.formats: EfficientSAM3 has no image student {student}; leave efficientsam3 out")
-        arguments["backbone_type"], arguments["model_name"] = BUILDER_NAMES[student]
+        arguments["backbone_type"], arguments["model_name"] = BUILDER_NAMES[student_name(trunk.timm_name)]
     if "text" in slots:
         rest = {name: tensor for name, tensor in rest.items() if not name.startswith(SLOTS["text"].owns)}
         own = text_to_upstream(text_tensors(merged))

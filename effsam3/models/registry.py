@@ -16,6 +16,7 @@ from effsam3.errors import UserError, did_you_mean
 from effsam3.models import tiny
 
 FUSED_WIDTH = 256  # channels inside the fused head
+FUSED_MAPS = 3  # it reads so many of the coarsest maps, or as many as there are: strides 8, 16 and 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,9 @@ class ImageStudent:
     family: str
     published_millions: float | None  # as the EfficientSAM3 documents print it; None: not one of theirs
     trunk_params: int
-    channels: tuple[int, int, int, int]  # of the feature maps at strides 4, 8, 16, 32
+    channels: tuple[int, ...]  # of its feature maps, finest first
+    strides: tuple[int, ...] = (4, 8, 16, 32)  # pixels from one position of a map to the next
+    out_indices: tuple[int, ...] = (0, 1, 2, 3)  # what timm calls these maps
     source: str  # paper and licence of the weights
 
 
@@ -264,17 +267,6 @@ TINY_TEXT_STUDENTS = {
 }
 
 
-def image_student(name: str) -> ImageStudent:
-    """Return the student's row.
-
-    Raises:
-        UserError: no student has that name.
-    """
-    if name not in IMAGE_STUDENTS:
-        raise UserError(f"no image student is called {name!r}{did_you_mean(name, IMAGE_STUDENTS)}")
-    return IMAGE_STUDENTS[name]
-
-
 def text_student_row(name: str) -> TextStudent:
     """Return the text student's row, published or tiny.
 
@@ -287,17 +279,17 @@ def text_student_row(name: str) -> TextStudent:
     return rows[name]
 
 
-def head_params(head: str, channels: tuple[int, int, int, int], width: int) -> int:
-    """Count the parameters of a head on maps with `channels` (strides 4, 8, 16, 32) that puts out `width` channels."""
-    _, c8, c16, c32 = channels
+def head_params(head: str, channels: tuple[int, ...], width: int) -> int:
+    """Count the parameters of a head on maps with `channels` (finest first) that puts out `width` channels."""
     W, D = FUSED_WIDTH, width
     if head == "stride32":
-        return c32 * D + 2 * D + 9 * D * D + D  # 1x1, BatchNorm, 3x3
+        return channels[-1] * D + 2 * D + 9 * D * D + D  # 1x1, BatchNorm, 3x3
     assert head == "fused", head
-    laterals = (c8 + c16 + c32) * W + 3 * W
+    fused = channels[-FUSED_MAPS:]
+    laterals = (sum(fused) + len(fused)) * W
     block = 2 * W + 9 * W * W + W  # LayerNorm, 3x3
     output = 2 * W + W * D + D  # LayerNorm, 1x1
-    return laterals + 2 * block + output
+    return laterals + max(1, len(fused) - 1) * block + output
 
 
 def chassis_facts(checkpoint: str) -> ChassisFacts:

@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig, Sam3VideoConfig
 from effsam3.checked_files import read_json
 from effsam3.errors import UserError
 from effsam3.models.memory_slot import MEMORY, TRACKER, memory_config, with_memory
-from effsam3.models.registry import image_student
 from effsam3.models.sam3 import TRUNK, fingerprint, read_config, read_tensors, to_float32
 from effsam3.models.text import (
     DETECTOR,
@@ -32,7 +31,7 @@ from effsam3.models.text import (
     to_lite_text_tensors,
 )
 from effsam3.models.tokens import PROCESSOR_LENGTH
-from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
+from effsam3.models.vision import StudentTrunk, student_config
 
 CARD = "effsam3.json"  # beside a merged model's config.json: who fills which slot
 # Of a teacher everything is known, all but its fingerprint, or nothing.
@@ -154,8 +153,14 @@ SLOTS = {
 # ---- parts
 
 
-def image_part(student: str, head: str, weights: Mapping[str, Tensor], config: Sam3VideoConfig, **about) -> Part:
-    """Make a part of a trained `StudentTrunk`'s tensors; `about` are the part's other attributes.
+def image_part(
+    student: str, head: str, seen: int | None, weights: Mapping[str, Tensor], config: Sam3VideoConfig, **about
+) -> Part:
+    """Make a part of a trained `StudentTrunk`'s tensors.
+
+    Args:
+        seen: side in pixels of the images that it sees, None: the chassis'.
+        about: the part's other attributes.
 
     Raises:
         MergeError: its width is not the trunk's in `config`, the chassis', or its tensors are not this student's.
@@ -166,13 +171,8 @@ def image_part(student: str, head: str, weights: Mapping[str, Tensor], config: S
             f"the student {student} gives {width} channels, the chassis' trunk {trunk.hidden_size}: it belongs to "
             "another SAM 3; train it against this one, or name that one (sam3.checkpoint; --sam3 of `effsam3 import`)"
         )
-    built = StudentTrunkConfig(
-        timm_name=image_student(student).timm_name,
-        head=head,
-        hidden_size=trunk.hidden_size,
-        image_size=trunk.image_size,
-        patch_size=trunk.patch_size,
-    )
+    sizes = {key: getattr(trunk, key) for key in ("hidden_size", "image_size", "patch_size")}
+    built = student_config(student, head, seen, **sizes)
     with torch.device("meta"):
         wanted = StudentTrunk(built).state_dict()
     refuse_other_student(wanted, weights, f"{student} with head {head}")

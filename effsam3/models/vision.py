@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from effsam3.errors import UserError
-from effsam3.models.registry import FUSED_WIDTH
+from effsam3.models.backbones import build, build_trunk, feature_maps, image_student, trunk_tensors
+from effsam3.models.registry import FUSED_MAPS, FUSED_WIDTH
 
 
 class StudentError(UserError):
@@ -49,7 +50,7 @@ class Stride32Head(nn.Sequential):
 
     def __init__(self, channels: tuple[int, ...], width: int):
         super().__init__(
-            nn.Conv2d(channels[3], width, 1, bias=False),
+            nn.Conv2d(channels[-1], width, 1, bias=False),
             nn.BatchNorm2d(width),
             nn.GELU(),
             nn.Conv2d(width, width, 3, padding=1),
@@ -61,7 +62,7 @@ class Stride32Head(nn.Sequential):
         return self[3]
 
     def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
-        return resize_BCHW(super().forward(maps[3]), grid)
+        return resize_BCHW(super().forward(maps[-1]), grid)
 
 
 class FusionBlock(nn.Module):
@@ -80,13 +81,13 @@ class FusedHead(nn.Module):
     """Top-down fusion of strides 32, 16 and 8 straight onto the teacher's grid, in `FUSED_WIDTH` channels.
 
     The grid (stride 14) lies between strides 16 and 8: the stride-8 map brings the detail that a stride-32 map has
-    lost.
+    lost. Of a trunk with fewer such maps, a plain ViT's single one, it takes those that there are.
     """
 
     def __init__(self, channels: tuple[int, ...], width: int):
         super().__init__()
-        self.lateral = nn.ModuleList(nn.Conv2d(c, FUSED_WIDTH, 1) for c in channels[1:])
-        self.fuse16 = FusionBlock(FUSED_WIDTH)
+        self.lateral = nn.ModuleList(nn.Conv2d(c, FUSED_WIDTH, 1) for c in channels[-FUSED_MAPS:])
+        self.fuse16 = FusionBlock(FUSED_WIDTH) if len(self.lateral) == FUSED_MAPS else None
         self.fuse_grid = FusionBlock(FUSED_WIDTH)
         self.norm = LayerNorm2d(FUSED_WIDTH)
         self.project = nn.Conv2d(FUSED_WIDTH, width, 1)
@@ -97,11 +98,16 @@ class FusedHead(nn.Module):
         return self.project
 
     def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
-        fine, middle, coarse = (lateral(feat) for lateral, feat in zip(self.lateral, maps[1:], strict=True))
-        middle = self.fuse16(middle + resize_BCHW(coarse, middle.shape[-2:]))
-        # Both are resized after the 1x1: it commutes with resizing and is cheaper on whichever map is smaller.
-        fused = self.fuse_grid(resize_BCHW(middle, grid) + resize_BCHW(fine, grid))
-        return self.project(self.norm(fused))
+        used = maps[-len(self.lateral) :]
+        # Resizing follows the 1x1: they commute, and it is cheaper on whichever map is smaller.
+        *finer, fused = (lateral(feat) for lateral, feat in zip(self.lateral, used, strict=True))
+        if self.fuse16 is not None:
+            middle = finer.pop()
+            fused = self.fuse16(middle + resize_BCHW(fused, middle.shape[-2:]))
+        fused = resize_BCHW(fused, grid)
+        if finer:
+            fused = fused + resize_BCHW(finer.pop(), grid)
+        return self.project(self.norm(self.fuse_grid(fused)))
 
 
 HEADS = {"fused": FusedHead, "stride32": Stride32Head}
@@ -110,16 +116,42 @@ HEADS = {"fused": FusedHead, "stride32": Stride32Head}
 class StudentTrunkConfig(PreTrainedConfig):
     """What a student trunk is: enough to rebuild it without its weights.
 
-    `hidden_size`, `patch_size` and `image_size` are what SAM 3's neck reads of any backbone.
+    `hidden_size`, `patch_size` and `image_size` are what SAM 3's neck reads of any backbone: its own sizes.
+    `student_image_size` is what the student sees (None: the same); it resizes pixels by itself. `out_indices` are the
+    feature maps by timm's numbers.
     """
 
     model_type = "effsam3_student_trunk"
 
     timm_name: str = "repvit_m1_1"
+    out_indices: list[int] | tuple[int, ...] = (0, 1, 2, 3)
     head: str = "fused"
+    student_image_size: int | None = None
     hidden_size: int = 1024
     patch_size: int = 14
     image_size: int = 1008
+
+    @property
+    def seen_size(self) -> int:
+        """Side in pixels of the images that the trunk itself is given."""
+        return self.student_image_size or self.image_size
+
+
+def student_config(student: str, head: str, seen: int | None, **sam3) -> StudentTrunkConfig:
+    """Return the config of a student by its name in recipes.
+
+    Args:
+        seen: its `student_image_size`.
+        sam3: the sizes of the SAM 3 that it is for: `hidden_size`, `image_size` and `patch_size`.
+
+    Raises:
+        UserError: there is no such student, or it cannot be one at this size.
+    """
+    row = image_student(student, seen or sam3["image_size"])
+    architecture = row.timm_name.partition(".")[0]
+    return StudentTrunkConfig(
+        timm_name=architecture, out_indices=row.out_indices, head=head, student_image_size=seen, **sam3
+    )
 
 
 class StudentTrunk(PreTrainedModel):
@@ -134,10 +166,8 @@ class StudentTrunk(PreTrainedModel):
     base_model_prefix = "student"
 
     def __init__(self, config: StudentTrunkConfig):
-        import timm
-
         super().__init__(config)
-        self.trunk = timm.create_model(config.timm_name, features_only=True, out_indices=(0, 1, 2, 3))
+        self.trunk = build_trunk(config.timm_name, config.seen_size, tuple(config.out_indices))
         self.head = HEADS[config.head](tuple(self.trunk.feature_info.channels()), config.hidden_size)
         self.register_buffer("feature_mean", torch.zeros(config.hidden_size))
         self.register_buffer("feature_scale", torch.ones(config.hidden_size))
@@ -177,36 +207,36 @@ class StudentTrunk(PreTrainedModel):
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
         """Return `last_hidden_state` (B, N, D) for pixels in -1..1; N = (S / patch_size) squared."""
         grid = tuple(side // self.config.patch_size for side in pixel_values.shape[-2:])
-        feat_BDHW = self.head(self.trunk(pixel_values), grid)
+        if self.config.student_image_size is not None:
+            pixel_values = resize_BCHW(pixel_values, (self.config.student_image_size,) * 2)
+        feat_BDHW = self.head(feature_maps(self.trunk, pixel_values), grid)
         # float(): under bf16 autocast the teacher's large channels would lose the small differences that matter.
         feat_BND = feat_BDHW.flatten(2).transpose(1, 2).float()
         return BaseModelOutput(last_hidden_state=feat_BND * self.feature_scale + self.feature_mean)
 
 
-def load_timm_weights(student: StudentTrunk, weights: str) -> None:
+def load_timm_weights(student: StudentTrunk, weights: str, timm_name: str | None = None) -> None:
     """Initialise the student's trunk from a timm classifier: `imagenet` (timm's default tag) or a local file.
 
-    Every tensor of the trunk must be there; the classifier's own head is what is left over.
+    Every tensor of the trunk must be there; the classifier's own head is what is left over. `timm_name` is the trunk's
+    with the tag of other weights than the default ones.
 
     Raises:
         StudentError: timm has no such weights, cannot fetch them, or they do not cover the trunk.
     """
-    import timm
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    name = student.config.timm_name
+    name = timm_name or student.config.timm_name
     overlay = {} if weights == "imagenet" else {"pretrained_cfg_overlay": {"file": weights}}
     try:
-        source = timm.create_model(name, pretrained=True, **overlay).state_dict()
+        source = build(name, student.config.seen_size, pretrained=True, **overlay).state_dict()
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
         raise StudentError(
             f"student_init: {weights} weights of {name} cannot be loaded ({type(error).__name__}: {error}); reach the "
             "Hub once so that they are cached, give a local weights file, or set student_init=random"
         ) from error
-    # A features-only model flattens one level of names: `stages.0.` becomes `stages_0.`, `stem.conv1.` stays or not.
-    flat = {key.replace(".", "_", 1): value for key, value in source.items()}
     wanted = student.trunk.state_dict()
-    found = {key: source.get(key, flat.get(key)) for key in wanted}
+    found = trunk_tensors(wanted, source)
     wrong = [key for key, value in found.items() if value is None or value.shape != wanted[key].shape]
     if wrong:
         raise StudentError(

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from effsam3.errors import UserError
+from effsam3.models.backbones import PREFIX, image_student, pretrained_cfg
+from effsam3.models.registry import SAM3, chassis_facts
 from effsam3.schema.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
 from effsam3.schema.push import Push
 from effsam3.schema.rules import (
@@ -21,6 +24,7 @@ from effsam3.schema.rules import (
     image_student_name,
     initialisation,
     parquet,
+    student_side,
 )
 
 
@@ -106,7 +110,9 @@ class ImageRecipe(StageRecipe):
     stage: Literal["image"]  # the module of effsam3/stages that reads this recipe
     name: FileName  # of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
-    student: Annotated[str, image_student_name]  # a row of effsam3/models/registry.py; see `effsam3 compare`
+    # A row of effsam3/models/registry.py (see `effsam3 compare`), or timm/NAME, any backbone with feature maps
+    student: Annotated[str, image_student_name]
+    student_image_size: Annotated[int, student_side] | None = None  # px that it sees of SAM 3's 1008; null: all
     student_init: Annotated[str, initialisation] = "imagenet"  # imagenet, random, weights file or model folder
     head: Literal["fused", "stride32"] = "fused"  # fused: strides 8, 16, 32; stride32: upstream's
     teacher: Literal["stored", "online"] = "stored"  # stored: reads export.to; online: runs the teacher beside it
@@ -124,3 +130,28 @@ class ImageRecipe(StageRecipe):
         yield from warmup_fits(self)
         if self.loss.neck > 0 and self.export.tap == "neck":
             yield f"loss.neck: {self.loss.neck} needs the trunk's output, but export.tap is neck; set one of them back"
+        yield from self._student_fits()
+
+    def _student_fits(self) -> Iterator[str]:
+        """Yield why the student cannot be built, as far as that is known without weights."""
+        try:
+            side = chassis_facts(self.sam3.checkpoint).image_size
+        except UserError:  # not on this machine yet: its sizes are told when it is
+            side = None
+        if None not in (side, self.student_image_size) and self.student_image_size > side:
+            yield (
+                f"student_image_size: {self.student_image_size} px is more than the {side} px that the SAM 3 "
+                f"{self.sam3.checkpoint} sees, and nothing would be gained; set at most {side}, or null"
+            )
+        if not self.student.startswith(PREFIX):
+            return
+        try:
+            row = image_student(self.student, self.student_image_size or side or SAM3.image_size)
+        except UserError as error:
+            yield str(error)
+            return
+        if self.head == "stride32" and row.strides[-1] != 32:
+            coarsest = f"the coarsest of {self.student} has {row.strides[-1]}"
+            yield f"head: stride32 reads a map of stride 32, {coarsest}; set head=fused"
+        if self.student_init == "imagenet" and not pretrained_cfg(row.timm_name).has_weights:
+            yield f"student_init: timm has no weights of {row.timm_name}; set student_init=random, or name a file"

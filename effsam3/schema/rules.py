@@ -7,8 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Annotated
 
-from effsam3.errors import did_you_mean
-from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, TINY_TEXT_STUDENTS
+from effsam3.errors import UserError, did_you_mean
+from effsam3.models.backbones import refuse_unknown_student
+from effsam3.models.registry import TEXT_STUDENTS, TINY_TEXT_STUDENTS
 
 WEIGHTS_FILES = (".safetensors", ".bin", ".pth", ".pt")  # what timm loads
 
@@ -53,7 +54,11 @@ def at_least_one(values: tuple[str, ...]) -> str:
 
 
 def image_student_name(value: str) -> str:
-    return "" if value in IMAGE_STUDENTS else f"{value!r} is not a student{did_you_mean(value, IMAGE_STUDENTS)}"
+    try:
+        refuse_unknown_student(value)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def text_student_name(value: str) -> str:
@@ -79,6 +84,10 @@ def _initialisation(value: str, own: str) -> str:
         return ""
     files = ", ".join(WEIGHTS_FILES)
     return f"{value!r} is not {own}, random or a weights file ({files}), nor a model's folder, such as runs/x/merged"
+
+
+def student_side(value: int) -> str:
+    return "" if value >= 64 else f"must be 64 px or more, got {value}: two positions of a map of stride 32"
 
 
 PositiveInt = Annotated[int, positive]

@@ -24,10 +24,11 @@ from effsam3.data.synthetic import make_synthetic_sa1b
 from effsam3.data.transforms import normalise, resized_size, valid_mask
 from effsam3.errors import UserError
 from effsam3.losses import agreement_sums, feature_loss, relative_error, standardise
-from effsam3.models.registry import IMAGE_STUDENTS, chassis_facts
+from effsam3.models.backbones import image_student
+from effsam3.models.registry import chassis_facts
 from effsam3.models.sam3 import chassis_folder
 from effsam3.models.teacher import Neck, Teacher, check_features, check_weights, load_neck, parameter_count, to_map
-from effsam3.models.vision import StudentTrunk, StudentTrunkConfig, load_timm_weights, resize_BCHW
+from effsam3.models.vision import StudentTrunk, load_timm_weights, resize_BCHW, student_config
 from effsam3.report import write_json
 from effsam3.schema.rules import names_a_model
 from effsam3.stages.base import Stage, refuse_other_teacher, untied_note
@@ -201,18 +202,13 @@ def make_teacher(recipe, accelerator) -> Teacher:
 
 def make_student(recipe, channels: int, image_size: int, patch_size: int) -> StudentTrunk:
     """Build the recipe's student for features of this width and images of this size, initialised as it says."""
-    config = StudentTrunkConfig(
-        timm_name=IMAGE_STUDENTS[recipe.student].timm_name,
-        head=recipe.head,
-        hidden_size=channels,
-        image_size=image_size,
-        patch_size=patch_size,
-    )
+    sizes = {"hidden_size": channels, "image_size": image_size, "patch_size": patch_size}
+    config = student_config(recipe.student, recipe.head, recipe.student_image_size, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
         student = StudentTrunk(config)
     if recipe.student_init != "random" and not names_a_model(recipe.student_init):
-        load_timm_weights(student, recipe.student_init)
+        load_timm_weights(student, recipe.student_init, image_student(recipe.student, config.seen_size).timm_name)
     return student
 
 
@@ -287,14 +283,15 @@ class ImageStage(Stage):
 
     def describe(self) -> dict[str, str]:
         """Lines for the run's header: what is learned, from what."""
-        row = IMAGE_STUDENTS[self.recipe.student]
+        seen = self.recipe.student_image_size or self.facts["image_size"]
+        row = image_student(self.recipe.student, seen)
         replaced = chassis_facts(self.recipe.sam3.checkpoint).trunk_params
         own = self.student_parameters
         grid, channels = self.facts["grid"], self.facts["channels"]
         source = "beside the student" if self.teacher is not None else f"from {self.recipe.export.to}"
         lines = {
             "student": f"{row.label} ({self.recipe.student}, head {self.recipe.head})  {own / 1e6:.2f} M parameters "
-            f"instead of {replaced / 1e6:.2f} M",
+            f"instead of {replaced / 1e6:.2f} M, sees {seen} px",
             "teacher": f"{self.recipe.sam3.checkpoint} {self.facts['tap']}, {channels} x {grid} x {grid}, {source}",
             "data": f"{self.recipe.data.index}  {len(self.train_data):,} images, {len(self.val_data):,} held out, "
             f"{self.facts['image_size']} px {self.facts['resize']}",

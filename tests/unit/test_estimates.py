@@ -126,7 +126,7 @@ def test_a_dry_run_peaks_where_a_real_step_does():
 
 def test_twice_the_batch_takes_twice_the_memory_and_a_teacher_stands_beside():
     four, eight = (measure(load_recipe(IMAGE, [f"train.micro_batch_size={size}"])) for size in (4, 8))
-    assert 1.9 < eight.micro_batch / four.micro_batch < 2.1
+    assert 1.8 < eight.micro_batch / four.micro_batch < 2.1  # a layer's gradients are the same whatever the batch
     online = measure(load_recipe(IMAGE, ["student=tiny_vit_5m", "teacher=online", "loss.neck=0.1"]))
     assert online.frozen > four.frozen + 4 * 100_000 and online.micro_batch > four.micro_batch
     text = measure(load_recipe(TEXT))

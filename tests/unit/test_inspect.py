@@ -15,11 +15,12 @@ from transformers import Sam3VideoConfig, Sam3VideoModel
 from effsam3.checkpoint import CheckpointError, read_weights
 from effsam3.cli import main
 from effsam3.inspect_model import BUFFERS, DESCRIBED, PARTS, InspectError, examine, inspect
+from effsam3.models.backbones import image_student
 from effsam3.models.keymaps.sam3 import to_original
 from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
 from effsam3.models.memory_tracker import EfficientTrackerConfig
 from effsam3.models.pickled import PickledError
-from effsam3.models.registry import IMAGE_STUDENTS, TEACHER, TEXT_STUDENTS, TINY_TEXT_STUDENTS, image_student
+from effsam3.models.registry import IMAGE_STUDENTS, TEACHER, TEXT_STUDENTS, TINY_TEXT_STUDENTS
 from effsam3.models.sam3 import (
     ChassisError,
     chassis_folder,

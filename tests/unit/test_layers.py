@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "effsam3"
 
 # The lowest layer first. A module may import those of lower layers and, except among the verbs, of its own.
-# `models.registry` and `models.tiny` are plain data, so that recipes can be checked and shown without torch.
+# `models.registry` and `models.tiny` are plain data, so that recipes can be checked and shown without torch; backbones
+# ask timm about a student timm/NAME alone.
 LAYERS = [
     {
         "__init__",
@@ -27,6 +28,7 @@ LAYERS = [
         "disk",
         "stopping",
         "models.registry",
+        "models.backbones",
         "models.tiny",
     },
     {

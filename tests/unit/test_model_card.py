@@ -18,8 +18,9 @@ from run_folders import merged_run
 from safetensors.torch import load_file
 
 from effsam3.model_card import licence, measurements, metadata, model_card, parameters
+from effsam3.models.backbones import image_student
 from effsam3.models.concepts import ConceptModel
-from effsam3.models.registry import TEACHER, chassis_facts, head_params, image_student
+from effsam3.models.registry import TEACHER, chassis_facts, head_params
 from effsam3.models.tiny import full_config
 from effsam3.recipe import dump_recipe, load_recipe
 from effsam3.release_folder import ReleaseError, read_release
@@ -293,7 +294,7 @@ def test_another_text_is_not_taken_for_the_licence(run, tmp_path):
             "/data/tower.pt",
             r"`tower.pt`, whose licence holds for it, too\..+apple-amlr.+descends",
         ),
-        ("image", "repvit_m1_1", "imagenet", r"timm's ImageNet weights of `repvit_m1_1` \(.+Apache-2.0\)"),
+        ("image", "repvit_m1_1", "imagenet", r"timm's pretrained weights of `repvit_m1_1` \(.+Apache-2.0\)"),
         ("image", "repvit_m1_1", "mine.safetensors", r"`mine.safetensors`, whose licence holds for it, too\.$"),
     ],
 )

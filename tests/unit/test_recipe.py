@@ -162,7 +162,8 @@ train: {stepz: 3, micro_batch_size: two, precision: fp16, warmup_steps: 3}
         "unknown key lr; did you mean optim.lr? (recipe.yaml line 4)",
         "unknown key optimizer; did you mean optim? (recipe.yaml line 5)",
         "unknown key checkpoint; did you mean sam3.checkpoint or merge.checkpoint? (command line)",
-        "student: 'repvit_m11' is not a student; did you mean repvit_m1_1? (recipe.yaml line 3)",
+        "student: no image student is called 'repvit_m11' (backbones of timm are called timm/NAME); did you mean "
+        "repvit_m1_1? (recipe.yaml line 3)",
         "loss.mse: must be 0 or more, got -1.0 (command line)",
         "unknown key train.stepz; did you mean train.steps? (recipe.yaml line 7)",
         "unknown key train.warmup_steps; did you mean optim.warmup_steps? (recipe.yaml line 7)",
