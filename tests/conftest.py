@@ -1,12 +1,96 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings for every test: no network, one thread, no memory of the machine's own caches and logins."""
+"""Settings for every test: no network, one thread, nothing of this machine's caches, logins and earlier runs.
+
+Every test runs in an empty folder of its own, where `runs/` and `data/` are its own, too. The clone is compared with
+what it was before: a test that writes there would one day read what somebody else has left.
+"""
 
 import os
+import shutil
 import tempfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# What Python, git and the tools themselves write.
+NOT_OURS = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache"}
+HOME = tempfile.TemporaryDirectory(prefix="effsam3-tests-home-")
 
 # Before torch is imported anywhere: with more threads tiny models get slower, not faster.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
-os.environ["EFFSAM3_CACHE"] = tempfile.mkdtemp(prefix="effsam3-cache-")
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HOME"] = HOME.name
+os.environ["HF_HOME"] = f"{HOME.name}/huggingface"
+os.environ["XDG_CACHE_HOME"] = f"{HOME.name}/.cache"
+os.environ["EFFSAM3_CACHE"] = f"{HOME.name}/effsam3"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _away_from_the_clone(tmp_path_factory):
+    """For what fixtures of modules do before any test."""
+    os.chdir(tmp_path_factory.mktemp("away"))
+    yield
+    os.chdir(REPOSITORY)
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> Path:
+    """The working directory, with all that `effsam3 launch` wants of a clone, but no runs."""
+    from effsam3 import launch
+
+    for name in ("accelerate_configs", "recipes", "scripts"):
+        shutil.copytree(REPOSITORY / name, tmp_path / name)
+    monkeypatch.setattr(launch, "REPOSITORY", tmp_path)
+    return tmp_path
+
+
+# ---- the clone, before and after
+
+BEFORE = pytest.StashKey[dict[str, tuple[int, int] | None]]()
+CHANGED = pytest.StashKey[list[str]]()
+
+
+def state_of_the_clone() -> dict[str, tuple[int, int] | None]:
+    """What is in the clone: {path: None}, and below runs/ and data/ {path: (bytes, time of the last change)}.
+
+    Elsewhere a file may change while the tests run: somebody goes on writing it.
+    """
+    found = {}
+    for folder, subfolders, names in os.walk(REPOSITORY):
+        subfolders[:] = [name for name in subfolders if name not in NOT_OURS and not name.endswith(".egg-info")]
+        for path in (Path(folder, name) for name in (*subfolders, *names)):
+            found[str(path)] = None
+            if path.relative_to(REPOSITORY).parts[0] in ("runs", "data") and not path.is_dir():
+                state = path.lstat()
+                found[str(path)] = (state.st_size, state.st_mtime_ns)
+    return found
+
+
+def pytest_sessionstart(session):
+    """Look at the clone, in the one process that starts first and ends last."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        session.config.stash[BEFORE] = state_of_the_clone()
+
+
+def pytest_sessionfinish(session):
+    """Fail if the clone is not what it was."""
+    if BEFORE in session.config.stash:
+        before, after = session.config.stash[BEFORE], state_of_the_clone()
+        changed = sorted(path for path, _ in before.items() ^ after.items())
+        session.config.stash[CHANGED] = list(dict.fromkeys(changed))
+        if changed:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Name what changed."""
+    for path in config.stash.get(CHANGED, []):
+        terminalreporter.line(f"FAILED {path} changed: a test, or somebody else meanwhile, wrote there", red=True)

@@ -256,7 +256,7 @@ def test_facts_of_a_local_folder(tmp_path):
 
 
 @pytest.fixture
-def commands(monkeypatch):
+def commands(monkeypatch, clone):
     """Note commands instead of running them; their exit codes are taken from `codes`."""
     noted = types.SimpleNamespace(lines=[], codes=[])
 
@@ -265,7 +265,6 @@ def commands(monkeypatch):
         return noted.codes.pop(0) if noted.codes else 0
 
     monkeypatch.setattr(launcher, "_run", fake_run)
-    monkeypatch.chdir(ROOT)
     return noted
 
 

@@ -23,7 +23,7 @@ FLAGS = ("--main-address", "node-0", "--node-rank")
 
 
 @pytest.fixture
-def started(monkeypatch):
+def started(monkeypatch, clone):
     """Note command lines instead of running them; each takes one of `ends`, which returns its code, or ends with 0."""
     noted = types.SimpleNamespace(lines=[], ends=[])
 
@@ -32,7 +32,6 @@ def started(monkeypatch):
         return noted.ends.pop(0)() if noted.ends else 0
 
     monkeypatch.setattr(launcher, "_run", fake_run)
-    monkeypatch.chdir(ROOT)
     for name in launcher.SLURM_STEP:
         monkeypatch.delenv(name, raising=False)
     return noted

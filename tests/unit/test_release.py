@@ -61,10 +61,9 @@ def test_a_release_learns_nothing(verb, capsys):
         assert "merge, evaluate, push" in error
 
 
-def test_launch_merges_and_evaluates(monkeypatch):
+def test_launch_merges_and_evaluates(monkeypatch, clone):
     lines = []
     monkeypatch.setattr(launcher, "_run", lambda command, environment: lines.append(command) or 0)
-    monkeypatch.chdir(ROOT)
     assert main(["launch", "recipes/smoke/release.yaml"]) == 0
     assert lines == [
         [sys.executable, f"scripts/{verb}.py", "recipes/smoke/release.yaml"] for verb in ("merge", "evaluate")
