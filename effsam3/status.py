@@ -149,12 +149,12 @@ def _yaml(path: Path) -> dict:
 
 
 def _validations(lines: list[dict], metric: str | None) -> dict[str, Any]:
-    """The untrained student's number, the best and the latest of a trained one, each {"step": ..., "value": ...}."""
+    """The number at the start, the best and the latest of a trained student, each {"step": ..., "value": ...}."""
     values = [{"step": line["step"], "value": line[metric]} for line in lines if metric in line]
     trained = [value for value in values if value["step"] > 0]
     return {
         "metric": metric,
-        "untrained": values[0] if values and values[0]["step"] == 0 else None,
+        "start": values[0] if values and values[0]["step"] == 0 else None,
         "best": max(trained, key=lambda value: value["value"], default=None),
         "latest": trained[-1] if trained else None,
     }
@@ -286,7 +286,7 @@ def _loss_line(facts: dict[str, Any]) -> str:
 def _held_out_line(facts: dict[str, Any]) -> str:
     values = [
         f"{title} {facts[title]['value']:.4f}" + (f" at step {facts[title]['step']:,}" if facts[title]["step"] else "")
-        for title in ("untrained", "best", "latest")
+        for title in ("start", "best", "latest")
         if facts[title]
     ]
     return f"{facts['metric']}: {', '.join(values)}" if values else ""

@@ -107,7 +107,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     if state["step"] == 0:
         state["untrained"] = validate(recipe, stage, accelerator, average or student, unreadable, 0)
         report.metrics(state["untrained"], 0)
-        report.say(f"step {0:>6}/{steps}  held out: {line_of(state['untrained'])}  (untrained)")
+        report.say(f"step {0:>6}/{steps}  held out: {line_of(state['untrained'])}  (at the start)")
         if any_asked(accelerator):
             end_stopped(progress, report, trackers, 0, steps)
 

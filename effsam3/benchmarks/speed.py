@@ -13,7 +13,8 @@ from effsam3.benchmarks.models import Pair
 from effsam3.models.prompted import prompted_masks, trunk_of
 from effsam3.models.teacher import parameter_count
 
-ROUNDS = 7  # the first is a warm-up; the median of the others counts
+WARM_UP = 2  # calls of every shape that do not count: kernels are chosen and memory is taken for each anew
+ROUNDS = 6  # of which the median counts
 BATCH = {"cuda": 16, "cpu": 2}  # images at once for the throughput
 
 
@@ -68,9 +69,12 @@ def speed(pair: Pair, elements: dict[str, int]) -> dict:
 
 
 def alternate(calls: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turn `ROUNDS` times."""
+    """Median milliseconds of each call, taken in turn `ROUNDS` times after `WARM_UP` that do not count.
+
+    A call is one model on one shape: each shape is warmed up by itself.
+    """
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
+    for _ in range(WARM_UP + ROUNDS):
         for name, call in calls.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -79,4 +83,4 @@ def alternate(calls: dict[str, Callable[[], None]], device: torch.device) -> dic
             if device.type == "cuda":
                 torch.cuda.synchronize()
             taken[name].append((time.perf_counter() - started) * 1000)
-    return {name: statistics.median(values[1:]) for name, values in taken.items()}
+    return {name: statistics.median(values[WARM_UP:]) for name, values in taken.items()}

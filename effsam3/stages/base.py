@@ -100,11 +100,11 @@ class Stage:
         positions = max(float(sums.pop("positions")), 1.0)
         return {f"val/{name}": float(value) / positions for name, value in sums.items()}
 
-    def conclude(self, untrained: dict[str, float], best: dict[str, float]) -> str:
-        """A table: the student beside its untrained self and beside the predictor of the mean."""
+    def conclude(self, start: dict[str, float], best: dict[str, float]) -> str:
+        """A table: the student beside itself as it began and beside the predictor of the mean."""
         names = ("val/cosine", "val/cosine_centred", "val/mse")
         rows = [
-            ["untrained student", *(f"{untrained[name]:.4f}" for name in names)],
+            ["student at the start", *(f"{start[name]:.4f}" for name in names)],
             ["mean of the features", f"{best['val/cosine_of_mean']:.4f}", "0.0000", "1.0000"],
             [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in names)],
         ]

@@ -255,10 +255,10 @@ class MemoryStage(Stage):
             j_OT = student(*inputs)["j"].double()
         return {"j": j_OT[counts_O].sum(), "positions": counts_O.sum().double() * j_OT.shape[1]}
 
-    def conclude(self, untrained: dict[str, float], best: dict[str, float]) -> str:
-        """A table: the tracker beside its untrained self."""
+    def conclude(self, start: dict[str, float], best: dict[str, float]) -> str:
+        """A table: the tracker beside itself as it began."""
         rows = [
-            ["untrained memory", f"{untrained['val/j']:.4f}"],
+            ["memory at the start", f"{start['val/j']:.4f}"],
             [f"trained, step {best['step']}", f"{best['val/j']:.4f}"],
         ]
         return table(rows, ["held-out clips, masks given in the first frame", "J"])

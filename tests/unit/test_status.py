@@ -63,7 +63,7 @@ def test_the_facts_of_a_running_run(tmp_path):
     assert facts["eta_s"] == 140 * 8 / 16
     assert (facts["peak_gib"], facts["mfu"]) == (12.34, 0.415)
     assert facts["metric"] == "val/cosine"
-    assert facts["untrained"] == {"step": 0, "value": 0.01}
+    assert facts["start"] == {"step": 0, "value": 0.01}
     assert facts["best"] == facts["latest"] == {"step": 50, "value": 0.85}
     assert (facts["checkpoints"], facts["best_checkpoint"]) == (["step-000050"], "best-step-000050")
 
@@ -87,7 +87,7 @@ def test_what_a_person_reads(tmp_path):
         f"loss      1.6667  (mse 1.0000, cosine 0.6667)  {blocks}",
         "optim     lr 1.00e-03, gradient norm 0.250",
         "device    peak memory 12.3 GiB, MFU 41.5 %",
-        "held out  val/cosine: untrained 0.0100, best 0.8500 at step 50, latest 0.8500 at step 50",
+        "held out  val/cosine: start 0.0100, best 0.8500 at step 50, latest 0.8500 at step 50",
         "saved     step-000050, best-step-000050",
         f"bad data  2 unreadable samples, {folder}/unreadable.jsonl names them",
         f"skipped   1 micro-batches, {folder}/skipped.jsonl names them",
@@ -139,7 +139,7 @@ def test_a_run_from_before_progress_was_kept(tmp_path):
     assert examine(folder)["state"] == "complete"
 
 
-def test_the_untrained_student_is_never_the_best(tmp_path):
+def test_the_start_is_never_the_best(tmp_path):
     report = Report(tmp_path / "r")
     train(tmp_path, steps_done=40)
     for step, value in [(0, 0.5), (50, 0.2), (100, 0.4), (150, 0.4), (200, 0.3)]:
