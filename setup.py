@@ -22,10 +22,8 @@ setup(
     entry_points={"console_scripts": ["effsam3=effsam3.cli:main"]},
     install_requires=[
         "accelerate>=1.10",
-        "av>=12",  # writes synthetic videos; wheels bundle ffmpeg
+        "av>=17.1",  # wheels bundle FFmpeg; 17.0 and older ones crash in tests/unit/test_video_decoder.py
         "datasets>=4.0",
-        # Its wheels are for these two only; there is nothing to build it from elsewhere.
-        "decord>=0.6; platform_system == 'Windows' or (platform_system == 'Linux' and platform_machine == 'x86_64')",
         "deepspeed>=0.17.2",  # torch_autocast
         "filelock>=3.10",
         "ftfy>=6.1",

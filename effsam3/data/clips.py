@@ -51,6 +51,7 @@ class VideoClips(Dataset):
 
     Attributes:
         left_out: {key: reason} of the rows that have no clip: too short, or no object where a clip could begin.
+        unseekable: how many of the other rows have a video file that must be decoded whole before a clip of it.
 
     Raises:
         UserError: no row has a clip.
@@ -85,6 +86,8 @@ class VideoClips(Dataset):
             first = next((f"; {key}: {reason}" for key, reason in self.left_out.items()), "")
             raise UserError(f"none of {len(index)} videos has a clip of {frames} annotated frames{first}")
         self.index = index.select(usable)
+        kinds = zip(self.index["seekable"], self.index["video_file"], strict=True)
+        self.unseekable = sum(not seekable and file.endswith(".mp4") for seekable, file in kinds)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -146,7 +149,8 @@ class VideoClips(Dataset):
         annotations = read_sav(row, self.folder)
         masks_TNHW = self._draw_objects(annotations, row, annotated, rng)
         size = masks_TNHW.shape[2:]
-        frames = torch.from_numpy(read_annotated_frames(self.folder / row["video_file"], annotated, size))
+        file = self.folder / row["video_file"]
+        frames = torch.from_numpy(read_annotated_frames(file, annotated, size, row["seekable"]))
         if self.augment:
             augmentation = Augmentation.draw(rng)
             if not self._resized(augmentation.move_masks(masks_TNHW[0])).flatten(1).any(1).all():

@@ -15,11 +15,10 @@ from tqdm import tqdm
 
 from effsam3.data.indexing import advance, worker_pool
 from effsam3.data.sa1b import Unreadable
-from effsam3.data.video_files import VIDEO_EXTENSIONS, VideoFile
+from effsam3.data.video_decoder import pictures_in_a_row
+from effsam3.data.video_files import VIDEO_EXTENSIONS
 from effsam3.errors import UserError
 from effsam3.report import write_json
-
-CHUNK = 8  # frames decoded at once
 
 
 def extract_frames(
@@ -100,13 +99,8 @@ def _extract(path: Path, folder: Path, every: int, quality: int) -> list[str]:
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     temporary.mkdir()
     try:
-        video = VideoFile(path)
-        numbers = range(0, video.frames, every)
-        for start in range(0, len(numbers), CHUNK):
-            chunk = numbers[start : start + CHUNK]
-            for number, pixels_3HW in zip(chunk, video.read(chunk), strict=True):
-                image = Image.fromarray(pixels_3HW.transpose(1, 2, 0))
-                image.save(temporary / f"{number:05d}.jpg", quality=quality)
+        for number, image_HW3 in pictures_in_a_row(path, every):
+            Image.fromarray(image_HW3).save(temporary / f"{number:05d}.jpg", quality=quality)
     except Unreadable as error:
         shutil.rmtree(temporary)
         return [str(error)]

@@ -23,12 +23,13 @@ from effsam3.data import indexing
 from effsam3.data.layouts_sa1b import printable
 from effsam3.data.sa1b import EXTENSIONS, SPLITS, Unreadable, UnreadableAnnotations, split_of, write_atomic
 from effsam3.data.sav import COLUMNS, FRAME_STRIDE, KINDS, SavAnnotations, parse_sav, schema
-from effsam3.data.video_files import UnreadableVideo, open_video
+from effsam3.data.video_decoder import UnreadableVideo, seeks_agree
+from effsam3.data.video_files import open_video
 from effsam3.errors import UserError
 
-VERSION = 2  # of what a part holds; another number makes older parts void
-PART_VIDEOS = 4  # some 10 s of decoding: what a kill can cost each worker
-CHUNK = 8  # frames decoded at once, so that 4K videos fit
+VERSION = 3  # of what a part holds; another number makes older parts void
+PART_VIDEOS = 4  # some 20 s of decoding: what a kill can cost each worker
+CHUNK = 8  # images decoded at once, so that 4K ones fit
 PART_COLUMNS = COLUMNS | {"excluded": "string", "detail": "string"}  # reason, and what is wrong in full, or ""
 
 
@@ -119,7 +120,14 @@ def summary(report: dict) -> str:
         f"{report['annotated_frames']:,} annotated frames"
     ]
     if report["check"] == "header":
-        lines.append("checked headers only: damaged videos may still be in; --check decode finds them")
+        lines.append(
+            "checked headers only: damaged videos may still be in, and clips decode theirs whole, because it is not "
+            "known whether seeks find the right frames; --check decode finds out"
+        )
+    elif report["unseekable"]:
+        lines.append(
+            f"{report['unseekable']:,} annotations are of videos that seeks go wrong in: clips decode them whole"
+        )
     for reason, found in report["excluded"].items():
         more = ", ..." if found["count"] > 3 else ""
         lines.append(f"excluded: {reason} {found['count']:,} ({', '.join(found['files'][:3])}{more})")
@@ -225,12 +233,13 @@ def _check(entry: Entry, folder: Path, check: str) -> list[dict]:
     if not usable:
         return rows
     try:
-        frames, size = _read_video(folder / entry.video.file, usable[0][1], check)
+        frames, size, seekable = _read_video(folder / entry.video.file, usable[0][1], check)
     except Unreadable as fault:
         for row, _ in usable:
             row |= _left_out(fault)
         return rows
     for row, annotations in usable:
+        row["seekable"] = seekable
         masks = annotations.height, annotations.width
         if frames is not None and frames != annotations.frames:
             detail = f"masks for a video of {annotations.frames} frames, which has {frames}"
@@ -271,34 +280,30 @@ def _facts(annotations: SavAnnotations) -> dict:
     }
 
 
-def _read_video(path: Path, annotations: SavAnnotations, check: str) -> tuple[int | None, tuple[int, int]]:
-    """Return the number of frames (None for a folder, which need not have all of them) and (height, width).
+def _read_video(path: Path, annotations: SavAnnotations, check: str) -> tuple[int | None, tuple[int, int], bool]:
+    """Return the number of frames (None for a folder, which need not have all of them), (height, width), seekable.
 
     Raises:
         UnreadableVideo: it does not decode, or a folder lacks an annotated frame.
     """
     try:
-        video = open_video(path)
+        video = open_video(path, seekable=check == "header")
     except Unreadable:
         raise
     except UserError as fault:  # the names in a folder
         raise UnreadableVideo(path.name, "frame_names", str(fault)) from fault
-    if path.is_dir():
-        place = {number: index for index, number in enumerate(video.numbers)}
-        needed = [FRAME_STRIDE * k for k, rles in enumerate(annotations.masklet) if rles is not None]
-        missing = [number for number in needed if number not in place]
-        if missing:
-            raise UnreadableVideo(path.name, "missing_frame", f"frame {missing[0]}")
-        indexes = [place[number] for number in needed]
-    else:
-        indexes = list(range(video.frames))
-    if check == "header":
-        return (None if path.is_dir() else video.frames), video.size
-    for start in range(0, len(indexes), CHUNK):
-        size = video.read(indexes[start : start + CHUNK]).shape[2:]
+    if not path.is_dir():
+        return video.frames, video.size, check == "decode" and seeks_agree(path)
+    place = {number: index for index, number in enumerate(video.numbers)}
+    needed = [FRAME_STRIDE * k for k, rles in enumerate(annotations.masklet) if rles is not None]
+    missing = [number for number in needed if number not in place]
+    if missing:
+        raise UnreadableVideo(path.name, "missing_frame", f"frame {missing[0]}")
+    for start in range(0, len(needed) if check == "decode" else 0, CHUNK):
+        size = video.read([place[number] for number in needed[start : start + CHUNK]]).shape[2:]
         if size != video.size:
             raise UnreadableVideo(path.name, "size_mismatch", f"frames of {size} and of {video.size}")
-    return (None if path.is_dir() else video.frames), video.size
+    return None, video.size, False
 
 
 def _fingerprint(entries: list[Entry], check: str) -> str:
@@ -320,6 +325,10 @@ def _report(table, unpaired: dict[str, list[str]]) -> dict:
         "annotations": {kind: kinds.count(kind) for kind in KINDS},
         "objects": sum(usable["objects"].to_pylist()),
         "annotated_frames": sum(usable["annotated"].to_pylist()),
+        "unseekable": sum(
+            file.endswith(".mp4") and not seekable
+            for file, seekable in zip(usable["video_file"].to_pylist(), usable["seekable"].to_pylist(), strict=True)
+        ),
         "excluded": indexing.counted(
             indexing.names_by_reason(table, "excluded", "annotation_file", unpaired),
             indexing.details_by_name(table, "annotation_file"),

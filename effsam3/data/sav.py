@@ -40,6 +40,7 @@ COLUMNS = {  # name: Arrow type
     "width": "int32",
     "objects": "int32",  # N
     "visible": "list<list<int32>>",  # per object [start, stop, start, stop, ...]: annotated frames with a mask
+    "seekable": "bool",  # of a video file: its frames are the same whether decoded in a row or after a seek
 }
 
 
@@ -151,8 +152,10 @@ def read_sav(row: dict, folder: Path) -> SavAnnotations:
     return parse_sav(data, row["key"])
 
 
-def read_annotated_frames(video_file: Path, annotated: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """Return the video frames of annotated frames, uint8 RGB (T, 3, H, W).
+def read_annotated_frames(
+    video_file: Path, annotated: Sequence[int], size: tuple[int, int], seekable: bool = False
+) -> np.ndarray:
+    """Return the video frames of annotated frames, uint8 RGB (T, 3, H, W); `seekable` is the index's.
 
     From a folder they are read by the numbers in their names, which are those of the video's frames, whether every
     frame was extracted or every fourth.
@@ -160,7 +163,7 @@ def read_annotated_frames(video_file: Path, annotated: Sequence[int], size: tupl
     Raises:
         UnreadableVideo: missing, damaged, too short, or not of this size.
     """
-    video = open_video(video_file)
+    video = open_video(video_file, seekable)
     frames = [FRAME_STRIDE * index for index in annotated]
     place = {number: index for index, number in enumerate(video.numbers)}
     missing = [number for number in frames if number not in place]
@@ -183,12 +186,15 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
     Raises:
         UserError: the file is missing, is damaged, is not such an index, or has no row in the split.
     """
+    import pyarrow
     import pyarrow.compute as compute
     from datasets import Dataset
 
     path = Path(path)
     command = f"python scripts/index_sav.py FOLDER --out {path}"
     table = indexing.read_index(path, command)
+    if "seekable" not in table.schema.names:  # an older index: nothing is known of any file
+        table = table.append_column("seekable", pyarrow.array([False] * len(table), pyarrow.bool_()))
     asked = schema()
     wrong = [field.name for field in asked if field.name not in table.schema.names]
     if wrong or table.select(asked.names).schema.types != asked.types:

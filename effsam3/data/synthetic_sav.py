@@ -208,7 +208,7 @@ def make_video(number: int, frames: int, side_px: int, objects: int, seed: int =
     """Draw video `number`; the first object stays in view, others may leave it, and one in three is part of it."""
     assert side_px >= 32 and objects >= 1, (side_px, objects)
     rng = np.random.default_rng([seed, number, frames, side_px, objects])
-    short, long = _readable(side_px * rng.uniform(0.6, 1.0)), _readable(side_px)
+    short, long = _even(side_px * rng.uniform(0.6, 1.0)), _even(side_px)
     height, width = (short, long) if rng.random() < 0.6 else (long, short)
     yx_2HW = (np.mgrid[0.5:height, 0.5:width] / side_px).astype(np.float32)
     extent = np.array([height, width]) / side_px
@@ -240,10 +240,9 @@ def make_video(number: int, frames: int, side_px: int, objects: int, seed: int =
     return Video((np.stack(images).clip(0, 1) * 255).round().astype(np.uint8), masks_TNHW)
 
 
-def _readable(side_px: float) -> int:
-    """Round to what H.264 can hold, even numbers, and decord can read: not rows that it pads to four bytes a pixel."""
-    even = round(side_px / 2) * 2
-    return even + 2 if even in (24, 48, 72) else even
+def _even(side_px: float) -> int:
+    """Round to what H.264 can hold: even numbers."""
+    return round(side_px / 2) * 2
 
 
 class _Surface:

@@ -22,13 +22,17 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from effsam3.data.frame_folder import FrameFolder
+from effsam3.data.frame_numbers import UnclearNames, match_names, missing_number
 from effsam3.data.sa1b import PILLOW_FAULTS, UnreadableAnnotations
 from effsam3.data.sav import FRAME_STRIDE, KINDS, VIDEO_FPS, SavAnnotations, parse_sav
-from effsam3.data.video_files import FrameFolder, UnreadableVideo, VideoFile, missing_number, open_video
+from effsam3.data.video_files import UnreadableVideo, VideoFile, open_video
 from effsam3.errors import UserError, did_you_mean
 
-VOID = 255  # in a palette PNG: neither object nor background; scored as background
+VOID = 255  # in a palette or 8-bit grey PNG: neither object nor background; scored as background
+IGNORED = 10_000  # the same in a 16-bit one, as MOTS writes it, where ids are 1000 x class + object
 HIGHEST_ID = VOID - 1  # that such a PNG can hold
+MASK_TYPES = {"P": np.uint8, "L": np.uint8, "1": np.uint8, "I;16": np.int32, "I;16B": np.int32, "I": np.int32}
 LAYOUTS = ("sav", "davis", "sav_train")
 RESOLUTIONS = ("480p", "Full-Resolution")  # DAVIS' folders between JPEGImages and its videos; the first that is there
 
@@ -137,10 +141,10 @@ def open_vos(root: str | Path, layout: str = "auto", split: str | None = None) -
         raise UserError(f"layout: there is no {layout!r}{did_you_mean(layout, (*LAYOUTS, 'auto'))}")
     if layout == "sav":
         frames, masks, fps = root / "JPEGImages_24fps", root / "Annotations_6fps", VIDEO_FPS
-        videos = {path.name: (frames / path.name, ObjectFolders(path)) for path in _folders(masks)}
+        videos = {path.name: (frames / path.name, ObjectFolders(path, frames / path.name)) for path in _folders(masks)}
     elif layout == "davis":
         frames, masks, fps = _resolution(root / "JPEGImages"), _resolution(root / "Annotations"), None
-        videos = {path.name: (frames / path.name, PaletteFrames(path)) for path in _folders(masks)}
+        videos = {path.name: (frames / path.name, PaletteFrames(path, frames / path.name)) for path in _folders(masks)}
     else:
         videos, fps = {}, VIDEO_FPS
         for kind in reversed(KINDS):  # manual ones replace automatic ones
@@ -200,18 +204,22 @@ def _names(root: Path, split: str, videos: dict) -> list[str]:
 
 
 class ObjectFolders:
-    """A folder for every object, a binary PNG for every frame on which this object is annotated."""
+    """A folder for every object, a binary PNG for every frame on which this object is annotated.
 
-    def __init__(self, path: Path):
-        self.path = path
+    PNGs belong to the images in the folder `frames` by their names, or by the numbers in them.
+    """
+
+    def __init__(self, path: Path, frames: Path):
+        self.path, self.frames = path, frames
 
     @functools.cached_property
     def _files(self) -> dict[int, dict[int, Path]]:
         folders = _by_number(_folders(self.path), self.path.name)
-        files = {number: _by_number(_pngs(folder), self.path.name) for number, folder in folders.items()}
-        if not any(files.values()):
+        pngs = {name: _pngs(folder) for name, folder in folders.items()}
+        if not any(pngs.values()):
             raise UnreadableAnnotations(self.path.name, "missing", f"no <object>/<frame>.png in {self.path}")
-        return files
+        frames = _frames_of([file for files in pngs.values() for file in files], self.frames, self.path.name)
+        return {name: {frames[file]: file for file in files} for name, files in pngs.items()}
 
     @property
     def objects(self) -> list[int]:
@@ -231,26 +239,33 @@ class ObjectFolders:
 
 
 class PaletteFrames:
-    """One PNG for every annotated frame, whose values are the objects' ids: 0 is background, 255 void."""
+    """One PNG for every annotated frame, whose values are the objects' ids; 0 is background, see VOID and IGNORED.
 
-    def __init__(self, path: Path):
-        self.path = path
+    PNGs belong to the images in the folder `frames` by their names, or by the numbers in them.
+    """
+
+    def __init__(self, path: Path, frames: Path):
+        self.path, self.frames = path, frames
 
     @functools.cached_property
     def _files(self) -> dict[int, Path]:
-        files = _by_number(_pngs(self.path), self.path.name)
+        files = _pngs(self.path)
         if not files:
             raise UnreadableAnnotations(self.path.name, "missing", f"no <frame>.png in {self.path}")
-        return files
+        return {number: file for file, number in _frames_of(files, self.frames, self.path.name).items()}
 
     @functools.cached_property
     def objects(self) -> list[int]:
-        found = {int(value) for file in self._files.values() for value in np.unique(_read_png(file, self.path.name))}
-        ids = sorted(found - {0, VOID})
-        if not ids and VOID in found:
+        ids, void = set(), False
+        for file in self._files.values():
+            ids_HW = _read_png(file, self.path.name)
+            found = set(np.unique(ids_HW).tolist()) - {0}
+            void |= found == {VOID}
+            ids |= found - {VOID if ids_HW.dtype == np.uint8 else IGNORED}
+        if void and not ids:
             detail = f"the masks of {self.path} have the values 0 and 255 only; an object needs an id from 1 to 254"
             raise UnreadableAnnotations(self.path.name, "no_ids", detail)
-        return ids
+        return sorted(ids)
 
     @functools.cached_property
     def numbers(self) -> list[int]:
@@ -307,12 +322,24 @@ def _pngs(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if file.suffix.lower() == ".png" and not file.name.startswith(".")]
 
 
+def _frames_of(files: list[Path], frames: Path, video: str) -> dict[Path, int]:
+    """Return the number of the frame that each mask belongs to; several objects' masks may be of one frame."""
+    folder = FrameFolder(frames)
+    by_name = dict(zip(folder.names, folder.numbers, strict=True))
+    try:
+        numbers = match_names(sorted({file.stem for file in files}), by_name)
+    except UnclearNames as fault:
+        detail = f"{files[0].parent}: {fault}; give masks the names of their frames"
+        raise UnreadableAnnotations(video, "names", detail) from fault
+    return {file: numbers[file.stem] for file in files}
+
+
 def _by_number(paths: list[Path], video: str) -> dict[int, Path]:
-    """Return files or folders by the numbers that are their names, ascending."""
+    """Return folders by the numbers that are their names, ascending."""
     found = {}
     for path in sorted(paths):
         if not path.stem.isdecimal():
-            raise UnreadableAnnotations(video, "names", f"{path} must have a number for a name, such as 00012.png")
+            raise UnreadableAnnotations(video, "names", f"{path} must have a number for a name, such as 002")
         other = found.setdefault(int(path.stem), path)
         if other != path:
             raise UnreadableAnnotations(video, "names", f"{other} and {path.name} have one number; remove one of them")
@@ -320,14 +347,17 @@ def _by_number(paths: list[Path], video: str) -> dict[int, Path]:
 
 
 def _read_png(path: Path, video: str) -> np.ndarray:
-    """Return the values of a mask, uint8 (H, W): of a palette image its indexes, not its colours."""
+    """Return the values of a mask (H, W): of a palette image its indexes, not its colours.
+
+    uint8, or int32 if the PNG has 16 bits.
+    """
     try:
         with Image.open(path, formats=("PNG",)) as image:  # whatever its name says, a JPEG has no exact values
-            if image.mode not in ("P", "L", "1"):
-                wanted = "8-bit palette or grey PNG, whose values are the objects' ids"
+            if image.mode not in MASK_TYPES:
+                wanted = "palette or grey PNG, whose values are the objects' ids"
                 detail = f"{path} is {image.mode}; save masks as {wanted}"
                 raise UnreadableAnnotations(video, "colour_mask", detail)
-            return np.array(image).astype(np.uint8)
+            return np.array(image).astype(MASK_TYPES[image.mode])
     except UnreadableAnnotations:
         raise
     except Image.DecompressionBombError as fault:

@@ -183,6 +183,11 @@ class MemoryStage(Stage):
         dense = memory_tokens(self.student.teacher.config)
         left_out = len(self.train_data.left_out) + len(self.val_data.left_out)
         short = f", {left_out:,} left out (no clip of {data.frames} annotated frames)" if left_out else ""
+        slow = self.train_data.unseekable + self.val_data.unseekable
+        if slow:
+            short += (
+                f"; {slow:,} are decoded whole before a clip (the index does not know that seeks find their frames)"
+            )
         return {
             "student": f"{config.memory_mode} memory, {', '.join(self.recipe.memory.trains)}  "
             f"{self.student_parameters / 1e6:.2f} M parameters learn, {self.frozen_parameters / 1e6:.2f} M are frozen",

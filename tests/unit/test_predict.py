@@ -3,11 +3,13 @@
 
 import json
 import shutil
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numbered_videos import shown, trim, write_video
 from PIL import Image
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
@@ -15,8 +17,10 @@ from transformers import Sam3TrackerModel, Sam3TrackerProcessor, Sam3TrackerVide
 
 from effsam3.cli import main
 from effsam3.data.synthetic_sav import mp4_bytes
+from effsam3.data.video_files import open_video
 from effsam3.models.prompted import Prompts, load_tracker, shown_masks, tracked_masks
 from effsam3.models.sam3 import chassis_folder
+from effsam3.predict import Images
 from effsam3.prediction_files import SHOWN
 
 HEIGHT, WIDTH = 90, 120
@@ -179,6 +183,14 @@ def test_a_video_by_a_box(model, inputs, source):
         assert [instance["id"] for instance in row["instances"]] == [1, 2]
         differing = (masks_in(row["instances"]) != masks_OHW.numpy()).mean()
         assert differing < (0.1 if source == "clip.mp4" else 1e-3)  # compression changes the pixels
+
+
+def test_a_trimmed_video_has_the_frames_that_are_shown(model, inputs):
+    write_video("whole.mp4", 8, encoder={"x264-params": "keyint=250:bframes=2:scenecut=0"})
+    trim("whole.mp4", "clip.mp4", Fraction(5, 24))  # 8 are in the file
+    found = predict(model, "clip.mp4", "--box", "20,10,60,50")
+    assert [row["frame"] for row in found["frames"]] == [0, 1, 2]
+    assert shown(np.stack([Images(open_video("clip.mp4"))[k].transpose(2, 0, 1) for k in range(3)])) == [5, 6, 7]
 
 
 def test_a_video_by_a_mask_and_by_a_text(model, inputs):

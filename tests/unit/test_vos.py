@@ -176,22 +176,54 @@ def test_bad_masks_are_named(tmp_path):
 
 def test_masks_that_would_be_lost_or_changed_are_refused(tmp_path):
     ids = np.ones((8, 10), np.uint8)
-    for name in ("twice", "lossy", "deep", "bomb", "capital"):
+    for name in ("twice", "lossy", "bomb", "capital"):
         write_davis(tmp_path, name, {0: ids}, range(3))
     masks = tmp_path / "Annotations"
     save(masks / "twice" / "0.png", Image.fromarray(ids))
     Image.fromarray(ids).save(masks / "lossy" / "00000.png", "JPEG")
-    save(masks / "deep" / "00000.png", Image.fromarray(ids.astype(np.uint16) * 300))
     bomb = bytearray((masks / "bomb" / "00000.png").read_bytes())
     bomb[16:24] = (50_000).to_bytes(4, "big") * 2
     bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
     (masks / "bomb" / "00000.png").write_bytes(bomb)
     (masks / "capital" / "00000.png").rename(masks / "capital" / "00000.PNG")
     videos = {video.name: video for video in open_vos(tmp_path)}
-    reasons = {"twice": "names", "lossy": "corrupt", "deep": "colour_mask", "bomb": "huge"}
+    reasons = {"twice": "names", "lossy": "corrupt", "bomb": "huge"}
     for name, reason in reasons.items():
         assert refused(name, lambda name=name: videos[name].objects or videos[name].masks(0)) == reason
     assert videos["capital"].masks(0)[1].all()
+
+
+def test_16_bit_masks_hold_ids_as_mots_writes_them(tmp_path):
+    ids = np.zeros((8, 10), np.uint16)
+    ids[:2], ids[2:4], ids[4:6] = 1007, 255, 10_000
+    write_davis(tmp_path, "a", {}, range(2))
+    save(tmp_path / "Annotations" / "a" / "00000.png", Image.fromarray(ids))
+    (video,) = open_vos(tmp_path)
+    assert video.objects == [255, 1007], "10000 is void"
+    assert all((mask == (ids == number)).all() for number, mask in video.masks(0).items())
+
+
+@pytest.mark.parametrize(
+    ("frames", "masks"),
+    [
+        (["frame_000000", "frame_000001", "frame_000002"], ["frame_000001", "frame_000002"]),  # CVAT
+        (["00000", "00001", "00002"], ["frame_000001", "frame_000002"]),
+        (["clip_0_1080p", "clip_1_1080p", "clip_2_1080p"], ["clip_1_1080p"]),
+        (["20261128_122000_700", "20261128_122001_400", "20261128_122002_100"], ["20261128_122001_400"]),
+    ],
+)
+def test_masks_belong_to_frames_by_the_names_that_frames_are_read_by(tmp_path, frames, masks):
+    for name in frames:
+        save(tmp_path / "JPEGImages" / "a" / f"{name}.jpg", Image.new("RGB", (10, 8)))
+        save(tmp_path / "JPEGImages_24fps" / "a" / f"{name}.jpg", Image.new("RGB", (10, 8)))
+    for value, name in enumerate(masks, 1):
+        image = Image.fromarray(np.full((8, 10), value, np.uint8))
+        save(tmp_path / "Annotations" / "a" / f"{name}.PNG", image)
+        save(tmp_path / "Annotations_6fps" / "a" / "000" / f"{name}.png", image)
+    (davis,), (sav,) = open_vos(tmp_path, "davis"), open_vos(tmp_path, "sav")
+    assert davis.annotated == sav.annotated == list(range(1, 1 + len(masks)))
+    for value, index in enumerate(davis.annotated, 1):
+        assert davis.masks(index)[value].all() and sav.masks(index)[0].all()
 
 
 def test_two_folders_of_one_object_are_refused(tmp_path):
