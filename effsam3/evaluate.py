@@ -6,7 +6,6 @@ python scripts/evaluate.py recipes/stage1/image/es_rv_m.yaml
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from effsam3.models.memory_slot import tracker_config
 from effsam3.models.memory_tracker import EfficientTracker, efficient_tracker_tensors, in_mode
 from effsam3.models.prompted import load_tracker
 from effsam3.models.sam3 import chassis_folder, elements, load_part, read_config
+from effsam3.models.slots import read_card
 from effsam3.models.text import TextTeacher, fold_repmixer
 from effsam3.models.tiny import MADE_UP
 from effsam3.models.tokens import Tokenizer
@@ -53,7 +53,7 @@ def run(recipe) -> dict:
     if not (folder / "merged" / "config.json").is_file():
         raise UserError(f"{folder}/merged is not there; run `effsam3 merge` first")
     # What was merged is what is measured, whatever has been changed in the recipe since.
-    merged = json.loads((folder / "merged" / "effsam3.json").read_text())
+    merged = read_card(folder / "merged", {"chassis": str, "revision": (str, None)})
     asked, unmeasured = recipes_by_slot(recipe)
     for slot in asked.keys() - merged["slots"].keys():
         raise UserError(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from effsam3.errors import UserError, did_you_mean
 from effsam3.progress import METRIC, each_run
-from effsam3.report import read_lines
+from effsam3.report import read_metrics
 
 Curve = list[tuple[int, float]]  # (step, value)
 
@@ -98,7 +98,7 @@ def read_curves(folder: Path) -> dict[str, Curve]:
         UserError: there are none.
     """
     curves: dict[str, Curve] = {}
-    for line in read_lines(folder / "metrics.jsonl"):
+    for line in read_metrics(folder / "metrics.jsonl"):
         step = line.pop("step")
         for name, value in line.items():
             if math.isfinite(value):

@@ -6,7 +6,6 @@ Light: the standard library only, so that a run can be asked how it is without s
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
@@ -16,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
+from effsam3.checked_files import read_json
 from effsam3.errors import UserError
 from effsam3.recipe import load_recipe
 from effsam3.report import write_json
@@ -123,6 +123,11 @@ class Progress:
         write_json(self.path, asdict(self.last))
 
 
+# What progress.json must hold, by the fields of RunProgress.
+_TYPES = {"str": str, "int": int, "float": float, "float | None": (float, None)}
+PROGRESS_FORM = {field.name: _TYPES[field.type] for field in fields(RunProgress)}
+
+
 def read_progress(folder: str | Path) -> RunProgress | None:
     """Read what a run last said, None if it has said nothing (yet).
 
@@ -132,11 +137,10 @@ def read_progress(folder: str | Path) -> RunProgress | None:
     path = Path(folder) / FILE
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return RunProgress(**{field.name: found[field.name] for field in fields(RunProgress)})
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); delete it") from error
+    found = read_json(path, PROGRESS_FORM, "delete it")
+    if found["state"] not in STATES:
+        raise UserError(f"{path} is damaged: {found['state'][:40]!r} is no state of a run; delete it")
+    return RunProgress(**{name: found[name] for name in PROGRESS_FORM})
 
 
 def run_folder(run: str | Path) -> Path:

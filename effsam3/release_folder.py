@@ -3,18 +3,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
+from effsam3.checked_files import read_json
 from effsam3.errors import UserError
 from effsam3.models.slots import CARD, first_chassis, read_card
 from effsam3.models.tiny import MADE_UP
 from effsam3.recipe import load_recipe
 
 SAM3 = "facebook/sam3"
+# What must be known of a model, and of a measurement, to tell which belongs to which.
+CARD_FORM = {"chassis": str, "revision": (str, None), "provenance": {"started": str}}
+RESULT_FORM = {"provenance": {"started": str, "slots": dict}}
 SAM_LICENSE_URL = "https://github.com/facebookresearch/sam3/blob/main/LICENSE"
 
 
@@ -84,10 +87,12 @@ def read_release(folder: Path, license_file: str | None = None) -> Release:
     """
     if not (folder / "merged" / CARD).is_file():
         raise ReleaseError(f"{folder}/merged is not there; run `effsam3 merge` first")
-    merged = read_card(folder / "merged")
+    merged = read_card(folder / "merged", CARD_FORM)
     chassis, revision = first_chassis(merged)
     results = sorted((folder / "eval").glob("*.json"))
-    measured = tuple(path for path in results if _is_of(merged, json.loads(path.read_text())["provenance"]))
+    remedy = "run `effsam3 evaluate` again"
+    made_by = {path: read_json(path, RESULT_FORM, remedy, ReleaseError)["provenance"] for path in results}
+    measured = tuple(path for path in results if _is_of(merged, made_by[path]))
     return Release(
         folder=folder,
         merged=merged,
@@ -101,10 +106,13 @@ def read_release(folder: Path, license_file: str | None = None) -> Release:
 
 def _is_of(merged: dict, evaluated: dict) -> bool:
     """Whether an evaluation came after the merge and measured the same students."""
-    merge, evaluation = (
-        datetime.strptime(provenance["started"], "%Y-%m-%dT%H:%M:%S%z")
-        for provenance in (merged["provenance"], evaluated)
-    )
+    try:
+        merge, evaluation = (
+            datetime.strptime(provenance["started"], "%Y-%m-%dT%H:%M:%S%z")
+            for provenance in (merged["provenance"], evaluated)
+        )
+    except ValueError as error:
+        raise ReleaseError(f"provenance.started says no time ({error}); merge and evaluate again") from error
     return merge <= evaluation and merged["slots"] == evaluated["slots"]
 
 

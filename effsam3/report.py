@@ -12,6 +12,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from effsam3.checked_files import mismatch
+
 VERSIONS = ("effsam3", "torch", "transformers", "timm", "accelerate", "deepspeed", "datasets", "numpy")
 
 
@@ -97,7 +99,7 @@ class Report:
     def forget_metrics_after(self, step: int) -> int:
         """Drop metrics of steps that a resumed run will take again; returns the last step that there was, or 0."""
         path = self.folder / "metrics.jsonl"
-        found = read_lines(path) if self.is_main else []
+        found = read_metrics(path) if self.is_main else []
         if found:  # written anew also without any, because a kill may have cut the last line off
             lines = [line for line in found if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
@@ -114,12 +116,19 @@ def read_lines(path: Path) -> list[dict]:
     if not path.is_file():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            found.append(json.loads(line))
-        except ValueError:
+            content = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(content, dict):
+            found.append(content)
     return found
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """Read a run's metrics.jsonl in the same way: lines of a step and numbers alone."""
+    return [line for line in read_lines(path) if not mismatch(line, {"step": int, str: float})]
 
 
 def table(rows: list[list[str]], header: list[str], text_columns: int = 1) -> str:

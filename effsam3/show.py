@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -217,7 +216,7 @@ def _part(slot: str, recipe: Any) -> str:
         return f"{folder}: {trained.student}, {PARTS[slot](trained)}"
     for made in (folder / "effsam3.json", folder / "merged" / "effsam3.json"):
         if made.is_file():
-            slots = json.loads(made.read_text(encoding="utf-8"))["slots"]
+            slots = read_json(made, {"slots": {str: {"student": str}}}, "merge or import the model again")["slots"]
             return f"{made.parent}: {slots[slot]['student'] if slot in slots else 'no student in this slot'}"
     raise UserError(f"there is no run and no model in {folder}")
 

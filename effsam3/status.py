@@ -16,10 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from effsam3.checked_files import read_yaml
 from effsam3.progress import METRIC, each_run, read_progress
-from effsam3.report import read_lines, table
+from effsam3.report import read_lines, read_metrics, table
 
 ALIVE = ("running", "silent")  # what `--watch` waits for
 BLOCKS = [chr(0x2581 + height) for height in range(8)]  # unicode's lower blocks, an eighth to a whole
@@ -35,6 +34,13 @@ LATEST = {
     "samples_per_s_per_device": "perf/samples_per_s_per_device",
     "peak_gib": "perf/peak_gib",  # of one device
     "mfu": "perf/mfu",  # share of the device's peak
+}
+RECIPE_FORM = {
+    "name?": str,
+    "stage?": str,
+    "student?": (str, None),
+    "memory?": {"mode?": str},
+    "train?": {"steps?": (int, None)},
 }
 NOT_LOSSES = ("train/lr", "train/grad_norm")
 
@@ -79,8 +85,8 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
     `now` is the time in seconds since 1970, by default the present.
     """
     progress = read_progress(folder)
-    recipe = _yaml(folder / "recipe.yaml")
-    lines = read_lines(folder / "metrics.jsonl")
+    recipe = _read(folder / "recipe.yaml", RECIPE_FORM)
+    lines = read_metrics(folder / "metrics.jsonl")
     trained = [line for line in lines if "train/loss" in line]
     last = trained[-1] if trained else {}
     checkpoints = folder / "checkpoints"
@@ -102,9 +108,9 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
         **_validations(lines, METRIC.get(recipe.get("stage"))),
         "checkpoints": [path.name for path in saved],
         "best_checkpoint": best[-1].name if best else None,
-        "unreadable": len({line["key"] for line in read_lines(folder / "unreadable.jsonl")}),
+        "unreadable": len({str(line.get("key")) for line in read_lines(folder / "unreadable.jsonl")}),
         "skipped_micro_batches": len(
-            {(one["step"], one["micro_batch"]) for one in read_lines(folder / "skipped.jsonl")}
+            {(str(one.get("step")), str(one.get("micro_batch"))) for one in read_lines(folder / "skipped.jsonl")}
         ),
         "trackers": _trackers(folder),
     }
@@ -121,8 +127,8 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
             "error": progress.error,
         }
     else:  # a run from before runs kept progress.json
-        ended = saved and json.loads((saved[-1] / "trainer.json").read_text())["ended"]
-        provenance = _yaml(folder / "provenance.json")  # JSON is YAML
+        ended = saved and _read(saved[-1] / "trainer.json", {"ended?": bool}).get("ended")
+        provenance = _read(folder / "provenance.json", {"layout?": str})
         unknown = dict.fromkeys(("age_s", "host", "pid"))
         state = "complete" if ended else "unknown"
         facts |= {"state": state, "layout": provenance.get("layout"), "error": "", **unknown}
@@ -144,8 +150,9 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _yaml(path: Path) -> dict:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read(path: Path, form: dict) -> dict:
+    # JSON is YAML
+    return read_yaml(path, form, "restore it, or delete it") if path.is_file() else {}
 
 
 def _validations(lines: list[dict], metric: str | None) -> dict[str, Any]:

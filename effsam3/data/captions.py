@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from effsam3.checked_files import read_json
 from effsam3.data.caption_stream import (
     EXAMPLES,
     ROWS,
@@ -40,6 +41,8 @@ from effsam3.data.sa1b import SPLITS, write_atomic
 from effsam3.errors import UserError
 
 CACHE = ".captions"  # folder beside the files; may be deleted at any time
+# What is kept beside a copy that was made: how many entries were left out or changed, by reason.
+COUNTS_FORM = {str: {"count": int, "examples": [str]}}
 VERSION = 1  # of what it holds and of how texts are cleaned; another number makes older ones void
 SOURCES = ("captions", "phrases")
 
@@ -255,7 +258,8 @@ def _copies(files: Sequence[str], column: str, cache_dir, workers: int, report: 
     if missing:
         _make_copies(missing, workers)
     for copy in copies:
-        for reason, entry in json.loads(copy.with_suffix(".json").read_text()).items():
+        counts = read_json(copy.with_suffix(".json"), COUNTS_FORM, "delete it, and it is made again")
+        for reason, entry in counts.items():
             count(report, reason, entry["examples"], entry["count"])
     return copies
 

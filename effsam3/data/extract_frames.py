@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import shutil
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from effsam3.checked_files import read_json
 from effsam3.data.indexing import advance, worker_pool
 from effsam3.data.sa1b import Unreadable
 from effsam3.data.video_decoder import pictures_in_a_row
@@ -63,7 +63,8 @@ def extract_frames(
 def _claim(out: Path, settings: dict) -> None:
     """Note in a folder how its frames are made, or refuse one whose frames were made otherwise."""
     stamp = out / ".extracted.json"
-    if stamp.is_file() and (found := json.loads(stamp.read_text(encoding="utf-8"))) != settings:
+    form = {"every": int, "quality": int}
+    if stamp.is_file() and (found := read_json(stamp, form, "delete this folder")) != settings:
         raise UserError(
             f"{out} holds frames with --every {found['every']} --quality {found['quality']}, asked are --every "
             f"{settings['every']} --quality {settings['quality']}; name another folder, or delete this one"

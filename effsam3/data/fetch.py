@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from effsam3.checked_files import read_json
 from effsam3.data.sa1b import write_atomic
 from effsam3.errors import UserError
 
@@ -242,7 +243,7 @@ def _read(remote, wanted: int) -> bytes:
 def fetched_files(folder: Path) -> dict[str, str]:
     """Return name: SHA-256 of the files that have passed in a folder; needs no Hub."""
     path = folder / FETCHED
-    return json.loads(path.read_text())["files"] if path.is_file() else {}
+    return read_json(path, {"files": {str: str}}, "delete it, and fetch again")["files"] if path.is_file() else {}
 
 
 def _sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from effsam3.checked_files import mismatch, read_json
 from effsam3.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "effsam3-store", 1
 INPUTS = "inputs"  # entry of a description: how records are tied to what their features were made of
+RESTORE = "restore it, or export into an empty folder"
+MANIFEST_FORM = {
+    "format": str,
+    "version": int,
+    "fields": [{"name": str, "dtype": str, "shape": [int]}],
+    "description": dict,
+    "expected?": (int, None),
+    "records?": (int, None),
+    "skipped": [{"key": str, "reason": str}],
+    "statistics?": (dict, None),
+    "shards": [{"file": str, "keys": str, "records": int, "stride": int, "offset?": int, "journal?": bool}],
+}
 DTYPES = ("float16", "float32", "int8", "uint8", "int32")
 
 
@@ -92,6 +105,16 @@ class Manifest:
         unit = 4096 if self.payload >= 64 << 10 else 64
         return -(-self.payload // unit) * unit
 
+    def facts(self, form: dict) -> dict:
+        """The description, in which there must be what `form` says; see effsam3/checked_files.py.
+
+        Raises:
+            StoreError: it lacks something, or has it otherwise.
+        """
+        if wrong := mismatch(self.description, form):
+            raise StoreError(f"manifest.json is damaged: its description, {wrong}; {RESTORE}")
+        return self.description
+
     @property
     def header(self) -> str:
         """First line of every journal: a shard that meets another store's manifest is recognised by it."""
@@ -162,15 +185,15 @@ def open_manifest(root: str | Path) -> Manifest:
             f"`effsam3 store import SOURCE {root}` makes one of upstream's shards"
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, MANIFEST_FORM, RESTORE, StoreError)
         if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
             raise StoreError(f"{path} is not version {VERSION} of {FORMAT}: export again, into an empty folder")
         content["fields"] = tuple(Field(**entry) for entry in content["fields"])
         content["shards"] = tuple(Shard(**entry) for entry in content["shards"])
         content["skipped"] = tuple(content["skipped"])
         return Manifest(**content)
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"{path} is malformed ({error!r}): restore it, or export into an empty folder") from error
+    except TypeError as error:  # a name that Field, Shard or Manifest does not have
+        raise StoreError(f"{path} is damaged ({error}); {RESTORE}") from error
 
 
 def ties_inputs(root: str | Path) -> bool:

@@ -6,12 +6,13 @@ Counts are exact numbers of parameters; docs/parameters.md says where each comes
 
 from __future__ import annotations
 
-import json
 import pickletools
+import struct
 from dataclasses import dataclass, fields
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
+from effsam3.checked_files import parse_json, read_text
 from effsam3.errors import UserError, did_you_mean
 from effsam3.models import tiny
 
@@ -311,17 +312,24 @@ def chassis_facts(checkpoint: str) -> ChassisFacts:
             "give a local transformers folder, a sam3.pt, facebook/sam3, random or tiny"
         )
     try:
-        config = _config_in(source) if source == path else json.loads(source.read_text(encoding="utf-8"))
-        return SAM3 if config is None else _facts(config["detector_config"]["vision_config"])
-    except (KeyError, TypeError, ValueError, BadZipFile) as error:
+        said = _config_in(source) if source == path else read_text(source, GIVE)
+    except NOT_LISTED as error:
         raise UserError(
-            f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT ({type(error).__name__}: {error})"
-            "; give a folder that transformers' Sam3VideoModel.save_pretrained wrote, or a sam3.pt"
+            f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT ({type(error).__name__}: {error}); {GIVE}"
         ) from error
+    if said is None:
+        return SAM3
+    form = {"detector_config": {"vision_config": VISION_FORM}}
+    where = f"sam3.checkpoint: {source}, as the config of a SAM 3 with its own ViT,"
+    if source == path:
+        config = parse_json(said, {"config": form}, where, GIVE)["config"]
+    else:
+        config = parse_json(said, form, where, GIVE)
+    return _facts(config["detector_config"]["vision_config"])
 
 
-def _config_in(file: Path) -> dict | None:
-    """The config that a sam3.pt of this project carries; None: it has the published sizes.
+def _config_in(file: Path) -> str | None:
+    """What a sam3.pt of this project says of itself, JSON; None: it says nothing, and has the published sizes.
 
     Its pickle is only listed, so this takes neither torch nor trust.
     """
@@ -329,10 +337,22 @@ def _config_in(file: Path) -> dict | None:
         folder = archive.namelist()[0].partition("/")[0]
         listing = pickletools.genops(archive.read(f"{folder}/data.pkl"))
         texts = [argument for _, argument, _ in listing if isinstance(argument, str)]
-    return json.loads(texts[texts.index("effsam3") + 1])["config"] if "effsam3" in texts else None
+    return texts[texts.index("effsam3") + 1] if "effsam3" in texts else None
+
+
+GIVE = "give a folder that transformers' Sam3VideoModel.save_pretrained wrote, or a sam3.pt"
+VISION_FORM = {
+    "fpn_hidden_size": int,
+    "backbone_config": {field.name: int for field in fields(ChassisFacts) if field.name != "fpn_hidden_size"},
+}
+# What listing a file that is no sam3.pt may raise.
+NOT_LISTED = (BadZipFile, EOFError, LookupError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
 
 
 def _facts(vision: dict) -> ChassisFacts:
     """Pick the facts out of a vision config: all but the neck's width are its backbone's."""
     backbone = {**vision["backbone_config"], "fpn_hidden_size": vision["fpn_hidden_size"]}
-    return ChassisFacts(**{field.name: backbone[field.name] for field in fields(ChassisFacts)})
+    found = ChassisFacts(**{field.name: backbone[field.name] for field in fields(ChassisFacts)})
+    if wrong := [name for name, size in vars(found).items() if not 0 < size < 2**17]:
+        raise UserError(f"sam3.checkpoint: {wrong[0]} is {backbone[wrong[0]]}, which is the size of no SAM 3; {GIVE}")
+    return found

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from effsam3.checked_files import mismatch, read_json
 from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler
 from effsam3.data.statistics import FeatureStatistics
@@ -18,6 +19,8 @@ from effsam3.models.slots import start_from
 from effsam3.models.teacher import parameter_count
 from effsam3.report import table
 from effsam3.schema.rules import names_a_model
+
+STATISTICS_FORM = {"mean": [float], "deviation": [float]}
 
 
 class Stage:
@@ -38,7 +41,17 @@ class Stage:
         self.device = accelerator.device
 
     def set_statistics(self, statistics: dict) -> None:
-        """Keep the teacher's per-channel mean and deviation on the device."""
+        """Keep the teacher's per-channel mean and deviation on the device.
+
+        Raises:
+            UserError: they are not those of a teacher of so many channels.
+        """
+        wrong = mismatch(statistics, STATISTICS_FORM)
+        if wrong or {len(statistics[name]) for name in STATISTICS_FORM} != {self.facts["channels"]}:
+            raise UserError(
+                f"the statistics of the teacher's features are damaged: {wrong or 'not one of each channel'}; export "
+                "again, or restore the store's manifest.json"
+            )
         self.mean_C, self.deviation_C = (
             torch.tensor(statistics[name], dtype=torch.float32, device=self.device) for name in ("mean", "deviation")
         )
@@ -62,14 +75,15 @@ class Stage:
         path = self.report.folder / "feature_statistics.json"
         made_from = {"features": self.facts, "data": asdict(self.recipe.data)}
         made_from["data"].pop("workers")
-        kept = json.loads(path.read_text()) if path.is_file() else {}
+        form = {"made_from": dict} | STATISTICS_FORM
+        kept = read_json(path, form, "delete it, and it is made again") if path.is_file() else {}
         if self.accelerator.is_main_process and kept.get("made_from") != json.loads(json.dumps(made_from)):
             statistics = FeatureStatistics(self.facts["channels"])
             for batch in self.statistics_batches():
                 statistics.update(self.target(batch), self.valid(batch))
             self.report.write_json(path.name, statistics.result() | {"made_from": made_from})
         self.accelerator.wait_for_everyone()
-        return json.loads(path.read_text())
+        return read_json(path, form, "delete it, and it is made again")
 
     def samples(self, batch: dict) -> list[str]:
         """Names of a training batch's samples, to say which ones made trouble."""

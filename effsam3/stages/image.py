@@ -6,7 +6,6 @@ Letters: B images, C channels, G grid rows and columns, S image side in pixels.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from effsam3.accelerator import frozen_autocast
+from effsam3.checked_files import read_json
 from effsam3.data.image_features import ImageFeatures, store_keys, stored_features
 from effsam3.data.loader import loader
 from effsam3.data.own_photographs import ready_photographs
@@ -67,7 +67,7 @@ def ready_index(recipe, accelerator, say: Callable[[str], object] = print) -> Pa
             make_synthetic_sa1b(index.parent / "images", made["images"], side_px=made["side_px"])
             build_index([index.parent / "images"], index, SYNTHETIC_HELD_OUT, workers=1, progress=False)
             write_json(stamp, made)
-        elif (found := json.loads(stamp.read_text())) != made:
+        elif (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
             raise UserError(
                 f"{index.parent} holds synthetic images made as {found}, the recipe asks for {made}; give data.index "
                 "another folder, or delete this one"
@@ -93,6 +93,10 @@ def image_dataset(
         keys = store_keys(rows, store.manifest.ties_inputs)
         rows = rows.select([position for position, key in enumerate(keys) if key not in skipped])
     return ImageFeatures(rows, index.parent, image_size, recipe.data.resize, store, tied)
+
+
+# What a store must say of its features before a student learns from them.
+FACTS = {"tap": str, "grid": int, "channels": int, "image_size": int, "resize": str, "teacher": dict}
 
 
 class ImageTeacherPass:
@@ -236,7 +240,7 @@ class ImageStage(Stage):
             store = None
         else:
             store = self._open_store()
-            self.facts = store.manifest.description
+            self.facts = store.manifest.facts(FACTS)
         side = self.facts["image_size"]
         self.train_data = image_dataset(recipe, index, "train", side, store)
         self.val_data = image_dataset(recipe, index, "val", side, store, most=recipe.train.eval_samples)

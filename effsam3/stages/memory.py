@@ -7,7 +7,6 @@ corrected frames, K clicks on each of them.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from effsam3.checked_files import read_json
 from effsam3.data.clips import VideoClips
 from effsam3.data.index_sav import build_index
 from effsam3.data.sav import load_index
@@ -62,7 +62,7 @@ def ready_index(recipe, accelerator) -> Path:
             make_synthetic_sav(index.parent / "videos", **made)
             build_index([index.parent / "videos"], index, SYNTHETIC_HELD_OUT, workers=1, progress=False)
             write_json(stamp, made)
-        elif (found := json.loads(stamp.read_text())) != made:
+        elif (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
             raise UserError(
                 f"{index.parent} holds synthetic videos made as {found}, the recipe asks for {made}; give data.index "
                 "another folder, or delete this one"

@@ -6,7 +6,6 @@ Letters: B texts, L tokens, C channels of SAM 3's detector. Losses see token fea
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effsam3.accelerator import frozen_autocast
+from effsam3.checked_files import read_json
 from effsam3.data.caption_batches import CaptionBatches, as_map, valid_tokens
 from effsam3.data.caption_stream import stream_captions
 from effsam3.data.captions import open_captions
@@ -68,7 +68,7 @@ def _make_synthetic(data) -> None:
     for path in filter(None, (data.captions, *data.phrases)):
         stamp = Path(path).with_suffix(".synthetic.json")
         if stamp.is_file():
-            if (found := json.loads(stamp.read_text())) != made:
+            if (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
                 raise UserError(
                     f"{path} holds synthetic captions made as {found}, the recipe asks for {made}; name another path, "
                     "or delete this one"
@@ -260,7 +260,7 @@ class TextStage(Stage):
             self.facts = {"kind": "text", "tap": "text", "channels": self.teacher.channels, "teacher": made_by}
         else:
             store = StoreReader(recipe.export.to)
-            self.facts = store.manifest.description
+            self.facts = store.manifest.facts({"channels": int, "context_length": int, "teacher": dict})
             refuse_other_teacher(recipe, self.facts["teacher"])
             if self.facts["context_length"] != recipe.data.context_length:
                 raise UserError(
