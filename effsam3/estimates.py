@@ -15,11 +15,11 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-import yaml
 
+from effsam3.checked_files import read_yaml
 from effsam3.dry_run import dry_stage, peak_bytes
 from effsam3.errors import UserError
-from effsam3.layouts import REDUCE_BUCKET, layout_file, layout_processes
+from effsam3.layouts import REDUCE_BUCKET, REMEDY, layout_file, layout_processes
 from effsam3.recipe import flat
 
 Found = TypeVar("Found")
@@ -114,7 +114,7 @@ def read_layout(hardware: str) -> Layout:
         UserError: there is no such layout.
     """
     file = layout_file(hardware)
-    config = yaml.safe_load(file.read_text(encoding="utf-8")).get("deepspeed_config", {})
+    config = read_yaml(file, {"deepspeed_config?": dict}, REMEDY).get("deepspeed_config", {})
     kept = [config.get(f"offload_{part}_device", "none") != "none" for part in ("optimizer", "param")]
     return Layout(hardware, layout_processes(file), config.get("zero_stage"), *kept)
 

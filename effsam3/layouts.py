@@ -7,10 +7,14 @@ from pathlib import Path
 
 import yaml
 
+from effsam3.checked_files import read_yaml
 from effsam3.errors import UserError, did_you_mean
 
 # Elements that DeepSpeed reduces at a time; it allocates as many, however small the student.
 REDUCE_BUCKET = 50_000_000
+# What of a layout file is a number, and what to do where the file is damaged.
+COUNTS = ("num_processes", "num_machines", "main_process_port")
+REMEDY = "write it again with `accelerate config --config_file`, or name another (hardware)"
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -55,4 +59,8 @@ def layout_environment(file: Path) -> dict[str, str]:
 
 def _read(file: Path) -> dict:
     # BaseLoader: NO stays text instead of becoming a boolean.
-    return yaml.load(file.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    form = {"distributed_type": str} | {f"{name}?": str for name in COUNTS}
+    content = read_yaml(file, form, REMEDY, loader=yaml.BaseLoader)
+    if wrong := [name for name in COUNTS if not content.get(name, "0").isdecimal()]:
+        raise UserError(f"{file}: {wrong[0]} is {content[wrong[0]]!r}, expected a number; {REMEDY}")
+    return content

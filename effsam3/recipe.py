@@ -169,6 +169,8 @@ def _read(path: Path, problems: list[str], children: tuple[Path, ...]) -> Mappin
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not a text file in UTF-8 ({error})") from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror}); name a recipe that you may read") from error
     tree = parse(text, path.name, problems)
     if not isinstance(tree, Mapping):
         raise RecipeError(f"{path} holds {tree}; a recipe is made of lines `key: value`")

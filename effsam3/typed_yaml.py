@@ -21,6 +21,7 @@ INTEGER = re.compile(r"[-+]?\d+(_\d+)*")
 NUMBER = re.compile(r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 LEADING_ZERO = re.compile(r"[-+]?0[\d_]")
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+MOST_NODES, DEEPEST = 10_000, 50
 NULLS = ("", "~", "null", "Null", "NULL")
 
 
@@ -86,11 +87,18 @@ def parse(text: str, name: str, problems: list[str], where: str | None = None) -
         raise RecipeError(f"{name} is not YAML: {what}{line}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{name} is damaged: its values are nested too deep") from error
+    nodes = 0
 
     def place(node: yaml.Node) -> str:
         return where or f"{name} line {node.start_mark.line + 1}"
 
     def tree(node: yaml.Node, above: tuple[yaml.Node, ...]) -> Tree:
+        nonlocal nodes
+        nodes += 1
+        if nodes > MOST_NODES or len(above) > DEEPEST:  # aliases inside aliases multiply
+            raise RecipeError(f"{name} is no recipe: it holds more than {MOST_NODES:,} values, or they lie too deep")
         if any(node is other for other in above):
             raise RecipeError(f"{place(node)}: a YAML alias to the mapping or list it is in; write it out")
         if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):

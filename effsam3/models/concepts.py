@@ -23,7 +23,7 @@ from torchvision.ops import box_convert
 from transformers import Sam3VideoModel
 
 from effsam3.models.prompted import at_full_size
-from effsam3.models.sam3 import processor, quiet_transformers, refuse_partial
+from effsam3.models.sam3 import processor, quiet_transformers, read_config, refuse_damaged, refuse_partial
 from effsam3.models.tokens import PromptTokenizer
 
 PADDING = -10  # the label with which transformers' SAM 3 marks boxes that only fill up a batch
@@ -70,8 +70,10 @@ class ConceptModel:
         """Load a chassis or merged folder.
 
         Raises:
-            ChassisError: the folder lacks tensors or holds others.
+            ChassisError: the folder lacks tensors or holds others, or some that are not finite.
         """
+        read_config(folder)
+        refuse_damaged(folder)
         with quiet_transformers():
             model, info = Sam3VideoModel.from_pretrained(
                 folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True

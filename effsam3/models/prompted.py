@@ -18,7 +18,7 @@ from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerV
 from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
 
 from effsam3.models.memory_tracker import EfficientTracker
-from effsam3.models.sam3 import quiet_transformers, read_config, refuse_partial
+from effsam3.models.sam3 import quiet_transformers, read_config, refuse_damaged, refuse_partial
 
 # model_type of a release's tracker_config -> class
 TRACKERS = {"sam3_tracker_video": Sam3TrackerVideoModel, "effsam3_tracker_video": EfficientTracker}
@@ -54,8 +54,9 @@ def load_tracker(folder: Path) -> Sam3TrackerVideoModel:
     """Load the tracker of a chassis or merged folder with its trunk, float32, frozen, in eval mode.
 
     Raises:
-        ChassisError: the folder lacks tensors or holds others.
+        ChassisError: the folder lacks tensors or holds others, or some that are not finite.
     """
+    refuse_damaged(folder)
     tracker_class = TRACKERS[read_config(folder).tracker_config.model_type]
     with quiet_transformers():
         model, info = tracker_class.from_pretrained(

@@ -278,6 +278,15 @@ def map_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     return tensors
 
 
+def refuse_damaged(folder: Path) -> None:
+    """Refuse a folder with tensors that cannot be weights, before transformers reads it by itself.
+
+    Raises:
+        ChassisError: it cannot be read, or a tensor is not of real, finite numbers.
+    """
+    refuse_unusable(map_tensors(folder), str(folder), AGAIN, ChassisError)
+
+
 def to_float32(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor of real numbers as float32 and any other, or one that is float32 already, as it is."""
     return tensor.float() if tensor.is_floating_point() else tensor

@@ -7,21 +7,19 @@ Two layouts are read: Apple's own (`text_encoder.*`, the only one with MobileCLI
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from effsam3.models.keymaps import KeyMap, section
 from effsam3.models.keymaps.mobileclip import APPLE, HOLES, OPEN_CLIP, POSITIONS
 from effsam3.models.text import StudentText
+from effsam3.models.torch_file import PickledError, load
 from effsam3.models.vision import StudentError
+from effsam3.tensor_files import read_safetensors, refuse_unusable
 
 _LAYOUTS = {
     "text_encoder.embedding_layer.weight": KeyMap(
@@ -160,12 +158,14 @@ def _find(weights: str) -> Path:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """Read a checkpoint's tensors; of pickles, nothing but tensors."""
+    remedy = "fetch it again, or name other weights (student_init)"
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, remedy, StudentError)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        raise StudentError(f"student_init: {path} is not a checkpoint of tensors alone ({error})") from error
+        tensors = load(path)
+    except PickledError as error:
+        raise StudentError(f"student_init: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise StudentError(f"student_init: {path} does not hold a plain mapping of names to tensors")
+    refuse_unusable(tensors, f"student_init: {path}", remedy, StudentError)
     return tensors

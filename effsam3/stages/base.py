@@ -15,6 +15,7 @@ from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler
 from effsam3.data.statistics import FeatureStatistics
 from effsam3.data.store import StoreError, StoreReader, untied
+from effsam3.errors import UserError
 from effsam3.models.slots import start_from
 from effsam3.models.teacher import parameter_count
 from effsam3.report import table

@@ -125,7 +125,7 @@ def test_a_reader_never_meets_half_a_file(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "progress.json").write_text('{"state": "running"}')
-    with pytest.raises(UserError, match=r"progress.json cannot be read \(KeyError: 'step'\); delete it"):
+    with pytest.raises(UserError, match=r"progress.json is damaged: step is missing; delete it"):
         read_progress(tmp_path)
 
 
