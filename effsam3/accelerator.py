@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from effsam3.errors import UserError
-from effsam3.layouts import REDUCE_BUCKET
+from effsam3.errors import RecipeError, UserError
+from effsam3.layouts import REDUCE_BUCKET, layout_file, layout_on_cpu, no_devices, twin_on_cpu
 
 PRECISION = {"bf16": "bf16", "fp32": "no"}
 
@@ -21,6 +21,31 @@ PRECISION = {"bf16": "bf16", "fp32": "no"}
 def launched_processes() -> int:
     """Number of processes that the launcher has started, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def refuse_missing_gpu(hardware: str) -> None:
+    """Refuse to work on the CPU, a hundred times slower, where GPUs were asked for.
+
+    What counts is the layout that `accelerate launch` was given, else the recipe's.
+
+    Raises:
+        RecipeError: the layout is for GPUs, and there is none.
+    """
+    if torch.cuda.is_available():
+        return
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by every `accelerate launch`
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        if on_cpu or no_devices(os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+            return
+        asked, other = "`accelerate launch` was told to use GPUs", "--config_file accelerate_configs/cpu.yaml"
+    else:
+        if layout_on_cpu(layout_file(hardware)):
+            return
+        asked, other = f"hardware: {hardware} is for GPUs", f"hardware={twin_on_cpu(hardware)}"
+    raise RecipeError(
+        f"{asked}, but torch {torch.__version__} finds none here; see that nvidia-smi lists one, that this job or "
+        f"container was given it, and that torch is built for it. To work on the CPU all the same: {other}"
+    )
 
 
 def make_accelerator(

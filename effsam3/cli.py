@@ -31,7 +31,7 @@ VERBS = {
     "store": "show, verify or import a store of teacher features",
 }
 SAVING = ("export", "train")  # verbs that finish and keep what they are at when they are asked to stop
-RECIPE_HELP = "YAML file of one run, such as recipes/stage1/image/es_rv_m.yaml"
+RECIPE_HELP = "YAML file of one run, such as recipes/stage1/image/es_rv_m.yaml, or the folder of a run that has begun"
 FULL_DISK = "; make room, the same command goes on from what is saved"
 RUN_HELP = "a run folder such as runs/smoke-image, or the recipe of a run"
 RESUME_HELP = (
@@ -135,8 +135,11 @@ def _run(verb: str, argv: list[str]) -> int:
         return _status(parser, argv)
     if verb == "plot":
         return _plot(parser, argv)
+    refuse_dashes(argv)
     parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES_HELP)
+    # No default, and argparse would ask for them where the recipe is missing.
+    overrides = parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES_HELP)
+    overrides.required = False
     if verb == "launch":
         verbs = "export, train, merge or evaluate, before any key=value; without it all four run in order"
         parser.description += f". VERB is {verbs}."
@@ -202,6 +205,24 @@ def _run(verb: str, argv: list[str]) -> int:
 
         push.run(recipe, dry_run=arguments.dry_run)
     return 0
+
+
+def refuse_dashes(argv: Sequence[str]) -> None:
+    """Refuse keys of a recipe that are spelled as options.
+
+    Raises:
+        UserError: naming the right spelling.
+    """
+    from effsam3.schema import STAGES
+
+    sections = {field for stage in STAGES.values() for field in stage.__dataclass_fields__}
+    for place, word in enumerate(argv):
+        key, equals, value = word.lstrip("-").partition("=")
+        if word.startswith("-") and key.split(".")[0] in sections:
+            following = argv[place + 1 : place + 2]
+            if not equals and following and "=" not in following[0]:
+                word, value = f"{word} {following[0]}", following[0]
+            raise UserError(f"{word}: keys of a recipe are given as {key}={value or 'VALUE'}, without dashes")
 
 
 def _add_machines(parser: argparse.ArgumentParser) -> None:

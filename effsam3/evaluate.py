@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from effsam3.accelerator import refuse_missing_gpu
 from effsam3.benchmarks.fidelity import feature_fidelity
 from effsam3.benchmarks.masks import prompted_mask_quality
 from effsam3.benchmarks.models import load_pair
@@ -49,6 +50,7 @@ def run(recipe) -> dict:
         UserError: there is no merged model yet, it has no student where the recipe measures one, or prompts are asked
             for and no held-out image has annotations.
     """
+    refuse_missing_gpu(recipe.hardware)
     folder = recipe.folder
     if not (folder / "merged" / "config.json").is_file():
         raise UserError(f"{folder}/merged is not there; run `effsam3 merge` first")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from effsam3.accelerator import layout, make_accelerator
+from effsam3.accelerator import layout, make_accelerator, refuse_missing_gpu
 from effsam3.data.loader import loader
 from effsam3.data.statistics import SAMPLE, FeatureStatistics, statistics_sample
 from effsam3.data.store import (
@@ -55,6 +55,7 @@ def run(recipe, check: int | None = None) -> None:
             "the recipe says teacher: online, so train needs no store and there is nothing to export; set "
             "teacher=stored to export"
         )
+    refuse_missing_gpu(recipe.hardware)
     torch.manual_seed(recipe.train.seed)
     accelerator = make_accelerator(recipe.train.precision)
     report = Report(Path(recipe.train.runs) / recipe.name, accelerator.is_main_process)
@@ -187,7 +188,9 @@ def _statistics(root: Path, teacher_pass) -> dict:
     train = teacher_pass.datasets[0]
     sample = stored_sample(reader, train, SAMPLE)
     if not sample:
-        raise StoreError(f"none of the {len(train)} training samples could be exported to {root}; see the reasons")
+        raise StoreError(
+            f"none of the {len(train)} training samples could be exported; {root}/skipped-*.tsv gives the reasons"
+        )
     statistics = FeatureStatistics(teacher_pass.channels)
     for position in sample:
         statistics.update(*teacher_pass.stored(reader, train, [position]))

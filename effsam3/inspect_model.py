@@ -322,7 +322,7 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 def _about_run(facts: dict[str, Any]) -> dict[str, str]:
-    merged = "below" if facts["merged"] else f"not yet; effsam3 merge {facts['path']}/recipe.yaml makes it"
+    merged = "below" if facts["merged"] else f"not yet; effsam3 merge {facts['path']} makes it"
     checkpoints = ", ".join(facts["checkpoints"]) or "none"
     return {"recipe": _recipe_text(facts["recipe"]), "checkpoints": checkpoints, "merged": merged}
 

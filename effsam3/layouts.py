@@ -57,6 +57,23 @@ def layout_environment(file: Path) -> dict[str, str]:
     return {"ACCELERATE_USE_CPU": "true"} if _read(file).get("use_cpu") == "true" else {}
 
 
+def layout_on_cpu(file: Path) -> bool:
+    """Return whether a layout asks for no GPU, also where there are some."""
+    layout = _read(file)
+    return layout.get("use_cpu") == "true" or no_devices(layout.get("gpu_ids", ""))
+
+
+def no_devices(devices: str) -> bool:
+    """Return whether a list of devices, as in `gpu_ids` and CUDA_VISIBLE_DEVICES, says that there shall be none."""
+    return bool(devices) and set(devices.split(",")) == {"-1"}
+
+
+def twin_on_cpu(hardware: str) -> str:
+    """Return the layout on CPUs that takes the place of another: the one with as many processes, or one process."""
+    twin = layout_file("cpu").with_name(f"{hardware}_cpu.yaml")
+    return twin.stem if twin.is_file() else "cpu"
+
+
 def _read(file: Path) -> dict:
     # BaseLoader: NO stays text instead of becoming a boolean.
     form = {"distributed_type": str} | {f"{name}?": str for name in COUNTS}

@@ -86,8 +86,7 @@ def run(recipe) -> Path:
     for note in notes:
         report.say(note)
     report.say(
-        f"\n{folder / 'merged'} holds the whole model; it reads back bit for bit. next: effsam3 evaluate "
-        f"{folder}/recipe.yaml"
+        f"\n{folder / 'merged'} holds the whole model; it reads back bit for bit. next: effsam3 evaluate {folder}"
     )
     return folder / "merged"
 

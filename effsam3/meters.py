@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from effsam3.report import duration
+
 # Dense bfloat16 TFLOP/s that makers state, by a part of the device's name; the first that fits.
 PEAK_TFLOPS = {
     "B300": 2250, "B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "H800": 989, "A100": 312,
@@ -80,6 +82,7 @@ class Window:
             "train/lr": lr,
             "perf/samples_per_s": samples / seconds,
             "perf/samples_per_s_per_device": samples / seconds / ranks,
+            "perf/step_s": seconds * self.global_batch / samples,
             "perf/data_wait": self.waited / seconds,
         }
         if self.flops is not None:
@@ -115,13 +118,23 @@ class Unreadable:
                     file.write(json.dumps({"step": step, "key": key, "reason": reason}) + "\n")
 
 
-def step_line(step: int, steps: int, values: dict[str, float]) -> str:
-    """One fixed-width console line."""
+def step_line(step: int, steps: int, values: dict[str, float], left_s: float) -> str:
+    """One console line of fixed width; `left_s` is the time to the end, in seconds."""
     shown = {name.removeprefix("train/"): value for name, value in values.items() if name.startswith("train/")}
     lr, grad_norm = shown.pop("lr"), shown.pop("grad_norm", math.nan)
-    losses = "  ".join(f"{name} {value:8.4f}" for name, value in shown.items())
-    speed, waited = values["perf/samples_per_s"], values["perf/data_wait"]
-    return f"step {step:>6}/{steps}  {losses}  lr {lr:.1e}  grad {grad_norm:7.3f}  {speed:7.1f}/s  wait {waited:4.0%}"
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"{duration(left_s):>9} left",
+        losses,
+        f"lr {lr:.1e}",
+        f"gradient {grad_norm:.3g}",
+        f"{values['perf/step_s']:.3g} s/step",
+        f"{values['perf/samples_per_s']:.1f} samples/s",
+        *([f"{values['perf/peak_gib']:.1f} GiB"] if "perf/peak_gib" in values else []),
+        f"waiting for data {values['perf/data_wait']:.0%}",
+    ]
+    return "  ".join(parts)
 
 
 def line_of(values: dict[str, float]) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
@@ -29,10 +30,13 @@ __all__ = [
     "warmup_steps",
 ]
 COMMAND_LINE = "command line"
+RECIPE = "recipe.yaml"  # in a run folder
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """Read a recipe, its parents and `section.key=value` overrides into the dataclass of its stage.
+
+    The folder of a run stands for the recipe in it, and for itself: a run that was moved or copied is one where it is.
 
     Mappings of a child merge into those of its parent, everything else replaces. A section with a mistake in one of
     its keys is not searched for contradictions between keys until that is mended.
@@ -41,6 +45,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
         RecipeError: naming all mistakes, each with the nearest thing that would be right.
     """
     problems: list[str] = []
+    run = Path(path)
+    if (run / RECIPE).is_file():
+        path = run / RECIPE
+        overrides = [*_place(load_recipe(path), run), *overrides]
     tree = _read(Path(path), problems, ())
     for override in overrides:
         tree = _merge(tree, _override(override, problems))
@@ -56,6 +64,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     if problems:
         raise RecipeError(f"{path}:" + "".join(f"\n  - {problem}" for problem in problems))
     return recipe
+
+
+def _place(recipe: Any, run: Path) -> list[str]:
+    """Return the overrides by which a recipe's run folder is `run`; none where it is."""
+    if recipe.folder.resolve() == run.resolve():
+        return []
+    runs = "runs" if recipe.stage == "release" else "train.runs"
+    return [f"name={json.dumps(run.resolve().name)}", f"{runs}={json.dumps(str(run.resolve().parent))}"]
 
 
 class _Dumper(yaml.SafeDumper):

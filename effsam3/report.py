@@ -131,6 +131,18 @@ def read_metrics(path: Path) -> list[dict]:
     return [line for line in read_lines(path) if not mismatch(line, {"step": int, str: float})]
 
 
+def duration(seconds: float) -> str:
+    """Say a length of time in its two largest units, such as 12 s, 3 min, 2 h 5 min, 1 d 4 h."""
+    minutes, hours = int(seconds // 60), int(seconds // 3600)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{minutes} min"
+    if hours < 24:
+        return f"{hours} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
 def table(rows: list[list[str]], header: list[str], text_columns: int = 1) -> str:
     """Format rows as an aligned Markdown table; the first `text_columns` to the left, the others to the right."""
     cells = [header, *rows]

@@ -20,7 +20,8 @@ TRAINER_FORM = {
 }
 # What may differ between a run and its continuation: nothing here changes what is learned.
 SECTIONS_AFTER = ("evaluate.", "merge.", "push.")  # what is done with a trained student
-FREE_KEYS = ("hardware", "data.workers", "data.max_unreadable", "export.batch_size", *SECTIONS_AFTER) + tuple(
+# A run that begins with another's checkpoint, or whose folder was moved, has another name.
+FREE_KEYS = ("name ", "hardware", "data.workers", "data.max_unreadable", "export.batch_size", *SECTIONS_AFTER) + tuple(
     f"train.{key}"
     for key in (
         "log_every",
@@ -74,9 +75,9 @@ def resumable(recipe, folder: Path, resume: str) -> Path | None:
         return None
     home = chosen.parent.parent
     is_own = home.resolve() == folder.resolve()
-    # A run that begins with another's checkpoint has another name, of course.
-    free = FREE_KEYS if is_own else (*FREE_KEYS, "name")
-    differing = [key for key in differing_keys(load_recipe(home / "recipe.yaml"), recipe) if not key.startswith(free)]
+    differing = [
+        key for key in differing_keys(load_recipe(home / "recipe.yaml"), recipe) if not key.startswith(FREE_KEYS)
+    ]
     if differing:
         remedy = "choose another name, or delete the folder" if is_own else "--resume needs the same recipe"
         raise UserError(f"{home} holds a run of another recipe ({'; '.join(differing)}); {remedy}")

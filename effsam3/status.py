@@ -18,7 +18,7 @@ from typing import Any
 
 from effsam3.checked_files import read_yaml
 from effsam3.progress import METRIC, each_run, read_progress
-from effsam3.report import read_lines, read_metrics, table
+from effsam3.report import duration, read_lines, read_metrics, table
 
 ALIVE = ("running", "silent")  # what `--watch` waits for
 BLOCKS = [chr(0x2581 + height) for height in range(8)]  # unicode's lower blocks, an eighth to a whole
@@ -182,7 +182,7 @@ def _trackers(folder: Path) -> list[str]:
 
 def _next(facts: dict[str, Any], folder: Path) -> str:
     """What to do now."""
-    state, saved, recipe = facts["state"], facts["checkpoints"], f"{folder}/recipe.yaml"
+    state, saved = facts["state"], facts["checkpoints"]
     if state == "running":
         return f"wait, or stop it with `kill {facts['pid']}` on {facts['host']}: it saves first"
     if state == "silent":
@@ -192,15 +192,15 @@ def _next(facts: dict[str, Any], folder: Path) -> str:
         )
     if state == "complete":
         if not (folder / "merged" / "config.json").is_file():
-            return f"effsam3 merge {recipe}"
+            return f"effsam3 merge {folder}"
         if not (folder / "eval" / "summary.md").is_file():
-            return f"effsam3 evaluate {recipe}"
-        return f"read {folder}/eval/summary.md; effsam3 push {recipe} --dry-run"
+            return f"effsam3 evaluate {folder}"
+        return f"read {folder}/eval/summary.md; effsam3 push {folder} --dry-run"
     mend = {"failed": "mend what the error names, then ", "unknown": "if it does not run any more, "}.get(state, "")
     start = f"goes on from {saved[-1]}" if saved else "starts anew, nothing is saved yet"
     if not (folder / "recipe.yaml").is_file():
         return f"{mend}the same command {start}"
-    return f"{mend}the same command, or `effsam3 launch {recipe} train`, {start}"
+    return f"{mend}the same command, or `effsam3 launch {folder} train`, {start}"
 
 
 # ---- for people
@@ -324,15 +324,3 @@ def sparkline(values: Sequence[float]) -> str:
         values = [math.log(value) for value in values]
     low, high = min(values), max(values)
     return "".join(BLOCKS[round(7 * (value - low) / (high - low or 1))] for value in values)
-
-
-def duration(seconds: float) -> str:
-    """Say a length of time in its two largest units, such as 12 s, 3 min, 2 h 5 min, 1 d 4 h."""
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    if minutes < 1:
-        return f"{seconds:.0f} s"
-    if hours < 1:
-        return f"{minutes} min"
-    if hours < 24:
-        return f"{hours} h {minutes % 60} min"
-    return f"{hours // 24} d {hours % 24} h"

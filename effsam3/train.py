@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from effsam3 import checkpoint, find_micro_batch, optimizer_state
-from effsam3.accelerator import frozen_autocast, launched_processes, layout, make_accelerator
+from effsam3.accelerator import frozen_autocast, launched_processes, layout, make_accelerator, refuse_missing_gpu
 from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
 from effsam3.dry_run import training_flops
@@ -44,6 +45,7 @@ def run(recipe, resume: str = AUTO) -> None:
             not finite, or too many images are unreadable.
         SystemExit: code 75 after SIGTERM or SIGUSR1, with everything saved.
     """
+    refuse_missing_gpu(recipe.hardware)
     folder = Path(recipe.train.runs) / recipe.name
     recipe = find_micro_batch.kept(recipe, folder)
     micros = accumulation(recipe, launched_processes())
@@ -120,6 +122,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     window = Window(accelerator, recipe.train.global_batch_size, flops, recipe.train.per_rank)
     if recipe.train.precision != "bf16":
         window.peak = None  # which is bfloat16's
+    started, first = time.monotonic(), state["step"]
     finite = NotFinite(stage, accelerator, folder, recipe.train.not_finite == "skip")
     for step in range(state["step"], state["step"] if state["ended"] else steps):
         lr = lr_at(step, steps, warmup, optim.lr, optim.min_lr, optim.warmup_lr)
@@ -152,7 +155,9 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
         due = {name: final or done % getattr(recipe.train, name) == 0 for name in ("eval_every", "save_every")}
         if final or done % recipe.train.log_every == 0:
             values = window.close(lr, grad_norm)
-            record(report, trackers, values, done, step_line(done, steps, values))
+            # Of all that there was since this start, validations and checkpoints among it.
+            left_s = (time.monotonic() - started) / (done - first) * (steps - done)
+            record(report, trackers, values, done, step_line(done, steps, values, left_s))
             progress.update("running", done, steps, values["perf/samples_per_s"])
         if any(due.values()) or asked:
             share_buffers(accelerator, student, average)
@@ -187,7 +192,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     report.say("\n" + stage.conclude(state["untrained"], state["best"]))
     if (folder / "unreadable.jsonl").is_file():
         report.say(f"some {stage.files} were unreadable and left out, {folder}/unreadable.jsonl names them")
-    report.say(f"\nnext: effsam3 merge {folder}/recipe.yaml")
+    report.say(f"\nnext: effsam3 merge {folder}")
 
 
 def make_ema(recipe, accelerator, student):

@@ -20,7 +20,7 @@ from effsam3.data.store import Field, Manifest
 from effsam3.errors import RecipeError, UserError
 from effsam3.layouts import layout_environment, layout_file
 from effsam3.models.registry import SAM3, chassis_facts
-from effsam3.recipe import load_recipe
+from effsam3.recipe import dump_recipe, load_recipe
 from effsam3.show import record_bytes, show
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,49 @@ def test_recipe_errors_are_said_by_one_rank_others_by_all(verb_called, monkeypat
     assert capsys.readouterr().err == "error: disk full\n"
 
 
+@pytest.mark.parametrize("verb", ["train", "merge", "evaluate", "launch"])
+def test_a_missing_recipe_is_all_that_is_asked_for(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb])
+    assert capsys.readouterr().err.endswith("the following arguments are required: RECIPE\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        ("--optim.lr 1e-4", "--optim.lr 1e-4: keys of a recipe are given as optim.lr=1e-4, without dashes"),
+        ("--optim.lr=1e-4", "--optim.lr=1e-4: keys of a recipe are given as optim.lr=1e-4, without dashes"),
+        ("-hardware gpu name=x", "-hardware gpu: keys of a recipe are given as hardware=gpu, without dashes"),
+        ("--train.ema name=x", "--train.ema: keys of a recipe are given as train.ema=VALUE, without dashes"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["train", "launch", "show"])
+def test_keys_with_dashes_are_answered_with_the_right_spelling(verb, words, answer, capsys):
+    assert main([verb, SMOKE, *words.split()]) == 2
+    assert capsys.readouterr().err == f"error: {answer}\n"
+
+
 # ---- verbs
+
+
+def test_the_package_is_the_command():
+    result = run("-m", "effsam3", "--version")
+    assert (result.returncode, result.stdout) == (0, f"effsam3 {effsam3.__version__}\n")
+
+
+@pytest.mark.parametrize("verb", ["export", "train", "merge", "evaluate", "push"])
+def test_a_run_folder_stands_for_its_recipe(verb, verb_called, tmp_path, monkeypatch):
+    """Also one that was moved, and from any working directory."""
+    calls = []
+    verb_called(verb)
+    sys.modules[f"effsam3.{verb}"].run = lambda recipe, **_: calls.append((recipe.folder, recipe.optim.lr))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved/recipe.yaml").write_text(dump_recipe(load_recipe(SMOKE, ["name=before", "optim.lr=3e-4"])))
+    assert main([verb, str(tmp_path / "moved")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main([verb, "moved", "optim.lr=5e-4"]) == 0
+    assert calls == [(tmp_path / "moved", 3e-4), (tmp_path / "moved", 5e-4)]
+    assert main([verb, str(tmp_path)]) == 2  # a folder without a recipe
 
 
 def test_help_and_version(capsys):

@@ -287,7 +287,7 @@ def test_a_run_folder(run, merged):
     text = inspect(str(run))
     assert "recipe       name smoke-image, stage image, student tiny_convnext, head fused\n" in text
     assert "checkpoints  step-000006\n" in text
-    assert text.endswith(f"merged       not yet; effsam3 merge {run}/recipe.yaml makes it")
+    assert text.endswith(f"merged       not yet; effsam3 merge {run} makes it")
     shutil.copytree(merged, run / "merged")
     assert inspect(str(run)).endswith(inspect(str(run / "merged")))
     assert examine(str(run))["merged"] == examine(str(run / "merged"))

@@ -72,6 +72,7 @@ LAYERS = [
         "launch",
     },
     {"cli"},
+    {"__main__"},
 ]
 VERBS = LAYERS[3]
 READS_RECIPES = {"recipe", "schema"}

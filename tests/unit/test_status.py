@@ -98,7 +98,7 @@ def test_what_a_person_reads(tmp_path):
 
 def test_what_to_do_next(tmp_path):
     folder = train(tmp_path, state="stopped")
-    again = f"the same command, or `effsam3 launch {folder}/recipe.yaml train`, goes on from step-000050"
+    again = f"the same command, or `effsam3 launch {folder} train`, goes on from step-000050"
     assert examine(folder)["next"] == again
     edit_progress(folder, state="failed", error="the disk is full")
     assert examine(folder)["next"] == f"mend what the error names, then {again}"
@@ -111,13 +111,13 @@ def test_what_to_do_next(tmp_path):
     assert examine(folder)["state"] == "silent"
     assert "see whether process 42 on gpu-7 still works" in examine(folder)["next"]
     edit_progress(folder, state="complete")
-    assert examine(folder)["next"] == f"effsam3 merge {folder}/recipe.yaml"
+    assert examine(folder)["next"] == f"effsam3 merge {folder}"
     (folder / "merged").mkdir()
     (folder / "merged" / "config.json").touch()
-    assert examine(folder)["next"] == f"effsam3 evaluate {folder}/recipe.yaml"
+    assert examine(folder)["next"] == f"effsam3 evaluate {folder}"
     (folder / "eval").mkdir()
     (folder / "eval" / "summary.md").touch()
-    assert f"effsam3 push {folder}/recipe.yaml --dry-run" in examine(folder)["next"]
+    assert f"effsam3 push {folder} --dry-run" in examine(folder)["next"]
 
 
 def test_a_run_that_has_only_begun(tmp_path):

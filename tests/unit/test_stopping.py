@@ -121,6 +121,37 @@ def test_a_process_of_its_own_outlives_its_shell(start):
     assert shell.stdout.readline() == "asked\n"
 
 
+SLOW = """
+import time
+from effsam3.stopping import STOP
+with STOP.noted():
+    print("up", flush=True)
+    time.sleep(1000)  # a step that takes long
+"""
+
+
+@pytest.mark.parametrize("launched", [False, True])
+def test_a_second_ctrl_c_means_now(start, tmp_path, launched):
+    """Of a terminal's group; torch's launcher has its ranks in other groups, and makes SIGTERM of the second."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split() if launched else []
+    line = [sys.executable, *launcher, str(tmp_path / "slow.py")]
+    process = start(f"import os\nos.execv({sys.executable!r}, {line})")
+    printed = ""
+    while printed.count("up\n") < 1 + launched:
+        said = process.stdout.readline()
+        assert said, printed
+        printed += said
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(1.5)
+    assert process.poll() is None and all(member.is_running() for member in family)
+    os.killpg(process.pid, signal.SIGINT)
+    printed = process.communicate(timeout=30)[0]
+    assert "ended at once by a second Ctrl-C" in printed
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
 # ---- data workers
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from effsam3.errors import UserError
-from effsam3.meters import PEAK_TFLOPS, Window, peak_tflops
+from effsam3.meters import PEAK_TFLOPS, Window, peak_tflops, step_line
 from effsam3.train import share_batchnorm
 
 
@@ -54,6 +54,10 @@ def test_speed_by_hand(monkeypatch):
     values = window.close(1e-3, torch.tensor(2.0))
     assert values["train/loss"] == 0.5 and values["train/grad_norm"] == 2
     assert values["perf/samples_per_s"] == 4 and values["perf/samples_per_s_per_device"] == 2
-    assert values["perf/data_wait"] == pytest.approx(0.1)
+    assert values["perf/data_wait"] == pytest.approx(0.1) and values["perf/step_s"] == 2
+    assert step_line(5, 200, values | {"perf/peak_gib": 12.34}, 390.0) == (
+        "step   5/200      6 min left  loss 0.5000  lr 1.0e-03  gradient 2  2 s/step  4.0 samples/s  12.3 GiB  "
+        "waiting for data 10%"
+    )
     assert values["perf/tflops_per_device"] == pytest.approx(6) and values["perf/mfu"] == pytest.approx(0.25)
     assert (values["rank0/step_s"], values["rank1/step_s"]) == (2, 3)

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests to stop that every process of a run gets, as from systemd, Docker, Kubernetes, `timeout` and Slurm.
+
+Each ends with code 75 and everything saved, and the same command goes on to the same weights, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics, run
+from safetensors.torch import load_file
+from wandb_files import read_wandb
+
+from effsam3 import checkpoint
+from effsam3.data.store import StoreReader
+from effsam3.progress import read_progress
+
+STEPS = 12
+SHORT = (
+    f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=4", "train.save_every=5", "optim.warmup_steps=2",
+    "train.ema=0.5", "data.workers=2",
+)  # fmt: skip
+TRACKED = "train.trackers=[wandb, tensorboard]"
+PROMPTLY_S = 120  # two ranks and their launcher, on a busy machine
+
+
+class Family:
+    """A command in a session of its own, with all that it starts."""
+
+    def __init__(self, folder: Path, line: list[str]):
+        self.process = subprocess.Popen(
+            line, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def members(self) -> list[psutil.Process]:
+        me = psutil.Process(self.process.pid)
+        return [me, *me.children(recursive=True)]
+
+    def signal_group(self, number: int) -> None:
+        os.killpg(self.process.pid, number)
+
+    def signal_all(self, number: int) -> None:
+        """As systemd and Slurm do, which know every process: also those in sessions of their own, as wandb's."""
+        for member in self.members():
+            with suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+
+    def wait_until(self, condition) -> None:
+        while not condition():
+            assert self.process.poll() is None, f"ended too early\n{self.process.stdout.read()[-3000:]}"
+            time.sleep(0.002)
+
+    def end(self) -> str:
+        """Wait for the end, of all its processes, and return what was printed."""
+        members = self.members()
+        try:
+            printed = self.process.communicate(timeout=PROMPTLY_S)[0]
+            assert psutil.wait_procs(members, timeout=30)[1] == [], printed
+            return printed
+        finally:
+            for member in members:
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
+
+
+def line_of(layout: str, *arguments: str) -> list[str]:
+    """The command line of a training; on ZeRO-2 by accelerate's own command, as the README has it."""
+    if layout == "zero2_cpu":
+        config = REPOSITORY / "accelerate_configs/zero2_cpu.yaml"
+        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        return [*accelerate, str(REPOSITORY / "scripts/train.py"), str(SMOKE), *arguments]
+    return command("train", *arguments, launch=layout != "cpu")
+
+
+def step_of(folder: Path) -> int:
+    lines = metrics(folder) if (folder / "metrics.jsonl").is_file() else {}
+    return max(lines, default=0)
+
+
+def assert_same_weights(expected: Path, found: Path) -> None:
+    last = f"checkpoints/step-{STEPS:06d}"
+    for name in (checkpoint.WEIGHTS, checkpoint.TRAINED, checkpoint.OPTIMIZER):
+        whole, resumed = (load_file(folder / last / name) for folder in (expected, found))
+        assert whole.keys() == resumed.keys() and all((whole[key] == resumed[key]).all() for key in whole), name
+
+
+@pytest.fixture(scope="module")
+def whole(shared):
+    """Make the folder of a run on a layout that nothing happens to, once."""
+    folder, overrides = shared
+    made = {}
+
+    def of(layout: str) -> Path:
+        if layout not in made:
+            own = (*overrides, *SHORT, f"hardware={layout}", f"name=whole-{layout}")
+            run(folder, "train", *own, launch=layout != "cpu")
+            made[layout] = folder / f"runs/whole-{layout}"
+        return made[layout]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [("cpu", "signal_all"), ("cpu", "signal_group"), ("ddp_cpu", "signal_all"), ("zero2_cpu", "signal_group")],
+)
+def test_stopped_at_random_moments(shared, whole, layout, how):
+    folder, overrides = shared
+    name = f"random-{layout}-{how}"
+    mine = folder / "runs" / name
+    arguments = (*overrides, *SHORT, TRACKED, f"hardware={layout}", f"name={name}")
+    moments = random.Random(f"{layout} {how}")
+    saved = 0
+    for number, steps in zip((signal.SIGTERM, signal.SIGUSR1), (2, 4), strict=True):
+        if layout == "zero2_cpu":
+            number = signal.SIGTERM  # of SIGUSR1 torch's launcher knows nothing
+        family = Family(folder, line_of(layout, *arguments))
+        goal = saved + moments.randint(1, steps)
+        family.wait_until(lambda goal=goal: step_of(mine) >= goal)
+        time.sleep(moments.uniform(0, 0.5))
+        getattr(family, how)(number)
+        printed = family.end()
+        # torch's launcher has one code for every end.
+        assert family.process.returncode == (1 if layout == "zero2_cpu" else 75), printed
+        assert "memory" not in printed and "asked to stop: saved at step" in printed
+        progress = read_progress(mine)
+        assert (progress.state, progress.error) == ("stopped", "") and progress.step >= goal
+        assert checkpoint.latest(mine / "checkpoints").name == f"step-{progress.step:06d}"
+        saved = progress.step
+    family = Family(folder, line_of(layout, *arguments))
+    printed = family.end()
+    assert family.process.returncode == 0 and f"going on from step {saved}" in printed, printed
+    assert_same_weights(whole(layout), mine)
+    assert metrics(mine).keys() == set(range(1, STEPS + 1))
+    assert_one_curve(mine, starts=3, complete=how == "signal_group")
+
+
+def assert_one_curve(folder: Path, starts: int, complete: bool) -> None:
+    """All starts are one wandb run without doubled steps, and one curve in TensorBoard, equal to metrics.jsonl."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses = {step: values["train/loss"] for step, values in metrics(folder).items()}
+    curve = EventAccumulator(str(folder / "tensorboard/effsam3")).Reload().Scalars("train/loss")
+    assert [event.step for event in curve] == sorted(losses)
+    assert [event.value for event in curve] == pytest.approx([losses[step] for step in sorted(losses)], rel=1e-6)
+
+    parts = sorted((folder / "wandb").glob("offline-run-*"))
+    assert len(parts) == starts and len({part.name.rpartition("-")[2] for part in parts}) == 1
+    rows = [row for part in parts for row in read_wandb(part)["history"]]
+    logged = {row["_step"]: row["train/loss"] for row in rows if "train/loss" in row}
+    assert len(rows) == len({row["_step"] for row in rows}), "a step was logged twice"
+    assert logged == {step: losses[step] for step in logged}
+    if complete:  # where wandb's own process is signalled, too, it ends, and the last steps are missing
+        assert logged.keys() == losses.keys()
+
+
+def test_killed_without_a_warning_the_curves_are_one_all_the_same(shared):
+    """Steps that were logged after the last checkpoint are taken, and logged, again."""
+    folder, overrides = shared
+    arguments, mine = (
+        (*overrides, *SHORT, TRACKED, "train.save_every=3", "name=torn-curve"),
+        folder / "runs/torn-curve",
+    )
+    family = Family(folder, line_of("cpu", *arguments))
+    family.wait_until(lambda: step_of(mine) >= 5)
+    family.process.kill()
+    family.end()
+    assert checkpoint.latest(mine / "checkpoints").name in ("step-000003", "step-000004")
+    assert "going on from step" in run(folder, "train", *arguments)
+    assert_one_curve(mine, starts=2, complete=True)
+
+
+# ---- other moments of a training
+
+
+def test_while_it_starts(shared):
+    """From the first moment on: while torch is imported, while data and models are read."""
+    folder, overrides = shared
+    for number, delay_s in enumerate((0.5, 2.5)):
+        family = Family(folder, line_of("cpu", *overrides, *SHORT, f"name=early-{number}"))
+        time.sleep(delay_s)
+        family.signal_group(signal.SIGTERM)
+        printed = family.end()
+        assert family.process.returncode == 75, printed
+        assert "asked to stop" in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("moment", ["validation", "saving"])
+def test_while_it_validates_or_saves(shared, whole, moment):
+    folder, overrides = shared
+    arguments, mine = (*overrides, *SHORT, f"name=while-{moment}"), folder / f"runs/while-{moment}"
+    family = Family(folder, line_of("cpu", *arguments))
+    if moment == "validation":  # the line of training comes first
+        family.wait_until(lambda: step_of(mine) == 4)
+    else:
+        family.wait_until(lambda: any((mine / "checkpoints").glob("*.partial")))
+    family.signal_group(signal.SIGTERM)
+    printed = family.end()
+    assert family.process.returncode == 75, printed
+    assert not list((mine / "checkpoints").glob("*.partial"))
+    assert f"going on from step {read_progress(mine).step}" in run(folder, "train", *arguments)
+    assert_same_weights(whole("cpu"), mine)
+
+
+@pytest.mark.parametrize("layout", ["cpu", "ddp_cpu"])
+def test_ctrl_c_saves(shared, layout):
+    folder, overrides = shared
+    own = (*overrides, *SHORT, "train.steps=5000", "train.log_every=1", f"hardware={layout}")
+    family = Family(folder, line_of(layout, *own, f"name=once-{layout}"))
+    family.wait_until(lambda: step_of(folder / f"runs/once-{layout}") >= 1)
+    family.signal_group(signal.SIGINT)
+    printed = family.end()
+    assert family.process.returncode == 75 and "Ctrl-C once more ends it at once" in printed, printed
+
+
+# ---- other verbs
+
+
+def test_an_export_goes_on(shared, tmp_path):
+    folder, _ = shared
+    overrides = (
+        "data.synthetic_images=160",
+        f"data.index={tmp_path}/data/index.parquet",
+        f"export.to={tmp_path}/teacher",
+    )
+    overrides += ("export.batch_size=2", "data.workers=2", "hardware=ddp_cpu", "name=export")
+    family = Family(folder, command("export", *overrides, launch=True))
+    family.wait_until(lambda: sum(path.stat().st_size for path in (tmp_path / "teacher").glob("*.bin")) > 0)
+    family.signal_all(signal.SIGTERM)
+    printed = family.end()
+    assert family.process.returncode == 75 and "records made now are kept" in printed, printed
+    before = len(StoreReader(tmp_path / "teacher", allow_unfinished=True))
+    assert 0 < before < 160
+    printed = run(folder, "export", *overrides)
+    assert f"({160 - before} made now" in printed
+    assert "lowest cosine 1.0000" in run(folder, "export", *overrides, "--check", "8")
+
+
+def test_an_evaluation_ends_at_once_and_begins_again(shared, whole, tmp_path):
+    folder, overrides = shared
+    mine = whole("cpu")
+    own = (
+        *overrides,
+        f"name={mine.name}",
+        "data.workers=2",
+        "evaluate.benchmarks=[fidelity]",
+        "evaluate.max_images=4",
+    )
+    run(folder, "merge", *own)
+    family = Family(folder, command("evaluate", *own))
+    family.wait_until(lambda: len(family.members()) > 2)  # its data workers
+    family.signal_group(signal.SIGTERM)
+    printed = family.end()
+    assert family.process.returncode == 75, printed
+    assert "the same command goes on" in printed and "Traceback" not in printed
+    run(folder, "evaluate", *own)
+    assert json.loads((mine / "eval/fidelity.json").read_text())["images"] == 4
