@@ -26,6 +26,7 @@ from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstr
 from effsam3.models.pickled import content_key, open_pickled
 from effsam3.models.registry import IMAGE_STUDENTS
 from effsam3.models.sam3 import chassis_folder, fingerprint, read_config, read_tensors, to_float32
+from effsam3.models.sam31 import refuse_sam31
 from effsam3.models.slots import SLOTS, Part, image_part, inherited_slots, text_part
 from effsam3.models.tokens import PROCESSOR_LENGTH
 from effsam3.models.upstream_files import UpstreamFile, divide
@@ -85,7 +86,9 @@ def find(tensors: Mapping[str, Tensor], source: Path) -> UpstreamFile:
 
     Raises:
         ImportedError: no tensor belongs to a student.
+        ChassisError: it is a SAM 3.1.
     """
+    refuse_sam31(tensors, str(source))
     found = divide(tensors)
     if not found.has_student:
         raise ImportedError(

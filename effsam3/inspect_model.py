@@ -38,6 +38,7 @@ from effsam3.models.sam3 import (
     map_tensors,
     read_config,
 )
+from effsam3.models.sam31 import what_sam31
 from effsam3.models.slots import CARD, read_card
 from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.models.text_padding import padding_of
@@ -144,6 +145,8 @@ def pickled_file(path: Path) -> dict[str, Any]:
         "beside": sorted(map(str, pickled.aside)),
     }
     facts = {"path": str(path), "bytes": path.stat().st_size, "found": found}
+    if problem := what_sam31(pickled.tensors):
+        return facts | _sam31(pickled.tensors) | {"problem": f"it {problem}"}
     try:
         if OWN not in pickled.aside and (file := divide(pickled.tensors)).has_student:
             return facts | _efficientsam3(file) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
@@ -152,6 +155,19 @@ def pickled_file(path: Path) -> dict[str, Any]:
         raise InspectError(f"{path} is neither in SAM 3's own layout nor in EfficientSAM3's: {error}") from error
     config, slots = config_of(pickled, path), own_card(pickled, path)["slots"]
     return facts | {"layout": "SAM 3's own layout"} | _model(tensors, config, slots, beside)
+
+
+def _sam31(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Facts of SAM 3.1's layout, which is recognised and not used."""
+    modules = {".".join(name.split(".")[:3]) + "." for name in tensors}
+    prefixes = {module.removesuffix("."): (module,) for module in sorted(modules)}
+    named = {f"{name}.": tensor for name, tensor in tensors.items()}
+    return {
+        "layout": "SAM 3.1's own layout",
+        "slots": {},
+        "parts": _parts(named, prefixes),
+        "fingerprints": {"file": fingerprint(tensors)},
+    }
 
 
 def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:

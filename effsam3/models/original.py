@@ -35,6 +35,7 @@ from effsam3.models.sam3 import (
     quiet_transformers,
     refuse_partial,
 )
+from effsam3.models.sam31 import refuse_sam31
 from effsam3.models.slots import CARD, CARD_FORM
 from effsam3.report import write_json
 from effsam3.tensor_files import refuse_unusable
@@ -62,6 +63,7 @@ def converted(path: Path) -> Path:
 
 def _write(path: Path, folder: Path) -> None:
     pickled = open_pickled(path)
+    refuse_sam31(pickled.tensors, f"sam3.checkpoint: {path}")
     config = config_of(pickled, path)
     try:
         tensors, beside = to_transformers(pickled.tensors)

@@ -15,6 +15,7 @@ from zipfile import BadZipFile, ZipFile
 from effsam3.checked_files import parse_json, read_text
 from effsam3.errors import UserError, did_you_mean
 from effsam3.models import tiny
+from effsam3.models.sam31 import refuse_sam31, refuse_sam31_id
 
 FUSED_WIDTH = 256  # channels inside the fused head
 FUSED_MAPS = 3  # it reads so many of the coarsest maps, or as many as there are: strides 8, 16 and 32
@@ -301,6 +302,8 @@ def chassis_facts(checkpoint: str) -> ChassisFacts:
     """
     if checkpoint in ("facebook/sam3", "random"):
         return SAM3
+    if not Path(checkpoint).exists():
+        refuse_sam31_id(checkpoint)
     if checkpoint == "tiny":
         return _facts(tiny.vision_config())
     path = Path(checkpoint)
@@ -312,13 +315,15 @@ def chassis_facts(checkpoint: str) -> ChassisFacts:
             "give a local transformers folder, a sam3.pt, facebook/sam3, random or tiny"
         )
     try:
-        said = _config_in(source) if source == path else read_text(source, GIVE)
+        texts = _texts_in(source) if source == path else ["effsam3", read_text(source, GIVE)]
     except NOT_LISTED as error:
         raise UserError(
             f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT ({type(error).__name__}: {error}); {GIVE}"
         ) from error
-    if said is None:
+    refuse_sam31(texts, f"sam3.checkpoint: {source}")
+    if "effsam3" not in texts[:-1]:  # where a sam3.pt of this project says its config; others have the published sizes
         return SAM3
+    said = texts[texts.index("effsam3") + 1]
     form = {"detector_config": {"vision_config": VISION_FORM}}
     where = f"sam3.checkpoint: {source}, as the config of a SAM 3 with its own ViT,"
     if source == path:
@@ -328,16 +333,15 @@ def chassis_facts(checkpoint: str) -> ChassisFacts:
     return _facts(config["detector_config"]["vision_config"])
 
 
-def _config_in(file: Path) -> str | None:
-    """What a sam3.pt of this project says of itself, JSON; None: it says nothing, and has the published sizes.
+def _texts_in(file: Path) -> list[str]:
+    """All texts in a sam3.pt: names of tensors and entries, and what a file of this project says of itself.
 
     Its pickle is only listed, so this takes neither torch nor trust.
     """
     with ZipFile(file) as archive:
         folder = archive.namelist()[0].partition("/")[0]
         listing = pickletools.genops(archive.read(f"{folder}/data.pkl"))
-        texts = [argument for _, argument, _ in listing if isinstance(argument, str)]
-    return texts[texts.index("effsam3") + 1] if "effsam3" in texts else None
+        return [argument for _, argument, _ in listing if isinstance(argument, str)]
 
 
 GIVE = "give a folder that transformers' Sam3VideoModel.save_pretrained wrote, or a sam3.pt"

@@ -19,6 +19,7 @@ from effsam3.checked_files import read_json
 from effsam3.checkpoint import WEIGHTS
 from effsam3.errors import ChassisError
 from effsam3.models.cache import kept_in_cache
+from effsam3.models.sam31 import refuse_sam31, refuse_sam31_id
 from effsam3.models.tiny import MADE_UP
 from effsam3.models.tokens import clip_tokenizer
 from effsam3.tensor_files import open_safetensors, refuse_unusable, tensor_of
@@ -87,6 +88,9 @@ def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
 
         return converted(path)
     if path.is_file():
+        if path.suffix == ".safetensors":
+            with open_safetensors(path, AGAIN, ChassisError) as file:
+                refuse_sam31(file.keys(), f"sam3.checkpoint: {path}")
         meant = f"name its folder, {path.parent}" if (path.parent / "config.json").is_file() else ACCEPTED
         raise ChassisError(f"sam3.checkpoint: {path} is a single file of another kind; {meant}")
     if path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1:
@@ -109,6 +113,10 @@ def _model_folder(folder: Path) -> Path:
         if (model / "config.json").is_file():
             return model
     files = sorted(path.name for path in folder.iterdir())
+    if EXTRAS_FILE not in files:
+        for name in (name for name in files if name.startswith("sam3") and name.endswith(".safetensors")):
+            with open_safetensors(folder / name, AGAIN, ChassisError) as file:
+                refuse_sam31(file.keys(), f"sam3.checkpoint: {folder / name}")
     if WEIGHTS in files:
         found = (
             "is a training checkpoint: a student without the rest. Name its run folder, once `effsam3 merge` has run"
@@ -125,6 +133,7 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
+    refuse_sam31_id(repo_id)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -220,10 +229,13 @@ def shard_of(folder: Path) -> dict[str, Path]:
         )
     if single.exists():
         with open_safetensors(single, AGAIN, ChassisError) as file:
-            return {name: single for name in file.keys()}
+            names = list(file.keys())
+        refuse_sam31(names, f"sam3.checkpoint: {single}")
+        return dict.fromkeys(names, single)
     if not index.exists():
         raise ChassisError(f"sam3.checkpoint: {folder} has neither {SINGLE} nor {INDEX}")
     listed = read_json(index, {"weight_map": {str: str}}, AGAIN, ChassisError)["weight_map"]
+    refuse_sam31(listed, f"sam3.checkpoint: {folder}")
     if outside := [file for file in listed.values() if Path(file).name != file]:
         raise ChassisError(f"sam3.checkpoint: {index} names {outside[0]!r}, which is no file of its folder; {AGAIN}")
     shards = {name: folder / file for name, file in listed.items()}

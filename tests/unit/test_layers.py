@@ -28,6 +28,7 @@ LAYERS = [
         "disk",
         "stopping",
         "models.registry",
+        "models.sam31",
         "models.backbones",
         "models.tiny",
     },
