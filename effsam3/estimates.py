@@ -155,6 +155,11 @@ def states(layout: Layout, trained: int) -> tuple[dict[str, int], int]:
     return divided | {"gradients": divided["gradients"] if layout.stage < 2 else 0}, moved
 
 
+def checkpoint_bytes(recipe: Any, trained: int) -> int:
+    """Return the bytes of a checkpoint: weights and two moments whole, on every layout; averaged weights."""
+    return (4 if recipe.train.ema else 3) * trained * FP32
+
+
 def estimate(recipe: Any, sizes: Sizes, layout: Layout | None = None) -> Estimate:
     """Return what a recipe takes on its layout, or on another one."""
     layout = layout or read_layout(recipe.hardware)
@@ -165,7 +170,7 @@ def estimate(recipe: Any, sizes: Sizes, layout: Layout | None = None) -> Estimat
     device["frozen parts"] = sizes.frozen
     device["micro-batch"] = sizes.micro_batch
     device["CUDA, NCCL"] = LIBRARIES if layout.has_gpu else 0
-    checkpoint = (4 if train.ema else 3) * P  # weights and two moments whole, on every layout; averaged weights
+    checkpoint = checkpoint_bytes(recipe, sizes.trained)
     kept = checkpoint * train.keep_checkpoints + P  # the best one's weights
     return Estimate({name: size for name, size in device.items() if size}, host, checkpoint, kept)
 

@@ -14,6 +14,7 @@ import torch
 from effsam3.accelerator import refuse_missing_gpu
 from effsam3.benchmarks.fidelity import feature_fidelity
 from effsam3.benchmarks.masks import prompted_mask_quality
+from effsam3.benchmarks.measurable import measurable
 from effsam3.benchmarks.models import load_pair
 from effsam3.benchmarks.pictures import draw
 from effsam3.benchmarks.speed import speed
@@ -37,7 +38,7 @@ from effsam3.models.text import TextTeacher, fold_repmixer
 from effsam3.models.tiny import MADE_UP
 from effsam3.models.tokens import Tokenizer
 from effsam3.models.tracker import read_tracker_tensors
-from effsam3.recipe import load_recipe
+from effsam3.release_folder import recipes_by_slot
 from effsam3.report import Report, provenance, table, write_json, write_text
 
 
@@ -46,9 +47,11 @@ def run(recipe) -> dict:
 
     A release runs the benchmarks of every part's own recipe on the release's model; their names begin with the slot's.
 
+    What the data do not allow is left out, and the summary says so.
+
     Raises:
-        UserError: there is no merged model yet, it has no student where the recipe measures one, or prompts are asked
-            for and no held-out image has annotations.
+        UserError: there is no merged model yet, it has no student where the recipe measures one, or nothing can be
+            measured.
     """
     refuse_missing_gpu(recipe.hardware)
     folder = recipe.folder
@@ -68,7 +71,7 @@ def run(recipe) -> dict:
     chassis = chassis_folder(merged["chassis"], merged["revision"])
     made_by = provenance() | {"chassis": merged["chassis"], "slots": merged["slots"]}
     (folder / "eval").mkdir(exist_ok=True)
-    results, tables, pictures = {}, [], []
+    results, tables, pictures, left_out = {}, [], [], []
     for slot, own in asked.items():
         benchmarks, tables_of = BENCHMARKS[slot]
         prefix = "" if own is recipe else f"{slot}_"
@@ -77,10 +80,13 @@ def run(recipe) -> dict:
             if name == "pictures":
                 pictures += result
                 continue
+            if name == "left out":
+                left_out += result
+                continue
             found[name] = results[prefix + name] = result
             write_json(folder / "eval" / f"{prefix}{name}.json", result | {"provenance": made_by})
         tables += tables_of(found)
-    summary = summarise(tables, merged)
+    summary = summarise([*tables, *left_out], merged)
     write_text(folder / "eval" / "summary.md", summary + "\n")
     report.say(summary)
     for line in unmeasured:
@@ -91,31 +97,12 @@ def run(recipe) -> dict:
     return results
 
 
-def recipes_by_slot(recipe) -> tuple[dict, list[str]]:
-    """Return {slot: the recipe that says how to measure it}, and a line for every part that has no recipe."""
-    if recipe.stage != "release":
-        return {recipe.stage: recipe}, []
-    found, unmeasured = {}, []
-    for slot, part in recipe.parts.filled().items():
-        if (part / "recipe.yaml").is_file():
-            found[slot] = load_recipe(part / "recipe.yaml")
-        else:
-            unmeasured.append(
-                f"parts.{slot}: {part} has no recipe.yaml that says what to measure it on; run `effsam3 evaluate` on "
-                f"a recipe of stage {slot} with name={recipe.name}"
-            )
-    return found, unmeasured
-
-
 def image_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     """Yield (name, result) as they are made, pictures last."""
     index_path, asked = Path(recipe.data.index), recipe.evaluate
     index = load_index(index_path, "val", recipe.data.limit)
-    if "masks" in asked.benchmarks and not any(index["num_masks"]):
-        raise UserError(
-            f"evaluate.benchmarks has `masks`, but no held-out image of {index_path} has annotations; leave `masks` "
-            "out (evaluate.benchmarks=[fidelity,speed]), or index images with their sa_*.json"
-        )
+    measured, left_out = measurable(recipe)
+    yield "left out", left_out
     pair = load_pair(chassis, folder / "merged")
     rows = index.select(range(min(asked.max_images, len(index))))
     images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
@@ -123,19 +110,19 @@ def image_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     held_out = loader(images, batches, recipe.data.workers, pin=False)
     if not pair.mean_C.any():  # an imported student brings no statistics of the teacher's features
         pair = pair.with_statistics(held_out)
-    if "fidelity" in asked.benchmarks:
+    if "fidelity" in measured:
         yield "fidelity", feature_fidelity(pair, held_out)
-    if "masks" in asked.benchmarks:
+    if "masks" in measured:
         yield (
             "masks",
             prompted_mask_quality(
                 pair, index, index_path.parent, asked.prompts, asked.max_images, asked.masks_per_image
             ),
         )
-    if "speed" in asked.benchmarks:
+    if "speed" in measured:
         yield "speed", speed(pair, {"teacher": elements(chassis), "student": elements(folder / "merged")})
     # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.
-    with_masks = "masks" in asked.benchmarks and merged["chassis"] not in MADE_UP
+    with_masks = "masks" in measured and merged["chassis"] not in MADE_UP
     yield "pictures", draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
 
 
@@ -143,9 +130,9 @@ def text_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     """Yield (name, result) as they are made, pictures last."""
     teacher, student = TextTeacher(chassis), load_text_features(folder / "merged")
     asked, data = recipe.evaluate, recipe.data
-    if "similarity" in asked.benchmarks:
-        if data.streaming:
-            raise UserError("evaluate reads held-out texts from disk; fetch captions and set data.streaming=false")
+    measured, left_out = measurable(recipe)
+    yield "left out", left_out
+    if "similarity" in measured:
         phrases = data.phrases if asked.phrases is None else (asked.phrases,)
         captions = open_captions(
             data.captions, data.column, phrases, data.phrase_share, held_out=data.held_out, limit=data.limit
@@ -161,9 +148,9 @@ def text_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
         picture = folder / "pictures" / "similarity.png"
         picture.parent.mkdir(exist_ok=True)
         plot_similarity(result, picture)
-    if "speed" in asked.benchmarks:
+    if "speed" in measured:
         yield "speed", text_speed(teacher, fold_repmixer(student))
-    if "similarity" in asked.benchmarks:
+    if "similarity" in measured:
         yield "pictures", [picture]
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from effsam3 import needs
 from effsam3.accelerator import layout, make_accelerator, refuse_missing_gpu
 from effsam3.data.loader import loader
 from effsam3.data.statistics import SAMPLE, FeatureStatistics, statistics_sample
@@ -69,6 +70,7 @@ def run(recipe, check: int | None = None) -> None:
         for shard, records in repair_store(root).items():
             report.say(f"{shard}: {records} torn records of an interrupted export cut off, they are made again")
         lines = teacher_pass.describe() | {"store": str(root)} | plan(recipe, root, teacher_pass)
+        lines |= needs.header_lines(recipe, ("train", "merge", "evaluate"))
         report.header(f"export   {recipe.name}   {layout(accelerator)}", lines)
     accelerator.wait_for_everyone()
     started = time.monotonic()

@@ -128,6 +128,8 @@ def launch(
     machines = machines.resolve(recipe.hardware)
     if "train" in verbs:
         refuse_indivisible_batch(recipe, machines)
+    if len(verbs) > 1 and machines.node_rank == 0 and (code := ask_for_needs(recipe_path, verbs, overrides)):
+        return code
     inputs = [recipe_path, *overrides]
     own = {"train": ["--resume", resume]} if resume is not None else {}
     commands = {
@@ -153,6 +155,11 @@ def launch(
             print(f"asked to stop after {verb}; the same command goes on", flush=True)
             return STOPPED
     return 0
+
+
+def ask_for_needs(recipe_path: str, verbs: Sequence[str], overrides: Sequence[str]) -> int:
+    """Ask whether all that the verbs need is there, in a process that imports what this one does not; 0 when it is."""
+    return subprocess.run([sys.executable, "-m", "effsam3.needs", recipe_path, ",".join(verbs), *overrides]).returncode
 
 
 def refuse_indivisible_batch(recipe, machines: Machines) -> None:

@@ -7,34 +7,25 @@ python scripts/merge.py recipes/release/es_rv_m_mc_s.yaml --format sam3
 
 from __future__ import annotations
 
-from copy import deepcopy
 from pathlib import Path
-
-import torch
 
 from effsam3 import checkpoint
 from effsam3.checked_files import read_json
 from effsam3.models.combine import combine, slot_table
 from effsam3.models.formats import extras, write_model
-from effsam3.models.memory_slot import memory_config, memory_tensors, owned_by, tracker_config
-from effsam3.models.memory_tracker import EfficientTracker
 from effsam3.models.sam3 import chassis_folder, read_config, read_tensors
 from effsam3.models.slots import (
-    SLOTS,
     MergeError,
     Part,
-    image_part,
     inherited_slots,
     model_folder,
     part_of_model,
     refuse_other_chassis,
-    refuse_other_student,
-    text_part,
 )
-from effsam3.models.tracker import PARTS
 from effsam3.recipe import dump_recipe, load_recipe
 from effsam3.report import Report, provenance, write_text
 from effsam3.resume import read_trainer
+from effsam3.run_parts import PARTS_OF_RUNS
 
 # What a run says of the features that it learned, as far as a merge asks.
 PROVENANCE_FORM = {
@@ -149,56 +140,3 @@ def trained_recipe(slot: str, folder: Path):
     if trained.stage != slot:
         raise MergeError(f"{folder} is a run of stage {trained.stage}; the slot {slot} needs one of stage {slot}")
     return trained
-
-
-def image_of_run(trained, features: dict, weights: dict, config, about: dict) -> Part:
-    """The part of a run of stage `image`."""
-    refuse_neck(features)
-    if (side := SLOTS["image"].config_of(config).image_size) != features["image_size"]:
-        raise MergeError(
-            f"{about['origin']} learned from images of {features['image_size']} px, this SAM 3 takes {side} px: their "
-            "grids differ; put together what was trained against the same SAM 3"
-        )
-    return image_part(trained.student, trained.head, trained.student_image_size, weights, config, **about)
-
-
-def text_of_run(trained, features: dict, weights: dict, config, about: dict) -> Part:
-    """The part of a run of stage `text`."""
-    return text_part(trained.student, trained.student_padding, weights, config, **about)
-
-
-def memory_of_run(trained, features: dict, weights: dict, config, about: dict) -> Part:
-    """The part of a run of stage `memory`, which may have trained more of the tracker than its memory.
-
-    Raises:
-        MergeError: the tensors are not those of the recipe's memory and parts.
-    """
-    own = memory_config(config)
-    built = tracker_config(own, trained.memory)
-    with torch.device("meta"):
-        whole = EfficientTracker(deepcopy(built)).state_dict()
-    prefixes = tuple(prefix for part in trained.memory.trains for prefix in PARTS[part])
-    wanted = {name: tensor for name, tensor in whole.items() if name.startswith(prefixes)}
-    refuse_other_student(wanted, weights, f"a {trained.student} that trained {', '.join(trained.memory.trains)}")
-    placed, tensors = memory_tensors(weights, built, own)
-    others = tuple(part for part in trained.memory.trains if part != "memory")
-    return Part(slot="memory", student=trained.student, config=placed, tensors=tensors, also=owned_by(others), **about)
-
-
-# slot -> what makes a part of a run folder
-PARTS_OF_RUNS = {"image": image_of_run, "text": text_of_run, "memory": memory_of_run}
-
-
-def refuse_neck(features: dict) -> None:
-    """Only trunk features can stand in the trunk's slot.
-
-    Raises:
-        MergeError: the student learned the neck's output.
-    """
-    if features["tap"] != "trunk":
-        raise MergeError(
-            f"this student learned tap={features['tap']}: {features['channels']} channels, what SAM 3's detector neck "
-            "makes of the trunk's features. The slot `image` is the trunk, whose features also feed the second neck, "
-            "the tracker's; neck features cannot be turned back into them. Export and train with export.tap=trunk to "
-            "merge"
-        )

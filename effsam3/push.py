@@ -21,7 +21,7 @@ from huggingface_hub.utils import disable_progress_bars
 from effsam3.errors import UserError
 from effsam3.model_card import model_card
 from effsam3.models.slots import CARD
-from effsam3.release_folder import SAM3, SAM_LICENSE_URL, Release, license_notice, read_release
+from effsam3.release_folder import Release, license_notice, read_release, refuse_unlicensed
 from effsam3.report import Report, write_text
 
 # What a push writes, and what a later one takes away where it writes less: an old shard would be loaded.
@@ -51,7 +51,7 @@ def run(recipe, dry_run: bool = False) -> str | None:
     """
     asked = recipe.push
     release = read_release(recipe.folder, asked.license)
-    refuse_unlicensed(release, asked.private)
+    refuse_unlicensed(release.has_sam3, release.license_file, asked.private)
     repo = asked.repo or f"OWNER/{recipe.name}"
     report = Report(recipe.folder)
     if dry_run:
@@ -83,19 +83,6 @@ def announce(report: Report, release: Release, where: str) -> None:
     report.say(f"\npush     {release.model} to {where}")
     for path in release.stale:
         report.say(f"left out {path}, which is of another merged model; `effsam3 evaluate` measures this one")
-
-
-def refuse_unlicensed(release: Release, private: bool) -> None:
-    """Refuse to publish SAM 3's weights without their licence.
-
-    Raises:
-        PushError: the repository would be public and no copy of the SAM License is at hand.
-    """
-    if release.has_sam3 and release.license_file is None and not private:
-        raise PushError(
-            "push.private is false, and there is no copy of the SAM License, which must accompany SAM 3's weights; "
-            f"save the LICENSE of {SAM3} ({SAM_LICENSE_URL}) and name it: push.license=FILE"
-        )
 
 
 def prepare(release: Release, repo: str, revision: str) -> dict[str, Path]:

@@ -116,6 +116,22 @@ def _is_of(merged: dict, evaluated: dict) -> bool:
     return merge <= evaluation and merged["slots"] == evaluated["slots"]
 
 
+def recipes_by_slot(recipe) -> tuple[dict, list[str]]:
+    """Return {slot: the recipe that says how to measure it}, and a line for every part that has no recipe."""
+    if recipe.stage != "release":
+        return {recipe.stage: recipe}, []
+    found, unmeasured = {}, []
+    for slot, part in recipe.parts.filled().items():
+        if (part / "recipe.yaml").is_file():
+            found[slot] = load_recipe(part / "recipe.yaml")
+        else:
+            unmeasured.append(
+                f"parts.{slot}: {part} has no recipe.yaml that says what to measure it on; run `effsam3 evaluate` on "
+                f"a recipe of stage {slot} with name={recipe.name}"
+            )
+    return found, unmeasured
+
+
 def _recipe_files(folder: Path) -> dict[str, Path]:
     """Return {slot: file} of the recipes by which the students learned: the run's own, or the parts' of a release."""
     recipe = load_recipe(folder / "recipe.yaml")
@@ -161,6 +177,19 @@ def _license_files(chassis: str, revision: str | None) -> list[Path]:
     except HFValidationError:  # a file that has been moved since
         return []
     return [Path(cached)] if isinstance(cached, str) else []
+
+
+def refuse_unlicensed(has_sam3: bool, license_file: Path | None, private: bool) -> None:
+    """Refuse to publish SAM 3's weights without their licence.
+
+    Raises:
+        ReleaseError: the repository would be public and no copy of the SAM License is at hand.
+    """
+    if has_sam3 and license_file is None and not private:
+        raise ReleaseError(
+            "push.private is false, and there is no copy of the SAM License, which must accompany SAM 3's weights; "
+            f"save the LICENSE of {SAM3} ({SAM_LICENSE_URL}) and name it: push.license=FILE"
+        )
 
 
 def license_notice() -> str:

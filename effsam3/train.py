@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 from tqdm import tqdm
 
-from effsam3 import checkpoint, find_micro_batch, optimizer_state
+from effsam3 import checkpoint, find_micro_batch, needs, optimizer_state
 from effsam3.accelerator import frozen_autocast, launched_processes, layout, make_accelerator, refuse_missing_gpu
 from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
@@ -70,6 +70,8 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     last = resumable(recipe, folder, resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     stage = make_stage(recipe, report, accelerator)
+    if accelerator.is_main_process:
+        needs.room_for_checkpoints(recipe, stage.student_parameters)
     if recipe.train.find_micro_batch and last is None:
         recipe = find_micro_batch.run(recipe, stage, accelerator, report)
         micros = accumulation(recipe, accelerator.num_processes)
@@ -321,6 +323,8 @@ def announce(
     lines = stage.describe() | {"batch": batch, "run": f"{report.folder}{resumed}"}
     if accelerator.is_main_process and accelerator.device.type == "cuda":
         lines |= attempt(partial(header_lines, layout=running_layout(accelerator, recipe.hardware)), recipe, {})
+    if accelerator.is_main_process and not state["ended"]:
+        lines |= needs.header_lines(recipe, ("merge", "evaluate", "push"))
     report.header(f"train    {recipe.name}   {layout(accelerator)}   {recipe.train.precision}", lines)
     declared = layout_processes(layout_file(recipe.hardware))
     if declared != accelerator.num_processes:

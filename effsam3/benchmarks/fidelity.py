@@ -10,6 +10,7 @@ import torch
 
 from effsam3.benchmarks.models import Pair
 from effsam3.data.transforms import normalise, valid_mask
+from effsam3.errors import UserError
 from effsam3.losses import agreement_sums, relative_error
 
 
@@ -35,6 +36,8 @@ def feature_fidelity(pair: Pair, batches) -> dict[str, float]:
         with torch.no_grad():
             neck_error += float(relative_error(neck(pred), neck(target), mask)) * len(target)
         images += len(target)
+    if not images:
+        raise UserError(f"none of the held-out images can be read ({unreadable[0]}); put them back, or index again")
     positions = float(sums.pop("positions"))
     means = {name: float(value) / positions for name, value in sums.items()}
     return means | {"neck": neck_error / images, "images": images, "unreadable": unreadable}

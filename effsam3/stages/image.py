@@ -216,6 +216,19 @@ def make_student(recipe, channels: int, image_size: int, patch_size: int) -> Stu
     return student
 
 
+def refuse_partial_maps(recipe, tap: str, grid: int) -> None:
+    """Refuse features that the neck cannot read, where the loss looks at what it makes of them.
+
+    Raises:
+        UserError: they are not the trunk's, or not on its own grid.
+    """
+    if recipe.loss.neck and (tap != "trunk" or grid != chassis_facts(recipe.sam3.checkpoint).grid):
+        raise UserError(
+            f"loss.neck compares what SAM 3's neck makes of whole trunk maps; these are {tap} features on a "
+            f"{grid}x{grid} grid. Export with export.tap=trunk and without export.grid, or set loss.neck=0"
+        )
+
+
 class ImageStage(Stage):
     """The training side: student, data, loss and validation."""
 
@@ -270,13 +283,7 @@ class ImageStage(Stage):
         return store
 
     def _load_neck(self) -> Neck:
-        own_grid = chassis_facts(self.recipe.sam3.checkpoint).grid
-        if self.facts["tap"] != "trunk" or self.facts["grid"] != own_grid:
-            raise UserError(
-                f"loss.neck compares what SAM 3's neck makes of whole trunk maps; these are {self.facts['tap']} "
-                f"features on a {self.facts['grid']}x{self.facts['grid']} grid. Export with export.tap=trunk and "
-                "without export.grid, or set loss.neck=0"
-            )
+        refuse_partial_maps(self.recipe, self.facts["tap"], self.facts["grid"])
         return load_neck(chassis_folder(self.recipe.sam3.checkpoint, self.recipe.sam3.revision)).to(self.device)
 
     def statistics_batches(self):

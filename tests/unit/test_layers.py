@@ -56,6 +56,8 @@ LAYERS = [
         "dry_run",
         "estimates",
         "find_micro_batch",
+        "run_parts",
+        "needs",
     },
     {
         "export",

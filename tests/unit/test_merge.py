@@ -13,12 +13,12 @@ from transformers import Sam3VideoModel
 from effsam3 import merge
 from effsam3.checkpoint import WEIGHTS, CheckpointError
 from effsam3.cli import main
-from effsam3.merge import refuse_neck
 from effsam3.models.combine import assign
 from effsam3.models.sam3 import EXTRAS_FILE, TRUNK, chassis_folder, read_config, read_tensors
 from effsam3.models.slots import CARD, SLOTS, MergeError, part_of_model
 from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.recipe import load_recipe
+from effsam3.run_parts import refuse_neck
 
 EXPECTED = {TRUNK + "head.weight": (2, 3), "detector_model.x": (4,), "tracker_neck.y": (5,)}
 STUDENT = {TRUNK + "head.weight": (2, 3)}

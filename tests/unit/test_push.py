@@ -212,7 +212,7 @@ def test_another_model_is_not_overwritten(folder, hub):
 def test_sam3s_weights_are_not_published_without_their_licence(folder, hub, tmp_path):
     card = json.loads((folder / "merged/effsam3.json").read_text()) | {"chassis": "facebook/sam3"}
     (folder / "merged/effsam3.json").write_text(json.dumps(card))
-    with pytest.raises(PushError, match="no copy of the SAM License.+push.license=FILE"):
+    with pytest.raises(ReleaseError, match="no copy of the SAM License.+push.license=FILE"):
         go(folder, "push.private=false")
     go(folder)  # in private, with a notice
     assert (

@@ -18,6 +18,7 @@ from effsam3.models.sam3 import chassis_folder, read_config, read_tensors
 from effsam3.models.slots import CARD, MergeError, part_of_model, start_from
 from effsam3.models.tokens import Tokenizer
 from effsam3.recipe import load_recipe
+from effsam3.release_folder import recipes_by_slot
 from effsam3.show import show
 
 ROOT = Path(__file__).parents[2]
@@ -199,9 +200,9 @@ def test_a_model_without_a_student_in_the_slot(release, tmp_path):
 
 
 def test_evaluate_takes_each_parts_own_recipe(release):
-    asked, unmeasured = evaluate.recipes_by_slot(release_of(release))
+    asked, unmeasured = recipes_by_slot(release_of(release))
     assert {slot: recipe.name for slot, recipe in asked.items()} == {"image": "image", "text": "text"}
-    asked, unmeasured = evaluate.recipes_by_slot(release_of(release, f"parts.text={release}/smoke-release/merged"))
+    asked, unmeasured = recipes_by_slot(release_of(release, f"parts.text={release}/smoke-release/merged"))
     assert list(asked) == ["image"] and "parts.text: " in unmeasured[0] and "name=smoke-release" in unmeasured[0]
 
 
