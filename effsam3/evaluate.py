@@ -133,9 +133,17 @@ def text_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     measured, left_out = measurable(recipe)
     yield "left out", left_out
     if "similarity" in measured:
-        phrases = data.phrases if asked.phrases is None else (asked.phrases,)
+        phrases, phrase_column = data.phrases, data.phrase_column
+        if asked.phrases is not None:
+            phrases, phrase_column = (asked.phrases,), asked.phrase_column
         captions = open_captions(
-            data.captions, data.column, phrases, data.phrase_share, held_out=data.held_out, limit=data.limit
+            data.captions,
+            data.column,
+            phrases,
+            data.phrase_share,
+            held_out=data.held_out,
+            limit=data.limit,
+            phrase_column=phrase_column,
         )
         encode = partial(Tokenizer().encode, context_length=data.context_length)
         result = {}

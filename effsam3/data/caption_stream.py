@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts out of files, cleaned and counted, and the streaming mode: parquet from disk or the Hub without an index.
+"""Texts cleaned and counted, and the streaming mode: files from disk or parquet from the Hub, without an index.
 
 Two texts that differ only in case and white space are the same one, since SAM 3's tokenizer sees no difference: they
 have one code, and with it one key and one split, whatever list or column they come from.
@@ -7,35 +7,23 @@ have one code, and with it one key and one split, whatever list or column they c
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
-import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from effsam3.data.fetch import REPO, hub_files, open_file
+from effsam3.data.fetch import REPO, hub_files
 from effsam3.data.sa1b import SPLITS
-from effsam3.errors import UserError, did_you_mean
+from effsam3.data.text_files import READERS, Unusable, read_texts
+from effsam3.errors import UserError
 
-COLUMNS = {  # data.column: what is read of the parquet
-    "re_caption": ("re_caption",),
-    "org_caption": ("org_caption",),
-    "mix": ("key", "re_caption", "org_caption"),  # per row one of the two, by a hash of `key`
-}
-PHRASE_NAMES = ("phrase", "text", "caption")  # of the column in .csv and .parquet
-JSON_NAMES = ("text_annotations", "phrases")  # of the list in .json
 MAX_CHARACTERS = 2000  # the rest of a text is cut off; SAM 3's tokenizer keeps 77 tokens at most, about 400 characters
-ROWS = 10_000  # read at a time
 EXAMPLES = 5  # named in a report for every reason
 BLOCK = 64  # rows that a stream's shuffle moves together at first
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 # ---- one text
@@ -44,8 +32,11 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 def clean(value: object) -> tuple[str, str]:
     """Return (text, reason) for whatever a file holds: no text for a reason, or a text, `cut` being its only reason.
 
-    Reasons: null, not_text, not_utf8, empty, whitespace, cut (the text is its first MAX_CHARACTERS characters).
+    Reasons: null, not_text, not_utf8, empty, whitespace, cells (a row of a table with more or fewer than its header),
+    cut (the text is its first MAX_CHARACTERS characters).
     """
+    if isinstance(value, Unusable):
+        return "", value.reason
     if value is None:
         return "", "null"
     if not isinstance(value, str | bytes):
@@ -105,14 +96,14 @@ def _shown(value: object) -> str:
 
 
 def caption_files(captions: str) -> list[str] | None:
-    """Return the parquet files of a folder, a pattern or a file, sorted; None for what can only be a Hub id.
+    """Return the files of a folder, a pattern or a file, sorted; None for what can only be a Hub id.
 
-    Hidden folders are left out. Raises UserError when there is nothing by that name.
+    Of a folder they are the parquet files if it has any, else those of the one kind that it has. Hidden folders are
+    left out. Raises UserError when there is nothing by that name, or a folder has files of several kinds.
     """
     path = Path(captions)
     if path.is_dir():
-        inside = (file for file in path.rglob("*.parquet") if not _hidden(file.relative_to(path)))
-        files = sorted(str(file) for file in inside)
+        files = _files_in(path)
     elif glob.has_magic(captions):
         files = sorted(glob.glob(captions, recursive=True))
     elif path.is_file():
@@ -121,138 +112,32 @@ def caption_files(captions: str) -> list[str] | None:
         return None
     else:
         raise UserError(
-            f"captions: there is no {captions}; expected a folder, a file or a pattern of parquet files, or a Hub id "
-            f"such as {REPO}"
+            f"captions: there is no {captions}; expected a folder, a file or a pattern of files "
+            f"({', '.join(READERS)}), or a Hub id such as {REPO}"
         )
     if not files:
-        raise UserError(f"captions: {captions} has no .parquet; get some: python scripts/fetch_recap.py --out {path}")
+        raise UserError(
+            f"captions: {captions} has no {', '.join(READERS)}; get some: python scripts/fetch_recap.py --out {path}"
+        )
     return files
+
+
+def _files_in(folder: Path) -> list[str]:
+    by_kind: dict[str, list[str]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in READERS and file.is_file() and not _hidden(file.relative_to(folder)):
+            by_kind.setdefault(file.suffix.lower(), []).append(str(file))
+    if ".parquet" not in by_kind and len(by_kind) > 1:
+        kinds = ", ".join(f"{len(files)} {kind}" for kind, files in by_kind.items())
+        raise UserError(
+            f"captions: {folder} has files of several kinds ({kinds}); name one of them or a pattern, such as "
+            f"data.captions='{folder}/*{next(iter(by_kind))}'"
+        )
+    return by_kind.get(".parquet", next(iter(by_kind.values()), []))
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def check_column(column: str) -> None:
-    """Raise UserError unless this is one of COLUMNS."""
-    if column not in COLUMNS:
-        raise UserError(f"data.column: {column!r} does not exist{did_you_mean(column, COLUMNS)}")
-
-
-def caption_values(file: str, column: str) -> Iterator[object]:
-    """Yield what a parquet file, local or `hf://`, holds as captions. Raises UserError."""
-    rows = _read_parquet(file, COLUMNS[column])
-    if column != "mix":
-        return (value for (value,) in rows)
-    return (texts[_coin(key)] for key, *texts in rows)
-
-
-def _coin(key: object) -> int:
-    """Return 0 or 1, always the same for a key; having none (null) is a key, too."""
-    import xxhash
-
-    return xxhash.xxh3_64_intdigest(key if isinstance(key, bytes) else str(key).encode()) >> 63
-
-
-def phrase_values(file: str) -> Iterator[object]:
-    """Yield what a list of phrases holds: .txt, .json, .csv or .parquet. Raises UserError."""
-    path = Path(file)
-    if path.suffix not in PHRASE_READERS:
-        raise UserError(f"phrases: {file} must end in {', '.join(PHRASE_READERS)}")
-    if not path.is_file():
-        raise UserError(f"phrases: there is no file {file}")
-    return PHRASE_READERS[path.suffix](path)
-
-
-def _read_txt(path: Path) -> Iterator[object]:
-    yield from path.read_bytes().removeprefix(BYTE_ORDER_MARK).splitlines()
-
-
-def _read_json(path: Path) -> Iterator[object]:
-    try:
-        content = json.loads(_lenient(path))
-    except ValueError as error:
-        raise UserError(f"phrases: {path} is no JSON ({error})") from error
-    if isinstance(content, dict):
-        content = next((content[name] for name in JSON_NAMES if name in content), None)
-    if not isinstance(content, list):
-        raise UserError(f"phrases: {path} must be a list, or an object with a list named {' or '.join(JSON_NAMES)}")
-    yield from content
-
-
-def _read_csv(path: Path) -> Iterator[object]:
-    try:
-        header, *rows = csv.reader(io.StringIO(_lenient(path), newline=""))
-    except (csv.Error, ValueError) as error:
-        raise UserError(f"phrases: {path} is no CSV with a header line ({error})") from error
-    place = next((header.index(name) for name in PHRASE_NAMES if name in header), 0)
-    yield from (row[place] if place < len(row) else None for row in rows)
-
-
-def _read_phrase_parquet(path: Path) -> Iterator[object]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    with _whole_parquet(str(path)):
-        schema = parquet.read_schema(path)
-    kinds = (pyarrow.string(), pyarrow.large_string())
-    text = [field.name for field in schema if field.type in kinds]
-    chosen = text if len(text) == 1 else [name for name in PHRASE_NAMES if name in text][:1]
-    if not chosen:
-        raise UserError(
-            f"phrases: {path} has the text columns {', '.join(text) or 'none'}; expected one, or one of them named "
-            f"{', '.join(PHRASE_NAMES)}"
-        )
-    return (value for (value,) in _read_parquet(str(path), tuple(chosen)))
-
-
-PHRASE_READERS = {".txt": _read_txt, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_phrase_parquet}
-
-
-def _lenient(path: Path) -> str:
-    """Return a file's text; bytes that are no UTF-8 become half surrogate pairs, which `clean` finds in their row."""
-    return path.read_bytes().removeprefix(BYTE_ORDER_MARK).decode("utf-8", "surrogateescape")
-
-
-@contextmanager
-def _whole_parquet(name: str) -> Iterator[None]:
-    import pyarrow
-
-    errors = (pyarrow.ArrowException, OSError)  # looked up now: a stream may be closed when the interpreter ends
-    try:
-        yield
-    except errors as error:
-        raise UserError(
-            f"{name} cannot be read ({error}); if a download was cut short, python scripts/fetch_recap.py --verify "
-            "with the same --out fetches it again"
-        ) from error
-
-
-def _read_parquet(file: str, names: tuple[str, ...]) -> Iterator[tuple]:
-    """Yield the rows of some columns. Texts come as bytes, so that wrong UTF-8 is one bad row and not an exception."""
-    import pyarrow.parquet as parquet
-
-    with _whole_parquet(file), open_file(file) as opened:
-        content = parquet.ParquetFile(opened)
-        missing = [name for name in names if name not in content.schema_arrow.names]
-        if missing:
-            raise UserError(
-                f"{file} has no column {' and no column '.join(missing)}, only "
-                f"{', '.join(content.schema_arrow.names)}; expected those of {REPO}; data.column is one of "
-                f"{', '.join(COLUMNS)}"
-            )
-        for batch in content.iter_batches(ROWS, columns=list(names)):
-            yield from zip(*(_values(batch.column(name)) for name in names), strict=True)
-
-
-def _values(column) -> list:
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        column = column.cast(pyarrow.large_binary())
-    return column.to_pylist()
 
 
 # ---- streaming
@@ -260,7 +145,7 @@ def _values(column) -> list:
 
 def stream_captions(
     source: str,
-    column: str,
+    column: str | None,
     global_batch: int,
     rank: int,
     world: int,
@@ -274,7 +159,7 @@ def stream_captions(
     """Return one rank's micro-batches (keys, texts) of an endless stream of captions, without an index.
 
     Args:
-        source: as `open_captions` takes it; a Hub id is read over the network as it goes.
+        source, column: as `open_captions` takes them; a Hub id is read over the network as it goes.
         global_batch: samples per step over all ranks, a multiple of micro_batch * world.
         buffer: rows that the shuffle holds, twice; files are shuffled, too.
         start_step: the step to begin with, exactly; what lies before is read again and thrown away.
@@ -283,7 +168,6 @@ def stream_captions(
     Raises UserError for a source that is not there, HubError, and while iterating for a file that cannot be read.
     """
     assert global_batch % (micro_batch * world) == 0 and split in SPLITS
-    check_column(column)
     files = caption_files(source) or hub_files(source)
     return CaptionStream(
         files,
@@ -309,7 +193,7 @@ class CaptionStream:
     """
 
     files: list[str]
-    column: str
+    column: str | None
     global_batch: int
     rank: int
     world: int
@@ -369,10 +253,10 @@ class CaptionStream:
                 yield window[place]
 
 
-def _stream_blocks(files: list[str], column: str) -> Iterator[dict]:
+def _stream_blocks(files: list[str], column: str | None) -> Iterator[dict]:
     """Yield rows by BLOCK: for single ones `datasets` would take longer than for reading them."""
     for file in files:
-        rows = clean_rows(caption_values(file, column), Path(file).name)
+        rows = clean_rows(read_texts(file, column).values, Path(file).name)
         while block := list(islice(rows, BLOCK)):
             yield {"rows": block}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions and noun phrases as one map-style view: Recap-DataComp-1B parquet as published, and plain lists.
+"""Captions and noun phrases as one map-style view: Recap-DataComp-1B parquet as published, and files of one's own.
 
 The first opening reads every file once and writes what is usable as an Arrow file beside it (CACHE), with a report of
 what is not. From then on texts are memory-mapped by Hugging Face `datasets`, and a position is all a sampler needs.
@@ -23,28 +23,25 @@ import numpy as np
 from effsam3.checked_files import read_json
 from effsam3.data.caption_stream import (
     EXAMPLES,
-    ROWS,
     caption_files,
-    caption_values,
-    check_column,
     clean_rows,
     code_of,
     count,
     counted,
     first_train_code,
     key_of,
-    phrase_values,
 )
 from effsam3.data.fetch import HUB, hub_errors, hub_files
 from effsam3.data.indexing import start_worker
 from effsam3.data.sa1b import SPLITS, write_atomic
+from effsam3.data.text_files import ROWS, read_texts
 from effsam3.errors import UserError
 
 CACHE = ".captions"  # folder beside the files; may be deleted at any time
-# What is kept beside a copy that was made: how many entries were left out or changed, by reason.
-COUNTS_FORM = {str: {"count": int, "examples": [str]}}
-VERSION = 1  # of what it holds and of how texts are cleaned; another number makes older ones void
-SOURCES = ("captions", "phrases")
+# What is kept beside a copy: the column that was read, and how many entries were left out or changed, by reason.
+REPORT_FORM = {"column": str, "left_out": {str: {"count": int, "examples": [str]}}}
+VERSION = 2  # of what it holds and of how texts are cleaned; another number makes older ones void
+SOURCES = {"captions": "data.column", "phrases": "data.phrase_column"}  # what is read: key of the column's name
 
 
 class Texts(NamedTuple):
@@ -132,55 +129,58 @@ class Captions:
     train: Part
     val: Part
     report: dict[str, dict]
-    column: str
+    columns: dict[str, str]  # {source: the column that was read}, of several files' several with commas
 
     def only(self, split: str, source: str) -> Part:
         """Return all captions or all phrases of a split, each once; empty when there is no such source."""
         assert split in SPLITS and source in SOURCES
         part = self.train if split == "train" else self.val
-        return Part(*part.sources, Fraction(SOURCES.index(source)), repeat=False)
+        return Part(*part.sources, Fraction(int(source == "phrases")), repeat=False)
 
     def summary(self) -> str:
         """Return one line for a run's header."""
         lines = []
-        for source, name in zip(SOURCES, (f"captions ({self.column})", "phrases"), strict=True):
+        for source, columns in self.columns.items():
             train, val = (len(self.only(split, source)) for split in SPLITS)
             if train + val:
-                lines.append(f"{train + val:,} {name}, {val:,} held out")
+                lines.append(f"{train + val:,} {source}{columns and f' ({columns})'}, {val:,} held out")
         return "; ".join([*lines, f"phrase share {float(self.train.share):g}", counted(self.report)])
 
 
 def open_captions(
     captions: str | None,
-    column: str,
+    column: str | None,
     phrases: Sequence[str],
     phrase_share: float,
     held_out: float = 0.01,
     limit: int | None = None,
     cache_dir: str | Path | None = None,
     workers: int = 1,
+    phrase_column: str | None = None,
 ) -> Captions:
     """Open captions and phrases for training.
 
     Args:
-        captions: folder, file or pattern of Recap-DataComp-1B parquet, or a Hub id (needs `limit`); None: no captions.
-        column: `re_caption`, `org_caption`, or `mix`, per row one of the two.
-        phrases: lists of phrases, .txt, .json, .csv or .parquet; duplicates are dropped.
+        captions: folder, file or pattern of files as in `text_files.READERS`, or the Hub id of a data set like
+            Recap-DataComp-1B (needs `limit`); None: no captions.
+        column: its name; `mix`: per row `re_caption` or `org_caption`; None: the one that is known to hold texts.
+        phrases: lists of phrases, files of the same kinds; duplicates are dropped.
         phrase_share: how much of `train` and `val` is phrases, 0..1; 0 leaves them to `Captions.only`.
         held_out: share of the texts that is in `val` and never in `train`, by a hash of the text.
         limit: use only the first so many usable captions, both splits together.
         cache_dir: where clean copies are kept; None: beside the files.
         workers: processes for files that have no clean copy yet.
+        phrase_column: as `column`, of the lists of phrases.
 
     Raises:
         UserError: a source that is not there or cannot be read, a share without its source, nothing usable.
     """
-    check_column(column)
     share = _checked_share(captions, phrases, phrase_share)
     first_train = first_train_code(held_out)
     report: dict[str, dict] = {}
-    caption_copies = [] if captions is None else _caption_copies(captions, column, limit, cache_dir, workers, report)
-    phrase_copies = _copies([str(file) for file in phrases], "phrases", cache_dir, workers, report)
+    copies = _Copies(cache_dir, workers, report)
+    caption_copies = [] if captions is None else _caption_copies(copies, captions, column, limit)
+    phrase_copies = copies.of([str(file) for file in phrases], "phrases", phrase_column)
     sources = _texts(caption_copies, limit), _without_duplicates(_texts(phrase_copies), report)
     trained = [texts.codes >= np.uint64(first_train) for texts in sources]
     train = Part(*(texts.select(mask) for texts, mask in zip(sources, trained, strict=True)), share, repeat=True)
@@ -191,7 +191,7 @@ def open_captions(
     ):
         if part and not len(texts.rows):
             raise UserError(f"no usable {source} for training in {where} (held_out {held_out}): {counted(report)}")
-    return Captions(train, val, report, column)
+    return Captions(train, val, report, {source: ", ".join(sorted(names)) for source, names in copies.columns.items()})
 
 
 def _checked_share(captions: str | None, phrases: Sequence[str], phrase_share: float) -> Fraction:
@@ -209,7 +209,7 @@ def _checked_share(captions: str | None, phrases: Sequence[str], phrase_share: f
 # ---- clean copies: one Arrow file and one report per file
 
 
-def _caption_copies(captions, column, limit, cache_dir, workers, report) -> list[Path]:
+def _caption_copies(copies: _Copies, captions: str, column: str | None, limit: int | None) -> list[Path]:
     files = caption_files(captions)
     if files is None:
         files = hub_files(captions)
@@ -219,15 +219,15 @@ def _caption_copies(captions, column, limit, cache_dir, workers, report) -> list
                 "python scripts/fetch_recap.py --out data/recap --fraction 0.01"
             )
     if limit is None:
-        return _copies(files, column, cache_dir, workers, report)
-    copies, usable = [], 0
+        return copies.of(files, "captions", column)
+    found, usable = [], 0
     while files and usable < limit:
         file, *files = files
         if file.startswith(HUB):
             file = _downloaded(captions, file)
-        copies += _copies([file], column, cache_dir, 1, report)
-        usable += _dataset(copies[-1:]).num_rows
-    return copies
+        found += copies.of([file], "captions", column)
+        usable += _dataset(found[-1:]).num_rows
+    return found
 
 
 def _downloaded(repo: str, address: str) -> str:
@@ -239,35 +239,46 @@ def _downloaded(repo: str, address: str) -> str:
         return hf_hub_download(repo, path, repo_type="dataset", revision=commit)
 
 
-def _copies(files: Sequence[str], column: str, cache_dir, workers: int, report: dict) -> list[Path]:
-    """Return the clean copies of files, made where they are missing, and add what they left out to `report`."""
-    import xxhash
+class _Copies:
+    """Clean copies of files, made where they are missing.
 
-    copies, missing = [], []
-    for file in files:
-        path = Path(file)
-        if not path.is_file():
-            raise UserError(f"{'phrases' if column == 'phrases' else 'captions'}: there is no file {file}")
-        state = path.stat()
-        made_of = (VERSION, str(path.absolute()), state.st_size, state.st_mtime_ns)
-        folder = path.parent / CACHE if cache_dir is None else Path(cache_dir)
-        stamp = xxhash.xxh3_64_hexdigest(repr(made_of).encode("utf-8", "surrogateescape"))
-        copies.append(folder / f"{path.name}.{column}.{stamp}.arrow")
-        if not copies[-1].with_suffix(".json").is_file():
-            missing.append((file, column, copies[-1]))
-    if missing:
-        _make_copies(missing, workers)
-    for copy in copies:
-        counts = read_json(copy.with_suffix(".json"), COUNTS_FORM, "delete it, and it is made again")
-        for reason, entry in counts.items():
-            count(report, reason, entry["examples"], entry["count"])
-    return copies
+    Attributes: `report`, to which is added what they left out; `columns`, {source: the columns that were read}.
+    """
+
+    def __init__(self, cache_dir: str | Path | None, workers: int, report: dict[str, dict]):
+        self.cache_dir, self.workers, self.report = cache_dir, workers, report
+        self.columns: dict[str, set[str]] = {source: set() for source in SOURCES}
+
+    def of(self, files: Sequence[str], source: str, column: str | None) -> list[Path]:
+        """Return the copies of files, captions or phrases, in their order."""
+        import xxhash
+
+        copies, missing = [], []
+        for file in files:
+            path = Path(file)
+            if not path.is_file():
+                raise UserError(f"{source}: there is no file {file}")
+            state = path.stat()
+            made_of = (VERSION, str(path.absolute()), state.st_size, state.st_mtime_ns, column)
+            folder = path.parent / CACHE if self.cache_dir is None else Path(self.cache_dir)
+            stamp = xxhash.xxh3_64_hexdigest(repr(made_of).encode("utf-8", "surrogateescape"))
+            copies.append(folder / f"{path.name}.{stamp}.arrow")
+            if not copies[-1].with_suffix(".json").is_file():
+                missing.append((file, source, column, copies[-1]))
+        if missing:
+            _make_copies(missing, self.workers)
+        for copy in copies:
+            made = read_json(copy.with_suffix(".json"), REPORT_FORM, "delete it, and it is made again")
+            self.columns[source] |= {made["column"]} - {""}
+            for reason, entry in made["left_out"].items():
+                count(self.report, reason, entry["examples"], entry["count"])
+        return copies
 
 
-def _make_copies(jobs: list[tuple[str, str, Path]], workers: int) -> None:
+def _make_copies(jobs: list[tuple[str, str, str | None, Path]], workers: int) -> None:
     from tqdm import tqdm
 
-    for folder in {copy.parent for _, _, copy in jobs}:
+    for folder in {copy.parent for *_, copy in jobs}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -286,16 +297,16 @@ def _make_copies(jobs: list[tuple[str, str, Path]], workers: int) -> None:
                 bar.update()
 
 
-def _make_copy(job: tuple[str, str, Path]) -> None:
+def _make_copy(job: tuple[str, str, str | None, Path]) -> None:
     """Write a file's usable texts with their codes, then its report, which says that the copy is whole.
 
     Several processes may do this at the same time: they write the same under names of their own.
     """
     import pyarrow
 
-    file, column, copy = job
-    values = phrase_values(file) if column == "phrases" else caption_values(file, column)
-    rows = clean_rows(values, Path(file).name)
+    file, source, column, copy = job
+    texts = read_texts(file, column, SOURCES[source])
+    rows = clean_rows(texts.values, Path(file).name)
     report: dict[str, dict] = {}
     schema = pyarrow.schema({"text": pyarrow.string(), "code": pyarrow.uint64()})
     partial = copy.with_name(f".{copy.name}.{os.getpid()}")
@@ -306,14 +317,15 @@ def _make_copy(job: tuple[str, str, Path]) -> None:
                     for _, reason, where in some:
                         if reason:
                             count(report, reason, [where])
-                    texts = [text for text, _, _ in some if text]
-                    writer.write_batch(pyarrow.record_batch([texts, [code_of(text) for text in texts]], schema=schema))
+                    usable = [text for text, _, _ in some if text]
+                    codes = [code_of(text) for text in usable]
+                    writer.write_batch(pyarrow.record_batch([usable, codes], schema=schema))
             sink.flush()
             os.fsync(sink.fileno())
         os.replace(partial, copy)
     finally:
         partial.unlink(missing_ok=True)  # still there when the file cannot be read
-    write_atomic(copy.with_suffix(".json"), json.dumps(report, indent=1).encode())
+    write_atomic(copy.with_suffix(".json"), json.dumps({"column": texts.name, "left_out": report}, indent=1).encode())
 
 
 def _dataset(copies: list[Path]):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from effsam3.errors import did_you_mean
 from effsam3.schema.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
 from effsam3.schema.push import Push
 from effsam3.schema.rules import (
@@ -23,15 +24,21 @@ from effsam3.schema.rules import (
     text_student_name,
 )
 
+RECAP_COLUMNS = ("re_caption", "org_caption", "mix")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextData(Section):
     """The captions: a caption set, lists of noun phrases, or a mix of both."""
 
-    source: Literal["recap", "synthetic"]  # synthetic: made from a grammar, never used unless asked for here
-    captions: str | None = None  # folder of Recap-DataComp parquet, or its Hub id; null: phrases alone
-    column: Literal["re_caption", "org_caption", "mix"] = "re_caption"  # mix: one of the two, by the row's key
-    phrases: tuple[str, ...] = ()  # files of noun phrases: txt, json, csv or parquet
+    # files: captions of your own; synthetic: made from a grammar, never used unless asked for here
+    source: Literal["recap", "files", "synthetic"]
+    # recap: folder of its parquet, or its Hub id; files: txt, json, jsonl, csv, tsv or parquet; null: phrases alone
+    captions: str | None = None
+    # Of the captions. recap: re_caption, org_caption or mix, one of the two by the row's key; files: any name.
+    column: str | None = None  # null: re_caption where there is one, else the one known name, such as caption or text
+    phrases: tuple[str, ...] = ()  # files of noun phrases: txt, json, jsonl, csv, tsv or parquet
+    phrase_column: str | None = None  # of the phrases; null: the one known name, such as phrase or text
     phrase_share: Annotated[float, share] = 0.0  # of the samples that come from the phrases
     context_length: Annotated[int, context] = 32  # most tokens of a text, start and end included; SAM 3 reads 32
     streaming: bool = False  # read captions as they come, without an index; needs train.steps
@@ -47,6 +54,11 @@ class TextData(Section):
             yield (
                 f"synthetic_captions: {self.synthetic_captions} asked for, but source is {self.source}; "
                 "set data.source=synthetic or leave it 0"
+            )
+        if self.source != "files" and self.column not in (None, *RECAP_COLUMNS):
+            yield (
+                f"column: {self.column!r} is not one of {', '.join(RECAP_COLUMNS)}, which source {self.source} has"
+                f"{did_you_mean(self.column, RECAP_COLUMNS)}; for captions of your own set data.source=files"
             )
         if self.streaming and (self.captions is None or self.phrases):
             yield "streaming: reads data.captions alone; set it false, or leave data.phrases out"
@@ -85,6 +97,7 @@ class TextEvaluate(Section):
     )
     max_captions: PositiveInt = 2000  # held-out captions, and as many phrases
     phrases: str | None = None  # file of noun phrases to measure on; null: the held-out ones of data.phrases
+    phrase_column: str | None = None  # of that file; null: the one known name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,13 @@ def ready_captions(recipe, accelerator):
     make_captions(recipe, accelerator)
     with accelerator.main_process_first():
         captions = open_captions(
-            data.captions, data.column, data.phrases, data.phrase_share, held_out=data.held_out, limit=data.limit
+            data.captions,
+            data.column,
+            data.phrases,
+            data.phrase_share,
+            held_out=data.held_out,
+            limit=data.limit,
+            phrase_column=data.phrase_column,
         )
     return captions
 

@@ -113,7 +113,7 @@ def test_every_kind_of_phrase_list(tmp_path, name):
     elif name == "l.csv":
         path.write_text("id,caption\n" + "".join(f"{i},{text}\n" for i, text in enumerate(quoted)), "utf-8")
     elif name == "m.csv":
-        path.write_text("term,id\n" + "".join(f"{text},{i}\n" for i, text in enumerate(quoted)), "utf-8-sig")
+        path.write_text("Phrase,id\n" + "".join(f"{text},{i}\n" for i, text in enumerate(quoted)), "utf-8-sig")
     elif name == "l.parquet":
         write(path, anything=phrases, number=range(5))
     else:
@@ -123,14 +123,16 @@ def test_every_kind_of_phrase_list(tmp_path, name):
 
 
 def test_bad_phrases_are_counted_and_duplicates_dropped_over_all_lists(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"Dog\n\n \nred  ball\ncaf\xe9\ndog\n")
+    (tmp_path / "a.txt").write_bytes(b"Dog\n\n \nred  ball\ndog\n")
     (tmp_path / "b.json").write_text('["DOG", 7, null, "cat", "half \\ud83d", ["x"]]')
-    (tmp_path / "c.csv").write_bytes(b"phrase,x\nRed Ball,1\n\xff,2\nbird\n")
+    (tmp_path / "c.csv").write_bytes(b"phrase,x\nRed Ball,1\n,2\nbird\nbird,3\na cat, sleeping,4\n")
     files = [tmp_path / name for name in ("a.txt", "b.json", "c.csv")]
     captions = open_captions(None, "re_caption", files, 1.0, held_out=0.0)
     assert everything(captions.train) == ["Dog", "red  ball", "cat", "bird"]
     counts = {reason: entry["count"] for reason, entry in captions.report.items()}
-    assert counts == {"empty": 1, "whitespace": 1, "not_utf8": 3, "not_text": 2, "null": 1, "duplicate": 3}
+    wanted = {"empty": 2, "whitespace": 1, "not_utf8": 1, "not_text": 2, "null": 1, "cells": 2, "duplicate": 3}
+    assert counts == wanted
+    assert captions.report["cells"]["examples"] == ["c.csv:3 'bird'", "c.csv:5 'a cat,sleeping,4'"]
     assert captions.report["duplicate"]["examples"] == ["'dog'", "'DOG'", "'Red Ball'"]
 
 
@@ -222,14 +224,18 @@ def test_sources_and_shares_that_do_not_fit(recap, tmp_path):
     (tmp_path / "z.csv").write_text("")
     (tmp_path / "short.parquet").write_bytes((recap / "captions" / "train-00000-of-00003.parquet").read_bytes()[:5000])
     write(tmp_path / "ab.parquet", a=["x"], b=["y"])
+    (tmp_path / "kinds").mkdir()
+    (tmp_path / "kinds/a.csv").write_text("caption\nx\n")
+    (tmp_path / "kinds/b.jsonl").write_text('"x"\n')
     for arguments, message in (
-        ((folder, "caption", (), 0), "did you mean"),
+        ((folder, "recaption", (), 0), "data.column: .* has no column 'recaption'; did you mean re_caption"),
         ((folder, "mix", (), 0.1), "there are no phrases"),
         ((None, "mix", phrases, 0.5), "there are no captions"),
         ((folder, "mix", phrases, 1.5), "must be 0 to 1"),
         ((folder, "mix", phrases, 0.1, 1.0), "held_out 1.0"),
         (("no/such/folder", "mix", (), 0), "there is no no/such/folder"),
         ((str(tmp_path), "re_caption", (), 0), "cannot be read|no column"),
+        ((str(tmp_path / "kinds"), None, (), 0), "files of several kinds .1 .csv, 1 .jsonl.; name one of them"),
         ((str(tmp_path / "*.arrow"), "re_caption", (), 0), "fetch_recap.py"),
         ((str(tmp_path / "ab.parquet"), "mix", (), 0), "no column key and no column re_caption"),
         ((str(tmp_path / "short.parquet"), "mix", (), 0), "cut short"),
@@ -237,7 +243,7 @@ def test_sources_and_shares_that_do_not_fit(recap, tmp_path):
         ((None, "mix", (tmp_path / "x.json",), 1), "text_annotations or phrases"),
         ((None, "mix", (tmp_path / "y.json",), 1), "is no JSON"),
         ((None, "mix", (tmp_path / "z.csv",), 1), "header line"),
-        ((None, "mix", (tmp_path / "ab.parquet",), 1), "text columns a, b"),
+        ((None, "mix", (tmp_path / "ab.parquet",), 1), "it has 'a', 'b'. Name one with data.phrase_column"),
         ((None, "mix", (tmp_path / "gone.txt",), 1), "there is no file"),
         ((None, "mix", (tmp_path / "a.xlsx",), 1), "there is no file|must end in"),
     ):
@@ -256,7 +262,7 @@ def test_files_are_read_once_and_again_when_they_change(tmp_path, monkeypatch):
     write(file, re_caption=["one", None], org_caption=["uno", "dos"])
     made = []
     make_copy = module._make_copy
-    monkeypatch.setattr(module, "_make_copy", lambda job: made.append(job[:2]) or make_copy(job))
+    monkeypatch.setattr(module, "_make_copy", lambda job: made.append((job[0], job[2])) or make_copy(job))
 
     def opened(column="re_caption", **options):
         captions = open_captions(str(tmp_path / "d"), column, (), 0.0, held_out=0.0, **options)
@@ -383,9 +389,9 @@ def test_a_stream_survives_bad_rows_and_names_what_it_cannot_read(tmp_path):
     }  # fmt: skip
     with pytest.raises(UserError, match="no usable val caption"):
         next(iter(stream_captions(str(tmp_path), "re_caption", 2, 0, 1, 2, seed=0, held_out=0.0, split="val")))
-    with pytest.raises(UserError, match="no column org_caption"):
+    with pytest.raises(UserError, match="no column 'org_caption'"):
         next(iter(stream_captions(str(tmp_path), "org_caption", 2, 0, 1, 2, seed=0)))
     with pytest.raises(UserError, match="did you mean re_caption"):
-        stream_captions(str(tmp_path), "recaption", 2, 0, 1, 2, seed=0)
+        next(iter(stream_captions(str(tmp_path), "recaption", 2, 0, 1, 2, seed=0)))
     with pytest.raises(UserError, match="there is no nothing.parquet"):
         stream_captions("nothing.parquet", "mix", 2, 0, 1, 2, seed=0)
