@@ -74,6 +74,35 @@ class CaptionBatches(Dataset):
         return positions[np.argsort(lengths, kind="stable")]
 
 
+class Distinct:
+    """A view of a part that holds every different text once, for a store."""
+
+    def __init__(self, part):
+        self.part, self.places = part, part.distinct()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def texts(self, positions) -> list[str]:
+        """The texts at these positions."""
+        return self.part.texts(self.places[list(positions)])
+
+    def keys(self, positions) -> list[str]:
+        """Their keys."""
+        return self.part.keys(self.places[list(positions)])
+
+
+class Head:
+    """The first texts of a part."""
+
+    def __init__(self, part, size: int):
+        self.part, self.size = part, size
+        self.texts, self.keys = part.texts, part.keys
+
+    def __len__(self) -> int:
+        return self.size
+
+
 def valid_tokens(batch: dict, padding_too: bool = False) -> Tensor:
     """Return 1 where a token counts, as the losses want it: float (B, 1, 1, L)."""
     mask_BL = torch.ones_like(batch["mask"]) if padding_too else batch["mask"]

@@ -250,7 +250,7 @@ def _append(fd: int, line: str) -> None:
 def finish_store(root: str | Path, expected_keys: Iterable[str], statistics: dict | None = None) -> Manifest:
     """Completes the manifest once every writer is closed; calling it again changes nothing.
 
-    `statistics` are facts about the stored values, such as per-channel lists of floats.
+    `statistics` are facts about the stored values, such as per-channel lists of floats; those that a store has stay.
     Raises StoreError naming expected keys that are neither stored nor skipped.
     """
     root, expected = Path(root), list(expected_keys)
@@ -272,7 +272,8 @@ def finish_store(root: str | Path, expected_keys: Iterable[str], statistics: dic
         expected=len(expected),
         records=len(stored),
         skipped=skipped,
-        statistics=statistics,
+        # A store that grows keeps its first ones: what learned from it before, and goes on, learned by them.
+        statistics=manifest.statistics or statistics,
         shards=shards,
     )
     write_manifest(root, manifest)

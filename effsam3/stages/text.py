@@ -16,7 +16,7 @@ from torch import Tensor
 
 from effsam3.accelerator import frozen_autocast
 from effsam3.checked_files import read_json
-from effsam3.data.caption_batches import CaptionBatches, as_map, valid_tokens
+from effsam3.data.caption_batches import CaptionBatches, Distinct, Head, as_map, valid_tokens
 from effsam3.data.caption_stream import stream_captions
 from effsam3.data.captions import open_captions
 from effsam3.data.statistics import statistics_sample
@@ -116,35 +116,6 @@ def make_student(recipe, channels: int):
         return student, None
     own = text_student_row(recipe.student).weights
     return student, load_text_weights(student, own if recipe.student_init == "mobileclip" else recipe.student_init)
-
-
-class Distinct:
-    """A view of a part that holds every different text once, for a store."""
-
-    def __init__(self, part):
-        self.part, self.places = part, part.distinct()
-
-    def __len__(self) -> int:
-        return len(self.places)
-
-    def texts(self, positions) -> list[str]:
-        """The texts at these positions."""
-        return self.part.texts(self.places[list(positions)])
-
-    def keys(self, positions) -> list[str]:
-        """Their keys."""
-        return self.part.keys(self.places[list(positions)])
-
-
-class Head:
-    """The first texts of a part."""
-
-    def __init__(self, part, size: int):
-        self.part, self.size = part, size
-        self.texts, self.keys = part.texts, part.keys
-
-    def __len__(self) -> int:
-        return self.size
 
 
 class FirstOfStream:

@@ -205,6 +205,31 @@ def test_finish_wants_every_key_and_names_skipped_ones(tmp_path):
 # ---- writer
 
 
+def test_a_store_that_grows_keeps_its_statistics_and_tells_replaced_inputs(tmp_path):
+    """Keys end in the digest of what the features were made of; another digest is another record."""
+    inputs = {"inputs": "xxh3_64 of the image's bytes, at the end of its key"}
+    old, new = f"sa_1@{'a' * 16}", f"sa_1@{'b' * 16}"
+    create_store(tmp_path, FIELDS, inputs)
+    with StoreWriter(tmp_path, 0) as writer:
+        writer.write(old, record(old))
+    finish_store(tmp_path, [old], {"mean": [1.0]})
+    reader = StoreReader(tmp_path)
+    with pytest.raises(
+        StoreError, match=r"lacks 2 of 2 keys: .* Of 1 of them .* \(replaced since it was made\): sa_1\."
+    ):
+        reader.positions([new, f"sa_2@{'a' * 16}"])
+    create_store(tmp_path, FIELDS, inputs)
+    with StoreWriter(tmp_path, 0) as writer:
+        assert new not in writer.done
+        writer.write(new, record(new))
+    assert StoreReader(tmp_path, allow_unfinished=True).contains(new) and not StoreReader(tmp_path).contains(new)
+    finish_store(tmp_path, [new], {"mean": [2.0]})
+    reader = StoreReader(tmp_path)
+    assert reader.manifest.statistics == {"mean": [1.0]} and reader.keys == [old, new]
+    for key in (old, new):
+        np.testing.assert_array_equal(reader.read(reader.positions([key]))["features"][0], record(key)["features"])
+
+
 def test_wrong_records_are_refused(tmp_path):
     create_store(tmp_path, FIELDS, {})
     good = record("a")["features"]
