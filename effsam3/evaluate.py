@@ -69,7 +69,7 @@ def run(recipe) -> dict:
         merged |= {"chassis": recipe.sam3.checkpoint, "revision": recipe.sam3.revision}
     report = Report(folder)
     chassis = chassis_folder(merged["chassis"], merged["revision"])
-    made_by = provenance() | {"chassis": merged["chassis"], "slots": merged["slots"]}
+    made_by = provenance() | {key: merged[key] for key in ("chassis", "slots", "weights") if key in merged}
     (folder / "eval").mkdir(exist_ok=True)
     results, tables, pictures, left_out = {}, [], [], []
     for slot, own in asked.items():

@@ -14,6 +14,7 @@ from string import Template
 import torch
 import yaml
 
+from effsam3 import __version__
 from effsam3.models.backbones import image_student
 from effsam3.models.registry import TEXT_STUDENTS
 from effsam3.models.sam3 import read_config
@@ -22,7 +23,7 @@ from effsam3.models.text_padding import padding_of
 from effsam3.models.tiny import MADE_UP
 from effsam3.recipe import dump_recipe, flat
 from effsam3.release_folder import SAM3, SAM_LICENSE_URL, Release
-from effsam3.report import table
+from effsam3.report import source, table
 
 # slot -> the part of SAM 3 that a student there replaces
 REPLACED = {"image": "vision trunk", "text": "text encoder", "memory": "video memory"}
@@ -257,7 +258,18 @@ def _use(release: Release, repo: str, revision: str) -> str:
     others = [f"`{file}`, {whose} names" for file, whose in OTHER_LAYOUTS.items() if (release.model / file).is_file()]
     if others:
         blocks.append(f"The same model in other layouts: {'; '.join(others)}.")
-    return "\n\n".join(["It needs `transformers` and the package `effsam3`.", *blocks])
+    return "\n\n".join([f"It needs `transformers` and the package `effsam3` {_package()}", *blocks])
+
+
+def _package() -> str:
+    """The package's version and where it is to be had."""
+    address = source()
+    if address is None:
+        return (
+            f"{__version__}, which is not on PyPI: `pip install -e .` in a clone of its repository. Whoever published "
+            "this model can say where that is."
+        )
+    return f"{__version__}:\n\n```bash\npip install git+{address}\n```"
 
 
 # ---- what is known of it

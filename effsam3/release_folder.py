@@ -16,8 +16,8 @@ from effsam3.recipe import load_recipe
 
 SAM3 = "facebook/sam3"
 # What must be known of a model, and of a measurement, to tell which belongs to which.
-CARD_FORM = {"chassis": str, "revision": (str, None), "provenance": {"started": str}}
-RESULT_FORM = {"provenance": {"started": str, "slots": dict}}
+CARD_FORM = {"chassis": str, "revision": (str, None), "weights": str}
+RESULT_FORM = {"provenance": {"started": str, "weights?": str}}
 SAM_LICENSE_URL = "https://github.com/facebookresearch/sam3/blob/main/LICENSE"
 
 
@@ -34,7 +34,9 @@ class Release:
         merged: content of the model's effsam3.json.
         chassis: the SAM 3 at the bottom, where the model was merged into one that was merged itself.
         recipe_files: {slot: recipe by which its student learned}; a slot whose recipe is not known is left out.
-        measured: those of eval/*.json that are of this merged model.
+        measured: those of eval/*.json that are of this merged model, which is known by its weights: merging the same
+            ones again makes no other model.
+        since: when the first of these was begun, in seconds since 1970; None: there are none.
         stale: those that are of another.
         license_file: a copy of the SAM License; None when there is none at hand, or none is needed.
     """
@@ -44,6 +46,7 @@ class Release:
     chassis: str
     recipe_files: dict[str, Path]
     measured: tuple[Path, ...]
+    since: float | None
     stale: tuple[Path, ...]
     license_file: Path | None
 
@@ -59,10 +62,9 @@ class Release:
 
     @property
     def pictures(self) -> tuple[Path, ...]:
-        """What `evaluate` drew since the merge."""
-        merged = (self.model / CARD).stat().st_mtime
+        """What was drawn since the first of these evaluations began."""
         files = sorted((self.folder / "pictures").glob("*.png"))
-        return tuple(path for path in files if path.stat().st_mtime >= merged)
+        return tuple(path for path in files if self.since is not None and path.stat().st_mtime >= self.since)
 
     @property
     def summary(self) -> Path | None:
@@ -92,28 +94,25 @@ def read_release(folder: Path, license_file: str | None = None) -> Release:
     results = sorted((folder / "eval").glob("*.json"))
     remedy = "run `effsam3 evaluate` again"
     made_by = {path: read_json(path, RESULT_FORM, remedy, ReleaseError)["provenance"] for path in results}
-    measured = tuple(path for path in results if _is_of(merged, made_by[path]))
+    measured = tuple(path for path in results if made_by[path].get("weights") == merged["weights"])
     return Release(
         folder=folder,
         merged=merged,
         chassis=chassis,
         recipe_files=_recipe_files(folder),
         measured=measured,
+        since=min((_began(made_by[path]) for path in measured), default=None),
         stale=tuple(path for path in results if path not in measured),
         license_file=None if chassis in MADE_UP else sam_license(chassis, revision, license_file, folder / "merged"),
     )
 
 
-def _is_of(merged: dict, evaluated: dict) -> bool:
-    """Whether an evaluation came after the merge and measured the same students."""
+def _began(provenance: dict) -> float:
+    """When a verb began, in seconds since 1970."""
     try:
-        merge, evaluation = (
-            datetime.strptime(provenance["started"], "%Y-%m-%dT%H:%M:%S%z")
-            for provenance in (merged["provenance"], evaluated)
-        )
+        return datetime.strptime(provenance["started"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
     except ValueError as error:
-        raise ReleaseError(f"provenance.started says no time ({error}); merge and evaluate again") from error
-    return merge <= evaluation and merged["slots"] == evaluated["slots"]
+        raise ReleaseError(f"provenance.started says no time ({error}); evaluate again") from error
 
 
 def recipes_by_slot(recipe) -> tuple[dict, list[str]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -63,6 +64,16 @@ def _git(*arguments: str) -> str | None:
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def source() -> str | None:
+    """Where this package's repository is to be had, as an address for `git clone`; None where that is not known.
+
+    What only this machine or this user could open, a local path or a login in the address, is left out.
+    """
+    address = _git("remote", "get-url", "origin")
+    found = re.fullmatch(r"(?:https?://(?:[^@/]*@)?|ssh://[^@/]*@|[^@/:]+@)([^/:@]+)(?::\d+)?[:/](.+)", address or "")
+    return f"https://{found[1]}/{found[2]}" if found else None
 
 
 class Report:

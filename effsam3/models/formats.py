@@ -32,6 +32,7 @@ from effsam3.models.sam3 import (
     PROCESSOR_FILES,
     TRUNK,
     ChassisError,
+    fingerprint,
     processor,
     quiet_transformers,
     read_tensors,
@@ -92,6 +93,7 @@ def write_model(
             shutil.copyfile(chassis / name, partial / name)
     if beside:
         save_file(beside, partial / EXTRAS_FILE, {"format": "pt"})
+    card = card | {"weights": fingerprint(merged.tensors)}  # what an evaluation is tied to
     write_json(partial / CARD, card)
     verify(partial.name, read_tensors(partial), merged.tensors)
     notes = []

@@ -15,8 +15,9 @@ import yaml
 from huggingface_hub import constants
 from PIL import Image
 from run_folders import merged_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from effsam3 import merge, report
 from effsam3.model_card import licence, measurements, metadata, model_card, parameters
 from effsam3.models.backbones import image_student
 from effsam3.models.concepts import ConceptModel
@@ -130,13 +131,13 @@ def test_sam3_counts_as_published():
     assert counts["total"] == TEACHER.transformers_total
 
 
-def evaluate(folder: Path, offset: float = 0.0, slots: dict | None = None) -> None:
-    """Leave what `evaluate` leaves; `offset` is when, in seconds from now."""
+def evaluate(folder: Path, **changes) -> None:
+    """Leave what `evaluate` leaves; `changes` are of its provenance."""
     merged = json.loads((folder / "merged/effsam3.json").read_text())
-    started = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(time.time() + offset))
+    started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     (folder / "eval").mkdir(exist_ok=True)
     (folder / "pictures").mkdir(exist_ok=True)
-    made_by = {"started": started, "slots": slots or merged["slots"]}
+    made_by = {"started": started, "weights": merged["weights"]} | changes
     (folder / "eval/fidelity.json").write_text(json.dumps({"cosine": 0.1234, "provenance": made_by}))
     (folder / "eval/summary.md").write_text("# tiny in the slot\n\n| cosine |\n|---:|\n| 0.1234 |\n")
     for number in range(6):
@@ -157,13 +158,28 @@ def test_measurements_are_the_summary_and_four_pictures(run):
     assert re.findall(r"!\[\d\]\((.+)\)", text) == [f"pictures/{number}.png" for number in range(4)]
 
 
-@pytest.mark.parametrize("stale", [{"offset": -3600}, {"slots": {"image": {"student": "another"}}}])
-def test_measurements_of_another_merged_model_are_left_out(run, stale):
+def test_measurements_of_another_merged_model_are_left_out(run):
     folder = run("image")
-    evaluate(folder, **stale)
+    evaluate(folder, weights="another's")
     release = read_release(folder)
     assert release.measured == () and [path.name for path in release.stale] == ["fidelity.json"]
-    assert measurements(release).startswith("Nothing")
+    assert release.pictures == () and measurements(release).startswith("Nothing")
+
+
+def test_merging_the_same_weights_again_keeps_what_was_measured(tmp_path):
+    """Other weights do not."""
+    folder = merged_run(tmp_path, "image")
+    evaluate(folder)
+    before = card_of(folder)
+    recipe = load_recipe(folder)
+    time.sleep(1.1)  # provenance counts seconds
+    merge.run(recipe)
+    assert section(card_of(folder), "Measured") == section(before, "Measured") and "0.1234" in before
+    weights = folder / "checkpoints/best-step-000007/student.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * 2 for name, tensor in tensors.items()}, weights)
+    merge.run(recipe)
+    assert section(card_of(folder), "Measured").startswith("Nothing")
 
 
 def test_the_summary_of_an_earlier_evaluation_is_left_out(run):
@@ -179,6 +195,25 @@ def test_pictures_from_before_the_merge_are_left_out(run):
     evaluate(folder)
     os.utime(folder / "pictures/1.png", (0, 0))
     assert [path.name for path in read_release(folder).pictures] == ["0.png", "2.png", "3.png", "4.png", "5.png"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "address"),
+    [
+        ("https://github.com/someone/effsam3.git", "https://github.com/someone/effsam3.git"),
+        ("https://someone:secret@github.com/someone/effsam3", "https://github.com/someone/effsam3"),
+        ("git@github.com:someone/effsam3.git", "https://github.com/someone/effsam3.git"),
+        ("ssh://git@git.example.org:2222/group/effsam3.git", "https://git.example.org/group/effsam3.git"),
+        ("/home/someone/effsam3", None),
+        ("", None),
+    ],
+)
+def test_the_card_says_where_the_package_is_to_be_had(merged, monkeypatch, origin, address):
+    monkeypatch.setattr(report, "_git", lambda *arguments: origin or None)
+    assert report.source() == address
+    use = section(card_of(merged["image"]), "How to use it")
+    assert "secret" not in use and "/home" not in use
+    assert (f"pip install git+{address}\n" in use) if address else ("not on PyPI" in use)
 
 
 # ---- who fills what, and how it learned

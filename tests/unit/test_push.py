@@ -31,7 +31,7 @@ def folder(merged, tmp_path):
     """A merged run that a test may change, with results and a picture."""
     copy = Path(shutil.copytree(merged, tmp_path / merged.name))
     card = json.loads((copy / "merged/effsam3.json").read_text())
-    made_by = {"started": card["provenance"]["started"], "slots": card["slots"]}
+    made_by = {"started": card["provenance"]["started"], "weights": card["weights"]}
     for name in ("eval", "pictures"):
         (copy / name).mkdir()
     (copy / "eval/speed.json").write_text(json.dumps({"provenance": made_by}))
@@ -109,7 +109,7 @@ def test_a_dry_run_lists_the_same_and_asks_nobody(folder, hub, monkeypatch, caps
 
 def test_results_of_another_merged_model_stay_at_home(folder, hub, capsys):
     result = json.loads((folder / "eval/speed.json").read_text())
-    result["provenance"]["started"] = "2020-01-01T00:00:00+0000"
+    result["provenance"]["weights"] = "another model's"
     (folder / "eval/speed.json").write_text(json.dumps(result))
     go(folder)
     assert not [name for name in hub.repositories["tester/model"].branches["main"] if name.startswith("eval/")]
