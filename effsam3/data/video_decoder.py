@@ -108,7 +108,7 @@ def seeks_agree(path: Path) -> bool:
     starts = np.unique(np.searchsorted(truth.times_T, truth.keys_K2[:, 0]))
     for start, stop in reversed(list(zip(starts, [*starts[1:], truth.frames], strict=True))):
         for index in range(start, stop):
-            if digest(decoder.picture(index)) != truth.digests_T[index] or decoder.begun > 1:
+            if digest(decoder.picture(index)) != truth.digests_T[index] or decoder.astray:
                 return False
     return True
 
@@ -129,14 +129,14 @@ class Decoder:
     """Reads a file's frames by number; in order, each costs the decoding of one frame. For one process.
 
     Attributes:
-        begun: how often the file was opened: more than once when seeks did not find a frame.
+        astray: whether some frame did not come from the key frame before it, but only from an earlier one.
 
     Raises:
         UnreadableVideo: on opening or reading, as the class says.
     """
 
     def __init__(self, path: Path, table: FrameTable):
-        self.path, self.table, self.begun = path, table, 0
+        self.path, self.table, self.astray = path, table, False
         self._begin()
         self._shown = None, None  # index and picture of the frame read last
 
@@ -170,17 +170,18 @@ class Decoder:
         nearest = np.searchsorted(self.table.times_T, keys_2[0][0]) if len(keys_2) else 0
         if self._next is not None and nearest <= self._next <= index:
             yield lambda: None
-        # Some containers seek by decoding times, others by presentation times.
-        for time in dict.fromkeys(int(time) for key_2 in keys_2[:KEYS_TRIED] for time in key_2):
-            yield functools.partial(self._seek, time, int(self.table.times_T[index]))
+        for key_2 in keys_2[:KEYS_TRIED]:
+            for time in dict.fromkeys(key_2.tolist()):  # containers seek by one of them
+                yield functools.partial(self._seek, time)
+            self.astray = True
         yield self._begin
 
     def _begin(self) -> None:
-        self._source, self.begun = Source(self.path), self.begun + 1
+        self._source = Source(self.path)
         self._frames, self._next = self._source.pictures(), 0
 
-    def _seek(self, time: int, latest: int) -> None:
-        self._frames = self._source.pictures_from(time, latest)
+    def _seek(self, time: int) -> None:
+        self._frames = self._source.pictures_from(time)
 
     def _reach(self, index: int) -> np.ndarray | None:
         """Decode on to a frame; None if it does not come, or another in its place."""
@@ -256,8 +257,8 @@ class Source:
                 continue
             yield packet
 
-    def pictures(self, latest: int | None = None) -> Iterator[av.VideoFrame]:
-        """Yield the pictures from the next key packet on; none if that packet is shown after `latest`.
+    def pictures(self) -> Iterator[av.VideoFrame]:
+        """Yield the pictures from the next key packet on.
 
         Raises:
             UnreadableVideo: a packet does not decode, or the file does not go on to its end.
@@ -266,8 +267,6 @@ class Source:
         for packet in self.packets():
             if not begun and not packet.is_keyframe:
                 continue
-            if not begun and latest is not None and (packet.pts is None or packet.pts > latest):
-                return
             begun = True
             try:
                 frames = packet.decode()
@@ -277,13 +276,13 @@ class Source:
         if not begun:
             raise self._truncated("no key frame")
 
-    def pictures_from(self, time: int, latest: int) -> Iterator[av.VideoFrame]:
+    def pictures_from(self, time: int) -> Iterator[av.VideoFrame]:
         """The same after a seek to a time."""
         try:
             self._container.seek(time, stream=self.stream)
         except av.FFmpegError:  # the container cannot seek
             return
-        yield from self.pictures(latest)
+        yield from self.pictures()
 
     def rgb(self, frame: av.VideoFrame) -> np.ndarray:
         """Return a picture as uint8 RGB (H, W, 3), by the colour matrix and range that the file names.
