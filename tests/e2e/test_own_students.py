@@ -26,7 +26,7 @@ STUDENTS = {
     "resnet": ("timm/test_resnet", 128, "stride32"),
     "mobilenet": ("timm/mobilenetv3_small_050", None, "fused"),
     "vit": ("timm/test_vit", 112, "fused"),
-    "maxvit": ("timm/test_maxvit", None, "fused"),
+    "efficientvit": ("timm/efficientvit_m0", None, "fused"),
     "convnext": ("tiny_convnext", 150, "fused"),
 }
 

@@ -25,7 +25,6 @@ KINDS = {
     "timm/mobilenetv3_small_050": ((8, 16, 32), (16, 24, 288)),
     "timm/test_mambaout": ((8, 16, 32), (32, 48, 64)),
     "timm/test_vit": ((16,), (64,)),
-    "timm/test_maxvit": ((8, 16, 32), (64, 96, 128)),
     "timm/levit_128": ((16, 32), (128, 256)),
 }
 
@@ -179,7 +178,7 @@ def test_show_counts_it():
             ["student=timm/test_vit", "head=stride32"],
             "stride32 reads a map of stride 32, the coarsest .+ has 16",
         ),
-        (["student=timm/xcit_nano_12_p16_224", "head=stride32"], "has 16; set head=fused"),
+        (["student=timm/deit_tiny_patch16_224", "head=stride32"], "has 16; set head=fused"),
         (["student=timm/vgg11", "student_init=imagenet", "student_image_size=32"], "must be 64 px or more, got 32"),
         (
             ["student=timm/test_nfnet", "student_image_size=1009"],
