@@ -27,7 +27,7 @@ setup(
         "deepspeed>=0.17.2",  # torch_autocast
         "filelock>=3.10",
         "ftfy>=6.1",
-        "huggingface_hub>=1.5",  # as transformers 5.17 asks; newer ones ask for more themselves
+        "huggingface_hub>=1.31",  # as transformers 5.20 asks
         "matplotlib>=3.8",
         "numpy>=1.26",
         "open_clip_torch>=3.2",  # MobileCLIP2
@@ -36,15 +36,15 @@ setup(
         "pyarrow>=15",
         "pycocotools>=2.0.8",
         "pyyaml>=6.0",
-        "regex>=2023.12",
-        "safetensors>=0.4.3",
+        "regex>=2025.10.22",  # as transformers 5.20 asks, like safetensors and tokenizers
+        "safetensors>=0.8",
         "tensorboard>=2.16.2",  # older 2.16 ask for TensorFlow, the first for its nightly builds
         "timm>=1.0.23",  # init_non_persistent_buffers, without which TinyViT cannot be loaded
-        "tokenizers>=0.22",
+        "tokenizers>=0.23.1",
         "torch>=2.6",
         "torchvision>=0.21",
         "tqdm>=4.66",
-        "transformers>=5.17",  # sam3_lite_text came with 5.6; EfficientTracker is built on the tracker of 5.17
+        "transformers>=5.20",  # sub_configs_defaults, by which a text student keeps its padding rule
         "wandb>=0.18",
         "xxhash>=3.4",
     ],

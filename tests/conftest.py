@@ -14,7 +14,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What Python, git and the tools themselves write.
-NOT_OURS = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache"}
+NOT_OURS = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "effsam3.egg-info"}
 HOME = tempfile.TemporaryDirectory(prefix="effsam3-tests-home-")
 
 # Before torch is imported anywhere: with more threads tiny models get slower, not faster.
@@ -61,16 +61,12 @@ CHANGED = pytest.StashKey[list[str]]()
 def state_of_the_clone() -> dict[str, tuple[int, int] | None]:
     """What is in the clone: {path: None}, and below runs/ and data/ {path: (bytes, time of the last change)}.
 
-    Elsewhere a file may change while the tests run: somebody goes on writing it.
+    Of other folders only the names: somebody may go on writing in them while the tests run.
     """
-    found = {}
-    for folder, subfolders, names in os.walk(REPOSITORY):
-        subfolders[:] = [name for name in subfolders if name not in NOT_OURS and not name.endswith(".egg-info")]
-        for path in (Path(folder, name) for name in (*subfolders, *names)):
-            found[str(path)] = None
-            if path.relative_to(REPOSITORY).parts[0] in ("runs", "data") and not path.is_dir():
-                state = path.lstat()
-                found[str(path)] = (state.st_size, state.st_mtime_ns)
+    found = dict.fromkeys(str(path) for path in REPOSITORY.iterdir() if path.name not in NOT_OURS)
+    for path in (path for name in ("runs", "data") for path in (REPOSITORY / name).rglob("*")):
+        state = path.lstat()
+        found[str(path)] = None if path.is_dir() else (state.st_size, state.st_mtime_ns)
     return found
 
 
