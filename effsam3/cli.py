@@ -261,9 +261,12 @@ def _predict(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     parser.add_argument("--threshold", type=float, metavar="SCORE", help="of --text; default: 0.5, in a video 0.7")
     parser.add_argument("--out", metavar="FOLDER", help="default: predictions/<name of INPUT>")
     arguments = parser.parse_args(argv)
-    from effsam3 import predict
+    from effsam3.prompt_options import parse, refuse_swapped
 
-    asked = predict.parse(arguments.text, arguments.box, arguments.point, arguments.mask, arguments.threshold)
+    asked = parse(arguments.text, arguments.box, arguments.point, arguments.mask, arguments.threshold)
+    refuse_swapped(arguments.model, arguments.source)
+    from effsam3 import predict  # torch, which wrong prompts need not wait for
+
     predict.run(arguments.model, arguments.source, asked, arguments.out)
     return 0
 

@@ -31,7 +31,7 @@ from effsam3.data.store import (
 )
 from effsam3.disk import free_bytes, gigabytes, refuse_full_disk
 from effsam3.errors import UserError
-from effsam3.report import Report
+from effsam3.report import Report, refuse_unwritable
 from effsam3.stages import make_teacher_pass
 from effsam3.stopping import STOP, STOPPED
 
@@ -59,6 +59,8 @@ def run(recipe, check: int | None = None) -> None:
     refuse_missing_gpu(recipe.hardware)
     torch.manual_seed(recipe.train.seed)
     accelerator = make_accelerator(recipe.train.precision)
+    if accelerator.is_main_process and check is None:
+        refuse_unwritable(Path(recipe.export.to), "export.to")
     report = Report(Path(recipe.train.runs) / recipe.name, accelerator.is_main_process)
     teacher_pass = make_teacher_pass(recipe, accelerator)
     if check is not None:

@@ -30,7 +30,7 @@ from effsam3.models.sam31 import refuse_sam31
 from effsam3.models.slots import SLOTS, Part, image_part, inherited_slots, text_part
 from effsam3.models.tokens import PROCESSOR_LENGTH
 from effsam3.models.upstream_files import UpstreamFile, divide
-from effsam3.report import provenance, table
+from effsam3.report import provenance, refuse_unwritable, table
 
 
 class ImportedError(UserError):
@@ -49,6 +49,8 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     folder = Path(to) if to is not None else Path("runs") / source.stem / "merged"
     if folder.exists() and not dry_run:
         raise ImportedError(f"{folder} is there already; delete it, or name another folder (--to)")
+    if not dry_run:
+        refuse_unwritable(folder.parent, "--to")
     pickled = open_pickled(source)
     found = find(pickled.tensors, source)
     print(f"{source}{', averaged weights' if pickled.is_average else ''}\n{contents(found)}")

@@ -24,6 +24,7 @@ from effsam3.layouts import (
 )
 from effsam3.progress import read_progress
 from effsam3.recipe import accumulation, load_recipe, refuse_verb
+from effsam3.report import refuse_unwritable
 from effsam3.stopping import LAUNCHED, STOP, STOPPED
 
 DISTRIBUTED = {"export": True, "train": True, "merge": False, "evaluate": False}  # verb -> started by accelerate
@@ -125,6 +126,9 @@ def launch(
     if not verbs:
         # An online teacher runs beside the student: there is nothing to store.
         verbs = [verb for verb in recipe.launched if verb != "export" or recipe.teacher == "stored"]
+    refuse_unwritable(recipe.folder, "train.runs")
+    if "export" in verbs:
+        refuse_unwritable(Path(recipe.export.to), "export.to")
     machines = machines.resolve(recipe.hardware)
     if "train" in verbs:
         refuse_indivisible_batch(recipe, machines)

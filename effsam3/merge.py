@@ -23,7 +23,7 @@ from effsam3.models.slots import (
     refuse_other_chassis,
 )
 from effsam3.recipe import dump_recipe, load_recipe
-from effsam3.report import Report, provenance, write_text
+from effsam3.report import Report, provenance, refuse_unwritable, write_text
 from effsam3.resume import read_trainer
 from effsam3.run_parts import PARTS_OF_RUNS
 
@@ -40,6 +40,7 @@ def run(recipe) -> Path:
         MergeError: a part is missing or does not fit, or a tensor has no owner or two.
         CheckpointError: there is no such checkpoint.
     """
+    refuse_unwritable(recipe.folder, "train.runs")
     sources = {recipe.stage: recipe.folder}
     if recipe.stage == "release":
         sources = recipe.parts.filled()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from effsam3.errors import UserError, did_you_mean
 from effsam3.progress import METRIC, each_run
-from effsam3.report import read_metrics
+from effsam3.report import read_metrics, refuse_unwritable
 
 Curve = list[tuple[int, float]]  # (step, value)
 
@@ -63,6 +63,7 @@ def plot(runs: Sequence[str], out: str | None = None, metrics: str | None = None
     path = Path(out) if out else (first if len(of_folder) == 1 else first.parent) / "curves.png"
     if path.suffix not in SUFFIXES:
         raise UserError(f"--out {path}: the name of a picture ends in {', '.join(SUFFIXES)}")
+    refuse_unwritable(path.parent, "--out")
     curves = dict(zip(unique_names(list(of_folder)), of_folder.values(), strict=True))
     known = list(dict.fromkeys(name for run in curves.values() for name in run))
     chosen = [name for name in DEFAULT if name in known][:PANELS] if metrics is None else choose(metrics, known)

@@ -10,7 +10,6 @@ effsam3 predict runs/stage1-image-es_rv_m walk.mp4 --point 200,140             t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,37 +23,18 @@ from tqdm import tqdm
 from effsam3.data.sa1b import decode_image
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.video_files import VIDEO_EXTENSIONS, open_video
-from effsam3.errors import UserError
 from effsam3.models.concepts import ConceptModel, Instances
+from effsam3.models.pickled import PickledError
 from effsam3.models.prompted import Prompts, load_tracker, shown_masks, tracked_masks
 from effsam3.models.sam3 import ChassisError, chassis_folder
 from effsam3.models.slots import CARD, first_chassis, read_card
 from effsam3.models.tiny import MADE_UP
 from effsam3.models.tokens import TextTooLong, Tokenizer
 from effsam3.prediction_files import records, write_image, write_video
+from effsam3.prompt_options import Asked, PredictError
+from effsam3.report import refuse_unwritable
 
 IMAGE_THRESHOLD = 0.5
-
-
-class PredictError(UserError):
-    """A prompt that fits neither the model nor the input, or an input that cannot be read."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The prompts of the command line, checked against one another but not yet against the input."""
-
-    texts: tuple[str, ...]
-    boxes: tuple[tuple[float, ...], ...]  # x1, y1, x2, y2 and 1, or 0 for an example of what is not meant
-    points: tuple[tuple[float, ...], ...]  # x, y and 1 on the object, or 0 beside it
-    mask: Path | None
-    threshold: float | None
-
-    def as_json(self) -> dict:
-        """What predictions.json says was asked for."""
-        found = {"texts": self.texts, "boxes": self.boxes, "points": self.points, "threshold": self.threshold}
-        found["mask"] = None if self.mask is None else str(self.mask)
-        return {name: value for name, value in found.items() if value not in (None, ())}
 
 
 def run(model: str, source: str, asked: Asked, out: str | None = None) -> Path:
@@ -80,98 +60,63 @@ def run(model: str, source: str, asked: Asked, out: str | None = None) -> Path:
         image_HW3, _ = decode_image(path.read_bytes(), key=str(path))
         size = image_HW3.shape[:2]
     refuse_misfit(asked, is_video, size)
-    folder = model_folder(model)
     target = Path("predictions") / path.stem if out is None else Path(out)
-    if target.exists() and not target.is_dir():
-        raise PredictError(f"--out {target} is a file; name a folder")
+    refuse_unwritable(target, "--out")
+    folder = model_folder(model)
     target.mkdir(parents=True, exist_ok=True)
     about = {"model": model, "input": source, "size": list(size), "prompts": asked.as_json()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if is_video:
-        found = on_video(folder, video, size, asked, device)
+        found, best = on_video(folder, video, size, asked, device)
         write_video(target, about, found, Images(video))
     else:
-        found = {0: on_image(folder, image_HW3, asked, device)}
+        instances, best = on_image(folder, image_HW3, asked, device)
+        found = {0: instances}
         write_image(target, about, image_HW3, found[0])
-    print(f"{summarise(found)}; see {target}/overlay.png, {target}/predictions.json")
+    print(f"{summarise(found, best)}; see {target}/overlay.png, {target}/predictions.json")
     if made_up(model, folder):
         print("This model has random weights: what it finds means nothing.")
     return target
 
 
-def summarise(found: dict[int, list[dict]]) -> str:
-    """How many instances there are, in how many frames."""
-    count = len({instance["id"] for instances in found.values() for instance in instances})
-    noun = "instance" if count == 1 else "instances"
-    return f"{count} {noun}" + (f" in {len(found)} frames" if len(found) > 1 else "")
+def summarise(found: dict[int, list[dict]], best: tuple[float, float] | None = None) -> str:
+    """How many instances there are, in how many frames; where there is none, why.
+
+    `best` is the best score of all candidates for the texts and the threshold; None: objects were shown.
+    """
+    listed = {instance["id"] for instances in found.values() for instance in instances}
+    seen = {
+        instance["id"]
+        for instances in found.values()
+        for instance in instances
+        if coco_mask.area(instance["segmentation"])
+    }
+    text = f"{len(seen)} {'instance' if len(seen) == 1 else 'instances'}"
+    text += f" in {len(found)} frames" if len(found) > 1 else ""
+    if empty := len(listed - seen):
+        text += f" ({empty} more {'has' if empty == 1 else 'have'} no pixel in any frame)"
+    if not listed and best is not None:
+        text += f": the best score is {best[0]:.3f}, --threshold {best[1]:g} asks for more"
+    return text
 
 
 # ---- what is asked for
-
-
-def parse(
-    texts: Sequence[str], boxes: Sequence[str], points: Sequence[str], mask: str | None, threshold: float | None
-) -> Asked:
-    """Read the prompts of the command line.
-
-    Raises:
-        PredictError: no prompt, an empty one, or prompts that do not go together.
-    """
-    asked = Asked(
-        texts=tuple(text.strip() for text in texts),
-        boxes=tuple(_numbers("--box", text, ("x1", "y1", "x2", "y2")) for text in boxes),
-        points=tuple(_numbers("--point", text, ("x", "y")) for text in points),
-        mask=None if mask is None else Path(mask),
-        threshold=threshold,
-    )
-    if not (texts or boxes or points or mask):
-        raise PredictError("nothing to look for; give --text, --box, --point or, for a video, --mask")
-    if "" in asked.texts:
-        raise PredictError('--text is empty; say what to look for, such as --text "a dog"')
-    if asked.texts and (asked.points or asked.mask):
-        raise PredictError("--text finds all instances, --point and --mask show one object; give one or the other")
-    if len(asked.texts) > 1 and asked.boxes:
-        raise PredictError("boxes are examples of the one text that they come with; give a single --text")
-    if not asked.texts and any(box[4] == 0 for box in asked.boxes):
-        raise PredictError(
-            "a box with label 0 is an example of what --text does not mean; without --text it says nothing"
-        )
-    if asked.points and len(asked.boxes) > 1:
-        raise PredictError("points show one object, for which there can be one --box; boxes alone show one each")
-    if asked.points and all(label == 0 for _, _, label in asked.points) and not asked.boxes:
-        raise PredictError(
-            "every point has label 0, beside the object; give a point on it (label 1) or a box around it"
-        )
-    if asked.mask is not None and (asked.boxes or asked.points):
-        raise PredictError("--mask shows the objects already; give it alone")
-    if threshold is not None and not 0 <= threshold < 1:
-        raise PredictError(f"--threshold {threshold}: a score is from 0 to 1")
-    if threshold is not None and not asked.texts:
-        raise PredictError("--threshold is for the instances that --text finds; what is shown is always segmented")
-    return asked
-
-
-def _numbers(option: str, text: str, names: tuple[str, ...]) -> tuple[float, ...]:
-    """Read comma-separated numbers and a label, 1 where none is given."""
-    expected = f"expected {','.join(names)} in pixels and, where wanted, a label 1 or 0 behind it"
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError as error:
-        raise PredictError(f"{option} {text}: {expected}") from error
-    if len(numbers) == len(names):
-        numbers = (*numbers, 1.0)
-    if len(numbers) != len(names) + 1 or numbers[-1] not in (0, 1) or not np.isfinite(numbers).all():
-        raise PredictError(f"{option} {text}: {expected}")
-    return (*numbers[:-1], int(numbers[-1]))
 
 
 def refuse_misfit(asked: Asked, is_video: bool, size: tuple[int, int]) -> None:
     """Refuse prompts that the input cannot take.
 
     Raises:
-        PredictError: they lie outside the image, are too long, or are for an image where there is a video.
+        PredictError: they lie outside the image or are shares of it, are too long, or are for an image where there
+            is a video.
     """
     height, width = size
+    for *box, label in asked.boxes:
+        if max(box) <= 1:
+            raise _in_pixels("--box", box, label, size)
+    for *point, label in asked.points:
+        if max(point) <= 1 and any(value % 1 for value in point):
+            raise _in_pixels("--point", point, label, size)
     for x1, y1, x2, y2, _ in asked.boxes:
         if not (0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height):
             raise PredictError(
@@ -191,6 +136,17 @@ def refuse_misfit(asked: Asked, is_video: bool, size: tuple[int, int]) -> None:
         )
     if not is_video and asked.mask is not None:
         raise PredictError("--mask shows objects on the first frame of a video; an image takes --text, --box, --point")
+
+
+def _in_pixels(option: str, shares: list[float], label: int, size: tuple[int, int]) -> PredictError:
+    """Say that pixels are expected where shares of the image's sides were given."""
+    sides = [size[1], size[0]] * 2
+    pixels = ",".join(f"{share * side:.0f}" for share, side in zip(shares, sides, strict=False))
+    given = ",".join(f"{share:g}" for share in shares)
+    return PredictError(
+        f"{option} {given}: expected pixels; as shares of an image of {size[1]}x{size[0]} px that is {option} {pixels}"
+        f"{'' if label else ',0'}"
+    )
 
 
 def shown(asked: Asked, size: tuple[int, int]) -> Prompts:
@@ -241,7 +197,7 @@ def model_folder(model: str) -> Path:
     """
     try:
         return chassis_folder(model)
-    except ChassisError as error:
+    except (ChassisError, PickledError) as error:
         raise PredictError(f"MODEL: {str(error).removeprefix('sam3.checkpoint: ')}") from error
 
 
@@ -252,13 +208,17 @@ def made_up(model: str, folder: Path) -> bool:
     return model in MADE_UP
 
 
-def on_image(folder: Path, image_HW3: np.ndarray, asked: Asked, device: torch.device) -> list[dict]:
-    """Records of all instances of the texts, or of the objects that boxes and points show."""
+def on_image(
+    folder: Path, image_HW3: np.ndarray, asked: Asked, device: torch.device
+) -> tuple[list[dict], tuple[float, float] | None]:
+    """Records of all instances of the texts, or of the objects that boxes and points show; for texts also the best
+    score of all candidates and the threshold.
+    """
     size = image_HW3.shape[:2]
     if not asked.texts:
         tracker = load_tracker(folder).to(device)
         pixels_3SS = normalise(resize_image(image_HW3, tracker.config.image_size, "square")[0])
-        return records(of_prompts(*shown_masks(tracker, pixels_3SS, size, shown(asked, size))))
+        return records(of_prompts(*shown_masks(tracker, pixels_3SS, size, shown(asked, size)))), None
     model = ConceptModel(folder, device)
     vision = model.look(image_HW3)
     threshold = IMAGE_THRESHOLD if asked.threshold is None else asked.threshold
@@ -269,11 +229,14 @@ def on_image(folder: Path, image_HW3: np.ndarray, asked: Asked, device: torch.de
         for text in asked.texts
         for record in records(model.find(vision, size, text, boxes, positive, threshold))
     ]
-    return [record | {"id": number} for number, record in enumerate(found, 1)]
+    return [record | {"id": number} for number, record in enumerate(found, 1)], (model.best_score, threshold)
 
 
-def on_video(folder: Path, video, size: tuple[int, int], asked: Asked, device: torch.device) -> dict[int, list[dict]]:
-    """{frame: records} of all instances of the texts, or of what is shown on the first frame."""
+def on_video(
+    folder: Path, video, size: tuple[int, int], asked: Asked, device: torch.device
+) -> tuple[dict[int, list[dict]], tuple[float, float] | None]:
+    """{frame: records} of all instances of the texts, or of what is shown on the first frame; scores as `on_image`."""
+    model = None
     if asked.texts:
         model = ConceptModel(folder, device)
         frames = Frames(video, model.model.config.tracker_config.image_size)
@@ -285,7 +248,8 @@ def on_video(folder: Path, video, size: tuple[int, int], asked: Asked, device: t
         tracked = tracked_masks(tracker, frames, size, prompts)
         steps = ((index, of_prompts(masks, scores)) for index, masks, scores in tracked)
     bar = tqdm(steps, total=len(frames), unit="frame", disable=None)
-    return {index: records(found) for index, found in bar}
+    found = {index: records(instances) for index, instances in bar}
+    return found, None if model is None else (model.best_score, model.model.new_det_thresh)
 
 
 def of_prompts(masks_OHW: Tensor, scores_O: Tensor) -> Instances:

@@ -9,13 +9,31 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from effsam3.checked_files import mismatch
+from effsam3.errors import UserError
 
 VERSIONS = ("effsam3", "torch", "transformers", "timm", "accelerate", "deepspeed", "datasets", "numpy")
+
+
+def refuse_unwritable(folder: Path, named_by: str) -> None:
+    """Refuse a folder into which no file can be written, without making it; `named_by` is the option or key for it.
+
+    Raises:
+        UserError: it is a file, or it, or where it would be made, cannot be written.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"{named_by}: {folder} cannot be written ({there}: {error.strerror}); name a folder that can be"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,6 +100,7 @@ class Report:
     def __init__(self, folder: str | Path, is_main: bool = True):
         self.folder, self.is_main = Path(folder), is_main
         if is_main:
+            refuse_unwritable(self.folder, "train.runs")
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def say(self, text: str = "") -> None:

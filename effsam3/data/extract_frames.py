@@ -18,7 +18,7 @@ from effsam3.data.sa1b import Unreadable
 from effsam3.data.video_decoder import pictures_in_a_row
 from effsam3.data.video_files import VIDEO_EXTENSIONS
 from effsam3.errors import UserError
-from effsam3.report import write_json
+from effsam3.report import refuse_unwritable, write_json
 
 
 def extract_frames(
@@ -69,6 +69,7 @@ def _claim(out: Path, settings: dict) -> None:
             f"{out} holds frames with --every {found['every']} --quality {found['quality']}, asked are --every "
             f"{settings['every']} --quality {settings['quality']}; name another folder, or delete this one"
         )
+    refuse_unwritable(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(stamp, settings)
 

@@ -20,6 +20,7 @@ from typing import BinaryIO, NamedTuple
 from effsam3.checked_files import read_json
 from effsam3.data.sa1b import write_atomic
 from effsam3.errors import UserError
+from effsam3.report import refuse_unwritable
 
 REPO = "UCSC-VLAA/Recap-DataComp-1B"
 FOLDER = "data/train_data"  # in the repository; preview rows are elsewhere
@@ -165,6 +166,7 @@ class Fetch:
         """
         from tqdm import tqdm
 
+        refuse_unwritable(self.folder, "--out")
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = sum(self._part(file).stat().st_size for file in files if self._part(file).is_file())
         total = sum(file.size for file in files)

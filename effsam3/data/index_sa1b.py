@@ -20,6 +20,7 @@ from typing import NamedTuple
 from effsam3.data import indexing, sa1b
 from effsam3.data.layouts_sa1b import Entry, Listing, check_sources, list_sources, printable
 from effsam3.errors import UserError
+from effsam3.report import refuse_unwritable
 
 VERSION = 2  # of what a part holds; another number makes older parts void
 PART_IMAGES = 250  # about 10 s of decoding SA-1B: what a kill can cost each worker
@@ -74,6 +75,7 @@ def build_index(
         raise UserError(f"--min-side {min_side} must be 1 or more, --max-pixels {max_pixels} 1 to {sa1b.MAX_PIXELS}")
 
     parts = out.parent / f"{out.stem}.parts"
+    refuse_unwritable(out.parent, "--out")
     parts.mkdir(parents=True, exist_ok=True)
     folder = out.parent.resolve()
     options = Check(check == "decode", min_side, max_pixels, val_fraction if own else 0.0)

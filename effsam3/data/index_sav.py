@@ -26,6 +26,7 @@ from effsam3.data.sav import COLUMNS, FRAME_STRIDE, KINDS, SavAnnotations, parse
 from effsam3.data.video_decoder import UnreadableVideo, seeks_agree
 from effsam3.data.video_files import open_video
 from effsam3.errors import UserError
+from effsam3.report import refuse_unwritable
 
 VERSION = 3  # of what a part holds; another number makes older parts void
 PART_VIDEOS = 4  # some 20 s of decoding: what a kill can cost each worker
@@ -85,6 +86,7 @@ def build_index(
         raise UserError(f"--check {check} must be decode or header")
 
     parts = out.parent / f"{out.stem}.parts"
+    refuse_unwritable(out.parent, "--out")
     parts.mkdir(parents=True, exist_ok=True)
     folder = out.parent.resolve()
     entries, unpaired = list_videos(sources, folder, val_fraction)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from effsam3.data.layouts_sa1b import check_sources, printable, scan_tar
 from effsam3.data.sa1b import EXTENSIONS, split_of, write_atomic
 from effsam3.errors import UserError
+from effsam3.report import refuse_unwritable
 
 
 class Member(NamedTuple):
@@ -43,6 +44,7 @@ def reorganise(tars: str | Path, out: str | Path, val_fraction: float = 0.1, pro
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1")
 
+    refuse_unwritable(out, "OUT")
     members, problems = _plan(paths, out, val_fraction)
     for kind in ("images", "annotations"):
         for split in ("train", "val"):

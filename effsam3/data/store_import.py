@@ -27,6 +27,7 @@ from effsam3.data.store_format import (
     whole_lines,
     write_manifest,
 )
+from effsam3.report import refuse_unwritable
 
 SEED_BYTES = 4  # an augmentation seed before each record; no augmentation of upstream's uses it
 KNOWN_FIELDS = (  # what upstream's recipes export
@@ -74,6 +75,7 @@ def import_upstream(
     shards = tuple(filter(None, (_shard(path, count, field, report) for path, count in counts.items())))
     if not shards:
         raise StoreError(f"{source} holds no records: all its rank*-values.bin are empty")
+    refuse_unwritable(root, "PATH (of the new store)")
     facts = {"kind": "text", "source": "upstream"}
     if len(field.shape) == 3:
         tap = "trunk" if field.shape[0] == 1024 else "neck"

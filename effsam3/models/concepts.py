@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 from transformers import Sam3VideoModel
 
-from effsam3.models.prompted import at_full_size
+from effsam3.models.prompted import at_full_size, refuse_nan
 from effsam3.models.sam3 import processor, quiet_transformers, read_config, refuse_damaged, refuse_partial
 from effsam3.models.tokens import PromptTokenizer
 
@@ -83,6 +83,18 @@ class ConceptModel:
         self.processor = processor(model.config)
         self.processor.tokenizer = PromptTokenizer()
         encode_geometry_always(self.model.detector_model)
+        self.best_score = 0.0  # of all candidates so far, however low
+        self.model.detector_model.register_forward_hook(self._look_at_scores)
+
+    def _look_at_scores(self, detector: nn.Module, arguments: tuple, output) -> None:
+        """Keep the best score; refuse what is no number, which no threshold would let through.
+
+        Raises:
+            ChassisError: a score is NaN.
+        """
+        refuse_nan(output.pred_logits, output.presence_logits, output.pred_masks)
+        scores = output.pred_logits.sigmoid() * output.presence_logits.sigmoid()
+        self.best_score = max(self.best_score, float(scores.max()))
 
     @torch.no_grad()
     def look(self, image_HW3: np.ndarray):

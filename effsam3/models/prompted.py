@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerVideoProcessor
 from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
 
+from effsam3.errors import ChassisError
 from effsam3.models.memory_tracker import EfficientTracker
 from effsam3.models.sam3 import quiet_transformers, read_config, refuse_damaged, refuse_partial
 
@@ -150,6 +151,7 @@ def tracked_masks(
     processor.add_inputs_to_inference_session(session, 0, list(range(1, prompts.objects + 1)), **shown)
     for index in range(len(frames)):
         output = tracker(session, frame_idx=index)
+        refuse_nan(output.pred_masks, output.object_score_logits)
         masks_OHW = at_full_size(output.pred_masks[:, 0], size)
         yield index, masks_OHW, output.object_score_logits.flatten().sigmoid().cpu()
 
@@ -179,9 +181,23 @@ def _decode(
         multimask_output=boxes_O4 is None and points_ON2.shape[1] == 1,
         high_resolution_features=embeddings[:-1],
     )
+    refuse_nan(logits_1OMLL, iou_1OM)
     best_O = iou_1OM[0].argmax(-1)
     each = torch.arange(len(best_O), device=best_O.device)
     return logits_1OMLL[0][each, best_O], iou_1OM[0][each, best_O]
+
+
+def refuse_nan(*outputs: Tensor) -> None:
+    """Refuse what a model computes if it is no number: it would look like an empty mask, or like nothing found.
+
+    Raises:
+        ChassisError: a value is NaN.
+    """
+    if any(output.isnan().any() for output in outputs):
+        raise ChassisError(
+            "the model computes NaN of finite weights: they are those of no trained model, or of another one than its "
+            "config.json describes; take another checkpoint"
+        )
 
 
 def at_full_size(logits_OLL: Tensor, size: tuple[int, int]) -> Tensor:

@@ -19,6 +19,7 @@ LAYERS = [
         "registration",
         "errors",
         "checked_files",
+        "prompt_options",
         "typed_yaml",
         "schema",
         "recipe",

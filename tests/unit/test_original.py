@@ -299,8 +299,11 @@ def test_a_single_file_of_another_kind(folder, tmp_path):
     with pytest.raises(ChassisError, match=f"name its folder, {folder}"):
         chassis_folder(str(folder / "model.safetensors"))
     (tmp_path / "weights.safetensors").touch()
-    with pytest.raises(ChassisError, match="single file of another kind; expected .*sam3.pt.*facebook/sam3, `tiny`"):
+    with pytest.raises(ChassisError, match="weights.safetensors cannot be read"):
         chassis_folder(str(tmp_path / "weights.safetensors"))
+    (tmp_path / "weights.onnx").touch()
+    with pytest.raises(ChassisError, match="single file of another kind; expected .*sam3.pt.*facebook/sam3, `tiny`"):
+        chassis_folder(str(tmp_path / "weights.onnx"))
 
 
 # ---- sizes without torch

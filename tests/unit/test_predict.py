@@ -2,7 +2,10 @@
 """The verb `predict`: what it writes for images and videos, prompts against transformers' own, mistakes by name."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from effsam3.data.synthetic_sav import mp4_bytes
 from effsam3.data.video_files import open_video
 from effsam3.models.prompted import Prompts, load_tracker, shown_masks, tracked_masks
 from effsam3.models.sam3 import chassis_folder
-from effsam3.predict import Images
+from effsam3.predict import Images, summarise
 from effsam3.prediction_files import SHOWN
 
 HEIGHT, WIDTH = 90, 120
@@ -240,6 +243,21 @@ def test_random_weights_are_told(inputs, capsys):
         (["photo.png", "--box", "10,10,121,20"], "10,10,121,20 is not a box in an image of 120x90 px"),
         (["photo.png", "--box", "30,10,20,40"], "expected x1 < x2"),
         (["photo.png", "--point", "120,5"], "outside the image, which is 120x90 px"),
+        (
+            ["photo.png", "--box", "0.1,0.1,0.9,0.9"],
+            "px that is --box 12,9,108,81",
+        ),
+        (["photo.png", "--text", "a", "--box", "0,0,1,1,0"], "that is --box 0,0,120,90,0"),
+        (["clip", "--point", "0.5,0.5"], "expected pixels; as shares of an image of 120x90 px that is --point 60,45"),
+        (["photo.png", "--box", "1,1,9,9", "--out", "/proc/x"], "--out: /proc/x cannot be written (/proc:"),
+        (
+            ["photo.png", "--box", "1,1,9,9", "--out", "torn.png"],
+            "--out: torn.png cannot be written (torn.png: Not a directory)",
+        ),
+        (
+            ["photo.png", "--box", "1,1,9,9", "--out", "torn.png/x"],
+            "--out: torn.png/x cannot be written (",
+        ),
         (["photo.png", "--point", "5,5,0"], "every point has label 0"),
         (["photo.png", "--point", "5,5", "--box", "1,1,9,9", "--box", "1,1,8,8"], "there can be one --box"),
         (["photo.png", "--mask", "objects.png"], "--mask shows objects on the first frame of a video"),
@@ -270,6 +288,86 @@ def test_mistakes_are_named(inputs, arguments, message, capsys):
     assert error.startswith("error: ") and message in error
 
 
+def damaged(model, tmp_path, name, value) -> Path:
+    """The model with the first number of one tensor replaced."""
+    folder = shutil.copytree(model, tmp_path / "damaged")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[0] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+HEAD = "tracker_model.mask_decoder.iou_prediction_head.proj_out.bias"
+SCORE = "detector_model.detr_decoder.presence_head.layer3.bias"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named(model, inputs, tmp_path, value, capsys):
+    folder = damaged(model, tmp_path, HEAD, value)
+    for arguments in (["photo.png", "--text", "a"], ["clip", "--text", "a"], ["clip", "--box", "20,30,100,85"]):
+        assert main(["predict", str(folder), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert f"the tensor {HEAD} {'has NaN' if value != value else 'is infinite'} in 1 of" in error
+
+
+def test_nan_that_finite_weights_make_is_no_empty_result(model, inputs, tmp_path, capsys):
+    folder = damaged(model, tmp_path, HEAD, 0)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "layer_norm" in name and "neck" not in name:
+            tensor.fill_(3e38)  # the next product overflows
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for arguments in (["photo.png", "--text", "a"], ["photo.png", "--box", "20,30,100,85"], ["clip", "--text", "a"]):
+        assert main(["predict", str(folder), *arguments]) == 2
+        assert "the model computes NaN of finite weights" in capsys.readouterr().err
+
+
+def test_nothing_found_tells_the_best_score(model, inputs, capsys):
+    for source, default in (("photo.png", "0.5"), ("clip", "0.7")):
+        predict(model, source, "--text", "a dog")
+        told = capsys.readouterr().out
+        score = float(re.search(r"^0 instances.*: the best score is (0\.\d+), --threshold (\S+) asks", told)[1])
+        assert f"--threshold {default} asks for more" in told
+        found = predict(model, source, "--text", "a dog", "--threshold", str(max(0, score - 0.002)))
+        instances = found.get("instances", found.get("frames", [{}])[0].get("instances"))
+        assert abs(max(one["score"] for one in instances) - score) < 1e-3
+        assert not capsys.readouterr().out.startswith("0 instances: ")
+
+
+def test_an_empty_track_is_no_instance():
+    size = {"size": [2, 2]}
+    full, empty = ({**size, "counts": coco_mask.encode(np.full((2, 2), on, np.uint8, "F"))["counts"]} for on in (1, 0))
+
+    def told(*masks):
+        return summarise({t: [{"id": i, "segmentation": m} for i, m in enumerate(row)] for t, row in enumerate(masks)})
+
+    assert told([empty], [empty]) == "0 instances in 2 frames (1 more has no pixel in any frame)"
+    assert told([empty, full], [full, empty]) == "2 instances in 2 frames"
+    assert told([empty, full, empty]) == "1 instance (2 more have no pixel in any frame)"
+    assert summarise({0: []}, (0.31, 0.5)) == "0 instances: the best score is 0.310, --threshold 0.5 asks for more"
+
+
+def test_swapped_arguments_are_told(model, inputs, capsys):
+    assert main(["predict", "photo.png", str(model), "--text", "a"]) == 2
+    expected = f"MODEL: photo.png is an image or a video; the model comes first: effsam3 predict {model} photo.png"
+    assert expected in capsys.readouterr().err
+    assert main(["predict", "clip", str(model), "--text", "a"]) == 2
+    assert f"INPUT: {model} is a model, expected" in (error := capsys.readouterr().err)
+    assert f"the model comes first: effsam3 predict {model} clip" in error
+    assert main(["predict", str(model), "other.pt", "--text", "a"]) == 2
+    assert "INPUT: other.pt is a model, expected an image" in capsys.readouterr().err
+
+
+def test_wrong_prompts_do_not_wait_for_torch(inputs):
+    code = (
+        "import sys; from effsam3.cli import main\n"
+        "codes = [main(['predict', 'tiny', 'photo.png', *a]) for a in ([], ['--box', '1,2,3'], ['--text', ' '])]\n"
+        "codes += [main(['predict', 'photo.png', 'tiny', '--text', 'a'])]\n"
+        "assert codes == [2] * 4 and 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_no_such_model_and_no_such_folder(inputs, capsys):
     assert main(["predict", "runs/nothing/here", "photo.png", "--text", "a"]) == 2
     assert "error: MODEL: there is no folder or file runs/nothing/here" in capsys.readouterr().err
@@ -279,4 +377,4 @@ def test_no_such_model_and_no_such_folder(inputs, capsys):
     assert "run `effsam3 merge`" in capsys.readouterr().err
     assert not Path("predictions").exists()
     assert main(["predict", "tiny", "photo.png", "--text", "a", "--out", "photo.png"]) == 2
-    assert "--out photo.png is a file" in capsys.readouterr().err
+    assert "--out: photo.png cannot be written" in capsys.readouterr().err

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command line of `predict` asks for: checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from effsam3.errors import UserError
+
+# By which a file is taken for something to look at, not for a model.
+MEDIA = frozenset(
+    ".jpg .jpeg .png .webp .bmp .tif .tiff .gif .mp4 .mov .mkv .webm .avi .m4v .mpg .mpeg .ts .mts .wmv .flv".split()
+)
+MODEL_FILES = (".pt", ".pth", ".safetensors")
+IN_MODELS = ("config.json", "merged/config.json", "recipe.yaml", "student.safetensors")
+
+
+class PredictError(UserError):
+    """A prompt that fits neither the model nor the input, or an input that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The prompts of the command line, checked against one another but not yet against the input."""
+
+    texts: tuple[str, ...]
+    boxes: tuple[tuple[float, ...], ...]  # x1, y1, x2, y2 and 1, or 0 for an example of what is not meant
+    points: tuple[tuple[float, ...], ...]  # x, y and 1 on the object, or 0 beside it
+    mask: Path | None
+    threshold: float | None
+
+    def as_json(self) -> dict:
+        """What predictions.json says was asked for."""
+        found = {"texts": self.texts, "boxes": self.boxes, "points": self.points, "threshold": self.threshold}
+        found["mask"] = None if self.mask is None else str(self.mask)
+        return {name: value for name, value in found.items() if value not in (None, ())}
+
+
+def parse(
+    texts: Sequence[str], boxes: Sequence[str], points: Sequence[str], mask: str | None, threshold: float | None
+) -> Asked:
+    """Read the prompts of the command line.
+
+    Raises:
+        PredictError: no prompt, an empty one, or prompts that do not go together.
+    """
+    asked = Asked(
+        texts=tuple(text.strip() for text in texts),
+        boxes=tuple(_numbers("--box", text, ("x1", "y1", "x2", "y2")) for text in boxes),
+        points=tuple(_numbers("--point", text, ("x", "y")) for text in points),
+        mask=None if mask is None else Path(mask),
+        threshold=threshold,
+    )
+    if not (texts or boxes or points or mask):
+        raise PredictError("nothing to look for; give --text, --box, --point or, for a video, --mask")
+    if "" in asked.texts:
+        raise PredictError('--text is empty; say what to look for, such as --text "a dog"')
+    if asked.texts and (asked.points or asked.mask):
+        raise PredictError("--text finds all instances, --point and --mask show one object; give one or the other")
+    if len(asked.texts) > 1 and asked.boxes:
+        raise PredictError("boxes are examples of the one text that they come with; give a single --text")
+    if not asked.texts and any(box[4] == 0 for box in asked.boxes):
+        raise PredictError(
+            "a box with label 0 is an example of what --text does not mean; without --text it says nothing"
+        )
+    if asked.points and len(asked.boxes) > 1:
+        raise PredictError("points show one object, for which there can be one --box; boxes alone show one each")
+    if asked.points and all(label == 0 for _, _, label in asked.points) and not asked.boxes:
+        raise PredictError(
+            "every point has label 0, beside the object; give a point on it (label 1) or a box around it"
+        )
+    if asked.mask is not None and (asked.boxes or asked.points):
+        raise PredictError("--mask shows the objects already; give it alone")
+    if threshold is not None and not 0 <= threshold < 1:
+        raise PredictError(f"--threshold {threshold}: a score is from 0 to 1")
+    if threshold is not None and not asked.texts:
+        raise PredictError("--threshold is for the instances that --text finds; what is shown is always segmented")
+    return asked
+
+
+def _numbers(option: str, text: str, names: tuple[str, ...]) -> tuple[float, ...]:
+    """Read comma-separated numbers and a label, 1 where none is given."""
+    expected = f"expected {','.join(names)} in pixels and, where wanted, a label 1 or 0 behind it"
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise PredictError(f"{option} {text}: {expected}") from error
+    if len(numbers) == len(names):
+        numbers = (*numbers, 1.0)
+    if len(numbers) != len(names) + 1 or numbers[-1] not in (0, 1) or not all(map(math.isfinite, numbers)):
+        raise PredictError(f"{option} {text}: {expected}")
+    return (*numbers[:-1], int(numbers[-1]))
+
+
+def refuse_swapped(model: str, source: str) -> None:
+    """Refuse an image or video in the place of the model, or the other way round.
+
+    Raises:
+        PredictError: they are; the message says which comes first.
+    """
+    if Path(model).suffix.lower() in MEDIA and not Path(model).is_dir():
+        raise PredictError(
+            f"MODEL: {model} is an image or a video; the model comes first: effsam3 predict {source} {model}"
+        )
+    if not _is_model(source):
+        return
+    swapped = Path(model).is_dir() and not _is_model(model)
+    remedy = f"the model comes first: effsam3 predict {source} {model}" if swapped else "name an image or a video"
+    raise PredictError(f"INPUT: {source} is a model, expected an image, a video or a folder of frames; {remedy}")
+
+
+def _is_model(path: str) -> bool:
+    return Path(path).suffix in MODEL_FILES or any((Path(path) / name).is_file() for name in IN_MODELS)
