@@ -218,7 +218,8 @@ class Source:
         self._last_dts = None
         try:
             # A playlist that is called .mp4 does not make us fetch what it lists.
-            self._container = av.open(str(path), options={"protocol_whitelist": "file"})
+            options = {"protocol_whitelist": "file"}
+            self._container = av.open(str(path), options=options, metadata_errors="replace")
         except av.FFmpegError as fault:
             raise UnreadableVideo(path.name, "corrupt", fault.strerror) from fault
         cover = av.stream.Disposition.attached_pic

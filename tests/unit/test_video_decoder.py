@@ -289,6 +289,45 @@ def test_what_holds_no_video_or_a_torn_picture_is_named(tmp_path):
         VideoFile(tmp_path / "torn.flv").read([0])
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [(".mp4", "libx264"), (".mkv", "mpeg4"), (".avi", "mjpeg"), (".webm", "libvpx-vp9"), (".ts", "mpeg2video")],
+)
+def test_damaged_bytes_cost_a_file_and_nothing_else(suffix, codec, tmp_path):
+    path, rng = tmp_path / f"video{suffix}", random.Random(0)
+    write_video(path, 12, codec, {"g": "8"}, "yuvj420p" if codec == "mjpeg" else "yuv420p")
+    data, refused = path.read_bytes(), 0
+    for _ in range(60):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(1, 8)):
+            damaged[rng.randrange(rng.choice((400, len(damaged))))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        try:
+            video = VideoFile(path)
+            forwards = video.read(range(video.frames))
+            backwards = [video.read([index])[0] for index in reversed(range(video.frames))]
+            assert (forwards[::-1] == backwards).all()
+        except UnreadableVideo as error:
+            refused += 1
+            assert error.reason in ("corrupt", "truncated", "size_mismatch", "skewed")
+    assert refused
+
+
+def test_titles_may_be_in_any_encoding(tmp_path):
+    write_video(tmp_path / "a.mkv", 5)
+    with av.open(str(tmp_path / "a.mkv")) as old, av.open(str(tmp_path / "b.mkv"), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        new.metadata["title"] = "caffee"
+        for packet in old.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                new.mux(packet)
+    data = (tmp_path / "b.mkv").read_bytes()
+    assert data.count(b"caffee") == 1
+    (tmp_path / "b.mkv").write_bytes(data.replace(b"caffee", "caff\u00e9s".encode("latin-1")))
+    assert check(tmp_path / "b.mkv", range(5))
+
+
 def test_a_file_that_has_changed_since_it_was_listed_is_refused(tmp_path):
     write_video(tmp_path / "a.mp4", 30, encoder={"g": "12", "bf": "0"})
     video = VideoFile(tmp_path / "a.mp4")
