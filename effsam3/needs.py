@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from effsam3 import checkpoint
 from effsam3.benchmarks.measurable import measurable
 from effsam3.data.sa1b import SPLITS, UnreadableImage, load_index, read_image
+from effsam3.data.text_files import read_texts
 from effsam3.data.vos import open_vos
 from effsam3.disk import refuse_full_disk
 from effsam3.errors import UserError
@@ -233,9 +235,12 @@ def photographs(recipe) -> None:
 
 
 def phrase_list(recipe) -> None:
-    """The phrases to measure on."""
-    if recipe.evaluate.phrases is not None and not Path(recipe.evaluate.phrases).is_file():
-        raise UserError(f"evaluate.phrases: there is no file {recipe.evaluate.phrases}")
+    """The phrases to measure on, which are read to their end."""
+    asked = recipe.evaluate
+    if asked.phrases is not None:
+        if not Path(asked.phrases).is_file():
+            raise UserError(f"evaluate.phrases: there is no file {asked.phrases}")
+        deque(read_texts(asked.phrases, asked.phrase_column, "evaluate.phrase_column").values, maxlen=0)
 
 
 def videos(recipe) -> None:

@@ -17,7 +17,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from effsam3.data.fetch import open_file
+from effsam3.data.fetch import HUB, open_file
 from effsam3.errors import UserError, did_you_mean
 
 # Recap-DataComp's columns that `mix` reads: per row one of the two captions, by a hash of `key`.
@@ -74,6 +74,8 @@ def read_texts(file: str, column: str | None = None, key: str = "data.column") -
     suffix = Path(file).suffix.lower()
     if suffix not in READERS:
         raise UserError(f"{file} must end in {', '.join(READERS)}")
+    if not file.startswith(HUB) and not Path(file).is_file():
+        raise UserError(f"there is no file {file}")
     return READERS[suffix](file, column, key)
 
 

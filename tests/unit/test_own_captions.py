@@ -9,13 +9,15 @@ import pytest
 import torch
 from run_folders import RECIPES
 
-from effsam3 import checkpoint
+from effsam3 import checkpoint, needs
 from effsam3.benchmarks.text import load_text_features
 from effsam3.cli import main
+from effsam3.errors import UserError
 from effsam3.models.sam3 import read_config
 from effsam3.models.text import text_student
 from effsam3.models.text_padding import padding_of
 from effsam3.models.tokens import Tokenizer
+from effsam3.recipe import load_recipe
 
 NOUNS, COLOURS = ("cat", "dog", "car", "tree", "house", "boat", "cup", "chair"), ("red", "blue", "green", "old", "big")
 CAPTIONS = [f"a {colour} {noun} on the {other}" for colour in COLOURS for noun in NOUNS for other in NOUNS[:2]]
@@ -77,6 +79,22 @@ def test_own_captions_are_trained_on_merged_and_measured(kind, tmp_path, capsys)
         assert main(["train", recipe, *overrides, *onward]) == 0
         printed = capsys.readouterr().out
         assert "it learned with padding attended, this run's is masked" in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "there is no file"),
+        ("id,name\n1,a cat\n", "Name one with evaluate.phrase_column"),
+        ("phrase\na cat\ncaf\u00e9\n", "phrases.csv:3: the bytes e9 are no UTF-8"),
+    ],
+)
+def test_phrases_to_measure_on_are_read_before_the_training(content, complaint, tmp_path):
+    if content is not None:
+        (tmp_path / "phrases.csv").write_bytes(content.encode("latin-1"))
+    overrides = [f"evaluate.phrases={tmp_path}/phrases.csv", f"train.runs={tmp_path}/runs"]
+    with pytest.raises(UserError, match=complaint):
+        needs.refuse(load_recipe(RECIPES / "smoke/text.yaml", overrides), ["evaluate"])
 
 
 @pytest.mark.parametrize(
