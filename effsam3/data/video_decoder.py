@@ -161,7 +161,7 @@ class Decoder:
             else:
                 if picture is not None:
                     return picture
-        detail = f"frame {index} is not the one that was there when its frames were listed; build the index again"
+        detail = f"frame {index} is not what it was when decoded in a row; if an index has the file, build that again"
         raise fault or UnreadableVideo(self.path.name, "changed", detail)
 
     def _ways(self, index: int) -> Iterator:
@@ -215,7 +215,7 @@ class Source:
         if not path.is_file():
             raise UnreadableVideo(path.name, "missing", f"no file {path}")
         self.path, self.keys = path, []
-        self._last_dts = None
+        self._last_dts = self._size = None
         try:
             # A playlist that is called .mp4 does not make us fetch what it lists.
             options = {"protocol_whitelist": "file"}
@@ -289,10 +289,15 @@ class Source:
         """Return a picture as uint8 RGB (H, W, 3), by the colour matrix and range that the file names.
 
         Raises:
-            UnreadableVideo: the decoder says that it is damaged.
+            UnreadableVideo: the decoder says that it is damaged, or it has another size than those before it.
         """
         if frame.is_corrupt:
             raise self._truncated(f"the frame at {frame.time} s is damaged")
+        size = frame.height, frame.width
+        self._size = self._size or size
+        if size != self._size:
+            detail = f"(height, width) are {self._size}, and {size} from {frame.time} s on"
+            raise UnreadableVideo(self.path.name, "size_mismatch", detail)
         return self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
     def matrix(self, frame: av.VideoFrame) -> tuple[int, int, int, int]:

@@ -85,19 +85,14 @@ class VideoFile:
         One call after the other in ascending order decodes each frame once.
 
         Raises:
-            UnreadableVideo: no such file, not a video, a frame beyond its end, one that does not decode, or frames of
-                several sizes.
+            UnreadableVideo: no such file, not a video, a frame beyond its end, one that does not decode, or of
+                another size than the others.
         """
         indexes = list(indexes)
         outside = [index for index in indexes if not 0 <= index < self.frames]
         if outside:
             raise UnreadableVideo(self.path.name, "short", f"frame {outside[0]} of a video of {self.frames} frames")
         images = {index: self._decoder.image(index) for index in sorted(set(indexes))}
-        first = indexes[0]
-        for index, image_HW3 in images.items():
-            if image_HW3.shape != images[first].shape:
-                sizes = f"frame {index} is {image_HW3.shape[:2]}, frame {first} {images[first].shape[:2]}"
-                raise UnreadableVideo(self.path.name, "size_mismatch", sizes)
         return np.stack([images[index] for index in indexes]).transpose(0, 3, 1, 2)
 
 

@@ -328,6 +328,22 @@ def test_titles_may_be_in_any_encoding(tmp_path):
     assert check(tmp_path / "b.mkv", range(5))
 
 
+def test_a_video_of_two_sizes_is_named(tmp_path):
+    with av.open(str(tmp_path / "a.avi"), "w") as out:
+        stream = out.add_stream("mjpeg", rate=24)
+        stream.width, stream.height, stream.pix_fmt = COLUMNS, ROWS, "yuvj420p"
+        for number in range(12):
+            size = (ROWS, COLUMNS) if number < 7 else (ROWS, ROWS)
+            picture = io.BytesIO()
+            Image.fromarray(numbered(number, *size)).save(picture, "JPEG")
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, 24), True
+            packet.pts = packet.dts = number
+            out.mux(packet)
+    with pytest.raises(UnreadableVideo, match=r"'a.avi': size_mismatch .*are \(64, 128\), and \(64, 64\) from 0.29"):
+        VideoFile(tmp_path / "a.avi").read([0])
+
+
 def test_a_file_that_has_changed_since_it_was_listed_is_refused(tmp_path):
     write_video(tmp_path / "a.mp4", 30, encoder={"g": "12", "bf": "0"})
     video = VideoFile(tmp_path / "a.mp4")
@@ -335,7 +351,7 @@ def test_a_file_that_has_changed_since_it_was_listed_is_refused(tmp_path):
     write_video(tmp_path / "b.mp4", 30, encoder={"g": "12", "bf": "0", "crf": "40"})
     (tmp_path / "b.mp4").replace(tmp_path / "a.mp4")
     video._decoder._begin()
-    with pytest.raises(UnreadableVideo, match="'a.mp4': changed .*frame 15 is not the one"):
+    with pytest.raises(UnreadableVideo, match="'a.mp4': changed .*frame 15 is not what it was"):
         video.read([15])
 
 
