@@ -253,7 +253,9 @@ def _build(cls: type, tree: Tree, prefix: str, problems: list[str], known: list[
             try:
                 values[field.name] = convert(hint, node)
             except Mistake as mistake:
-                problems.append(f"{key}: {mistake} ({node.where})")
+                below = [f"{key}_{word}" for word in node] if isinstance(node, Mapping) else []
+                meant = next((f"; did you mean {name}?" for name in below if name in known), "")
+                problems.append(f"{key}: {mistake}{meant} ({node.where})")
                 complete = False
         elif field.default is MISSING:
             problems.append(f"{key} is missing; expected {type_name(hint)}")

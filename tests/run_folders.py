@@ -10,24 +10,30 @@ import torch
 from safetensors.torch import save_file
 
 from effsam3 import checkpoint, merge
-from effsam3.models.backbones import image_student
 from effsam3.models.memory_slot import MEMORY, tracker_config
 from effsam3.models.memory_tracker import EfficientTracker
 from effsam3.models.sam3 import TRUNK, chassis_folder, fingerprint, read_config, read_tensors
 from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION, text_student
 from effsam3.models.tracker import PARTS
-from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
+from effsam3.models.vision import StudentTrunk, student_config
 from effsam3.recipe import dump_recipe, load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-def image_run(runs: Path, name: str = "image", student: str = "tiny_convnext", head: str = "fused", **facts) -> Path:
+def image_run(
+    runs: Path,
+    name: str = "image",
+    student: str = "tiny_convnext",
+    head: str = "fused",
+    seen: int | None = None,
+    **facts,
+) -> Path:
     """A run of stage image on the tiny chassis; `facts` replace what the provenance says of the features."""
-    recipe = load_recipe(
-        RECIPES / "smoke/image.yaml", [f"name={name}", f"student={student}", f"head={head}", f"train.runs={runs}"]
-    )
-    trunk = tiny_trunk(student, head)
+    asked = [f"name={name}", f"student={student}", f"head={head}", f"train.runs={runs}"]
+    asked += [f"student_image_size={seen or 'null'}"]
+    recipe = load_recipe(RECIPES / "smoke/image.yaml", asked)
+    trunk = tiny_trunk(student, head, seen)
     teacher = fingerprint(read_tensors(chassis_folder("tiny"), TRUNK))
     own = {"tap": "trunk", "grid": 16, "channels": 64, "image_size": 224, "teacher": {"fingerprint": teacher}}
     return _write(recipe, own | facts, trunk.state_dict())
@@ -74,13 +80,10 @@ def merged_run(runs: Path, *stages: str) -> Path:
 # ---- students
 
 
-def tiny_trunk(student: str = "tiny_convnext", head: str = "fused") -> StudentTrunk:
+def tiny_trunk(student: str = "tiny_convnext", head: str = "fused", seen: int | None = None) -> StudentTrunk:
     """A student for the tiny chassis, in eval mode, with statistics of its own and BatchNorm that does something."""
     torch.manual_seed(0)
-    config = StudentTrunkConfig(
-        timm_name=image_student(student).timm_name, head=head, hidden_size=64, image_size=224, patch_size=14
-    )
-    return shaken(StudentTrunk(config))
+    return shaken(StudentTrunk(student_config(student, head, seen, hidden_size=64, image_size=224, patch_size=14)))
 
 
 def tiny_text(student: str = "tiny_text_plain", padding: str = "masked"):

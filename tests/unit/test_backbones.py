@@ -4,6 +4,7 @@
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import timm
@@ -18,7 +19,7 @@ from effsam3.models.vision import HEADS, StudentTrunk, load_timm_weights, studen
 from effsam3.recipe import load_recipe
 from effsam3.show import show
 
-SMOKE = "recipes/smoke/image.yaml"
+SMOKE = Path(__file__).parents[2] / "recipes/smoke/image.yaml"
 # Of every kind: strides 2 to 32, timm's own feature class, channels last, one stride everywhere, buffers in no file
 KINDS = {
     "timm/test_resnet": ((8, 16, 32), (48, 192, 96)),
@@ -188,6 +189,7 @@ def test_show_counts_it():
         (["student=timm/resnest14d", "student_init=imagenet", "student_image_size=64"], None),
         (["student=timm/cs3darknet_s", "student_init=imagenet"], "student_init: timm has no weights of cs3darknet_s"),
         (["train.image_size=512"], "unknown key train.image_size; did you mean student_image_size"),
+        (["student.image_size=512"], r"student: expected text, got .+; did you mean student_image_size\?"),
         (["image_size=512"], "unknown key image_size; did you mean student_image_size"),
     ],
 )

@@ -129,6 +129,7 @@ def test_twice_the_batch_takes_twice_the_memory_and_a_teacher_stands_beside():
     assert 1.8 < eight.micro_batch / four.micro_batch < 2.1  # a layer's gradients are the same whatever the batch
     online = measure(load_recipe(IMAGE, ["student=tiny_vit_5m", "teacher=online", "loss.neck=0.1"]))
     assert online.frozen > four.frozen + 4 * 100_000 and online.micro_batch > four.micro_batch
+    assert measure(load_recipe(IMAGE, ["student_image_size=112"])).micro_batch < 0.5 * four.micro_batch
     text = measure(load_recipe(TEXT))
     assert text.frozen > 4 * 1_000_000 and text.trained > 1_500_000
 

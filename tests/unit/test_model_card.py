@@ -14,7 +14,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 from PIL import Image
-from run_folders import merged_run
+from run_folders import image_run, merged_run
 from safetensors.torch import load_file, save_file
 
 from effsam3 import merge, report
@@ -101,6 +101,27 @@ def test_every_code_block_runs(merged, name, tmp_path, monkeypatch, capsys):
 
 def test_another_branch_is_named_in_the_code(merged):
     assert card_of(merged["text"], revision="trial").count('from_pretrained("team/model", revision="trial")') == 6
+
+
+# ---- a student of timm's
+
+
+def test_a_backbone_of_timm_on_smaller_images(tmp_path):
+    """Its page and licence as timm states them, its size, exact counts, and no published number."""
+    folder = image_run(tmp_path, student="timm/mobilenetv3_small_050", seen=128)
+    merge.run(load_recipe(folder / "recipe.yaml"))
+    file = folder / "merged/effsam3.json"
+    slots = json.loads(file.read_text())["slots"]
+    slots["image"]["student_init"] = "imagenet"
+    edit(file, slots=slots)
+    card, source = card_of(folder), "https://huggingface.co/timm/mobilenetv3_small_050.lamb_in1k; apache-2.0"
+    expected = f"mobilenetv3_small_050 (`timm/mobilenetv3_small_050`; {source}), which sees 128 px of the 224 |"
+    assert expected in section(card, "Slots")
+    assert f"timm's pretrained weights of `mobilenetv3_small_050` ({source})" in section(card, "Licence")
+    student = image_student("timm/mobilenetv3_small_050", 128)
+    here = student.trunk_params + head_params("fused", student.channels, 64)
+    assert numbers(card, "vision trunk") == [here, chassis_facts("tiny").trunk_params]
+    assert "student sees, px" in section(card, "How it learned") and "ES-" not in section(card, "Slots")
 
 
 # ---- numbers
