@@ -86,6 +86,11 @@ def read_text(path: Path, remedy: str, error: type[UserError] = DamagedFileError
     return text
 
 
+def can_be_path(text: str) -> bool:
+    """Whether a text can name a file at all; others make the operating system fail instead of finding nothing."""
+    return "\0" not in text and len(text) < 4096 and all(len(part.encode()) < 256 for part in text.split("/"))
+
+
 def _parsed(parse: Callable[[], Any], form: Any, where: str, remedy: str, error: type[UserError]) -> Any:
     try:
         content = parse()

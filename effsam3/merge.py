@@ -27,9 +27,12 @@ from effsam3.report import Report, provenance, refuse_unwritable, write_text
 from effsam3.resume import read_trainer
 from effsam3.run_parts import PARTS_OF_RUNS
 
-# What a run says of the features that it learned, as far as a merge asks.
-PROVENANCE_FORM = {
-    "features": {"teacher": {"fingerprint?": str}, "tap?": str, "channels?": int, "image_size?": int},
+# What a run must say of the features that it learned, by the slot of its student.
+TEACHER_FORM = {"fingerprint?": str}
+FEATURES_FORM = {
+    "image": {"teacher": TEACHER_FORM, "tap": str, "channels": int, "image_size": int},
+    "text": {"teacher": TEACHER_FORM},
+    "memory": {"teacher": TEACHER_FORM},
 }
 
 
@@ -109,9 +112,8 @@ def part_of(slot: str, folder: Path, which: str, config) -> Part:
         return part_of_model(slot, folder)
     trained = trained_recipe(slot, folder)
     source = checkpoint.chosen(folder / "checkpoints", which)
-    features = read_json(folder / "provenance.json", PROVENANCE_FORM, "train again, or restore it", MergeError)[
-        "features"
-    ]
+    form, remedy = {"features": FEATURES_FORM[slot]}, "restore it, or train again"
+    features = read_json(folder / "provenance.json", form, remedy, MergeError)["features"]
     teacher = {"checkpoint": trained.sam3.checkpoint, "revision": trained.sam3.revision}
     if "fingerprint" in features["teacher"]:  # an imported store names none
         teacher["fingerprint"] = features["teacher"]["fingerprint"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from effsam3.checked_files import parse_json, read_text
+from effsam3.checked_files import mismatch, parse_json, read_text
 from effsam3.errors import UserError, did_you_mean
 from effsam3.models import tiny
 from effsam3.models.sam31 import refuse_sam31, refuse_sam31_id
@@ -324,12 +324,10 @@ def chassis_facts(checkpoint: str) -> ChassisFacts:
     if "effsam3" not in texts[:-1]:  # where a sam3.pt of this project says its config; others have the published sizes
         return SAM3
     said = texts[texts.index("effsam3") + 1]
-    form = {"detector_config": {"vision_config": VISION_FORM}}
-    where = f"sam3.checkpoint: {source}, as the config of a SAM 3 with its own ViT,"
-    if source == path:
-        config = parse_json(said, {"config": form}, where, GIVE)["config"]
-    else:
-        config = parse_json(said, form, where, GIVE)
+    config = parse_json(said, dict, f"sam3.checkpoint: {source}", GIVE)
+    config = config if source != path else config.get("config")
+    if wrong := mismatch(config, {"detector_config": {"vision_config": VISION_FORM}}):
+        raise UserError(f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT: {wrong}; {GIVE}")
     return _facts(config["detector_config"]["vision_config"])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import xxhash
 
-from effsam3.checked_files import read_json
+from effsam3.checked_files import can_be_path, read_json
 from effsam3.checkpoint import WEIGHTS
 from effsam3.errors import ChassisError
 from effsam3.models.cache import kept_in_cache
@@ -236,8 +236,8 @@ def shard_of(folder: Path) -> dict[str, Path]:
         raise ChassisError(f"sam3.checkpoint: {folder} has neither {SINGLE} nor {INDEX}")
     listed = read_json(index, {"weight_map": {str: str}}, AGAIN, ChassisError)["weight_map"]
     refuse_sam31(listed, f"sam3.checkpoint: {folder}")
-    if outside := [file for file in listed.values() if Path(file).name != file]:
-        raise ChassisError(f"sam3.checkpoint: {index} names {outside[0]!r}, which is no file of its folder; {AGAIN}")
+    if outside := [file for file in listed.values() if not can_be_path(file) or Path(file).name != file]:
+        raise ChassisError(f"sam3.checkpoint: {index} names {outside[0][:80]!r}, no file of its folder; {AGAIN}")
     shards = {name: folder / file for name, file in listed.items()}
     absent = sorted({path.name for path in shards.values() if not path.exists()})
     if absent:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, Sam3VideoConfig
 
-from effsam3.checked_files import read_json
+from effsam3.checked_files import can_be_path, read_json
 from effsam3.errors import UserError
 from effsam3.models.memory_slot import MEMORY, TRACKER, memory_config, with_memory
 from effsam3.models.sam3 import TRUNK, fingerprint, read_config, read_tensors, to_float32
@@ -204,6 +204,8 @@ def read_card(folder: Path, also: Mapping[str, Any] = MappingProxyType({})) -> d
         MergeError: it cannot be read, or does not say who fills the slots.
     """
     card = read_json(folder / CARD, CARD_FORM | also, "merge or import the model again", MergeError)
+    if not can_be_path(card.get("chassis", "")):
+        raise MergeError(f"{folder / CARD} names no chassis that can be; merge the model again")
     if other := card["slots"].keys() - SLOTS.keys():
         raise MergeError(f"{folder / CARD} fills a slot {min(other)!r}, which there is not; merge the model again")
     return card
