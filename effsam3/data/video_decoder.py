@@ -16,6 +16,7 @@ Letters: T frames, K key frames, H W rows and columns.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def seeks_agree(path: Path) -> bool:
     if truth.times_T is None or not np.array_equal(truth.times_T, listed.times_T):
         return False
     decoder = Decoder(path, listed)
-    starts = np.unique(np.searchsorted(truth.times_T, truth.keys_K2[:, 0]))
+    starts = np.unique([0, *np.searchsorted(truth.times_T, truth.keys_K2[:, 0])])
     for start, stop in reversed(list(zip(starts, [*starts[1:], truth.frames], strict=True))):
         for index in range(start, stop):
             if digest(decoder.picture(index)) != truth.digests_T[index] or decoder.astray:
@@ -222,6 +223,8 @@ class Source:
             self._container = av.open(str(path), options=options, metadata_errors="replace")
         except av.FFmpegError as fault:
             raise UnreadableVideo(path.name, "corrupt", fault.strerror) from fault
+        # PyAV's containers and streams hold each other: many would stay open until the garbage collector comes.
+        weakref.finalize(self, self._container.close).atexit = False
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in self._container.streams.video if not stream.disposition & cover]
         if not streams:

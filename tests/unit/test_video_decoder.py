@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frame k is the k-th that a player shows, for any codec, container and order of asking; or the file is refused."""
 
+import gc
 import io
 import random
 import struct
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -378,6 +380,21 @@ def test_frames_in_a_row_are_decoded_once_and_a_clip_from_its_key_frame(tmp_path
     decoded.clear()
     video.read([52, 50, 51])
     assert len(decoded) <= 8, "from frame 48 on, and frames in front of it"
+
+
+def test_files_are_closed_at_once(tmp_path):
+    write_video(tmp_path / "a.mp4", 20)
+    gc.collect()
+    gc.disable()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    try:
+        for _ in range(5):
+            VideoFile(tmp_path / "a.mp4").read([10, 3])
+            seeks_agree(tmp_path / "a.mp4")
+            next(video_decoder.pictures_in_a_row(tmp_path / "a.mp4"))
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
+    finally:
+        gc.enable()
 
 
 def test_a_table_is_made_once_in_a_process(tmp_path, monkeypatch):
