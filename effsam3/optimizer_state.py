@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effsam3.errors import UserError
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -60,6 +62,21 @@ def scatter(accelerator, student: nn.Module, optimizer, tensors: Mapping[str, Te
         for moment in MOMENTS:
             if (value := tensors.get(f"{moment}/{name}")) is not None:
                 _write(accelerator, stage, inner, parameter, moment, value)
+
+
+def refuse_other_moments(student: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse moments that are not of this student's parameters; `where` is what messages call their file.
+
+    Raises:
+        UserError: one has another name or shape, or a mean of squares is below zero.
+    """
+    shapes = {f"{moment}/{name}": parameter.shape for name, parameter in trained(student) for moment in MOMENTS}
+    for name, tensor in tensors.items():
+        if tensor.shape != shapes.get(name) or (name.startswith("exp_avg_sq/") and (tensor < 0).any()):
+            raise UserError(
+                f"{where}: {name} is not the state of this student's optimizer; delete this checkpoint to go on from "
+                "the one before, or name another with --resume"
+            )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from effsam3.errors import UserError
 from effsam3.estimates import attempt, header_lines, out_of_memory_explained, running_layout
 from effsam3.layouts import layout_file, layout_processes
 from effsam3.meters import Unreadable, Window, line_of, step_line
+from effsam3.models.slots import refuse_other_student
 from effsam3.not_finite import NotFinite
 from effsam3.optim import adamw, lr_at
 from effsam3.progress import Progress
@@ -90,6 +91,8 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
         if state["step"] == steps and state["best"] is None:
             raise UserError(f"--resume: {last} has taken all {steps} steps; there is nothing left to begin with")
         weights, moments = checkpoint.read_trained(last)
+        refuse_other_student(stage.student.state_dict(), weights, f"the recipe's student ({last})")
+        optimizer_state.refuse_other_moments(stage.student, moments, f"{last / checkpoint.OPTIMIZER}")
         stage.student.load_state_dict(weights)  # before a layout divides them
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_weights(last))

@@ -81,32 +81,35 @@ def write_model(
     files = {name: FORMATS[name](merged, beside, card["slots"]) for name in formats if name in FORMATS}
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with torch.device("meta"):  # only to be written: nothing is initialised that the tensors replace
-        model = Sam3VideoModel(deepcopy(merged.config))
-    model.load_state_dict(merged.tensors, assign=True)
-    with quiet_transformers():
-        model.save_pretrained(partial, save_original_format=False)
-        if chassis is None:
-            processor(merged.config).save_pretrained(partial)
-    for name in PROCESSOR_FILES:
-        if chassis is not None and (chassis / name).is_file():
-            shutil.copyfile(chassis / name, partial / name)
-    if beside:
-        save_file(beside, partial / EXTRAS_FILE, {"format": "pt"})
-    card = card | {"weights": fingerprint(merged.tensors)}  # what an evaluation is tied to
-    write_json(partial / CARD, card)
-    verify(partial.name, read_tensors(partial), merged.tensors)
-    notes = []
-    for name, (tensors, lines) in files.items():
-        path = partial / f"{name}.pt"
-        # EfficientSAM3's file says nothing of itself: its builder is told everything.
-        about = {"effsam3": json.dumps(card | {"config": merged.config.to_dict()})} if name == "sam3" else {}
-        save_pickled(path, tensors, about)
-        verify(path.name, torch.load(path, mmap=True, weights_only=True)["model"], tensors)
-        notes += [f"{folder / path.name}: {path.stat().st_size / 1e6:,.1f} MB", *lines]
-    checkpoint.sync(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        with torch.device("meta"):  # only to be written: nothing is initialised that the tensors replace
+            model = Sam3VideoModel(deepcopy(merged.config))
+        model.load_state_dict(merged.tensors, assign=True)
+        with quiet_transformers():
+            model.save_pretrained(partial, save_original_format=False)
+            if chassis is None:
+                processor(merged.config).save_pretrained(partial)
+        for name in PROCESSOR_FILES:
+            if chassis is not None and (chassis / name).is_file():
+                shutil.copyfile(chassis / name, partial / name)
+        if beside:
+            save_file(beside, partial / EXTRAS_FILE, {"format": "pt"})
+        card = card | {"weights": fingerprint(merged.tensors)}  # what an evaluation is tied to
+        write_json(partial / CARD, card)
+        verify(partial.name, read_tensors(partial), merged.tensors)
+        notes = []
+        for name, (tensors, lines) in files.items():
+            path = partial / f"{name}.pt"
+            # EfficientSAM3's file says nothing of itself: its builder is told everything.
+            about = {"effsam3": json.dumps(card | {"config": merged.config.to_dict()})} if name == "sam3" else {}
+            save_pickled(path, tensors, about)
+            verify(path.name, torch.load(path, mmap=True, weights_only=True)["model"], tensors)
+            notes += [f"{folder / path.name}: {path.stat().st_size / 1e6:,.1f} MB", *lines]
+        checkpoint.sync(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what a full disk or a difference leaves
     return notes
 
 

@@ -306,6 +306,35 @@ def test_integers_and_layers_without_end_are_refused_before_they_are_built(tmp_p
         load_part(lambda config: layer(2, 2), None, whole_numbers)
 
 
+def test_moments_of_another_student_are_refused():
+    from effsam3.optimizer_state import refuse_other_moments
+
+    student = torch.nn.Linear(3, 2)
+    good = {"exp_avg/weight": -torch.ones(2, 3), "exp_avg_sq/weight": torch.ones(2, 3)}
+    refuse_other_moments(student, good, "here")
+    for wrong in (
+        good | {"exp_avg/weight": torch.ones(3, 2)},
+        good | {"exp_avg/other": torch.ones(2)},
+        good | {"exp_avg_sq/weight": -torch.ones(2, 3)},
+    ):
+        with pytest.raises(UserError, match="here: exp_avg.* is not the state of this student's optimizer"):
+            refuse_other_moments(student, wrong, "here")
+
+
+def test_a_merge_that_fails_while_it_writes_leaves_nothing(tmp_path, monkeypatch):
+    run = image_run(tmp_path)
+    folder = tmp_path / "image" / "merged.partial" / "config.json"
+
+    def full(path, content):
+        assert folder.is_file()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("effsam3.models.formats.write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        merge.run(load_recipe(run / "recipe.yaml"))
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_a_chassis_that_was_merged_into_itself_ends(merged, tmp_path):
     folder = shutil.copytree(merged / "merged", tmp_path / "model")
     card = json.loads((folder / "effsam3.json").read_text())
