@@ -51,11 +51,10 @@ def test_every_verb_and_script_answers_help():
 
 @pytest.mark.parametrize("verb", QUICK)
 def test_quick_verbs_answer(verb):
-    recipe = ["recipes/stage1/image/es_rv_m.yaml"] if verb == "show" else []
+    recipe = [REPOSITORY / "recipes/stage1/image/es_rv_m.yaml"] if verb == "show" else []
     done = subprocess.run(
-        [sys.executable, "-m", "effsam3.cli", verb, *recipe],
-        cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "effsam3.cli", verb, *recipe], env=ENVIRONMENT, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "7,774,864" in done.stdout
 
 
