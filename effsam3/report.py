@@ -126,14 +126,13 @@ class Report:
             with open(self.folder / "metrics.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def forget_metrics_after(self, step: int) -> int:
-        """Drop metrics of steps that a resumed run will take again; returns the last step that there was, or 0."""
+    def forget_metrics_after(self, step: int) -> None:
+        """Drop metrics of steps that a resumed run will take again, and a line that a kill has cut off."""
         path = self.folder / "metrics.jsonl"
         found = read_metrics(path) if self.is_main else []
         if found:  # written anew also without any, because a kill may have cut the last line off
             lines = [line for line in found if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-        return max((line["step"] for line in found), default=0)
 
     def write_json(self, name: str, content) -> None:
         """Write a JSON file into the run folder, rank 0 only."""

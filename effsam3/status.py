@@ -187,8 +187,8 @@ def _next(facts: dict[str, Any], folder: Path) -> str:
         return f"wait, or stop it with `kill {facts['pid']}` on {facts['host']}: it saves first"
     if state == "silent":
         return (
-            f"see whether process {facts['pid']} on {facts['host']} still works (its log, the GPUs); if it hangs, end "
-            "it, and the same command goes on from what is saved"
+            f"see whether process {facts['pid']} on {facts['host']} still works ({folder}/log.txt, the GPUs); if it "
+            "hangs, end it, and the same command goes on from what is saved"
         )
     if state == "complete":
         if not (folder / "merged" / "config.json").is_file():

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import netrc
 import os
 import secrets
@@ -12,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
-from effsam3.report import write_json
+from effsam3.checked_files import read_json
+from effsam3.report import read_metrics, write_json
 
 CONNECT_TIMEOUT_S = 10
-WANDB_ID = "wandb.json"  # in the run folder
+WANDB_FILE = "wandb.json"  # in the run folder
+# `logged`: the last step of starts that came to their end, whose folders are `parts`.
+WANDB_FORM = {"id": str, "path": str, "inode": int, "logged": int, "parts": [str]}
 
 
 def wandb_obstacle() -> str:
@@ -50,8 +52,9 @@ class Trackers:
     def __init__(self, accelerator, names: tuple[str, ...], folder: Path):
         self.accelerator, self.names, self.folder = accelerator, names, folder
         self.wandb_from = 0  # wandb has the steps before this one already
+        self.last = 0  # the last step that was logged
 
-    def start(self, project: str, name: str, config: dict, step: int, logged: int) -> str:
+    def start(self, project: str, name: str, config: dict, step: int) -> str:
         """Start the trackers and return what to tell the user about them, empty if there is nothing to tell.
 
         wandb that cannot be reached writes to the folder, to be uploaded later (`wandb sync`); an id or a key that it
@@ -59,8 +62,7 @@ class Trackers:
 
         Args:
             step: the last step before this start, 0 at the beginning. What TensorBoard shows of later ones is of an
-                earlier start and is hidden.
-            logged: the last step that an earlier start logged; wandb takes no step twice.
+                earlier start and is hidden. What wandb lacks of the steps before is logged anew from metrics.jsonl.
         """
         if not self.names or not self.accelerator.is_main_process:
             return ""
@@ -71,11 +73,13 @@ class Trackers:
             if "WANDB_MODE" not in os.environ and (obstacle := wandb_obstacle()):
                 os.environ["WANDB_MODE"] = "offline"
                 os.environ.pop("WANDB_API_KEY", None)  # not needed offline, and wandb would judge it all the same
-            run_id, is_new = wandb_run_id(self.folder)
-            self.wandb_from = 0 if is_new else logged + 1
-            options["wandb"] = {"name": name, "dir": str(self.folder), "id": run_id, "resume": "allow"}
+            kept = wandb_run(self.folder)
+            set_torn_parts_aside(self.folder, kept)
+            options["wandb"] = {"name": name, "dir": str(self.folder), "id": kept["id"], "resume": "allow"}
         note = self._init(project, options)
         for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                self._catch_up(tracker, kept["logged"], step)
             # TensorBoard's is a run of its own beside the curve, one for each time it is stored.
             if tracker.name == "wandb" or step == 0:
                 tracker.store_init_configuration(flat)
@@ -100,13 +104,20 @@ class Trackers:
             self.accelerator.init_trackers(project, None, options)
             return (
                 f"wandb: {str(error).splitlines()[0]}; this run goes on without it, its numbers are in metrics.jsonl. "
-                f"Delete {self.folder / WANDB_ID} if the id in it is to blame"
+                f"Delete {self.folder / WANDB_FILE} if the id in it is to blame"
             )
         return ""
 
+    def _catch_up(self, tracker, logged: int, step: int) -> None:
+        """Log to wandb the steps up to `step` that it lacks: offline it loses what it has when the run is killed."""
+        self.wandb_from = max(logged + 1, tracker.run.step)  # online the server has counted
+        for line in read_metrics(self.folder / "metrics.jsonl"):
+            if self.wandb_from <= line["step"] <= step:
+                tracker.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
     def log(self, values: dict[str, float], step: int) -> str:
         """Log numbers of a step; returns what to tell the user."""
-        notes = []
+        notes, self.last = [], step
         for tracker in tuple(self.accelerator.trackers):
             if tracker.name != "wandb" or step >= self.wandb_from:
                 notes.append(self._try(tracker, lambda tracker=tracker: tracker.log(values, step=step)))
@@ -114,7 +125,15 @@ class Trackers:
 
     def finish(self) -> str:
         """Close the trackers; returns what to tell the user."""
-        notes = [self._try(tracker, tracker.finish) for tracker in tuple(self.accelerator.trackers)]
+        notes = []
+        for tracker in tuple(self.accelerator.trackers):
+            note = self._try(tracker, tracker.finish)
+            notes.append(note)
+            if tracker.name == "wandb" and not note:
+                kept = wandb_run(self.folder)
+                part = Path(tracker.run.dir).parent.name
+                logged = max(kept["logged"], self.last)
+                write_json(self.folder / WANDB_FILE, kept | {"logged": logged, "parts": [*kept["parts"], part]})
         self.accelerator.trackers.clear()
         return "\n".join(filter(None, notes))
 
@@ -130,23 +149,30 @@ class Trackers:
         return ""
 
 
-def wandb_run_id(folder: Path) -> tuple[str, bool]:
-    """Return the id of a run folder's wandb run and whether it is a new one; kept in the folder.
+def wandb_run(folder: Path) -> dict:
+    """Return what is known of a run folder's wandb run, a new one where it has none; kept in the folder.
 
     A copy of a run folder goes another way, so it gets an id of its own. A folder that was moved is known by its
     number in the file system, one that came back from a backup by its path.
     """
-    if "WANDB_RUN_ID" in os.environ:
-        return os.environ["WANDB_RUN_ID"], False
     place = {"path": str(folder.resolve()), "inode": folder.stat().st_ino}
-    file = folder / WANDB_ID
+    file, kept = folder / WANDB_FILE, None
     if file.is_file():
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if any(kept[key] == value for key, value in place.items()):
-            return kept["id"], False
-    run_id = secrets.token_hex(4)
-    write_json(file, {"id": run_id} | place)
-    return run_id, True
+        kept = read_json(file, WANDB_FORM, "delete it to begin another wandb run")
+    if kept is None or not any(kept[key] == value for key, value in place.items()):
+        kept = {"id": secrets.token_hex(4), "logged": 0, "parts": []} | place
+        write_json(file, kept)
+    return kept | {"id": os.environ.get("WANDB_RUN_ID", kept["id"])}
+
+
+def set_torn_parts_aside(folder: Path, kept: dict) -> None:
+    """Rename what starts that were killed have left of an offline run, so that it is not uploaded.
+
+    wandb writes in blocks of 32 KiB, so the last ones are missing; all steps come again from metrics.jsonl.
+    """
+    for part in (folder / "wandb").glob(f"offline-run-*-{kept['id']}"):
+        if part.name not in kept["parts"] and not any(part.glob("*.synced")):
+            part.rename(part.with_name(f"torn-{part.name}"))
 
 
 def _flat(config: dict) -> dict[str, int | float | str]:

@@ -99,10 +99,10 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     student, optimizer = accelerator.prepare(stage.student.train(), optimizer)
     if last is not None:
         optimizer_state.scatter(accelerator, student, optimizer, moments, state["step"])
-    logged = report.forget_metrics_after(state["step"] if last is not None else -1)
+    report.forget_metrics_after(state["step"] if last is not None else -1)
     progress.update("running", state["step"], steps)
     trackers = Trackers(accelerator, recipe.train.trackers, folder)
-    announce(recipe, stage, accelerator, report, trackers, steps, micros, state, logged)
+    announce(recipe, stage, accelerator, report, trackers, steps, micros, state)
     average = None if ema is None else ema.module
     unreadable = Unreadable(folder)
     # Asked anew, because the patience may have been raised.
@@ -314,7 +314,7 @@ def sample_seed(seed: int, step: int, micro: int, rank: int) -> int:
 
 
 def announce(
-    recipe, stage, accelerator, report: Report, trackers: Trackers, steps: int, micros: int, state: dict, logged: int
+    recipe, stage, accelerator, report: Report, trackers: Trackers, steps: int, micros: int, state: dict
 ) -> None:
     """Print what the run is and what it will take, keep its recipe and provenance, start the trackers."""
     epochs = f" = {steps * recipe.train.global_batch_size / stage.train_size:.1f} epochs" if stage.train_size else ""
@@ -341,6 +341,6 @@ def announce(
     made_by = provenance() | facts
     report.write_json("provenance.json", made_by)
     config = asdict(recipe) | {"provenance": made_by}
-    note = trackers.start(recipe.train.wandb_project, recipe.name, config, state["step"], logged)
+    note = trackers.start(recipe.train.wandb_project, recipe.name, config, state["step"])
     if note:
         report.say(note)

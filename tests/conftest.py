@@ -26,8 +26,6 @@ os.environ["HOME"] = HOME.name
 os.environ["HF_HOME"] = f"{HOME.name}/huggingface"
 os.environ["XDG_CACHE_HOME"] = f"{HOME.name}/.cache"
 os.environ["EFFSAM3_CACHE"] = f"{HOME.name}/effsam3"
-# For the processes that tests start: this clone's package, wherever they run.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session", autouse=True)

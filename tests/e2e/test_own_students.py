@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from conftest import SMOKE
+from conftest import REPOSITORY, SMOKE
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.v2 import functional
@@ -124,7 +124,7 @@ def test_it_is_the_same_in_a_fresh_process(runs, tmp_path):
                 torch.save(found, work / f"{name}-{place.name}.out")
     """)
     command = [sys.executable, "-c", code, str(runs), str(tmp_path), *STUDENTS]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in STUDENTS:
         with torch.no_grad():

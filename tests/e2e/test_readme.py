@@ -51,10 +51,11 @@ def test_every_verb_and_script_answers_help():
 
 @pytest.mark.parametrize("verb", QUICK)
 def test_quick_verbs_answer(verb):
-    recipe = [REPOSITORY / "recipes/stage1/image/es_rv_m.yaml"] if verb == "show" else []
+    recipe = ["recipes/stage1/image/es_rv_m.yaml"] if verb == "show" else []
     done = subprocess.run(
-        [sys.executable, "-m", "effsam3.cli", verb, *recipe], env=ENVIRONMENT, capture_output=True, text=True
-    )
+        [sys.executable, "-m", "effsam3.cli", verb, *recipe],
+        cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0 and "7,774,864" in done.stdout
 
 

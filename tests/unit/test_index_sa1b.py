@@ -307,7 +307,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(flat, tmp_path, monkeypat
     monkeypatch.setattr(index_sa1b, "PART_IMAGES", 4)
     build(flat, tmp_path / "whole.parquet")
     out = tmp_path / "index.parquet"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, flat, out], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, flat, out], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"three\n"
     process.send_signal(signal.SIGKILL)
     process.wait()

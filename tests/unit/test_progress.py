@@ -86,7 +86,7 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path):
         f"Progress({str(tmp_path)!r}, True, '1 x cpu, NO', 8).update('running', 3, 9); print('up', flush=True); "
         "time.sleep(60)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     assert read_progress(tmp_path).true_state() == "running"
     process.kill()
@@ -114,7 +114,7 @@ def test_a_reader_never_meets_half_a_file(tmp_path):
         f"run = Progress({str(tmp_path)!r}, True, 'x' * 100_000, 8); "
         "[run.update('running', step, 100) for step in range(100)]; run.update('complete', 100, 100)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code])
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     steps = []
     while process.poll() is None:
         if (found := read_progress(tmp_path)) is not None:

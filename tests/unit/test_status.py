@@ -199,7 +199,7 @@ def test_status_imports_nothing_heavy(tmp_path):
     heavy = ["torch", "numpy", "transformers", "accelerate", "safetensors", "matplotlib"]
     code = "import sys; from effsam3.cli import main; main(['status', sys.argv[1]]); "
     code += f"print(sorted(set({heavy}) & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -208,7 +208,7 @@ def test_watching_ends_with_the_run(tmp_path):
     run = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     edit_progress(folder, pid=run.pid)
     command = [sys.executable, "-m", "effsam3.cli", "status", folder, "--watch", "1"]
-    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    watching = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     lines = [watching.stdout.readline() for _ in range(3)]
     assert "running" in lines[2]
     run.kill()

@@ -25,7 +25,7 @@ def start():
     def run(code, **environment):
         own = {name: value for name, value in os.environ.items() if name not in (LAUNCHED, RANK)}
         process = subprocess.Popen(
-            [sys.executable, "-c", code], env=own | environment,
+            [sys.executable, "-c", code], cwd=ROOT, env=own | environment | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
         started.append(process)
