@@ -22,7 +22,7 @@ setup(
     entry_points={"console_scripts": ["effsam3=effsam3.cli:main"]},
     install_requires=[
         "accelerate>=1.10",
-        "av>=17.1",  # wheels bundle FFmpeg; 17.0 and older ones crash in tests/unit/test_video_decoder.py
+        "av>=17.1",  # its wheels bundle FFmpeg; with older ones some files end the whole process
         "datasets>=4.0",
         "deepspeed>=0.17.2",  # torch_autocast
         "filelock>=3.10",
