@@ -66,12 +66,13 @@ def _add_padding_box(detector: nn.Module, arguments: tuple, named: dict) -> tupl
 class ConceptModel:
     """A whole SAM 3, its image, text or memory replaced or not, prompted by concepts; float32, frozen."""
 
-    def __init__(self, folder: Path, device: torch.device | str = "cpu"):
+    def __init__(self, folder: Path | str, device: torch.device | str = "cpu"):
         """Load a chassis or merged folder.
 
         Raises:
             ChassisError: the folder lacks tensors or holds others, or some that are not finite.
         """
+        folder = Path(folder)
         read_config(folder)
         refuse_damaged(folder)
         with quiet_transformers():

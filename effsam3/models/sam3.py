@@ -263,7 +263,7 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
         ChassisError: none has the prefix, or one cannot be a weight: it is not of real numbers, or not finite.
     """
     tensors = map_tensors(folder, prefix)
-    refuse_unusable(tensors, str(folder), AGAIN, ChassisError)
+    refuse_unusable({prefix + name: tensor for name, tensor in tensors.items()}, str(folder), AGAIN, ChassisError)
     return {name: to_float32(tensor) for name, tensor in tensors.items()}
 
 

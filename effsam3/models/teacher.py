@@ -115,8 +115,8 @@ def check_weights(teacher: Teacher, claim: str, expected_fingerprint: str | None
     """Refuse a trunk whose weights cannot be those of `claim`, the recipe's `sam3.checkpoint`.
 
     Raises:
-        ChassisError: another parameter count than SAM 3's, another fingerprint than the recipe's, tensors that are not
-            finite, or matrices that are constant (never trained nor initialised).
+        ChassisError: another parameter count than SAM 3's, another fingerprint than the recipe's, or matrices that are
+            constant (never trained nor initialised).
     """
     parameters = parameter_count(teacher.trunk)
     if claim in ("facebook/sam3", "random") and parameters != SAM3_TRUNK_PARAMETERS:
@@ -129,18 +129,12 @@ def check_weights(teacher: Teacher, claim: str, expected_fingerprint: str | None
             f"the teacher's trunk has the fingerprint {teacher.fingerprint}, the recipe asks for "
             f"{expected_fingerprint}; check sam3.checkpoint and sam3.revision, or correct sam3.fingerprint"
         )
-    refuse_damaged(teacher.trunk)
+    refuse_untrained(teacher.trunk)
 
 
-def refuse_damaged(teacher: nn.Module) -> None:
-    """Refuse weights that were never trained or have been damaged.
-
-    Raises:
-        ChassisError: a tensor is not finite, or a matrix is constant; the message names it.
-    """
+def refuse_untrained(teacher: nn.Module) -> None:
+    """Refuse weights that were never trained. Raises ChassisError naming a matrix that is constant."""
     for name, parameter in teacher.named_parameters():
-        if not parameter.isfinite().all():
-            raise ChassisError(f"the teacher's tensor {name} is not finite; the checkpoint is damaged")
         if parameter.ndim > 1 and (parameter == parameter.flatten()[0]).all():
             raise ChassisError(f"the teacher's tensor {name} is constant; the checkpoint holds no trained weights")
 

@@ -25,7 +25,7 @@ from transformers.models.sam3_lite_text.modeling_sam3_lite_text import (
 
 from effsam3.models.registry import text_student_row
 from effsam3.models.sam3 import ChassisError, fingerprint, load_part, read_config, read_tensors
-from effsam3.models.teacher import refuse_damaged
+from effsam3.models.teacher import refuse_untrained
 from effsam3.models.text_padding import RULES, padding_of
 from effsam3.models.tokens import PAD_ID
 
@@ -81,8 +81,8 @@ def check_text_weights(teacher: TextTeacher, claim: str, expected_fingerprint: s
     """Refuse a text encoder whose weights cannot be those of `claim`, the recipe's `sam3.checkpoint`.
 
     Raises:
-        ChassisError: another parameter count than SAM 3's, another fingerprint than the recipe's, tensors that are not
-            finite, or matrices that are constant (never trained nor initialised).
+        ChassisError: another parameter count than SAM 3's, another fingerprint than the recipe's, or matrices that are
+            constant (never trained nor initialised).
     """
     parameters = sum(parameter.numel() for parameter in teacher.parameters())
     if claim in ("facebook/sam3", "random") and parameters != SAM3_TEXT_PARAMETERS:
@@ -95,7 +95,7 @@ def check_text_weights(teacher: TextTeacher, claim: str, expected_fingerprint: s
             f"the teacher's text encoder has the fingerprint {teacher.fingerprint}, the recipe asks for "
             f"{expected_fingerprint}; check sam3.checkpoint and sam3.revision, or correct sam3.fingerprint"
         )
-    refuse_damaged(teacher)
+    refuse_untrained(teacher)
 
 
 def check_tokens(tokens_BLC: Tensor, mask_BL: Tensor) -> None:

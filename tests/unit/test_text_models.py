@@ -129,13 +129,18 @@ def test_the_guard_refuses(teacher, batch):
         check_tokens(broken_BLC, batch[1])
 
 
-@pytest.mark.parametrize(("value", "complaint"), [(0.0, "is constant"), (float("nan"), "is not finite")])
-def test_the_guard_refuses_spoiled_tensors(spoil, teacher, value, complaint):
+def test_the_guard_refuses_spoiled_tensors(spoil, teacher):
     name = TEXT_PROJECTION + "weight"
-    spoiled = TextTeacher(spoil(lambda tensors: tensors.update({name: torch.full_like(tensors[name], value)})))
+    spoiled = TextTeacher(spoil(lambda tensors: tensors.update({name: torch.zeros_like(tensors[name])})))
     assert spoiled.fingerprint != teacher.fingerprint
-    with pytest.raises(ChassisError, match=f"text_projection.weight {complaint}"):
+    with pytest.raises(ChassisError, match="text_projection.weight is constant"):
         check_text_weights(spoiled, "tiny")
+
+
+def test_tensors_that_are_no_numbers_are_named(spoil):
+    name = TEXT_PROJECTION + "weight"
+    with pytest.raises(ChassisError, match="text_projection.weight has NaN"):
+        TextTeacher(spoil(lambda tensors: tensors.update({name: torch.full_like(tensors[name], float("nan"))})))
 
 
 def test_a_missing_tensor_is_named(spoil):
