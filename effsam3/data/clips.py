@@ -150,7 +150,7 @@ class VideoClips(Dataset):
         masks_TNHW = self._draw_objects(annotations, row, annotated, rng)
         size = masks_TNHW.shape[2:]
         file = self.folder / row["video_file"]
-        frames = torch.from_numpy(read_annotated_frames(file, annotated, size, row["seekable"]))
+        frames = torch.from_numpy(read_annotated_frames(file, annotated, size, row["seekable"], row["video_bytes"]))
         if self.augment:
             augmentation = Augmentation.draw(rng)
             if not self._resized(augmentation.move_masks(masks_TNHW[0])).flatten(1).any(1).all():

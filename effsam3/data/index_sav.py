@@ -28,7 +28,7 @@ from effsam3.data.video_files import open_video
 from effsam3.errors import UserError
 from effsam3.report import refuse_unwritable
 
-VERSION = 3  # of what a part holds; another number makes older parts void
+VERSION = 4  # of what a part holds; another number makes older parts void
 PART_VIDEOS = 4  # some 20 s of decoding: what a kill can cost each worker
 CHUNK = 8  # images decoded at once, so that 4K ones fit
 PART_COLUMNS = COLUMNS | {"excluded": "string", "detail": "string"}  # reason, and what is wrong in full, or ""
@@ -216,6 +216,7 @@ def _check(entry: Entry, folder: Path, check: str) -> list[dict]:
             "video_id": entry.video_id,
             "kind": kind,
             "video_file": entry.video.file,
+            "video_bytes": None if (folder / entry.video.file).is_dir() else entry.video.size,
             "annotation_file": annotation.file,
             "annotation_bytes": annotation.size,
             "excluded": "",

@@ -41,7 +41,9 @@ COLUMNS = {  # name: Arrow type
     "objects": "int32",  # N
     "visible": "list<list<int32>>",  # per object [start, stop, start, stop, ...]: annotated frames with a mask
     "seekable": "bool",  # of a video file: its frames are the same whether decoded in a row or after a seek
+    "video_bytes": "int64",  # of a video file; null: a folder, or not known
 }
+LATER = {"seekable": False, "video_bytes": None}  # columns that older indexes lack: nothing is known of any file
 
 
 @dataclass(frozen=True)
@@ -153,17 +155,26 @@ def read_sav(row: dict, folder: Path) -> SavAnnotations:
 
 
 def read_annotated_frames(
-    video_file: Path, annotated: Sequence[int], size: tuple[int, int], seekable: bool = False
+    video_file: Path,
+    annotated: Sequence[int],
+    size: tuple[int, int],
+    seekable: bool = False,
+    video_bytes: int | None = None,
 ) -> np.ndarray:
-    """Return the video frames of annotated frames, uint8 RGB (T, 3, H, W); `seekable` is the index's.
+    """Return the video frames of annotated frames, uint8 RGB (T, 3, H, W).
+
+    `seekable` and `video_bytes` are the index's; a file of another size is another video than the masks belong to.
 
     From a folder they are read by the numbers in their names, which are those of the video's frames, whether every
     frame was extracted or every fourth.
 
     Raises:
-        UnreadableVideo: missing, damaged, too short, or not of this size.
+        UnreadableVideo: missing, replaced, damaged, too short, or not of this size.
     """
     video = open_video(video_file, seekable)
+    if video_bytes is not None and (found := video_file.stat().st_size) != video_bytes:
+        detail = f"{video_file} has {found} bytes, {video_bytes} when indexed; build the index again"
+        raise UnreadableVideo(video_file.name, "changed", detail)
     frames = [FRAME_STRIDE * index for index in annotated]
     place = {number: index for index, number in enumerate(video.numbers)}
     missing = [number for number in frames if number not in place]
@@ -193,9 +204,9 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
     path = Path(path)
     command = f"python scripts/index_sav.py FOLDER --out {path}"
     table = indexing.read_index(path, command)
-    if "seekable" not in table.schema.names:  # an older index: nothing is known of any file
-        table = table.append_column("seekable", pyarrow.array([False] * len(table), pyarrow.bool_()))
     asked = schema()
+    for name in LATER.keys() - set(table.schema.names):
+        table = table.append_column(name, pyarrow.array([LATER[name]] * len(table), asked.field(name).type))
     wrong = [field.name for field in asked if field.name not in table.schema.names]
     if wrong or table.select(asked.names).schema.types != asked.types:
         raise UserError(f"{path} is not an SA-V index (columns {table.schema.names}); make it anew with: {command}")

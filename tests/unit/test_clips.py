@@ -2,7 +2,6 @@
 """Clips for training: the right frames and masks, drawn from the seed alone, and never fewer than asked for."""
 
 import json
-import os
 
 import numpy as np
 import pyarrow
@@ -214,7 +213,8 @@ def test_a_truncated_mp4_is_replaced_and_named(tmp_path):
     make_synthetic_sav(tmp_path, 2, frames=24, side_px=32, objects=2)
     build_index([tmp_path], tmp_path / "index.parquet", 0.0, workers=1, progress=False)
     data = VideoClips(load_index(tmp_path / "index.parquet"), tmp_path, SIDE, frames=3, objects=1, augment=False)
-    os.truncate(tmp_path / "sav_000001.mp4", (tmp_path / "sav_000001.mp4").stat().st_size // 2)
+    whole = (tmp_path / "sav_000001.mp4").read_bytes()
+    (tmp_path / "sav_000001.mp4").write_bytes(whole[: len(whole) // 2].ljust(len(whole), b"\0"))
     clip = data[0, 5]
     assert clip["keys"] == "sav_000002_manual" and clip["valid"].all()
     assert clip["unreadable"][0][0] == "sav_000001_manual" and "corrupt" in clip["unreadable"][0][1]

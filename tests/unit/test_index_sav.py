@@ -12,11 +12,9 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 from datasets import load_dataset
-from numbered_videos import shown, write_video
 from PIL import Image
 
 from effsam3.data import index_sav
-from effsam3.data.clips import VideoClips
 from effsam3.data.extract_frames import extract_frames
 from effsam3.data.index_sav import build_index, summary
 from effsam3.data.sa1b import split_of
@@ -351,53 +349,3 @@ def test_the_script_with_two_workers_writes_the_same_bytes(flat, tmp_path):
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
     wrong = run(tmp_path / "none")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
-
-
-# ---- videos in which seeks go wrong elsewhere
-
-SEEKS = {  # label: codec, options, whether seeks agree
-    "hevc": ("libx265", {"x265-params": "keyint=24:log-level=none:pools=none"}, True),
-    "open_gop": ("libx264", {"x264-params": "keyint=24:bframes=3:open-gop=1"}, True),
-    "b_frames": ("mpeg4", {"g": "12", "bf": "2"}, True),
-    "no_key_frames": ("mpeg4", {"g": "12", "bf": "0"}, False),
-}
-
-
-@pytest.fixture(scope="module")
-def numbered(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("numbered")
-    masks = np.zeros((60, 1, 64, 128), bool)
-    masks[:, 0, 40:60, 40:90] = True
-    for name, (codec, options, agree) in SEEKS.items():
-        write_video(folder / f"{name}.mp4", 60, codec, options)
-        if not agree:  # without a list of its key frames, it says that all frames are
-            data = (folder / f"{name}.mp4").read_bytes()
-            (folder / f"{name}.mp4").write_bytes(data.replace(b"stss", b"free"))
-        (folder / f"{name}_manual.json").write_text(json.dumps(sav_record(name, masks)))
-    return folder
-
-
-@pytest.mark.parametrize("check", ["decode", "header"])
-def test_clips_show_the_frames_that_their_masks_belong_to(numbered, tmp_path, check):
-    report = build(numbered, tmp_path / "index.parquet", check=check)
-    index = load_index(tmp_path / "index.parquet")
-    agree = {name: check == "decode" and SEEKS[name][2] for name in SEEKS}
-    assert dict(zip(index["video_id"], index["seekable"], strict=True)) == agree
-    assert report["unseekable"] == sum(not value for value in agree.values())
-    assert ("seeks" in summary(report)) == (report["unseekable"] > 0)
-    data = VideoClips(index, tmp_path, image_size=128, frames=4, objects=1, augment=False)
-    assert data.unseekable == report["unseekable"]
-    for position in range(len(data)):
-        for number in range(4):  # forwards and backwards
-            clip = data[position, number]
-            assert shown(clip["pixels"].numpy()) == clip["frames"].tolist() and clip["unreadable"] == []
-
-
-def test_an_index_from_before_seekable_still_gives_the_right_frames(numbered, tmp_path):
-    build(numbered, tmp_path / "index.parquet")
-    table = parquet.read_table(tmp_path / "index.parquet")
-    parquet.write_table(table.drop_columns(["seekable"]), tmp_path / "index.parquet")
-    data = VideoClips(load_index(tmp_path / "index.parquet"), tmp_path, image_size=128, frames=4, augment=False)
-    assert data.unseekable == len(data) == 4
-    clip = data[0, 1]
-    assert shown(clip["pixels"].numpy()) == clip["frames"].tolist()
