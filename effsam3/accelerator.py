@@ -5,17 +5,21 @@ anything is built."""
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from effsam3.errors import RecipeError, UserError
 from effsam3.layouts import REDUCE_BUCKET, layout_file, layout_on_cpu, no_devices, twin_on_cpu
 
 PRECISION = {"bf16": "bf16", "fp32": "no"}
+Result = TypeVar("Result")
 
 
 def launched_processes() -> int:
@@ -123,6 +127,29 @@ def frozen_autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
     accelerate's own does nothing under DeepSpeed, whose engine autocasts the student alone.
     """
     return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def on_main(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
+    """Let rank 0 make or check something while the others wait; all get what it returns.
+
+    Collective. What rank 0 refuses ends all of them: else the others would wait for it in their next collective.
+
+    Raises:
+        UserError: on rank 0, what `call` raises.
+        SystemExit: code 2, on the other ranks, which have nothing to add.
+    """
+    result, refusal = None, None
+    if accelerator.is_main_process:
+        try:
+            result = call()
+        except UserError as error:
+            refusal = error
+    refused, result = broadcast_object_list([refusal is not None, result])
+    if refusal is not None:
+        raise refusal
+    if refused:
+        sys.exit(2)
+    return result
 
 
 def layout(accelerator: Accelerator) -> str:

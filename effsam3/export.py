@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from effsam3 import needs
-from effsam3.accelerator import layout, make_accelerator, refuse_missing_gpu
+from effsam3.accelerator import layout, make_accelerator, on_main, refuse_missing_gpu
 from effsam3.data.loader import loader
 from effsam3.data.statistics import SAMPLE, FeatureStatistics, statistics_sample
 from effsam3.data.store import (
@@ -59,22 +60,16 @@ def run(recipe, check: int | None = None) -> None:
     refuse_missing_gpu(recipe.hardware)
     torch.manual_seed(recipe.train.seed)
     accelerator = make_accelerator(recipe.train.precision)
-    if accelerator.is_main_process and check is None:
-        refuse_unwritable(Path(recipe.export.to), "export.to")
-    report = Report(Path(recipe.train.runs) / recipe.name, accelerator.is_main_process)
+    if check is None:
+        on_main(accelerator, partial(refuse_unwritable, Path(recipe.export.to), "export.to"))
+    on_main(accelerator, partial(refuse_unwritable, recipe.folder, "train.runs"))
+    report = Report(recipe.folder, accelerator.is_main_process)
     teacher_pass = make_teacher_pass(recipe, accelerator)
     if check is not None:
         return _check(recipe, teacher_pass, accelerator, report, check)
     root = Path(recipe.export.to)
-    if accelerator.is_main_process:
-        images = sum(map(len, teacher_pass.datasets))
-        create_store(root, teacher_pass.fields(), teacher_pass.description(), expected=images)
-        for shard, records in repair_store(root).items():
-            report.say(f"{shard}: {records} torn records of an interrupted export cut off, they are made again")
-        lines = teacher_pass.describe() | {"store": str(root)} | plan(recipe, root, teacher_pass)
-        lines |= needs.header_lines(recipe, ("train", "merge", "evaluate"))
-        report.header(f"export   {recipe.name}   {layout(accelerator)}", lines)
-    accelerator.wait_for_everyone()
+    lines = on_main(accelerator, partial(open_store, recipe, root, teacher_pass, report))
+    report.header(f"export   {recipe.name}   {layout(accelerator)}", lines)
     started = time.monotonic()
     with StoreWriter(root, accelerator.process_index) as writer:
         # Every rank writes as soon as it starts; what is done must be read before anyone adds to it.
@@ -88,20 +83,34 @@ def run(recipe, check: int | None = None) -> None:
     if asked:
         report.say(f"asked to stop: {exported:,} records made now are kept; the same command goes on from there")
         sys.exit(STOPPED)
-    if accelerator.is_main_process:
-        expected = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
-        refuse_many_skipped(expected, root, teacher_pass.max_unreadable)
-        manifest = finish_store(root, expected, _statistics(root, teacher_pass))
-        seconds = time.monotonic() - started
-        size = sum(path.stat().st_size for path in root.glob("*.bin"))
-        report.say(
-            f"{manifest.records:,} records, {size / 1e9:.2f} GB in {root} ({exported:,} made now, "
-            f"{exported / seconds:.3g} records/s, {len(manifest.skipped)} skipped)"
-        )
-        for entry in manifest.skipped[:10]:
-            report.say(f"  skipped {entry['key']}: {entry['reason']}")
-        report.say(f"next: train with the same recipe. Look inside: effsam3 store show {root}")
-    accelerator.wait_for_everyone()
+    on_main(accelerator, partial(close_store, root, teacher_pass, exported, started, report))
+
+
+def open_store(recipe, root: Path, teacher_pass, report: Report) -> dict[str, str]:
+    """Make the store ready for all ranks to write; returns lines for the header."""
+    create_store(
+        root, teacher_pass.fields(), teacher_pass.description(), expected=sum(map(len, teacher_pass.datasets))
+    )
+    for shard, records in repair_store(root).items():
+        report.say(f"{shard}: {records} torn records of an interrupted export cut off, they are made again")
+    lines = teacher_pass.describe() | {"store": str(root)} | plan(recipe, root, teacher_pass)
+    return lines | needs.header_lines(recipe, ("train", "merge", "evaluate"))
+
+
+def close_store(root: Path, teacher_pass, exported: int, started: float, report: Report) -> None:
+    """Complete the store once all ranks have written their records, `exported` in all, and say what is in it."""
+    expected = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
+    refuse_many_skipped(expected, root, teacher_pass.max_unreadable)
+    manifest = finish_store(root, expected, _statistics(root, teacher_pass))
+    seconds = time.monotonic() - started
+    size = sum(path.stat().st_size for path in root.glob("*.bin"))
+    report.say(
+        f"{manifest.records:,} records, {size / 1e9:.2f} GB in {root} ({exported:,} made now, "
+        f"{exported / seconds:.3g} records/s, {len(manifest.skipped)} skipped)"
+    )
+    for entry in manifest.skipped[:10]:
+        report.say(f"  skipped {entry['key']}: {entry['reason']}")
+    report.say(f"next: train with the same recipe. Look inside: effsam3 store show {root}")
 
 
 def plan(recipe, root: Path, teacher_pass) -> dict[str, str]:

@@ -11,7 +11,6 @@ python -m effsam3.needs RECIPE VERB[,VERB] [key=value ...]
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -39,6 +38,7 @@ from effsam3.models.tiny import MADE_UP
 from effsam3.models.tracker import PARTS
 from effsam3.recipe import load_recipe
 from effsam3.release_folder import recipes_by_slot, refuse_unlicensed, sam_license
+from effsam3.report import refuse_unwritable
 from effsam3.resume import AUTO, resumable
 from effsam3.run_parts import PARTS_OF_RUNS
 from effsam3.schema.rules import names_a_model
@@ -52,12 +52,7 @@ TRIED = 3  # held-out images that are opened
 
 def writable_folder(recipe) -> None:
     """A run folder that can be made and written; it is not made yet."""
-    path = recipe.folder.absolute()
-    try:
-        with tempfile.TemporaryFile(dir=next(place for place in (path, *path.parents) if place.exists())):
-            pass
-    except OSError as error:
-        raise UserError(f"train.runs: {recipe.folder} cannot be written ({error.strerror}); name another") from error
+    refuse_unwritable(recipe.folder, "train.runs")
 
 
 def same_run(recipe) -> None:

@@ -18,7 +18,14 @@ import torch
 from tqdm import tqdm
 
 from effsam3 import checkpoint, find_micro_batch, needs, optimizer_state
-from effsam3.accelerator import frozen_autocast, launched_processes, layout, make_accelerator, refuse_missing_gpu
+from effsam3.accelerator import (
+    frozen_autocast,
+    launched_processes,
+    layout,
+    make_accelerator,
+    on_main,
+    refuse_missing_gpu,
+)
 from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
 from effsam3.dry_run import training_flops
@@ -31,7 +38,7 @@ from effsam3.not_finite import NotFinite
 from effsam3.optim import adamw, lr_at
 from effsam3.progress import Progress
 from effsam3.recipe import accumulation, dump_recipe, total_steps, warmup_steps
-from effsam3.report import Report, provenance, write_text
+from effsam3.report import Report, provenance, refuse_unwritable, write_text
 from effsam3.resume import AUTO, read_trainer, resumable
 from effsam3.stages import make_stage
 from effsam3.stopping import STOP, STOPPED
@@ -58,6 +65,7 @@ def run(recipe, resume: str = AUTO) -> None:
         recipe.train.trackers,
         str(folder),
     )
+    on_main(accelerator, partial(refuse_unwritable, folder, "train.runs"))
     report = Report(folder, accelerator.is_main_process)
     progress = Progress(folder, accelerator.is_main_process, layout(accelerator), recipe.train.global_batch_size)
     with progress, worker_failures_explained(), out_of_memory_explained(recipe):
@@ -71,8 +79,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     last = resumable(recipe, folder, resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     stage = make_stage(recipe, report, accelerator)
-    if accelerator.is_main_process:
-        needs.room_for_checkpoints(recipe, stage.student_parameters)
+    on_main(accelerator, partial(needs.room_for_checkpoints, recipe, stage.student_parameters))
     if recipe.train.find_micro_batch and last is None:
         recipe = find_micro_batch.run(recipe, stage, accelerator, report)
         micros = accumulation(recipe, accelerator.num_processes)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from effsam3.accelerator import on_main
 from effsam3.checked_files import mismatch, read_json
 from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler
@@ -78,12 +79,16 @@ class Stage:
         made_from["data"].pop("workers")
         form = {"made_from": dict} | STATISTICS_FORM
         kept = read_json(path, form, "delete it, and it is made again") if path.is_file() else {}
-        if self.accelerator.is_main_process and kept.get("made_from") != json.loads(json.dumps(made_from)):
+
+        def make() -> None:
+            if kept.get("made_from") == json.loads(json.dumps(made_from)):
+                return
             statistics = FeatureStatistics(self.facts["channels"])
             for batch in self.statistics_batches():
                 statistics.update(self.target(batch), self.valid(batch))
             self.report.write_json(path.name, statistics.result() | {"made_from": made_from})
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, make)
         return read_json(path, form, "delete it, and it is made again")
 
     def samples(self, batch: dict) -> list[str]:

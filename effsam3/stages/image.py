@@ -7,12 +7,13 @@ Letters: B images, C channels, G grid rows and columns, S image side in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from effsam3.accelerator import frozen_autocast
+from effsam3.accelerator import frozen_autocast, on_main
 from effsam3.checked_files import read_json
 from effsam3.data.image_features import ImageFeatures, store_keys, stored_features
 from effsam3.data.loader import loader
@@ -49,13 +50,18 @@ def ready_index(recipe, accelerator, say: Callable[[str], object] = print) -> Pa
     Raises:
         UserError: an index of something else stands there already, or synthetic images of another number or size.
     """
+    on_main(accelerator, partial(_make_index, recipe, say))
+    return Path(recipe.data.index)
+
+
+def _make_index(recipe, say: Callable[[str], object]) -> None:
     from effsam3.data.index_sa1b import build_index
 
     index = Path(recipe.data.index)
-    if recipe.data.source == "folder" and accelerator.is_main_process:
+    if recipe.data.source == "folder":
         if news := ready_photographs(recipe.data.folder, index, recipe.data.held_out):
             say(news)
-    if recipe.data.source == "synthetic" and accelerator.is_main_process:
+    if recipe.data.source == "synthetic":
         made = {"images": recipe.data.synthetic_images, "side_px": recipe.data.synthetic_side_px}
         stamp = index.parent / "synthetic.json"
         if index.is_file() and not stamp.is_file():
@@ -72,8 +78,6 @@ def ready_index(recipe, accelerator, say: Callable[[str], object] = print) -> Pa
                 f"{index.parent} holds synthetic images made as {found}, the recipe asks for {made}; give data.index "
                 "another folder, or delete this one"
             )
-    accelerator.wait_for_everyone()
-    return index
 
 
 def image_dataset(

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from effsam3.accelerator import on_main
 from effsam3.checked_files import read_json
 from effsam3.data.clips import VideoClips
 from effsam3.data.index_sav import build_index
@@ -45,30 +47,33 @@ def ready_index(recipe, accelerator) -> Path:
     Raises:
         UserError: synthetic videos of another number or size stand there already, or an index of real ones.
     """
-    data, index = recipe.data, Path(recipe.data.index)
-    if data.source == "synthetic" and accelerator.is_main_process:
-        made = {
-            "videos": data.synthetic_videos,
-            "frames": data.synthetic_frames,
-            "side_px": data.synthetic_side_px,
-        }
-        stamp = index.parent / "synthetic.json"
-        if index.is_file() and not stamp.is_file():
-            raise UserError(
-                f"data.index: {index} is an index of real videos; give data.source: synthetic another path, or set "
-                "data.source=sav to use it"
-            )
-        if not stamp.is_file():
-            make_synthetic_sav(index.parent / "videos", **made)
-            build_index([index.parent / "videos"], index, SYNTHETIC_HELD_OUT, workers=1, progress=False)
-            write_json(stamp, made)
-        elif (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
-            raise UserError(
-                f"{index.parent} holds synthetic videos made as {found}, the recipe asks for {made}; give data.index "
-                "another folder, or delete this one"
-            )
-    accelerator.wait_for_everyone()
-    return index
+    if recipe.data.source == "synthetic":
+        on_main(accelerator, partial(_draw_videos, recipe.data))
+    return Path(recipe.data.index)
+
+
+def _draw_videos(data) -> None:
+    index = Path(data.index)
+    made = {
+        "videos": data.synthetic_videos,
+        "frames": data.synthetic_frames,
+        "side_px": data.synthetic_side_px,
+    }
+    stamp = index.parent / "synthetic.json"
+    if index.is_file() and not stamp.is_file():
+        raise UserError(
+            f"data.index: {index} is an index of real videos; give data.source: synthetic another path, or set "
+            "data.source=sav to use it"
+        )
+    if not stamp.is_file():
+        make_synthetic_sav(index.parent / "videos", **made)
+        build_index([index.parent / "videos"], index, SYNTHETIC_HELD_OUT, workers=1, progress=False)
+        write_json(stamp, made)
+    elif (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
+        raise UserError(
+            f"{index.parent} holds synthetic videos made as {found}, the recipe asks for {made}; give data.index "
+            "another folder, or delete this one"
+        )
 
 
 def make_trackers(recipe, folder: Path) -> tuple[EfficientTracker, EfficientTracker]:

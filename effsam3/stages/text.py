@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from effsam3.accelerator import frozen_autocast
+from effsam3.accelerator import frozen_autocast, on_main
 from effsam3.checked_files import read_json
 from effsam3.data.caption_batches import CaptionBatches, Distinct, Head, as_map, valid_tokens
 from effsam3.data.caption_stream import stream_captions
@@ -64,9 +64,8 @@ def make_captions(recipe, accelerator) -> None:
     Raises:
         UserError: synthetic captions of another number, or real ones, stand there already.
     """
-    if recipe.data.source == "synthetic" and accelerator.is_main_process:
-        _make_synthetic(recipe.data)
-    accelerator.wait_for_everyone()
+    if recipe.data.source == "synthetic":
+        on_main(accelerator, partial(_make_synthetic, recipe.data))
 
 
 def _make_synthetic(data) -> None:

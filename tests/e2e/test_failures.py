@@ -164,10 +164,10 @@ def test_killed_while_it_writes_a_checkpoint(shared, whole):
 
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path | None]:
-    """A disk of its own with room for two checkpoints of 17 MB; None where mounting is not permitted."""
+    """A disk of its own with room for all checkpoints; None where mounting is not permitted."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=45m", "tmpfs", folder], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", folder], capture_output=True)
     yield folder if mounted.returncode == 0 else None
     if mounted.returncode == 0:
         subprocess.run(["umount", folder], check=True)
@@ -179,8 +179,13 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(shared, whole, disk, tm
     runs = disk or tmp_path / "disk"
     arguments, mine = ("train", *overrides, *SHORT, f"train.runs={runs}", "name=full"), runs / "full"
     process = start(folder, *arguments, f"hardware={layout}", launch=layout != "cpu")
-    if disk is None:  # no file may grow beyond a limit instead: the same error in the same place
-        wait_for_step(mine, 2, process)
+    wait_for_step(mine, 2, process)
+    others = runs / "others"
+    if disk is not None:  # somebody else fills it, but for less than a checkpoint's 17 MB
+        with suppress(OSError), open(others, "wb", buffering=0) as file:
+            while shutil.disk_usage(disk).free > 5_000_000:
+                file.write(bytes(1_000_000))
+    else:  # no file may grow beyond a limit instead: the same error in the same place
         writer = psutil.Process(process.pid) if layout == "cpu" else rank_of(process, 0)
         writer.rlimit(psutil.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     printed = end(process, 180)
@@ -195,9 +200,20 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(shared, whole, disk, tm
     assert progress["state"] == "failed" and "make room" in progress["error"]
 
     if disk is not None:
-        subprocess.run(["mount", "-o", "remount,size=400m", disk], check=True)
+        others.unlink()
     assert f"going on from step {int(last.name[-6:])}" in run(folder, *arguments)
     assert_same(whole, mine, 1e-4)
+
+
+def test_what_rank_0_alone_refuses_ends_both_ranks(shared):
+    """The other one would wait for it in a collective, and end in a traceback of its own."""
+    folder, overrides = shared
+    more = ("hardware=ddp_cpu", "name=refused", "data.synthetic_images=40")  # 48 have been drawn
+    process = start(folder, "train", *overrides, *SHORT, *more, launch=True)
+    printed = end(process, 180)
+    assert process.returncode == 1 and printed.count("error: ") == 1, printed
+    assert "the recipe asks for {'images': 40" in printed
+    assert "rank1]" not in printed and "Connection" not in printed, printed
 
 
 # ---- damaged data
