@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses on predicted masks, SAM 2's published set: pure functions, all in float32, one value per object.
 
-Formulas and weights: SAM 2's released training configuration (focal 20, dice 1, IoU 1, presence 1; focal alpha 0.25,
-gamma 2).
+Formulas: SAM 2's released training configuration (focal alpha 0.25, gamma 2). Weights are the recipe's.
 
 Letters: N objects, M candidate masks per object, H W mask rows and columns.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -40,11 +41,16 @@ def iou(logits_NMHW: Tensor, target_NHW: Tensor) -> Tensor:
 
 
 def mask_losses(
-    logits_NMHW: Tensor, iou_NM: Tensor, presence_N: Tensor, target_NHW: Tensor, squared_iou: bool = False
+    logits_NMHW: Tensor,
+    iou_NM: Tensor,
+    presence_N: Tensor,
+    target_NHW: Tensor,
+    weights: Mapping[str, float],
+    squared_iou: bool = False,
 ) -> dict[str, Tensor]:
-    """The four terms for each object, (N,) each: `focal`, `dice`, `iou`, `presence`.
+    """The four terms for each object, (N,) each and not weighted: `focal`, `dice`, `iou`, `presence`.
 
-    The masks' terms count for the candidate whose weighted mask loss is lowest; every candidate's predicted IoU is
+    The masks' terms count for the candidate whose weighted sum of both is lowest; every candidate's predicted IoU is
     held to its true one. An object that is not in the frame has the presence term alone. The logits are those of the
     decoder, not gated by presence: a visible object that is scored absent keeps a finite loss and its gradient.
 
@@ -52,12 +58,13 @@ def mask_losses(
         iou_NM: predicted IoU of each candidate.
         presence_N: logit of the object being in the frame.
         target_NHW: 0..1; fractions where the target was made smaller by averaging.
+        weights: those of `focal` and `dice` in the loss, which decide the candidate; others are not read.
         squared_iou: square the error of the predicted IoU, as in SAM; else its absolute value, as in SAM 2.
     """
     logits_NMHW, target_NHW = logits_NMHW.float(), target_NHW.float()
     present_N = target_NHW.flatten(1).any(1).float()
     focal_NM, dice_NM = focal(logits_NMHW, target_NHW), dice(logits_NMHW, target_NHW)
-    best_N1 = (20 * focal_NM + dice_NM).argmin(1, keepdim=True)
+    best_N1 = (weights["focal"] * focal_NM + weights["dice"] * dice_NM).argmin(1, keepdim=True)
     error_NM = iou_NM.float() - iou(logits_NMHW, target_NHW)
     return {
         "focal": focal_NM.gather(1, best_N1)[:, 0] * present_N,

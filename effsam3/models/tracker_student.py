@@ -118,7 +118,7 @@ class TrackerStudent(nn.Module):
         for time, frame in enumerate(tracked):
             for part in frame.predictions:
                 logits, target = at_side(part.logits_NMLL, masks_NTSS[part.objects_N, time], self.side_px)
-                scores = (logits, part.iou_NM, part.presence_N, target, self.squared_iou)
+                scores = (logits, part.iou_NM, part.presence_N, target, self.weights, self.squared_iou)
                 for name, value_N in mask_losses(*scores).items():
                     parts[name] = parts[name] + (value_N * weight_N[part.objects_N]).sum()
             if frame.teacher_OCGG is not None:

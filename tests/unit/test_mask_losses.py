@@ -8,6 +8,8 @@ import torch
 
 from effsam3.mask_losses import at_side, dice, focal, iou, mask_losses, object_weights
 
+WEIGHTS = {"focal": 20.0, "dice": 1.0}
+
 
 @pytest.fixture
 def case():
@@ -53,17 +55,32 @@ def test_iou_counts_pixels_and_is_zero_for_nothing(case):
 def test_best_candidate_is_the_one_that_counts(case):
     logits, target = case
     good = torch.where(target[:, None] > 0, 8.0, -8.0)
-    parts = mask_losses(torch.cat([logits, good], 1), torch.zeros(3, 3), torch.zeros(3), target)
+    parts = mask_losses(torch.cat([logits, good], 1), torch.zeros(3, 3), torch.zeros(3), target, WEIGHTS)
     torch.testing.assert_close(parts["dice"], dice(good, target)[:, 0])
     # Predicted IoU of 0: the error is the true IoU, of all candidates.
     wanted = iou(torch.cat([logits, good], 1), target).mean(1)
     torch.testing.assert_close(parts["iou"], wanted)
-    squared = mask_losses(torch.cat([logits, good], 1), torch.zeros(3, 3), torch.zeros(3), target, squared_iou=True)
+    squared = mask_losses(
+        torch.cat([logits, good], 1), torch.zeros(3, 3), torch.zeros(3), target, WEIGHTS, squared_iou=True
+    )
     torch.testing.assert_close(squared["iou"], iou(torch.cat([logits, good], 1), target).square().mean(1))
 
 
+@pytest.mark.parametrize(("weight", "best"), [((1, 0), 0), ((20, 1), 0), ((1, 1), 1), ((0, 1), 1)])
+def test_the_weights_decide_which_candidate_is_best(weight, best):
+    """An undecided candidate has the lower focal loss, one that is sure and has four pixels wrong the lower dice."""
+    target = torch.zeros(1, 8, 8)
+    target[:, :4] = 1
+    sure = torch.where(target > 0, 8.0, -8.0)
+    sure[:, 0, :4] *= -1
+    logits = torch.stack([torch.zeros(1, 8, 8), sure], 1)
+    weights = dict(zip(("focal", "dice"), weight, strict=True))
+    parts = mask_losses(logits, torch.zeros(1, 2), torch.zeros(1), target, weights)
+    assert parts["focal"] == focal(logits, target)[0, best] and parts["dice"] == dice(logits, target)[0, best]
+
+
 def test_absent_object_has_the_presence_term_alone():
-    parts = mask_losses(torch.randn(1, 3, 4, 4), torch.rand(1, 3), torch.tensor([2.0]), torch.zeros(1, 4, 4))
+    parts = mask_losses(torch.randn(1, 3, 4, 4), torch.rand(1, 3), torch.tensor([2.0]), torch.zeros(1, 4, 4), WEIGHTS)
     assert parts["focal"].item() == parts["dice"].item() == parts["iou"].item() == 0
     assert parts["presence"].item() == pytest.approx(math.log(1 + math.exp(2.0)), rel=1e-6)
 
@@ -74,7 +91,7 @@ def test_visible_object_scored_absent_is_finite_and_bounded_and_learns():
     target[:, :4] = 1
     logits = torch.zeros(1, 1, 8, 8, requires_grad=True)
     presence = torch.tensor([-30.0], requires_grad=True)
-    parts = mask_losses(logits, torch.zeros(1, 1), presence, target)
+    parts = mask_losses(logits, torch.zeros(1, 1), presence, target, WEIGHTS)
     total = 20 * parts["focal"] + parts["dice"] + parts["presence"]
     total.sum().backward()
     assert total.item() < 40 and logits.grad.abs().sum() > 0 and presence.grad.item() == pytest.approx(-1.0, abs=1e-4)

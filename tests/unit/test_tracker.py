@@ -13,7 +13,16 @@ from transformers import Sam3TrackerVideoInferenceSession, Sam3TrackerVideoModel
 from effsam3.models.memory_config import EfficientTrackerConfig
 from effsam3.models.memory_tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.sam3 import chassis_folder, load_part, read_config
-from effsam3.models.tracker import PARTS, Features, Prompts, encode_frames, read_tracker_tensors, track
+from effsam3.models.tracker import (
+    PARTS,
+    Decoded,
+    Features,
+    Prompts,
+    Tracked,
+    encode_frames,
+    read_tracker_tensors,
+    track,
+)
 from effsam3.models.tracker_student import TrackerStudent
 
 T, S = 4, 224  # in hybrid mode the fourth frame is the first to read latents
@@ -218,6 +227,20 @@ def test_activations_computed_again_and_objects_in_turns_change_nothing(tensors)
 def test_dense_memory_agrees_with_its_teacher(tensors):
     assert make_student(tensors, "dense").train()(*inputs())["memory"].item() < 1e-9
     assert make_student(tensors, "latents").train()(*inputs())["memory"].item() > 1e-4
+
+
+def test_the_best_mask_is_chosen_by_the_students_own_weights(tensors):
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., :4, :] = True
+    sure = torch.where(mask[:, 0], 8.0, -8.0)  # four pixels wrong: the lower dice, the higher focal loss
+    sure[:, 0, :4] *= -1
+    logits, one = torch.stack([torch.zeros(1, 8, 8), sure], 1), torch.zeros(1)
+    decoded = Decoded(one.long(), logits, torch.zeros(1, 2), one, torch.zeros(1, 2, 4))
+    student = make_student(tensors, side_px=8)
+    found = []
+    for student.weights["focal"] in (20.0, 0.0):
+        found.append(student.losses([Tracked([decoded], sure)], mask, torch.ones(1))["dice"].item())
+    assert found[0] > 0.4 > 0.1 > found[1]
 
 
 def test_a_copy_for_averaging_is_whole(tensors):
