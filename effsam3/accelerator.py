@@ -17,6 +17,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from effsam3.errors import RecipeError, UserError
 from effsam3.layouts import REDUCE_BUCKET, layout_file, layout_on_cpu, no_devices, twin_on_cpu
+from effsam3.optimizer_state import zero_stage
 
 PRECISION = {"bf16": "bf16", "fp32": "no"}
 Result = TypeVar("Result")
@@ -153,6 +154,7 @@ def on_main(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
 
 
 def layout(accelerator: Accelerator) -> str:
-    """Say in a few words what the run is on, such as `2 x cpu, MULTI_CPU`."""
+    """Say in a few words what the run is on, such as `1 x cpu`, `2 x cpu, DDP`, `8 x NVIDIA H200, ZeRO-2`."""
     device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
-    return f"{accelerator.num_processes} x {device}, {accelerator.distributed_type.value}"
+    divided = f"ZeRO-{stage}" if (stage := zero_stage(accelerator)) else "DDP"
+    return f"{accelerator.num_processes} x {device}{f', {divided}' if accelerator.num_processes > 1 or stage else ''}"

@@ -48,15 +48,15 @@ def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
     `argv` defaults to the process's own arguments; `verb` is given by scripts that are one verb each.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if verb is None:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(_usage())
-            return 0 if argv else 2
-        if argv[0] == "--version":
-            print(f"effsam3 {__version__}")
-            return 0
-        verb = argv.pop(0)
     try:
+        if verb is None:
+            if not argv or argv[0] in ("-h", "--help"):
+                print(_usage(), flush=True)
+                return 0 if argv else 2
+            if argv[0] == "--version":
+                print(f"effsam3 {__version__}", flush=True)
+                return 0
+            verb = argv.pop(0)
         with STOP.noted() if verb in SAVING else stopped_at_once():
             return _run(verb, argv)
     except RecipeError as error:

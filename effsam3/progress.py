@@ -44,7 +44,7 @@ class RunProgress:
     interval_s: float  # between the last two signs that told of different steps; 0: there was one only
     host: str
     pid: int  # of rank 0
-    layout: str  # such as "2 x cpu, MULTI_CPU"
+    layout: str  # such as "2 x cpu, DDP"
     global_batch: int  # samples per step
     samples_per_s: float | None  # the latest known
     error: str  # empty unless failed
@@ -70,7 +70,7 @@ class Progress:
     """Keeps progress.json of a run folder up to date: the main rank writes, and whichever rank fails first."""
 
     def __init__(self, folder: Path, is_main: bool, layout: str, global_batch: int):
-        """`layout` is such as "2 x cpu, MULTI_CPU"; `global_batch` counts samples per optimizer step."""
+        """`layout` is such as "2 x cpu, DDP"; `global_batch` counts samples per optimizer step."""
         self.path, self.is_main, self.layout, self.global_batch = Path(folder) / FILE, is_main, layout, global_batch
         self.started = time.time()
         self.last: RunProgress | None = None

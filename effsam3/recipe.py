@@ -6,6 +6,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from fractions import Fraction
@@ -203,7 +204,13 @@ def _no_recipe(path: Path, children: tuple[Path, ...]) -> str:
     wanted = f" (inherited by {children[-1].name})" if children else ""
     if path.is_dir():
         names = ", ".join(file.name for file in sorted(path.glob("*.yaml")))
-        return f"{path} is a folder{wanted}; name one recipe in it: {names}"
+        if names:
+            return f"{path} is a folder{wanted}; name one recipe in it: {names}"
+        run = next((parent for parent in path.absolute().parents if (parent / RECIPE).is_file()), None)
+        meant = (
+            f"; it belongs to the run {os.path.relpath(run)}, name that" if run else ", nor is it the folder of a run"
+        )
+        return f"{path} is a folder{wanted} without a recipe in it{meant}"
     nearby = [*sorted(path.parent.glob("*.yaml")), *sorted(Path("recipes").rglob("*.yaml"))]
     near = difflib.get_close_matches(path.stem, [file.stem for file in nearby], n=1)
     meant = next((f"; did you mean {file}?" for file in nearby if file.stem in near), "")

@@ -126,6 +126,18 @@ def test_keys_with_dashes_are_answered_with_the_right_spelling(verb, words, answ
 # ---- verbs
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"], []])
+def test_a_reader_that_has_gone_is_no_error(words):
+    """As in `effsam3 --help | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as gone:
+        done = subprocess.run(
+            [sys.executable, "-m", "effsam3", *words], cwd=ROOT, stdout=gone, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_the_package_is_the_command():
     result = run("-m", "effsam3", "--version")
     assert (result.returncode, result.stdout) == (0, f"effsam3 {effsam3.__version__}\n")

@@ -28,13 +28,13 @@ def clock(monkeypatch):
 
 
 def test_what_is_written_is_read(tmp_path, clock):
-    run = Progress(tmp_path, True, "2 x cpu, MULTI_CPU", 8)
+    run = Progress(tmp_path, True, "2 x cpu, DDP", 8)
     clock[0] = 1005.0
     run.update("running", 40, 200)
     found = read_progress(tmp_path)
     assert (found.state, found.step, found.steps, found.first_step) == ("running", 40, 200, 40)
     assert (found.started, found.updated, found.interval_s) == (1000.0, 1005.0, 0.0)
-    assert (found.pid, found.layout, found.global_batch, found.error) == (os.getpid(), "2 x cpu, MULTI_CPU", 8, "")
+    assert (found.pid, found.layout, found.global_batch, found.error) == (os.getpid(), "2 x cpu, DDP", 8, "")
     assert found.samples_per_s is None
     clock[0] = 1025.0
     run.update("running", 50, 200, samples_per_s=4.0)
@@ -46,7 +46,7 @@ def test_what_is_written_is_read(tmp_path, clock):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    Progress(tmp_path, False, "2 x cpu, MULTI_CPU", 8).update("running", 1, 2)
+    Progress(tmp_path, False, "2 x cpu, DDP", 8).update("running", 1, 2)
     assert list(tmp_path.iterdir()) == []
     assert read_progress(tmp_path) is None
 
@@ -57,7 +57,7 @@ def fail(run, problem):
 
 
 def test_the_first_rank_that_fails_says_why(tmp_path):
-    main, other, early = (Progress(tmp_path, is_main, "2 x cpu, MULTI_CPU", 8) for is_main in (True, False, False))
+    main, other, early = (Progress(tmp_path, is_main, "2 x cpu, DDP", 8) for is_main in (True, False, False))
     for run in (main, other):
         run.update("running", 7, 20)
     fail(early, UserError("another recipe"))  # it had not begun: the file is not about it
@@ -69,7 +69,7 @@ def test_the_first_rank_that_fails_says_why(tmp_path):
 
 
 def test_one_that_asked_to_end_has_said_so(tmp_path):
-    run = Progress(tmp_path, True, "1 x cpu, NO", 8)
+    run = Progress(tmp_path, True, "1 x cpu", 8)
     run.update("stopped", 7, 20)
     fail(run, SystemExit(75))
     assert read_progress(tmp_path).state == "stopped"
@@ -77,13 +77,13 @@ def test_one_that_asked_to_end_has_said_so(tmp_path):
 
 def test_an_unknown_state_is_a_programmers_mistake(tmp_path):
     with pytest.raises(AssertionError, match="finished"):
-        Progress(tmp_path, True, "1 x cpu, NO", 8).update("finished", 1, 2)
+        Progress(tmp_path, True, "1 x cpu", 8).update("finished", 1, 2)
 
 
 def test_a_run_whose_process_is_gone_was_killed(tmp_path):
     code = (
         "import sys, time; from effsam3.progress import Progress; "
-        f"Progress({str(tmp_path)!r}, True, '1 x cpu, NO', 8).update('running', 3, 9); print('up', flush=True); "
+        f"Progress({str(tmp_path)!r}, True, '1 x cpu', 8).update('running', 3, 9); print('up', flush=True); "
         "time.sleep(60)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -99,7 +99,7 @@ def test_a_run_whose_process_is_gone_was_killed(tmp_path):
 @pytest.mark.parametrize(("interval_s", "limit_s"), [(0.0, 600), (12.0, 600), (120.0, 1200)])
 @pytest.mark.parametrize("elsewhere", [True, False])
 def test_a_run_that_says_nothing_for_long_is_silent(tmp_path, clock, interval_s, limit_s, elsewhere):
-    Progress(tmp_path, True, "1 x cpu, NO", 8).update("running", 3, 9)
+    Progress(tmp_path, True, "1 x cpu", 8).update("running", 3, 9)
     found = replace(read_progress(tmp_path), interval_s=interval_s)
     if elsewhere:
         found = replace(found, host="another-host", pid=2**22 + 1)  # no process here can have that number
@@ -150,7 +150,7 @@ def test_a_run_is_found_by_its_folder_and_by_its_recipe(tmp_path, monkeypatch):
 
 
 def test_of_several_what_is_no_run_is_left_out(tmp_path):
-    Progress(tmp_path, True, "1 x cpu, NO", 8).update("running", 3, 9)
+    Progress(tmp_path, True, "1 x cpu", 8).update("running", 3, 9)
     found, left_out = each_run([str(tmp_path), "nowhere"], lambda folder: folder)
     assert found == [tmp_path] and len(left_out) == 1 and "there is no run folder nowhere" in left_out[0]
     with pytest.raises(UserError, match="^there is no run folder nowhere"):

@@ -131,6 +131,16 @@ def test_a_folder_lists_its_recipes():
         load_recipe(BASE.parent)
 
 
+def test_a_folder_without_a_recipe_names_the_run_that_it_is_in(tmp_path):
+    inside = tmp_path / "runs/first/checkpoints/step-000010"
+    inside.mkdir(parents=True)
+    with pytest.raises(RecipeError, match="step-000010 is a folder without a recipe in it, nor is it .* of a run$"):
+        load_recipe(inside)
+    (tmp_path / "runs/first/recipe.yaml").touch()
+    with pytest.raises(RecipeError, match="in it; it belongs to the run runs/first, name that$"):
+        load_recipe(inside)
+
+
 def test_overrides_come_last_and_are_yaml():
     recipe = load_recipe(SMOKE, ["optim.lr=5e-4", "evaluate.prompts=[box]", "train={seed: 3, ema: .9}"])
     assert (recipe.optim.lr, recipe.evaluate.prompts) == (5e-4, ("box",))

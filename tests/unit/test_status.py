@@ -19,7 +19,7 @@ from effsam3.report import Report
 from effsam3.status import as_text, duration, examine, sparkline, status
 
 ROOT = Path(__file__).parents[2]
-LAYOUT = "2 x cpu, MULTI_CPU"
+LAYOUT = "2 x cpu, DDP"
 
 
 def train(runs, name="r", state="running", steps_done=60, **more):
@@ -81,7 +81,7 @@ def test_what_a_person_reads(tmp_path):
     assert as_text(examine(folder, now=5012.0)).splitlines() == [
         f"r   image, tiny_convnext   {folder}",
         "",
-        "state     running, last sign 12 s ago; 2 x cpu, MULTI_CPU; process 42 on gpu-7",
+        "state     running, last sign 12 s ago; 2 x cpu, DDP; process 42 on gpu-7",
         "step      [#######.................] 60 of 200, 30.0 %, about 1 min left",
         "speed     16.0 samples/s, 8.0 per device, 3 % of the time waiting for data",
         f"loss      1.6667  (mse 1.0000, cosine 0.6667)  {blocks}",
@@ -121,7 +121,7 @@ def test_what_to_do_next(tmp_path):
 
 
 def test_a_run_that_has_only_begun(tmp_path):
-    Progress(tmp_path, True, "1 x cpu, NO", 8).update("running", 0, 200)
+    Progress(tmp_path, True, "1 x cpu", 8).update("running", 0, 200)
     facts = examine(tmp_path)
     assert (facts["name"], facts["stage"], facts["best"], facts["eta_s"]) == (tmp_path.name, None, None, None)
     assert "\nsaved     nothing yet\n" in as_text(facts) and "loss" not in as_text(facts)
