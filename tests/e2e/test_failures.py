@@ -25,7 +25,7 @@ from test_trajectories import KEYS, wait_for
 from effsam3 import checkpoint
 from effsam3.data.sa1b import load_index
 from effsam3.data.sampler import StepSampler
-from effsam3.data.store import StoreReader, StoreWriter, create_store, finish_store
+from effsam3.data.store import StoreReader, StoreWriter, create_store, finish_store, name_of
 
 TEXT = REPOSITORY / "recipes/smoke/text.yaml"
 STEPS, BATCH, MICRO = 6, 8, 4
@@ -88,9 +88,10 @@ def sampled(index: Path, step: int, micro: int, rank: int = 0, world: int = 1, b
     return keys[batches[micro][0]]
 
 
-def copy_store(source: Path, to: Path, last: str, poison: bool = False) -> Path:
-    """Write a store anew with one record at its end, its features NaN on request; returns the file."""
+def copy_store(source: Path, to: Path, image: str, poison: bool = False) -> Path:
+    """Write a store anew with the record of an image at its end, its features NaN on request; returns the file."""
     store = StoreReader(source)
+    (last,) = (key for key in store.keys if name_of(key) == image)
     keys = [*(key for key in store.keys if key != last), last]
     create_store(to, store.manifest.fields, store.manifest.description, expected=len(keys))
     with StoreWriter(to, 0) as writer:
@@ -223,7 +224,7 @@ def test_a_shard_cut_short_while_two_ranks_read_it(shared, tmp_path):
     """Only one of the ranks comes to the record that is gone."""
     folder, overrides = shared
     needed = sampled(folder / "data/index.parquet", 4, micro=0, rank=1, world=2)
-    shard = copy_store(folder / "teacher", tmp_path / "teacher", last=needed)
+    shard = copy_store(folder / "teacher", tmp_path / "teacher", needed)
     more = (f"export.to={tmp_path}/teacher", "hardware=ddp_cpu", "name=cut")
     process = start(folder, "train", *overrides, *SHORT, *more, launch=True)
     wait_for_step(folder / "runs/cut", 1, process)
@@ -257,7 +258,7 @@ def poisoned(shared, tmp_path_factory) -> tuple[str, str]:
     """The image whose features are NaN in a store, seen first in the second step, and the override for that store."""
     folder, to = shared[0], tmp_path_factory.mktemp("poisoned") / "teacher"
     key = sampled(folder / "data/index.parquet", 1, micro=1)
-    copy_store(folder / "teacher", to, last=key, poison=True)
+    copy_store(folder / "teacher", to, key, poison=True)
     return key, f"export.to={to}"
 
 
