@@ -46,6 +46,7 @@ from effsam3.models.tiny import MADE_UP
 from effsam3.models.upstream_files import UpstreamFile, divide
 from effsam3.report import table
 from effsam3.resume import read_trainer
+from effsam3.tensor_files import refuse_unusable
 
 # Part -> how its tensors' names begin in a Sam3VideoModel; of several that fit, the first.
 PARTS = {
@@ -236,12 +237,12 @@ def _recipe(path: Path) -> dict[str, Any]:
 def _model(tensors: Mapping[str, Tensor], config: Sam3VideoConfig, slots: dict, beside: Mapping) -> dict:
     backbone = config.detector_config.vision_config.backbone_config
     text = {name: tensor for name, tensor in tensors.items() if name.startswith((TEXT_ENCODER, TEXT_PROJECTION))}
+    problem = None
     try:
         refuse_misfit(tensors, config, "not a whole SAM 3 (by transformers' names)")
+        refuse_unusable(tensors, "not a model that can be used", "fetch or merge it again", ChassisError)
     except ChassisError as error:
         problem = str(error)
-    else:
-        problem = None
     return {
         "image_size": backbone.image_size,
         "patch_size": backbone.patch_size,

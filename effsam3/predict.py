@@ -63,18 +63,20 @@ def run(model: str, source: str, asked: Asked, out: str | None = None) -> Path:
     target = Path("predictions") / path.stem if out is None else Path(out)
     refuse_unwritable(target, "--out")
     folder = model_folder(model)
-    target.mkdir(parents=True, exist_ok=True)
+    random = made_up(model, folder)
     about = {"model": model, "input": source, "size": list(size), "prompts": asked.as_json()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if is_video:
         found, best = on_video(folder, video, size, asked, device)
+        target.mkdir(parents=True, exist_ok=True)
         write_video(target, about, found, Images(video))
     else:
         instances, best = on_image(folder, image_HW3, asked, device)
+        target.mkdir(parents=True, exist_ok=True)
         found = {0: instances}
         write_image(target, about, image_HW3, found[0])
     print(f"{summarise(found, best)}; see {target}/overlay.png, {target}/predictions.json")
-    if made_up(model, folder):
+    if random:
         print("This model has random weights: what it finds means nothing.")
     return target
 

@@ -21,6 +21,7 @@ from transformers import Sam3TrackerModel, Sam3TrackerProcessor, Sam3TrackerVide
 from effsam3.cli import main
 from effsam3.data.synthetic_sav import mp4_bytes
 from effsam3.data.video_files import open_video
+from effsam3.inspect_model import examine
 from effsam3.models.prompted import Prompts, load_tracker, shown_masks, tracked_masks
 from effsam3.models.sam3 import chassis_folder
 from effsam3.predict import Images, summarise
@@ -308,6 +309,16 @@ def test_weights_that_are_no_numbers_are_named(model, inputs, tmp_path, value, c
         assert main(["predict", str(folder), *arguments]) == 2
         error = capsys.readouterr().err
         assert f"the tensor {HEAD} {'has NaN' if value != value else 'is infinite'} in 1 of" in error
+    assert not Path("predictions").exists()
+    assert f"the tensor {HEAD} " in examine(str(folder))["problem"]
+
+
+def test_a_damaged_card_is_named_before_anything_is_found(model, inputs, tmp_path, capsys):
+    folder = shutil.copytree(model, tmp_path / "carded")
+    (folder / "effsam3.json").write_text('{"slots": []}')
+    assert main(["predict", str(folder), "photo.png", "--text", "a"]) == 2
+    told = capsys.readouterr()
+    assert "effsam3.json is damaged: " in told.err and not told.out and not Path("predictions").exists()
 
 
 def test_nan_that_finite_weights_make_is_no_empty_result(model, inputs, tmp_path, capsys):
