@@ -15,7 +15,7 @@ from effsam3.stopping import STOP, STOPPED, Stopped, stopped_at_once
 
 # verb -> what it does
 VERBS = {
-    "show": "print the resolved recipe and the numbers that follow from it, memory too; needs no GPU and no data",
+    "show": "print the resolved recipe and the numbers that follow from it; needs no GPU and no data",
     "export": "run the teacher once over the images and store its features",
     "train": "train the student on the stored features; the same command goes on after an interruption",
     "status": "say how runs are, from their files: state, progress, losses, checkpoints, what to do next",
@@ -147,7 +147,9 @@ def _run(verb: str, argv: list[str]) -> int:
         _add_machines(parser)
     if verb == "show":
         parser.add_argument("--key", help="print this one value only, such as hardware or optim.lr")
-        gib_help = "say whether a device of so much memory is enough, and what to change if not"
+        budget_help = "also estimate the memory of each device and the disk; takes seconds, for stage 2 up to a minute"
+        parser.add_argument("--budget", action="store_true", help=budget_help)
+        gib_help = "--budget, and whether a device of so much memory is enough, and what to change if not"
         parser.add_argument("--device-gib", type=float, metavar="GIB", help=gib_help)
     if verb == "export":
         parser.add_argument("--check", type=_count, metavar="N", help="only recompute N stored samples and compare")
@@ -178,11 +180,11 @@ def _run(verb: str, argv: list[str]) -> int:
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     refuse_verb(recipe, verb)
     if verb == "show":
-        from effsam3.show import memory, show
+        from effsam3.show import budget, show
 
         print(show(recipe, arguments.key), flush=True)
-        if arguments.key is None:
-            print(memory(recipe, arguments.device_gib))
+        if arguments.key is None and (arguments.budget or arguments.device_gib is not None):
+            print(budget(recipe, arguments.device_gib))
     elif verb == "export":
         from effsam3 import export
 

@@ -43,7 +43,7 @@ def find(candidates: Sequence[int], trial: Callable[[int], bool]) -> int:
     if low == 0:
         raise UserError(
             f"train.find_micro_batch: not even micro_batch_size={candidates[0]} fits this device; `effsam3 show "
-            "RECIPE` says what takes the memory and what to change"
+            "RECIPE --budget` says what takes the memory and what to change"
         )
     return candidates[low - 1]
 

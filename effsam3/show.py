@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `show`: the resolved recipe and the numbers that follow from it, without reading data.
 
-`show` itself goes without torch; `memory` measures, and takes a few seconds, for stage 2 up to a minute.
+`show` itself goes without torch; `budget` measures, and takes a few seconds, for stage 2 up to a minute.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from effsam3.checked_files import read_json
 from effsam3.errors import RecipeError, UserError, did_you_mean
 from effsam3.layouts import layout_file, layout_processes
 from effsam3.models.backbones import image_student
+from effsam3.models.memory_tokens import CHANNELS, FRAMES, POINTERS, count_tokens
 from effsam3.models.registry import TEACHER, chassis_facts, head_params, text_student_row
 from effsam3.recipe import accumulation, dump_recipe, flat, load_recipe, total_steps, warmup_steps
 
@@ -39,8 +40,8 @@ def show(recipe: Any, key: str | None = None) -> str:
     return dump_recipe(recipe) + "\n" + "\n".join(lines)
 
 
-def memory(recipe: Any, device_gib: float | None = None) -> str:
-    """Return what the training takes of a device's memory and of the disk as YAML comments; a release takes none.
+def budget(recipe: Any, device_gib: float | None = None) -> str:
+    """Return what the training takes of a device's memory and of the disk as YAML comments.
 
     Raises:
         UserError: there is no such layout, or `device_gib` is not above 0.
@@ -48,7 +49,7 @@ def memory(recipe: Any, device_gib: float | None = None) -> str:
     if device_gib is not None and not device_gib > 0:
         raise UserError(f"--device-gib: {device_gib:g} is not above 0")
     if recipe.stage == "release":
-        return ""
+        return "# device    nothing is trained here; the recipes of its parts say what theirs takes"
     from effsam3.estimates import table
 
     text = _known(partial(table, device_gib=device_gib), recipe)
@@ -195,12 +196,17 @@ def _memory_length(recipe: Any) -> str:
 
 
 def _memory(recipe: Any) -> str:
-    """Tokens that a frame attends to when the bank is full: 7 frames and 16 pointers of 4 tokens each."""
-    asked, grid = recipe.memory, chassis_facts(recipe.sam3.checkpoint).grid
-    latents, pooled = asked.global_latents + asked.window_latents, (grid // asked.pool) ** 2
-    frame = {"dense": (7, grid**2), "pooled": (7, pooled), "latents": (0, 0), "hybrid": (1 + asked.hot_frames, pooled)}
-    maps, cells = frame[asked.mode]
-    return f"{asked.mode}: {maps * cells + (7 - maps) * latents:,} tokens of 7 frames, {7 * grid**2:,} when dense"
+    asked, facts = recipe.memory, chassis_facts(recipe.sam3.checkpoint)
+    count = partial(
+        count_tokens,
+        grid=facts.grid,
+        pool=asked.pool,
+        latents=asked.global_latents + asked.window_latents,
+        hot_frames=asked.hot_frames,
+        pointer_tokens=facts.fpn_hidden_size // CHANNELS,
+    )
+    read = f"{count(asked.mode):,} tokens of {FRAMES} frames and {POINTERS} pointers"
+    return f"{asked.mode}: {read}, {count('dense'):,} when dense"
 
 
 PARTS = {"image": _student, "text": _text_student, "memory": _memory}  # slot -> what is said of its student

@@ -25,6 +25,7 @@ from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import (
 )
 
 from effsam3.models.memory_config import EfficientTrackerConfig
+from effsam3.models.memory_tokens import FRAMES, POINTERS, count_tokens
 
 QUERY_ENCODING_SCALE = 0.1  # SAM 3 adds a tenth of the sine encoding to the features that ask
 
@@ -132,12 +133,18 @@ class EfficientMemoryAttention(Sam3TrackerVideoMemoryAttention):
 # ---- what it costs
 
 
-def memory_tokens(config: EfficientTrackerConfig, frames: int = 7, pointers: int = 16) -> int:
-    """Tokens that a frame attends to, for one object: `frames` frames, one of them conditioning, and pointers."""
-    split = config.memory_attention_hidden_size // config.memory_encoder_output_channels
-    latents = config.memory_global_latents + config.memory_window_latents
-    mapped = {"latents": 0, "hybrid": min(frames, 1 + config.memory_hot_frames)}.get(config.memory_mode, frames)
-    return mapped * (config.grid // config.pool) ** 2 + (frames - mapped) * latents + pointers * split
+def memory_tokens(config: EfficientTrackerConfig, frames: int = FRAMES, pointers: int = POINTERS) -> int:
+    """Tokens that a frame attends to, for one object: see `count_tokens`."""
+    return count_tokens(
+        config.memory_mode,
+        grid=config.grid,
+        pool=config.memory_pool,
+        latents=config.memory_global_latents + config.memory_window_latents,
+        hot_frames=config.memory_hot_frames,
+        pointer_tokens=config.memory_attention_hidden_size // config.memory_encoder_output_channels,
+        frames=frames,
+        pointers=pointers,
+    )
 
 
 def memory_bytes(config: EfficientTrackerConfig, hot: bool = False) -> int:
@@ -147,7 +154,7 @@ def memory_bytes(config: EfficientTrackerConfig, hot: bool = False) -> int:
     return 2 * config.memory_encoder_output_channels * (mapped + latents)
 
 
-def attention_gflops(config: EfficientTrackerConfig, frames: int = 7, pointers: int = 16) -> float:
+def attention_gflops(config: EfficientTrackerConfig, frames: int = FRAMES, pointers: int = POINTERS) -> float:
     """GFLOP of the memory attention for one frame and object, a multiply-add counted as two.
 
     Projections, products of queries, keys and values, and the MLP of every layer; norms and softmax are left out.

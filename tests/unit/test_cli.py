@@ -213,10 +213,10 @@ def test_store_is_passed_on(monkeypatch):
 # ---- show
 
 
-SHOW_KEY = ["show", ES_RV_M, "--key", "hardware"]
+SHOWN = [["show", ES_RV_M], ["show", str(ROOT / "recipes" / "stage2" / "memory.yaml")]]
 
 
-@pytest.mark.parametrize("argv", [SHOW_KEY, ["compare"], ["compare", "--json"], ["--help"]])
+@pytest.mark.parametrize("argv", [*SHOWN, ["compare"], ["compare", "--json"], ["--help"]])
 def test_light_verbs_import_nothing_heavy(argv):
     code = f"import sys; from effsam3.cli import main; main({argv!r}); print(sorted(set({HEAVY}) & set(sys.modules)))"
     result = run("-c", code)

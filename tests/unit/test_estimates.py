@@ -261,10 +261,20 @@ def test_show_prints_it_last_and_keeps_it_a_comment(tmp_path, capsys):
     assert load_recipe(tmp_path / "again.yaml") == load_recipe(IMAGE, ["hardware=gpu"])
 
 
+def test_show_estimates_only_what_it_is_asked_for(capsys):
+    assert main(["show", IMAGE]) == 0
+    quick = capsys.readouterr().out
+    assert main(["show", IMAGE, "--budget"]) == 0
+    asked = capsys.readouterr().out
+    assert asked.startswith(quick) and asked[len(quick) :].startswith("# device    about ") and "verdict" not in quick
+    assert main(["show", str(RECIPES / "smoke/release.yaml"), "--budget"]) == 0
+    assert "# device    nothing is trained here" in capsys.readouterr().out
+
+
 def test_show_refuses_a_device_without_memory_and_says_what_is_unknown(capsys):
     assert main(["show", IMAGE, "--device-gib", "0"]) == 2
     assert "--device-gib: 0 is not above 0" in capsys.readouterr().err
-    assert main(["show", IMAGE, "sam3.checkpoint=someone/sam3"]) == 0
+    assert main(["show", IMAGE, "--budget", "sam3.checkpoint=someone/sam3"]) == 0
     assert "# device    unknown yet: sam3.checkpoint: the sizes of 'someone/sam3'" in capsys.readouterr().out
 
 

@@ -11,8 +11,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "effsam3"
 
 # The lowest layer first. A module may import those of lower layers and, except among the verbs, of its own.
-# `models.registry` and `models.tiny` are plain data, so that recipes can be checked and shown without torch; backbones
-# ask timm about a student timm/NAME alone.
+# `models.registry` and `models.tiny` are plain data and `models.memory_tokens` plain arithmetic, so that recipes can
+# be checked and shown without torch; backbones ask timm about a student timm/NAME alone.
 LAYERS = [
     {
         "__init__",
@@ -31,6 +31,7 @@ LAYERS = [
         "models.registry",
         "models.sam31",
         "models.backbones",
+        "models.memory_tokens",
         "models.tiny",
     },
     {

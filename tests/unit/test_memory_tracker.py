@@ -3,6 +3,8 @@
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,13 @@ from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import g
 
 from effsam3.models.memory import attention_gflops, memory_bytes, memory_tokens
 from effsam3.models.memory_config import MODES, EfficientTrackerConfig, MemoryConfigError
+from effsam3.models.memory_slot import tracker_config
 from effsam3.models.memory_tracker import EfficientTracker
-from effsam3.models.tiny import WIDTH
+from effsam3.models.tiny import MADE_UP, WIDTH
+from effsam3.recipe import load_recipe
+from effsam3.show import show
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "stage2" / "memory.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +240,19 @@ def test_costs_at_full_size():
         config.memory_mode = mode
         found = (memory_tokens(config), memory_bytes(config), memory_bytes(config, hot=True))
         assert (*found, round(attention_gflops(config))) == expected
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny", "random"])
+def test_show_counts_the_tokens_that_the_tracker_reads(checkpoint):
+    chassis = MADE_UP[checkpoint]().tracker_config
+    for mode, hot in [*((mode, 1) for mode in MODES), ("hybrid", 0), ("hybrid", 9)]:
+        keys = [f"memory.mode={mode}", f"memory.hot_frames={hot}", "memory.attention_layers=2"]
+        recipe = load_recipe(RECIPE, [*keys, f"sam3.checkpoint={checkpoint}"])
+        read, dense = (
+            memory_tokens(tracker_config(chassis, replace(recipe.memory, mode=each))) for each in (mode, "dense")
+        )
+        line = f"# memory    {mode}: {read:,} tokens of 7 frames and 16 pointers, {dense:,} when dense"
+        assert line in show(recipe).splitlines()
 
 
 def test_modes_share_their_weights_and_switch_by_config(reference):
