@@ -52,9 +52,6 @@ def flat(tmp_path_factory):
     return folder
 
 
-# ---- rows
-
-
 def test_rows_say_what_the_files_are(flat, tmp_path):
     report = build(flat, tmp_path / "index.parquet", val_fraction=0.3)
     table = rows(tmp_path / "index.parquet")

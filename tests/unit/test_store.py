@@ -52,9 +52,6 @@ def assert_holds(root, keys, fields=FIELDS, **options):
             np.testing.assert_array_equal(found[name][i].numpy(), value)
 
 
-# ---- round trip
-
-
 @pytest.mark.parametrize("shape", [(3,), (2, 7, 9), (4, 128, 100)])
 def test_round_trip_of_all_dtypes(tmp_path, shape):
     fields = [Field(dtype, dtype, shape) for dtype in ("int8", "float16", "uint8", "float32", "int32")]
