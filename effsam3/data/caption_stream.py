@@ -23,6 +23,11 @@ from effsam3.errors import UserError
 
 MAX_CHARACTERS = 2000  # the rest of a text is cut off; SAM 3's tokenizer keeps 77 tokens at most, about 400 characters
 EXAMPLES = 5  # named in a report for every reason
+# What to do about reasons that are a fault of the whole file.
+REMEDIES = {
+    "cells": "rows with more or fewer cells than their header; quote a text that has the delimiter in it",
+    "not_text": "lists, numbers or the like; data.column and data.phrase_column name another column",
+}
 BLOCK = 64  # rows that a stream's shuffle moves together at first
 
 
@@ -263,4 +268,6 @@ def _stream_blocks(files: list[str], column: str | None) -> Iterator[dict]:
 
 def counted(report: dict) -> str:
     """Return a report in one line: `12 null, 3 empty`."""
-    return ", ".join(f"{entry['count']:,} {reason}" for reason, entry in sorted(report.items())) or "nothing left out"
+    said = {reason: f" ({REMEDIES[reason]})" if reason in REMEDIES else "" for reason in report}
+    found = [f"{entry['count']:,} {reason}{said[reason]}" for reason, entry in sorted(report.items())]
+    return ", ".join(found) or "nothing left out"

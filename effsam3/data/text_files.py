@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,6 +109,10 @@ def _folded(name: str) -> str:
     return name.strip().casefold()
 
 
+def _is_known(name: str) -> bool:
+    return _folded(name) in (*KNOWN, "re_caption")
+
+
 # ---- text files
 
 
@@ -187,25 +191,29 @@ def _json_lines(file: str) -> Iterator[object]:
 
 def _records(values: Iterator[object], file: str, column: str | None, key: str) -> TextColumn:
     """Texts as they are, or of objects one of their values, under the name that the first object gives it."""
-    first = list(islice(values, 1))
-    values = chain(first, values)
-    if not first or not isinstance(first[0], dict):
+    head = []  # up to the first value that is not null or blank: it tells which of the two they are
+    for value in values:
+        head.append(value)
+        if value is not None and value != "":
+            break
+    values = chain(head, values)
+    if not head or not isinstance(head[-1], dict):
         return TextColumn("", values)
-    chosen = choose(first[0], column, file, key)
+    chosen = choose(head[-1], column, file, key)
     return TextColumn(chosen, (value.get(chosen) if isinstance(value, dict) else value for value in values))
 
 
 def _read_table(file: str, column: str | None, key: str) -> TextColumn:
-    """A .csv or .tsv. Its first line is its header, always; the delimiter is the one that divides it best."""
+    """A .csv or .tsv. Its header is the first line that is not blank, divided by the delimiter that does it best."""
     rest = lines(file)
-    header = next(rest, "")
+    first, header = next(((number, line) for number, line in enumerate(rest, 1) if line.strip()), (1, ""))
     divided = {mark: _cells(header, mark) for mark in DELIMITERS[Path(file).suffix.lower()]}
     mark = max(divided, key=lambda mark: len(divided[mark]))
     names = divided[mark]
     if not any(names):
         raise UserError(f"{file}: its first line must be a header line, it is {header.strip()!r}")
     chosen = choose(names, column, file, key)
-    return TextColumn(chosen, _column(rest, mark, names.index(chosen), len(names), file))
+    return TextColumn(chosen, _column(rest, first, mark, names.index(chosen), len(names), file))
 
 
 def _cells(line: str, mark: str) -> list[str]:
@@ -216,7 +224,7 @@ def _cells(line: str, mark: str) -> list[str]:
         return []
 
 
-def _column(rest: Iterator[str], mark: str, place: int, width: int, file: str) -> Iterator[object]:
+def _column(rest: Iterator[str], header_line: int, mark: str, place: int, width: int, file: str) -> Iterator[object]:
     # strict: else a quote that is never closed makes one cell of all that follows.
     rows = csv.reader(rest, delimiter=mark, skipinitialspace=True, strict=True)
     try:
@@ -229,7 +237,8 @@ def _column(rest: Iterator[str], mark: str, place: int, width: int, file: str) -
                 yield row[place]
     except csv.Error as error:
         raise UserError(
-            f"{file}:{rows.line_num + 1}: {error}; a cell with quotes in it is quoted itself, and its quotes doubled"
+            f"{file}:{header_line + rows.line_num}: {error}; a cell with quotes in it is quoted itself, and its "
+            "quotes doubled"
         ) from error
 
 
@@ -249,10 +258,12 @@ def _read_parquet(file: str, column: str | None, key: str) -> TextColumn:
             )
         return TextColumn("mix", (texts[_coin(row_key)] for row_key, *texts in _parquet_rows(file, MIX)))
     texts = [field.name for field in schema if _is_text(field.type)]
-    if column is None and len(texts) == 1:
+    if column is None and len(texts) == 1 and not any(map(_is_known, schema.names)):
         chosen = texts[0]
     else:
-        chosen = choose(schema.names if column is not None else texts, column, file, key)
+        # A column of another type with a known name is not passed over for one of texts, such as ids, without.
+        among = texts if column is None and any(map(_is_known, texts)) else schema.names
+        chosen = choose(among, column, file, key)
     return TextColumn(chosen, (value for (value,) in _parquet_rows(file, (chosen,))))
 
 

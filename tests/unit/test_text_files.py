@@ -163,6 +163,21 @@ def test_json_of_strings_of_objects_and_of_annotations(tmp_path):
     assert read_texts(str(tmp_path / "x.jsonl")).name == "Caption"
 
 
+def test_blank_and_null_lines_before_the_first_text(tmp_path):
+    rows = "".join(json.dumps({"id": number, "caption": text}) + "\n" for number, text in enumerate(TEXTS))
+    assert values(written(tmp_path / "x.jsonl", "\nnull\n" + rows)) == ["", None, *TEXTS]
+    text = "\n \n" + table(["id", "caption"], enumerate(TEXTS))
+    assert values(written(tmp_path / "x.csv", text)) == TEXTS
+    with pytest.raises(UserError, match=r"y\.csv:4: "):
+        values(written(tmp_path / "y.csv", '\nid,caption\n1,"a"\n2,"b" c\n'))
+
+
+def test_nothing_but_faults_says_what_they_are(tmp_path):
+    file = written(tmp_path / "x.csv", "caption\n" + "".join(f"{number} dogs, running\n" for number in range(9)))
+    with pytest.raises(UserError, match=r"9 cells \(rows with more or fewer cells than their header; quote"):
+        open_captions(file, None, (), 0.0)
+
+
 # ---- parquet
 
 TYPES = {
@@ -185,6 +200,16 @@ def test_every_type_of_text_in_parquet(tmp_path, kind):
     assert captions.train.texts(range(len(captions.train))) == TEXTS
     counts = {reason: entry["count"] for reason, entry in captions.report.items()}
     assert counts == {"null": 1, "empty": 1, "duplicate": 1} and captions.columns["phrases"] == "PHRASE"
+
+
+def test_ids_are_not_read_in_place_of_captions_of_another_type(tmp_path):
+    """Lists of captions, and texts that are stored as bytes, beside the only column of strings."""
+    file, ids = str(tmp_path / "x.parquet"), [str(number) for number in range(6)]
+    parquet.write_table(pa.table({"id": ids, "captions": [[text] for text in TEXTS]}), file)
+    with pytest.raises(UserError, match=r"6 not_text \(lists.*data\.column"):
+        open_captions(file, None, (), 0.0)
+    parquet.write_table(pa.table({"id": ids, "Phrase": pa.array(TEXTS).cast(pa.binary())}), file)
+    assert values(file) == TEXTS and read_texts(file).name == "Phrase"
 
 
 def test_recaps_own_column_comes_first_and_mix_is_not_a_name(tmp_path):
