@@ -286,7 +286,7 @@ NEEDS = (
 
 def lacking(recipe, verbs: Sequence[str]) -> tuple[list[str], list[str]]:
     """Ask for all that these verbs need; returns what is not there, and remarks, each beginning with its verb."""
-    missing, remarks = [], []
+    missing, remarks = {}, []
     for need in NEEDS:
         if need.verb not in verbs:
             continue
@@ -298,10 +298,10 @@ def lacking(recipe, verbs: Sequence[str]) -> tuple[list[str], list[str]]:
             try:
                 remark = need.ask(own)
             except UserError as error:
-                missing.append(f"{need.verb}: {error}")
+                missing.setdefault(str(error), need.verb)  # a later verb that lacks the same has nothing to add
             else:
                 remarks += [f"{need.verb}: {remark}"] if remark else []
-    return list(dict.fromkeys(missing)), remarks
+    return [f"{verb}: {what}" for what, verb in missing.items()], remarks
 
 
 def refuse(recipe, verbs: Sequence[str]) -> list[str]:

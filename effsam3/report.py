@@ -26,8 +26,9 @@ def refuse_unwritable(folder: Path, named_by: str) -> None:
     Raises:
         UserError: it is a file, or it, or where it would be made, cannot be written.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = folder
     try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

@@ -9,6 +9,8 @@ Letters: B images, C channels, H W rows and columns of a feature map, N = H * W 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from effsam3.errors import UserError
 from effsam3.models.backbones import build, build_trunk, feature_maps, image_student, trunk_tensors
+from effsam3.models.pickled import PickledError, read_pickled
 from effsam3.models.registry import FUSED_MAPS, FUSED_WIDTH
+from effsam3.tensor_files import TensorFileError, read_safetensors, refuse_unusable
 
 
 class StudentError(UserError):
@@ -227,7 +231,10 @@ def load_timm_weights(student: StudentTrunk, weights: str, timm_name: str | None
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name = timm_name or student.config.timm_name
-    overlay = {} if weights == "imagenet" else {"pretrained_cfg_overlay": {"file": weights}}
+    overlay = {}
+    if weights != "imagenet":
+        _refuse_unusable_file(Path(weights), f"name weights of timm's {name}, or set student_init=imagenet or random")
+        overlay = {"pretrained_cfg_overlay": {"file": weights}}
     try:
         source = build(name, student.config.seen_size, pretrained=True, **overlay).state_dict()
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
@@ -244,6 +251,19 @@ def load_timm_weights(student: StudentTrunk, weights: str, timm_name: str | None
             f"shape (first: {wrong[0]}); give weights of timm's {name}, or set student_init=random"
         )
     student.trunk.load_state_dict(found)
+
+
+def _refuse_unusable_file(path: Path, remedy: str) -> None:
+    """Look at a file before timm reads it, which asks neither whether it is whole nor whether its numbers are finite.
+
+    Raises:
+        StudentError: it is not there, damaged, or its tensors cannot be weights.
+    """
+    try:
+        tensors = read_safetensors(path, remedy) if path.suffix == ".safetensors" else read_pickled(path)
+        refuse_unusable(tensors, str(path), remedy)
+    except (TensorFileError, PickledError) as error:
+        raise StudentError(f"student_init: {error}") from error
 
 
 AutoConfig.register(StudentTrunkConfig.model_type, StudentTrunkConfig)

@@ -68,7 +68,7 @@ WRONG = {  # what is wrong: (stage, overrides, what is said)
         ["data.source=folder", "data.folder=/nowhere", "data.index=nowhere.parquet"],
         "train: data.folder: there is no folder /nowhere",
     ),
-    "image weights": ("image", ["student_init=nowhere.pth"], "train: student_init: nowhere.pth weights of"),
+    "image weights": ("image", ["student_init=nowhere.pth"], "train: student_init: nowhere.pth cannot be read"),
     "a model to start from": ("text", ["student_init=runs/nowhere"], "train: there is no model in runs/nowhere"),
     "maps for the neck": ("image", ["loss.neck=1", "export.grid=8"], "train: loss.neck compares .* 8x8 grid"),
     "checkpoint": ("image", ["merge.checkpoint=step-000123"], "merge: merge.checkpoint: no checkpoint will be called"),

@@ -183,6 +183,27 @@ def test_pretrained_weights_that_do_not_fit_stop(tmp_path):
         load_timm_weights(build("repvit_m0_9"), str(tmp_path / "weights.safetensors"))
 
 
+@pytest.mark.parametrize("kind", ["missing", "empty.pth", "cut.pth", "cut.safetensors", "nan.pth", "nan.safetensors"])
+def test_pretrained_weights_that_are_damaged_stop(tmp_path, kind):
+    path, tensors = tmp_path / kind, timm.create_model("repvit_m0_9").state_dict()
+    if kind.startswith("nan"):
+        next(iter(tensors.values())).view(-1)[0] = torch.nan
+    if kind.endswith(".safetensors"):
+        save_file(tensors, path)
+    elif kind != "missing":
+        torch.save({"model": tensors}, path)
+    if kind.startswith(("cut", "empty")):
+        path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2 if kind.startswith("cut") else 0])
+    told = {
+        "missing": "cannot be read",
+        "empty": "is empty",
+        "cut": "cut short|cannot be read",
+        "nan": "has NaN in 1 of",
+    }
+    with pytest.raises(StudentError, match=f"^student_init: {path}.*({told[kind.partition('.')[0]]})"):
+        load_timm_weights(build("repvit_m0_9"), str(path))
+
+
 def test_pretrained_weights_out_of_reach_stop(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(StudentError, match="student_init=random"):

@@ -42,6 +42,8 @@ def test_the_option_or_key_is_named(arguments, named, tmp_path, monkeypatch, cap
 def test_looking_makes_nothing(tmp_path):
     refuse_unwritable(tmp_path / "a" / "b", "--out")
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="--out: xxx.*cannot be written .*File name too long.; name a folder"):
+        refuse_unwritable(Path("x" * 300), "--out")
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "a"):
         with pytest.raises(UserError, match=f"--out: {folder} cannot be written .*Not a directory.; name a folder"):
