@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from effsam3.checked_files import mismatch, read_json
+from effsam3.checked_files import read_json
 from effsam3.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,16 +104,6 @@ class Manifest:
         """Bytes from one record to the next: whole pages for images, cache lines for text."""
         unit = 4096 if self.payload >= 64 << 10 else 64
         return -(-self.payload // unit) * unit
-
-    def facts(self, form: dict) -> dict:
-        """The description, in which there must be what `form` says; see effsam3/checked_files.py.
-
-        Raises:
-            StoreError: it lacks something, or has it otherwise.
-        """
-        if wrong := mismatch(self.description, form):
-            raise StoreError(f"manifest.json is damaged: its description, {wrong}; {RESTORE}")
-        return self.description
 
     @property
     def header(self) -> str:

@@ -16,6 +16,7 @@ from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler
 from effsam3.data.statistics import FeatureStatistics
 from effsam3.data.store import StoreError, StoreReader, untied
+from effsam3.data.store_format import RESTORE
 from effsam3.errors import UserError
 from effsam3.models.slots import start_from
 from effsam3.models.teacher import parameter_count
@@ -134,6 +135,23 @@ class Stage:
 def untied_note(store: StoreReader | None) -> dict[str, str]:
     """A line for the header where a store cannot tell what its features were made of."""
     return {} if store is None or store.manifest.ties_inputs else {"note": untied(store.root)}
+
+
+def stored_facts(recipe, store: StoreReader, form: dict) -> dict:
+    """Return what a store's manifest says of its features, in which there must be what `form` says.
+
+    Raises:
+        StoreError: it holds features of another stage, or its manifest is damaged.
+    """
+    facts, stage = store.manifest.description, recipe.stage
+    if (kind := facts.get("kind")) in ("image", "text") and kind != stage:
+        raise StoreError(
+            f"export.to: the store at {store.root} holds {kind} features, the recipe's stage is {stage}; name a store "
+            f"that a recipe of stage {stage} has exported"
+        )
+    if wrong := mismatch(facts, form):
+        raise StoreError(f"{store.root}/manifest.json is damaged: its description, {wrong}; {RESTORE}")
+    return facts
 
 
 def refuse_other_teacher(recipe, teacher: dict) -> None:

@@ -32,7 +32,7 @@ from effsam3.models.teacher import Neck, Teacher, check_features, check_weights,
 from effsam3.models.vision import StudentTrunk, load_timm_weights, resize_BCHW, student_config
 from effsam3.report import write_json
 from effsam3.schema.rules import names_a_model
-from effsam3.stages.base import Stage, refuse_other_teacher, untied_note
+from effsam3.stages.base import Stage, refuse_other_teacher, stored_facts, untied_note
 
 DIVIDED_BY = {
     "sa1b": "scripts/index_sa1b.py --val-fraction",
@@ -257,7 +257,7 @@ class ImageStage(Stage):
             store = None
         else:
             store = self._open_store()
-            self.facts = store.manifest.facts(FACTS)
+            self.facts = store.manifest.description
         side = self.facts["image_size"]
         self.train_data = image_dataset(recipe, index, "train", side, store)
         self.val_data = image_dataset(recipe, index, "val", side, store, most=recipe.train.eval_samples)
@@ -277,7 +277,7 @@ class ImageStage(Stage):
     def _open_store(self) -> StoreReader:
         recipe = self.recipe
         store = StoreReader(recipe.export.to)
-        facts = store.manifest.description
+        facts = stored_facts(recipe, store, FACTS)
         if recipe.data.resize != facts["resize"]:
             raise StoreError(
                 f"the store at {recipe.export.to} was made with resize={facts['resize']}, the recipe says data.resize="

@@ -34,7 +34,7 @@ from effsam3.models.text_weights import load_text_weights
 from effsam3.models.tokens import PAD_ID, PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
 from effsam3.report import write_json
 from effsam3.schema.rules import names_a_model
-from effsam3.stages.base import Stage, refuse_other_teacher, untied_note
+from effsam3.stages.base import Stage, refuse_other_teacher, stored_facts, untied_note
 
 
 def ready_captions(recipe, accelerator):
@@ -236,7 +236,7 @@ class TextStage(Stage):
             self.facts = {"kind": "text", "tap": "text", "channels": self.teacher.channels, "teacher": made_by}
         else:
             store = StoreReader(recipe.export.to)
-            self.facts = store.manifest.facts({"channels": int, "context_length": int, "teacher": dict})
+            self.facts = stored_facts(recipe, store, {"channels": int, "context_length": int, "teacher": dict})
             refuse_other_teacher(recipe, self.facts["teacher"])
             if self.facts["context_length"] != recipe.data.context_length:
                 raise UserError(

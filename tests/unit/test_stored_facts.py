@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store of another stage's features, or one whose description is damaged, is named before anything is read of it."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from effsam3.data.store import Field, StoreError, StoreReader, create_store, finish_store
+from effsam3.stages.base import stored_facts
+from effsam3.stages.image import ImageStage
+
+FIELDS = {"image": Field("features", "float16", (4, 2, 2)), "text": Field("features", "float16", (32, 4))}
+
+
+def store_of(root, kind: str, **facts) -> StoreReader:
+    create_store(root, [FIELDS[kind]], {"kind": kind, "channels": 4} | facts)
+    finish_store(root, [])
+    return StoreReader(root)
+
+
+def recipe_of(root, stage: str) -> SimpleNamespace:
+    return SimpleNamespace(stage=stage, export=SimpleNamespace(to=str(root)), data=SimpleNamespace(resize="square"))
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("image", "text"), ("text", "image")])
+def test_features_of_another_stage_are_called_that(tmp_path, stage, kind):
+    store = store_of(tmp_path, kind)
+    with pytest.raises(StoreError, match=f"export.to: .*{tmp_path} holds {kind} features, .* stage is {stage}"):
+        stored_facts(recipe_of(tmp_path, stage), store, {"channels": int, "nothing that it has": str})
+
+
+def test_the_image_stage_asks_before_it_reads_the_description(tmp_path):
+    """`resize` is in no text store."""
+    store_of(tmp_path, "text")
+    stage = ImageStage.__new__(ImageStage)
+    stage.recipe = recipe_of(tmp_path, "image")
+    with pytest.raises(StoreError, match="holds text features"):
+        stage._open_store()
+
+
+def test_a_damaged_description_is_named_with_its_file(tmp_path):
+    store = store_of(tmp_path, "image")
+    with pytest.raises(StoreError, match=f"{tmp_path}/manifest.json is damaged: its description, resize is missing"):
+        stored_facts(recipe_of(tmp_path, "image"), store, {"resize": str})
