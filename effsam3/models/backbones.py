@@ -184,6 +184,13 @@ def _measured(name: str, image_size: int) -> ImageStudent:
                 f"student: {len(idle)} tensors of {name} lead to none of the maps that a head reads (first: "
                 f"{idle[0]}), and several processes would wait for their gradients; choose another backbone"
             )
+        own = dict(trunk.named_parameters())
+        shared = [parameter for parameter, _ in trunk.named_parameters(remove_duplicate=False) if parameter not in own]
+        if shared:
+            raise UserError(
+                f"student: {len(shared)} tensors of {name} stand in several of its modules at once (first: "
+                f"{shared[0]}), and checkpoints keep each tensor once; choose another backbone"
+            )
     except UserError:
         raise
     except REFUSALS as error:
