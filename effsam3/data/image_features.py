@@ -6,6 +6,7 @@ Letters: B images of a batch, C channels, G grid rows and columns, S image side 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -40,9 +41,14 @@ class ImageFeatures(Dataset):
         self.image_size, self.resize = image_size, resize
         self.store = store
         self.keys: list[str] = list(index["key"])
-        self.store_keys = store_keys(index, tied if store is None else store.manifest.ties_inputs)
-        self.records = None if store is None else store.positions(self.store_keys)
+        self.tied = tied if store is None else store.manifest.ties_inputs
+        self.records = None if store is None else store.positions(store_keys(index, self.tied))
         self.pixels_stored = store is not None and "pixels" in store.names
+
+    @functools.cached_property
+    def store_keys(self) -> list[str]:
+        """What a store calls the images. Made when asked for: a gigabyte for all SA-1B, of no use in training."""
+        return store_keys(self.index, self.tied)
 
     def __len__(self) -> int:
         return len(self.index)

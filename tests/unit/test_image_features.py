@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images and the store's features of them, matched by key and digest."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from effsam3.data.image_features import ImageFeatures
+from effsam3.data.store import INPUTS, Field, StoreError, StoreReader, StoreWriter, create_store, finish_store
+
+KEYS, DIGESTS = ["2023/a.jpg", "a.jpg", "b@2.jpg"], [f"{number:016x}" for number in (7, 8, 9)]
+INDEX = Dataset.from_dict({"key": KEYS, "image_digest": DIGESTS})
+
+
+@pytest.fixture
+def store(tmp_path) -> StoreReader:
+    """Records in another order than the index, whose features are 2, 1, 0."""
+    create_store(tmp_path, [Field("features", "float16", (1, 2, 2))], {INPUTS: "digests"})
+    stored = [f"{key}@{digest}" for key, digest in zip(KEYS, DIGESTS, strict=True)][::-1]
+    with StoreWriter(tmp_path, 0) as writer:
+        for number, key in enumerate(stored):
+            writer.write(key, {"features": np.full((1, 2, 2), number, np.float16)})
+    finish_store(tmp_path, stored)
+    return StoreReader(tmp_path)
+
+
+def test_training_finds_each_record_and_keeps_no_list_of_long_keys(tmp_path, store):
+    """Of eleven million images the list is a gigabyte in every process, beside the records' positions."""
+    dataset = ImageFeatures(INDEX, tmp_path, 16, "square", store)
+    found = store.read(dataset.records)["features"]
+    assert torch.equal(found[:, 0, 0, 0], torch.tensor([2.0, 1.0, 0.0], dtype=torch.float16))
+    held = [name for name, value in vars(dataset).items() if isinstance(value, list)]
+    assert held == ["keys"]
+    assert dataset.store_keys == [f"{key}@{digest}" for key, digest in zip(KEYS, DIGESTS, strict=True)]
+
+
+def test_another_digest_is_another_image(tmp_path, store):
+    other = Dataset.from_dict({"key": KEYS, "image_digest": [DIGESTS[1], *DIGESTS[1:]]})
+    with pytest.raises(StoreError, match="lacks 1 of 3 keys.*under the same name.*2023/a.jpg"):
+        ImageFeatures(other, tmp_path, 16, "square", store)
+
+
+def test_a_store_that_ties_nothing_goes_by_names(tmp_path):
+    assert ImageFeatures(INDEX, tmp_path, 16, "square", tied=False).store_keys == KEYS
