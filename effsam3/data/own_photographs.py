@@ -14,7 +14,7 @@ from effsam3.checked_files import read_json
 from effsam3.data.index_sa1b import build_index, summary
 from effsam3.data.indexing import worker_pool
 from effsam3.data.layouts_sa1b import check_sources, list_sources
-from effsam3.data.sa1b import load_index
+from effsam3.data.sa1b import SPLITS, load_index
 from effsam3.errors import UserError
 
 NAMED = 3  # files named in a note
@@ -33,9 +33,11 @@ def ready_photographs(folder: str, index: Path, held_out: float, workers: int | 
         if not Path(folder).is_dir():
             raise UserError(f"data.folder: there is no folder {folder}")
         report = build_index([folder], index, held_out, workers, own=True)
+        _refuse_one_sided(folder, index, report["images"])
         left_out = sum(found["count"] for found in report["excluded"].values())
         return f"{summary(report)}\n{left_out:,} files left out, each with its reason in {report_of(index)}"
-    form = {"sources": [str], "val_fraction": float, "excluded": {str: {"files": [str]}}}
+    counts = dict.fromkeys(SPLITS, int)
+    form = {"sources": [str], "val_fraction": float, "images": counts, "excluded": {str: {"files": [str]}}}
     remedy = f"delete {index} to index the photographs anew"
     made = read_json(report_of(index), form, remedy) if report_of(index).is_file() else {}
     sources = made.get("sources", ["something else"])
@@ -48,7 +50,17 @@ def ready_photographs(folder: str, index: Path, held_out: float, workers: int | 
             f"data.held_out: {index} was made with {made['val_fraction']}, the recipe says {held_out}; set it back, "
             "or delete the index to divide the photographs anew"
         )
+    _refuse_one_sided(folder, index, made["images"])
     return changes(folder, index, made)
+
+
+def _refuse_one_sided(folder: str, index: Path, images: dict[str, int]) -> None:
+    if not all(images.values()):
+        raise UserError(
+            f"data.folder: of the photographs in {folder} {images['train']} are to learn from and {images['val']} are "
+            f"held out; both are needed ({report_of(index)} names what was left out, copies too). Add some, or change "
+            f"data.held_out, and delete {index}"
+        )
 
 
 def report_of(index: Path) -> Path:

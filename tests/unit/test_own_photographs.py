@@ -77,6 +77,20 @@ def test_one_is_held_out_of_however_few(tmp_path):
     assert sorted(load_index(tmp_path / "index.parquet")["split"]) == ["train", "val"]
 
 
+def test_a_single_one_is_refused_with_the_keys_of_the_recipe(tmp_path):
+    """A copy of it is not a second one; asked again, the index that was made says the same."""
+    photograph(tmp_path / "photos/a.png", 1)
+    shutil.copy(tmp_path / "photos/a.png", tmp_path / "photos/b.png")
+    index = tmp_path / "photos.parquet"
+    for _ in range(2):
+        with pytest.raises(UserError, match="data.folder: .* 1 are to learn from and 0 are held out; .* data"):
+            ready_photographs(str(tmp_path / "photos"), index, 0.1, workers=1)
+    photograph(tmp_path / "photos/c.png", 2)
+    index.unlink()
+    ready_photographs(str(tmp_path / "photos"), index, 0.1, workers=1)
+    assert sorted(load_index(index)["split"]) == ["train", "val"]
+
+
 def test_what_has_changed_since_is_said(photos, tmp_path):
     index = tmp_path / "photos.parquet"
     ready_photographs(str(photos), index, 0.3, workers=1)
