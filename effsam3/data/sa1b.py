@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from effsam3.data import coco, indexing, jpeg
+from effsam3.data import coco, image_ends, indexing
 from effsam3.errors import UserError
 
 COLUMNS = {  # name: Arrow type
@@ -229,8 +229,8 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, key: str = "") -> tu
             raise
         except PILLOW_FAULTS as fault:
             raise UnreadableImage(key, "truncated", f"does not decode to its end: {fault}") from fault
-    if data.startswith(jpeg.START) and not jpeg.is_whole(data):  # as a download that stopped in a preallocated file
-        raise UnreadableImage(key, "truncated", "no end marker (FF D9) follows the JPEG's scan")
+    if lack := image_ends.lacks_end(data):  # as a download that stopped in a preallocated file
+        raise UnreadableImage(key, "truncated", lack)
     return pixels_HWC, kinds + ["exif"] * (orientation in TRANSPOSE)
 
 

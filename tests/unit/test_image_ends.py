@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole JPEGs of all kinds are read whatever follows their end; cut ones are refused wherever they were cut."""
+"""Whole JPEGs and PNGs are read whatever follows their end; cut ones are refused wherever they were cut."""
 
 import io
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effsam3.data import jpeg
+from effsam3.data.image_ends import jpeg_is_whole
 from effsam3.data.sa1b import UnreadableImage, decode_image
 
 MP4 = b"\0\0\0\x18ftypmp42" + bytes(12) + b"\0\0\1\0mdat" + bytes(range(248)) + b"\0\0\0\xc8free" + bytes(192)
@@ -65,14 +65,14 @@ def test_of_two_pictures_in_a_file_the_first_is_read():
     assert data.count(b"\xff\xd8\xff") == 2 and b"MPF" in data
     assert decode_image(data)[0].shape == decode_image(data + bytes(100))[0].shape == (48, 48, 3)
     end = len(data) - data[::-1].index(b"\xff\xd8\xff"[::-1]) - 3  # where the second begins
-    assert jpeg.is_whole(data[: end + 40]), "the second is not looked at"
+    assert jpeg_is_whole(data[: end + 40]), "the second is not looked at"
 
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_a_cut_jpeg_is_refused_wherever_it_was_cut(kind):
     data = WHOLE[kind]
     for length in [*range(0, len(data) - 40, 23), *range(len(data) - 40, len(data))]:
-        assert not jpeg.is_whole(data[:length]), length
+        assert not jpeg_is_whole(data[:length]), length
         # As it is, in a file of its final size, and before bytes that are no end.
         for rest in (b"", bytes(len(data) - length), bytes(3000), b"\0<html>" + bytes(range(64)) * 4):
             with pytest.raises(UnreadableImage, match="truncated|corrupt|empty"):
@@ -100,5 +100,17 @@ def test_a_length_that_lies_does_not_loop():
         data = bytearray(WHOLE["progressive with restarts"])
         for place in rng.integers(2, len(data), 3):
             data[place] = rng.integers(256)
-        jpeg.is_whole(bytes(data))
-    assert not jpeg.is_whole(b"\xff\xd8" + b"\xff\xe0\0\0" * 50) and not jpeg.is_whole(b"\xff\xd8\xff\xd9")
+        jpeg_is_whole(bytes(data))
+    assert not jpeg_is_whole(b"\xff\xd8" + b"\xff\xe0\0\0" * 50) and not jpeg_is_whole(b"\xff\xd8\xff\xd9")
+
+
+@pytest.mark.parametrize("rest", [b"", bytes(4000)], ids=["short", "zeros"])
+def test_a_cut_png_is_refused_wherever_it_was_cut(rest):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    data = file.getvalue()
+    assert (decode_image(data + rest)[0] == pixels).all()
+    for length in range(40, len(data) - 8, 29):
+        with pytest.raises(UnreadableImage):
+            decode_image(data[:length] + rest)
