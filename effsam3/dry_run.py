@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stage's loss without weights, data or a device: what a micro-batch allocates, in bytes.
+"""A stage's loss without weights, data or a device: what a micro-batch allocates and computes.
 
 Fake tensors have shapes and no contents. The stage's own loss runs forward and backward on them while a ledger follows
-every allocation, so what is counted is what the code does, frozen parts and recomputing among it.
+every allocation and product, so what is counted is what the code does, frozen parts and recomputing among it.
 
 Letters: B samples of a micro-batch, T frames, N objects, L tokens, C channels, G side of a grid, S image side.
 """
@@ -10,7 +10,7 @@ Letters: B samples of a micro-batch, T frames, N objects, L tokens, C channels, 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from effsam3.models.registry import chassis_facts
 from effsam3.models.tiny import full_config, tiny_config
@@ -31,11 +32,15 @@ from effsam3.models.tiny import full_config, tiny_config
 
 
 class Ledger(TorchDispatchMode):
-    """Follows what is allocated: `now` and at most (`peak`), in bytes. Real tensors stay real, fake ones fake."""
+    """Follows what is allocated, `now` and at most (`peak`), in bytes, and the floating-point operations.
+
+    `flops` are those of matrix products and convolutions only, as is usual. Real tensors stay real, fake ones fake.
+    """
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
+        self.in_backward = False
         self.storages = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -45,6 +50,8 @@ class Ledger(TorchDispatchMode):
             if function is torch.ops.aten.index.Tensor:  # which are wanted is known, what they hold is not
                 arguments = (arguments[0], [_numbers(index) for index in arguments[1]])
         result = function(*arguments, **(options or {}))
+        if (formula := flop_registry.get(function.overloadpacket)) is not None:
+            self.add_flops(formula(*arguments, **(options or {}), out_val=result))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.storages:
                 self.storages.add(storage)
@@ -57,6 +64,11 @@ class Ledger(TorchDispatchMode):
     def _free(self, size: int) -> None:
         self.now -= size
 
+    def add_flops(self, count: int) -> None:
+        """Count operations, but not those of a forward that is done again: backward itself runs without autograd."""
+        if not (self.in_backward and torch.is_grad_enabled()):
+            self.flops += count
+
 
 def _numbers(index: Tensor | None) -> Tensor | None:
     mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
@@ -67,33 +79,38 @@ class _FusedAttention(torch.autograd.Function):
     """What CUDA's fused attention keeps. The CPU's takes no dropout and no learned mask, and would keep all scores."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask):
+    def forward(ctx, query, key, value, mask, ledger):
         out = query.new_empty(*query.shape[:-1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32), mask)
+        ctx.ledger = ledger
         return out
 
     @staticmethod
     def backward(ctx, grad):
         query, key, value, _, _, mask = ctx.saved_tensors
+        for_query, for_key, for_value, for_mask, _ = ctx.needs_input_grad
+        scores = query.shape[:-1].numel() * key.shape[-2]
+        widths = query.shape[-1] * (for_query + for_key)
+        widths += value.shape[-1] * (for_value + (for_query or for_key or for_mask))
+        ctx.ledger.add_flops(2 * scores * widths)
         grad_mask = None
-        if mask is not None and mask.requires_grad:
+        if for_mask:
             grad_mask = query.new_empty(*query.shape[:-1], key.shape[-2]).to(mask.dtype).sum_to_size(mask.shape)
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask
-
-
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
-    return _FusedAttention.apply(query, key, value, attn_mask)
-
-
-def _plain_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    return (query @ key.transpose(-2, -1)).softmax(-1).to(value.dtype) @ value
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), grad_mask, None
 
 
 @contextmanager
-def _attention_as(function: Callable) -> Iterator[None]:
-    own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, function
+def fused_attention(ledger: Ledger) -> Iterator[None]:
+    """Let attention allocate what CUDA's fused one does, and the ledger count its products."""
+
+    def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if torch.is_autocast_enabled("cpu"):
+            query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
+        scores = query.shape[:-1].numel() * key.shape[-2]
+        ledger.add_flops(2 * scores * (query.shape[-1] + value.shape[-1]))
+        return _FusedAttention.apply(query, key, value, attn_mask, ledger)
+
+    own, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attention
     try:
         yield
     finally:
@@ -245,35 +262,27 @@ def _memory(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
     return Dry(_stage(MemoryStage, recipe), student, [tracker, teacher], batch)
 
 
-def training_flops(recipe: Any) -> float:
-    """Return the floating-point operations of training on one sample: forward and backward, frozen parts included.
-
-    Matrix products and convolutions only, as is usual; what `recompute` does twice counts once. It is the most that
-    there can be: texts of full length, as many objects as a clip may have.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    if recipe.stage == "memory":
-        recipe = replace(recipe, train=replace(recipe.train, recompute=False))
-    samples = 1 if recipe.stage == "memory" else 2  # BatchNorm may want two
-    dry = dry_stage(recipe, samples)
-    with _attention_as(_plain_attention), Ledger(), FlopCounterMode(display=False) as counter:
-        dry.stage.loss(dry.student.train(), dry.batch)["loss"].backward()
-    return counter.get_total_flops() / samples
-
-
 MAKE = {"image": _image, "text": _text, "memory": _memory}
 
 
-def peak_bytes(dry: Dry) -> int:
-    """Return the most that forward and backward of one micro-batch hold at once, its data included.
+@dataclass(frozen=True)
+class Cost:
+    """What forward and backward of one micro-batch take."""
 
-    Gradients of the trained weights are not counted: they belong to the layout.
-    """
+    peak: (
+        int  # bytes that are held at once, the data included; not the trained weights' gradients, which the layout has
+    )
+    flops: int  # frozen parts included; what `recompute` does twice counts once
+
+
+def cost(dry: Dry) -> Cost:
+    """Run a stage's loss forward and backward."""
     for parameter in dry.student.train().parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    ledger = Ledger()
-    with _attention_as(_attention), ledger:
-        dry.stage.loss(dry.student, dry.batch)["loss"].backward()
-    return ledger.peak + sum(value.nbytes for value in dry.batch.values() if isinstance(value, Tensor))
+    with Ledger() as ledger, fused_attention(ledger):
+        loss = dry.stage.loss(dry.student, dry.batch)["loss"]
+        ledger.in_backward = True
+        loss.backward()
+    data = sum(value.nbytes for value in dry.batch.values() if isinstance(value, Tensor))
+    return Cost(ledger.peak + data, ledger.flops)

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from effsam3.checked_files import read_yaml
-from effsam3.dry_run import dry_stage, peak_bytes
+from effsam3.dry_run import cost, dry_stage
 from effsam3.errors import UserError
 from effsam3.layouts import REDUCE_BUCKET, REMEDY, layout_file, layout_processes
 from effsam3.recipe import flat
@@ -52,11 +52,14 @@ KNOBS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a recipe takes on any layout: parameters that learn, bytes that are frozen, bytes of its micro-batch."""
+    """What a recipe takes on any layout."""
 
-    trained: int
-    frozen: int
-    micro_batch: int
+    trained: int  # parameters
+    frozen: int  # bytes
+    micro_batch: int  # bytes
+    flops: (
+        float  # of one sample, forward and backward: at most, for texts of full length and as many objects as allowed
+    )
 
 
 def measure(recipe: Any) -> Sizes:
@@ -67,7 +70,8 @@ def measure(recipe: Any) -> Sizes:
     """
     # Clips are tracked side by side and share next to nothing: one, times their number.
     clips = recipe.train.micro_batch_size if recipe.stage == "memory" else 1
-    dry = dry_stage(recipe, recipe.train.micro_batch_size // clips)
+    samples = recipe.train.micro_batch_size // clips
+    dry = dry_stage(recipe, samples)
     trained = sum(parameter.numel() for parameter in dry.student.parameters() if parameter.requires_grad)
     frozen = {
         id(tensor): tensor.nbytes
@@ -75,7 +79,8 @@ def measure(recipe: Any) -> Sizes:
         for tensor in (*module.parameters(), *module.buffers())
         if not tensor.requires_grad
     }
-    return Sizes(trained, sum(frozen.values()), clips * peak_bytes(dry))
+    found = cost(dry)
+    return Sizes(trained, sum(frozen.values()), clips * found.peak, found.flops / samples)
 
 
 def _with(recipe: Any, **keys) -> Any:
@@ -315,9 +320,9 @@ def running_layout(accelerator: Any, hardware: str) -> Layout:
     return Layout(hardware, accelerator.num_processes, plugin.zero_stage, *offloads)
 
 
-def header_lines(recipe: Any, layout: Layout, sizes: Sizes | None = None) -> dict[str, str]:
-    """Return one line for a run's header. Without `sizes` the recipe is measured, as `measure` says."""
-    found, device = estimate(recipe, sizes or measure(recipe), layout), device_bytes()
+def header_lines(recipe: Any, layout: Layout, sizes: Sizes) -> dict[str, str]:
+    """Return one line for a run's header."""
+    found, device = estimate(recipe, sizes, layout), device_bytes()
     of = "" if device is None else f" of {_gib(device)}"
     largest = sorted(found.device, key=found.device.get, reverse=True)[:2]
     parts = ", ".join(f"{name} {_gib(found.device[name])}" for name in largest)

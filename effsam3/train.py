@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -28,9 +29,8 @@ from effsam3.accelerator import (
 )
 from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
-from effsam3.dry_run import training_flops
 from effsam3.errors import UserError
-from effsam3.estimates import attempt, header_lines, out_of_memory_explained, running_layout
+from effsam3.estimates import Sizes, attempt, header_lines, measure, out_of_memory_explained, running_layout
 from effsam3.layouts import layout_file, layout_processes
 from effsam3.meters import Unreadable, Window, line_of, step_line
 from effsam3.models.slots import refuse_other_student
@@ -109,7 +109,10 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     report.forget_metrics_after(state["step"] if last is not None else -1)
     progress.update("running", state["step"], steps)
     trackers = Trackers(accelerator, recipe.train.trackers, folder)
-    announce(recipe, stage, accelerator, report, trackers, steps, micros, state)
+    # One rank says what a step takes, and on a CPU nobody asks: it takes some seconds to measure.
+    measured = accelerator.is_main_process and accelerator.device.type == "cuda"
+    sizes = attempt(measure, recipe, None) if measured else None
+    announce(recipe, stage, accelerator, report, trackers, steps, micros, state, sizes)
     average = None if ema is None else ema.module
     unreadable = Unreadable(folder)
     # Asked anew, because the patience may have been raised.
@@ -126,11 +129,9 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
             end_stopped(progress, report, trackers, 0, steps)
 
     # ---- loop
-    # One rank reports speed, and on a CPU nobody asks for FLOPs: they take some seconds to count.
-    counted = accelerator.is_main_process and accelerator.device.type == "cuda"
-    flops = attempt(training_flops, recipe, None) if counted else None
     batches = iter(stage.train_batches(state["step"], steps))
     bar = progress_bar(accelerator, steps, state["step"])
+    flops = None if sizes is None else sizes.flops
     window = Window(accelerator, recipe.train.global_batch_size, flops, recipe.train.per_rank)
     if recipe.train.precision != "bf16":
         window.peak = None  # which is bfloat16's
@@ -316,12 +317,20 @@ def share_buffers(accelerator, student, average) -> None:
 
 
 def sample_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """One random stream for every (seed, step, micro-batch, rank)."""
-    return hash((seed, step, micro, rank)) & 0x7FFF_FFFF_FFFF_FFFF
+    """One random stream for every (seed, step, micro-batch, rank), the same in every version of Python and numpy."""
+    return int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0])
 
 
 def announce(
-    recipe, stage, accelerator, report: Report, trackers: Trackers, steps: int, micros: int, state: dict
+    recipe,
+    stage,
+    accelerator,
+    report: Report,
+    trackers: Trackers,
+    steps: int,
+    micros: int,
+    state: dict,
+    sizes: Sizes | None,
 ) -> None:
     """Print what the run is and what it will take, keep its recipe and provenance, start the trackers."""
     epochs = f" = {steps * recipe.train.global_batch_size / stage.train_size:.1f} epochs" if stage.train_size else ""
@@ -331,8 +340,8 @@ def announce(
     )
     resumed = f"   (going on from step {state['step']:,})" if state["step"] else ""
     lines = stage.describe() | {"batch": batch, "run": f"{report.folder}{resumed}"}
-    if accelerator.is_main_process and accelerator.device.type == "cuda":
-        lines |= attempt(partial(header_lines, layout=running_layout(accelerator, recipe.hardware)), recipe, {})
+    if sizes is not None:
+        lines |= header_lines(recipe, running_layout(accelerator, recipe.hardware), sizes)
     if accelerator.is_main_process and not state["ended"]:
         lines |= needs.header_lines(recipe, ("merge", "evaluate", "push"))
     report.header(f"train    {recipe.name}   {layout(accelerator)}   {recipe.train.precision}", lines)

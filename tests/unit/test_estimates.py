@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from effsam3 import train
 from effsam3.cli import main
-from effsam3.dry_run import Ledger, _attention, _attention_as, dry_stage, peak_bytes, training_flops
+from effsam3.dry_run import Ledger, cost, dry_stage, fused_attention
 from effsam3.errors import UserError
 from effsam3.estimates import (
     GIB,
@@ -41,6 +43,8 @@ from effsam3.estimates import (
 )
 from effsam3.layouts import REDUCE_BUCKET
 from effsam3.recipe import flat, load_recipe
+from effsam3.report import Report
+from effsam3.train import announce
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 IMAGE, TEXT, MEMORY = (str(RECIPES / f"smoke/{stage}.yaml") for stage in ("image", "text", "memory"))
@@ -121,7 +125,7 @@ def test_a_dry_run_peaks_where_a_real_step_does():
     with Ledger() as ledger:
         stage.loss(student, batch)["loss"].backward()
     data = sum(tensor.nbytes for tensor in batch.values())
-    assert peak_bytes(dry_stage(recipe, 2)) == pytest.approx(ledger.peak + data, rel=0.02)
+    assert cost(dry_stage(recipe, 2)).peak == pytest.approx(ledger.peak + data, rel=0.02)
 
 
 def test_twice_the_batch_takes_twice_the_memory_and_a_teacher_stands_beside():
@@ -138,6 +142,7 @@ def test_the_memory_is_measured_and_recomputing_saves():
     kept, recomputed = (measure(load_recipe(MEMORY, [*SHORT, f"train.recompute={r}"])) for r in ("false", "true"))
     assert recomputed.micro_batch < 0.8 * kept.micro_batch
     assert kept.trained == recomputed.trained > 500_000
+    assert kept.flops == recomputed.flops > 1e9  # what is done twice counts once
     assert torch.nn.functional.scaled_dot_product_attention.__module__ != "effsam3.dry_run"  # put back
 
 
@@ -145,7 +150,7 @@ def test_the_memory_keeps_what_real_tensors_would():
     """The tracker's forward on real and on fake tensors, attention alike: autograd keeps what the ledger holds."""
     recipe = load_recipe(MEMORY, [*SHORT, "data.frames=2", "loss.memory=0"])
     dry = dry_stage(recipe, 1)
-    with _attention_as(_attention), Ledger() as ledger:
+    with Ledger() as ledger, fused_attention(ledger):
         parts = dry.stage.loss(dry.student.train(), dry.batch)
     held = ledger.now
     del parts
@@ -166,7 +171,7 @@ def test_the_memory_keeps_what_real_tensors_would():
     batch = real.batch | {"pixels": torch.zeros(real.batch["pixels"].shape, dtype=torch.uint8)}
     tracker = real.student.tracker
     there = sum(tensor.nbytes for tensor in (*tracker.parameters(), *tracker.buffers()))
-    with _attention_as(_attention):
+    with fused_attention(Ledger()):
         reference = saved_bytes(lambda: real.stage.loss(real.student.train(), batch)["loss"])
     assert reference - there < 1.1 * held
     assert held < 1.15 * reference
@@ -202,7 +207,7 @@ def test_layouts_are_read_from_their_files():
 
 def test_an_estimate_adds_up():
     recipe = load_recipe(IMAGE, ["hardware=gpu", "train.ema=0.9", "train.keep_checkpoints=2"])
-    found = estimate(recipe, Sizes(trained=1000, frozen=50, micro_batch=700))
+    found = estimate(recipe, Sizes(trained=1000, frozen=50, micro_batch=700, flops=0))
     assert found.total == 16_000 + 4000 + 50 + 700 + GIB
     assert found.checkpoint == 16_000  # weights, two moments, averaged weights
     assert found.checkpoints == 2 * 16_000 + 4000
@@ -280,9 +285,31 @@ def test_show_refuses_a_device_without_memory_and_says_what_is_unknown(capsys):
 
 def test_the_header_has_one_line():
     recipe, layout = load_recipe(IMAGE), read_layout("cpu")
-    line = header_lines(recipe, layout, Sizes(trained=1000, frozen=0, micro_batch=3 * GIB))["memory"]
+    line = header_lines(recipe, layout, Sizes(trained=1000, frozen=0, micro_batch=3 * GIB, flops=0))["memory"]
     assert line.startswith("about 3.0 GiB") and "(micro-batch 3.0 GiB, " in line
-    assert "\n" not in header_lines(recipe, layout)["memory"]
+    assert "\n" not in line
+
+
+def test_a_run_on_a_gpu_is_announced_without_another_dry_run(tmp_path, monkeypatch, capsys):
+    """Memory for the header and operations for the speed are of one dry run, that of `measure`."""
+    recipe = load_recipe(IMAGE, ["hardware=gpu"])
+    sizes = measure(recipe)
+    assert sizes.micro_batch > 1e6 and sizes.flops > 1e9
+    monkeypatch.setattr("effsam3.estimates.dry_stage", None)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA L4")
+    accelerator = SimpleNamespace(
+        device=torch.device("cuda"),
+        is_main_process=True,
+        num_processes=1,
+        state=SimpleNamespace(deepspeed_plugin=None),
+    )
+    stage = SimpleNamespace(describe=lambda: {"student": "tiny"}, train_size=100, facts={})
+    trackers = SimpleNamespace(start=lambda *started: "")
+    state = {"step": 0, "ended": True}
+    announce(recipe, stage, accelerator, Report(tmp_path, True), trackers, 10, 2, state, sizes)
+    assert "\nmemory   about 1.1 GiB" in capsys.readouterr().out
+    source = inspect.getsource(train)
+    assert "dry_run" not in source and source.count("attempt(") == source.count("attempt(measure, recipe") == 1
 
 
 def test_a_run_is_on_the_layout_that_it_was_started_on():
@@ -308,7 +335,7 @@ def test_an_estimate_that_cannot_be_made_stops_nothing(path):
 
 def test_a_clip_with_fewer_frames_or_objects_takes_less():
     recipe = load_recipe(MEMORY, ["sam3.checkpoint=tiny", "data.objects=2", "data.frames=5", "train.trunk_batch=1"])
-    sizes = Sizes(trained=1000, frozen=0, micro_batch=1000 * GIB)
+    sizes = Sizes(trained=1000, frozen=0, micro_batch=1000 * GIB, flops=0)
     found = dict(islice((pair for pair in other_changes(recipe, sizes) if pair[0].startswith("data")), 2))
     base = estimate(recipe, replace(sizes, micro_batch=0)).total
     assert found == {"data.objects=1": base + 500 * GIB, "data.frames=2": base + 400 * GIB}
@@ -362,4 +389,4 @@ def test_operations_are_those_of_a_real_step(recipe, options):
     batch = {name: real(value) for name, value in dry.batch.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         dry.stage.loss(dry.student.train(), batch)["loss"].backward()
-    assert training_flops(recipe) == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)
+    assert measure(recipe).flops == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)

@@ -209,6 +209,15 @@ def test_nobody_imports_forbidden_packages():
     assert found == set()
 
 
+def test_nothing_depends_on_pythons_hash():
+    """Its values are promised for one process alone; what is drawn or stored needs the same ones on every machine."""
+    for file in [*PACKAGE.rglob("*.py"), *(ROOT / "scripts").rglob("*.py")]:
+        calls = [
+            node.func for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)
+        ]
+        assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "hash"], file
+
+
 def test_every_file_says_its_licence_and_what_it_is():
     for file in [*PACKAGE.rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), ROOT / "setup.py"]:
         text = file.read_text(encoding="utf-8")

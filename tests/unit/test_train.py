@@ -9,7 +9,7 @@ from torch import nn
 
 from effsam3.errors import UserError
 from effsam3.meters import PEAK_TFLOPS, Window, peak_tflops, step_line
-from effsam3.train import share_batchnorm
+from effsam3.train import sample_seed, share_batchnorm
 
 
 def test_sync_batchnorm_keeps_names_and_parameters():
@@ -20,6 +20,17 @@ def test_sync_batchnorm_keeps_names_and_parameters():
     shared = share_batchnorm(student, SimpleNamespace(device=torch.device("cuda")))
     assert isinstance(shared[1], nn.SyncBatchNorm) and shared[1].weight is weight
     assert list(shared.state_dict()) == names
+
+
+def test_seeds_are_those_of_every_machine_and_differ():
+    """Against the numbers that an interrupted run needs again, whatever Python it goes on with."""
+    assert sample_seed(0, 0, 0, 0) == 15793235383387715774
+    assert sample_seed(3, 1000, 2, 7) == 4940867430204434680
+    places = [
+        (seed, step, micro, rank) for seed in (0, 1) for step in range(50) for micro in (0, 1) for rank in (0, 1)
+    ]
+    assert len({sample_seed(*place) for place in places}) == len(places)
+    torch.manual_seed(sample_seed(0, 0, 0, 0))  # takes all 64 bits
 
 
 @pytest.mark.parametrize(("name", "tflops"), [
