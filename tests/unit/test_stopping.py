@@ -138,7 +138,7 @@ def test_a_second_ctrl_c_means_now(start, tmp_path, launched):
     line = [sys.executable, *launcher, str(tmp_path / "slow.py")]
     process = start(f"import os\nos.execv({sys.executable!r}, {line})")
     printed = ""
-    while printed.count("up\n") < 1 + launched:
+    while printed.count("up") < 1 + launched:  # two ranks may write "upup" and two ends of lines
         said = process.stdout.readline()
         assert said, printed
         printed += said
