@@ -389,9 +389,6 @@ def test_requests_to_stop_are_passed_on():
     assert process.wait(timeout=30) == 7
 
 
-# ---- scripts
-
-
 @pytest.mark.parametrize("verb", ["export", "train", "merge", "evaluate"])
 def test_scripts_are_thin_and_show_a_command_that_exists(verb):
     text = (ROOT / "scripts" / f"{verb}.py").read_text()
