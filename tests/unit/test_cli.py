@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: verbs, errors, `show` without torch, `launch` as processes, the scripts."""
+"""The command line: verbs, errors, `launch` as processes, the scripts."""
 
 import ast
-import json
 import os
 import shlex
 import signal
@@ -16,17 +15,13 @@ import pytest
 import effsam3
 from effsam3 import launch as launcher
 from effsam3.cli import VERBS, main
-from effsam3.data.store import Field, Manifest
 from effsam3.errors import RecipeError, UserError
 from effsam3.layouts import layout_environment, layout_file
-from effsam3.models.registry import SAM3, chassis_facts
 from effsam3.recipe import dump_recipe, load_recipe
-from effsam3.show import record_bytes, show
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "recipes" / "smoke" / "image.yaml")
 ES_RV_M = str(ROOT / "recipes" / "stage1" / "image" / "es_rv_m.yaml")
-HEAVY = ["torch", "numpy", "transformers", "timm", "datasets", "accelerate", "pyarrow", "PIL"]
 
 
 def run(*arguments, **env):
@@ -208,102 +203,6 @@ def test_store_is_passed_on(monkeypatch):
 
     monkeypatch.setattr(store_tool, "main", lambda argv: {"verify": 1}[argv[0]])
     assert main(["store", "verify", "somewhere"]) == 1
-
-
-# ---- show
-
-
-SHOWN = [["show", ES_RV_M], ["show", str(ROOT / "recipes" / "stage2" / "memory.yaml")]]
-
-
-@pytest.mark.parametrize("argv", [*SHOWN, ["compare"], ["compare", "--json"], ["--help"]])
-def test_light_verbs_import_nothing_heavy(argv):
-    code = f"import sys; from effsam3.cli import main; main({argv!r}); print(sorted(set({HEAVY}) & set(sys.modules)))"
-    result = run("-c", code)
-    assert result.stdout.splitlines()[-1] == "[]"
-    assert result.returncode == 0
-
-
-def test_importing_the_package_imports_nothing():
-    code = "import sys, effsam3; print(sorted(m for m in sys.modules if m.startswith('effsam3')))"
-    assert run("-c", code).stdout == "['effsam3', 'effsam3.registration']\n"
-
-
-def test_what_show_prints_is_the_recipe(capsys, tmp_path):
-    assert main(["show", ES_RV_M, "optim.lr=5e-4"]) == 0
-    copy = tmp_path / "copy.yaml"
-    copy.write_text(capsys.readouterr().out, encoding="utf-8")
-    assert load_recipe(copy) == load_recipe(ES_RV_M, ["optim.lr=5e-4"])
-
-
-def test_show_derives_numbers(tmp_path):
-    report = tmp_path / "photos.report.json"
-    report.write_text(json.dumps({"images": {"train": 100_000, "val": 11_000}}))
-    recipe = load_recipe(ES_RV_M, [f"data.index={tmp_path}/photos.parquet"])
-    rows = dict(line[2:].split(maxsplit=1) for line in show(recipe).splitlines() if line.startswith("#"))
-    assert rows["layout"].endswith("accelerate_configs/zero2.yaml, processes: 8")
-    assert rows["batch"] == "512 = 16 per process x 8 (processes) x 4 (accumulated)"
-    assert rows["images"] == "100,000 to learn from, 11,000 held out"
-    assert rows["length"] == "9,766 steps = 50.0 epochs, 977 steps of them warm-up"
-    assert rows["student"].startswith("7,774,864 trunk + 1,675,008 fused head = 9,449,872 parameters, 97.88 % fewer")
-    assert rows["store"] == "10,616,832 bytes per image (1024 x 72 x 72 float16), 1,178.47 GB in all"
-    limited = load_recipe(ES_RV_M, [f"data.index={tmp_path}/photos.parquet", "data.limit=20_000"])
-    assert "# images    20,000 to learn from, 11,000 held out" in show(limited)
-    for damage in ("{", "[]", '{"images": {"train": "many"}}', '{"images": 3}'):
-        report.write_text(damage)
-        assert f"# images    unknown yet: {report} is damaged" in show(recipe)
-
-
-def test_show_says_what_is_not_there_yet():
-    text = show(load_recipe(ES_RV_M, ["data.index=nowhere/x.parquet", "sam3.checkpoint=someone/sam3"]))
-    command = "python scripts/index_sa1b.py FOLDER --out nowhere/x.parquet"
-    assert f"# images    unknown yet: no nowhere/x.report.json; make it with: {command}" in text
-    assert "# store     unknown yet: sam3.checkpoint: the sizes of 'someone/sam3' are not known" in text
-    assert "# store     none" in show(load_recipe(SMOKE, ["teacher=online"]))
-
-
-def test_show_refuses_a_batch_that_the_layout_cannot_divide(capsys):
-    assert main(["show", SMOKE, "hardware=zero2"]) == 2
-    assert "(8) is not a multiple of micro_batch_size x world size (4 x 8 = 32)" in capsys.readouterr().err
-
-
-def test_show_one_key(capsys):
-    assert main(["show", ES_RV_M, "--key", "hardware"]) == 0
-    assert main(["show", SMOKE, "--key", "train.trackers"]) == 0
-    assert capsys.readouterr().out == "zero2\ntensorboard\n"
-    assert main(["show", SMOKE, "--key", "train.trackrs"]) == 2
-    assert "did you mean train.trackers?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("checkpoint", ["tiny", "random"])
-@pytest.mark.parametrize("tap", ["trunk", "neck"])
-@pytest.mark.parametrize("pixels", ["true", "false"])
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-@pytest.mark.parametrize("grid", ["null", "8"])
-def test_record_bytes_are_the_stores(checkpoint, tap, pixels, dtype, grid):
-    export = f"{{tap: {tap}, pixels: {pixels}, dtype: {dtype}, grid: {grid}}}"
-    recipe = load_recipe(SMOKE, [f"sam3.checkpoint={checkpoint}", f"export={export}"])
-    facts = chassis_facts(checkpoint)
-    side = recipe.export.grid or facts.grid
-    channels = facts.hidden_size if tap == "trunk" else facts.fpn_hidden_size
-    fields = [Field("features", dtype, (channels, side, side))]
-    if dtype == "int8":
-        fields += [Field("scale", "float32", (channels,))]
-    if recipe.export.pixels:
-        fields += [Field("pixels", "uint8", (3, facts.image_size, facts.image_size)), Field("sizes", "int32", (2,))]
-    assert record_bytes(recipe) == Manifest(tuple(fields), {}).stride
-
-
-def test_facts_of_a_local_folder(tmp_path):
-    config = {"image_size": 1008, "patch_size": 14, "hidden_size": 1024, "intermediate_size": 4736}
-    backbone = {**config, "num_hidden_layers": 32, "pretrain_image_size": 336}
-    vision = {"fpn_hidden_size": 256, "backbone_config": backbone}
-    (tmp_path / "config.json").write_text(json.dumps({"detector_config": {"vision_config": vision}}))
-    assert chassis_facts(str(tmp_path)) == SAM3
-    assert (SAM3.grid, SAM3.trunk_params) == (72, 446_236_672)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(UserError, match=r"is not of a SAM 3 .*detector_config is missing"):
-        chassis_facts(str(tmp_path))
 
 
 # ---- launch
