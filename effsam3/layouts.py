@@ -38,8 +38,16 @@ def layout_kind(file: Path) -> str:
 
 
 def layout_processes(file: Path) -> int:
-    """Return how many processes, over all machines, accelerate starts for a layout file."""
-    return 1 if layout_kind(file) == "NO" else int(_read(file)["num_processes"])
+    """Return how many processes, over all machines, accelerate starts for a layout file.
+
+    Raises UserError where several processes are asked for and none is counted.
+    """
+    if layout_kind(file) == "NO":
+        return 1
+    count = int(_read(file).get("num_processes", 0))
+    if count < 1:
+        raise UserError(f"{file}: num_processes is not there or 0; it counts the processes on all machines; {REMEDY}")
+    return count
 
 
 def layout_nodes(file: Path) -> int:

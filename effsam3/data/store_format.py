@@ -174,15 +174,15 @@ def open_manifest(root: str | Path) -> Manifest:
             f"{root} is not an embedding store: no manifest.json in it. `effsam3 export RECIPE` makes a store, "
             f"`effsam3 store import SOURCE {root}` makes one of upstream's shards"
         )
+    content = read_json(path, MANIFEST_FORM, RESTORE, StoreError)
+    if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
+        raise StoreError(f"{path} is not version {VERSION} of {FORMAT}: export again, into an empty folder")
     try:
-        content = read_json(path, MANIFEST_FORM, RESTORE, StoreError)
-        if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
-            raise StoreError(f"{path} is not version {VERSION} of {FORMAT}: export again, into an empty folder")
         content["fields"] = tuple(Field(**entry) for entry in content["fields"])
         content["shards"] = tuple(Shard(**entry) for entry in content["shards"])
         content["skipped"] = tuple(content["skipped"])
         return Manifest(**content)
-    except TypeError as error:  # a name that Field, Shard or Manifest does not have
+    except (TypeError, StoreError) as error:  # a name or a value that Field, Shard or Manifest cannot have
         raise StoreError(f"{path} is damaged ({error}); {RESTORE}") from error
 
 

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A store's manifest and a layout, damaged at random: an error that names the file, or what the file holds."""
+
+import shutil
+
+import numpy as np
+import torch
+from mutations import mutate_bytes, mutate_json
+
+from effsam3.data.store import Field, StoreReader, StoreWriter, create_store, finish_store
+from effsam3.errors import UserError
+from effsam3.layouts import layout_file, layout_on_cpu, layout_processes
+
+MUTATIONS = 200
+KEYS = [f"sa_{number}" for number in range(4)]
+
+
+def test_manifests(tmp_path):
+    root = tmp_path / "store"
+    create_store(root, [Field("features", "float16", (2, 3))], {"tap": "trunk", "grid": 3}, expected=len(KEYS))
+    with StoreWriter(root, 0) as writer:
+        for number, key in enumerate(KEYS):
+            writer.write(key, {"features": np.full((2, 3), number, np.float16)})
+    finish_store(root, KEYS, {"mean": [0.5, 0.5]})
+    rng, path = np.random.default_rng(5), root / "manifest.json"
+    whole, refused = path.read_bytes(), 0
+    wanted = StoreReader(root).read(np.arange(len(KEYS)))["features"]
+    for _ in range(MUTATIONS):
+        path.write_bytes(mutate_json(whole, rng))
+        try:
+            store = StoreReader(root, allow_unfinished=True)
+            found = store.read(store.positions(KEYS), verify=True)
+        except UserError as error:
+            assert str(root) in str(error)
+            refused += 1
+            continue
+        (features,) = found.values()  # a damaged name is another name of the same bytes
+        assert torch.equal(features, wanted)
+    assert refused > MUTATIONS / 10
+
+
+def test_layouts(tmp_path):
+    path = shutil.copy(layout_file("zero2_cpu"), tmp_path / "layout.yaml")
+    rng, whole, refused = np.random.default_rng(6), path.read_bytes(), 0
+    for _ in range(MUTATIONS):
+        path.write_bytes(mutate_bytes(whole, rng))
+        try:
+            assert layout_processes(path) > 0 and layout_on_cpu(path) in (True, False)
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > MUTATIONS / 10
