@@ -5,7 +5,7 @@
 # Versions:  datumaro 1.13.12, pycocotools 2.0.11
 # Behaviour: masks of 10, 3, 2 and 1 by 7 pixels (70, 21, 14, 7) come back as 54, 12, 0 and 0 pixels. The thin ones have
 #            `segmentation: []` beside the right bbox and area. No warning. (With is_crowd set, RLE is written.)
-# Guess:     a mask goes into COCO and comes out as it was, as RLE or as a polygon that covers the same pixels.
+# A guess:   a mask goes into COCO and comes out as it was, as RLE or as a polygon that covers the same pixels.
 # Seen:      10 x 7: 70 pixels -> 54
 #            3 x 7: 21 pixels -> 12
 #            2 x 7: 14 pixels -> 0

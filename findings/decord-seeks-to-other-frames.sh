@@ -6,7 +6,7 @@
 #            new reader for each k gives another frame, a few further on, without an error, for 79 of 120 in MPEG-4 with
 #            B-frames (frame 1 is 3), for 20 in HEVC and 7 in H.264 with open GOPs; none in H.264 by x264's defaults.
 #            So a check that reads a file to its end does not see it, and a loader that reads clips does.
-# Guess:     decord is made for exact random access ("accurate seek"); frame k is frame k however it is asked for.
+# A guess:   decord is made for exact random access ("accurate seek"); frame k is frame k however it is asked for.
 # Seen:      h264           in a row 0 wrong, each by itself   0 of 120
 #            h264 open gop  in a row 0 wrong, each by itself   7 of 120, such as (22, 24), (23, 25), (24, 26)
 #            hevc           in a row 0 wrong, each by itself  20 of 120, such as (21, 24), (22, 25), (23, 26)

@@ -5,7 +5,7 @@
 # Versions:  label-studio-sdk 2.1.2, pycocotools 2.0.11, hotcoco 1.3.0
 # Behaviour: one photograph with 1, 2 or 4 outlined dogs, exported as BRUSH_TO_COCO, and its own masks as results. AP of
 #            pycocotools is 0.0, 0.252 and 0.564; of hotcoco, which has the same interface, 1.0 each time. No warning.
-# Guess:     any unique id will do, and results equal to the truth score 1.0 in every evaluator.
+# A guess:   any unique id will do, and results equal to the truth score 1.0 in every evaluator.
 # Seen:      1 dog(s), ids [0]: pycocotools 0.000, hotcoco 1.000
 #            2 dog(s), ids [0, 1]: pycocotools 0.252, hotcoco 1.000
 #            4 dog(s), ids [0, 1, 2, 3]: pycocotools 0.564, hotcoco 1.000

@@ -6,7 +6,7 @@
 # Behaviour: 126 x 126 noise to 72 x 72, float32. Without antialias both agree to 1e-5. With antialias=1 onnxruntime
 #            filters; OpenVINO puts out exactly what it puts out without: off by 2.0 (linear), 2.7 (cubic), where the
 #            input's deviation is 1.
-# Guess:     the attribute is honoured, as ONNX defines it since opset 18, or refused when the model is read.
+# A guess:   the attribute is honoured, as ONNX defines it since opset 18, or refused when the model is read.
 # Seen:      linear: antialias 0 differs by 0.0000, antialias 1 by 2.0242; OpenVINO with and without it: 0.0000
 #            cubic: antialias 0 differs by 0.0000, antialias 1 by 2.6971; OpenVINO with and without it: 0.0000
 set -euo pipefail

@@ -9,7 +9,7 @@
 #            adapter of out_proj weights, as loading one does: the output stays exactly the base model's, and
 #            merge_and_unload then changes it. With target_modules=["attn"], the module's own name, in_proj and
 #            out_proj are adapted, and merging changes nothing.
-# Guess:     "all-linear" adapts the attention's projections, or leaves the module alone; merging keeps the output.
+# A guess:   "all-linear" adapts the attention's projections, or leaves the module alone; merging keeps the output.
 # Seen:      all-linear gradients: attn.out_proj none, fc yes
 #            out_proj alone: adapter changes the output by 0.000, merging by 0.125
 #            attn: adapter changes the output by 0.516, merging by 0.000

@@ -7,7 +7,7 @@
 # Behaviour: 100 frames of H.264, encoder's defaults (B-frames, a key frame every 250). Copied with `if packet.dts is None:
 #            continue` from MKV: packets 0 and 1 are left out, and the copy has 98 packets at most and no frame that
 #            decodes, without an error. Empty packets alone (`not packet.size`) are what has to be left out.
-# Guess:     dts is None only for the empty packets at the end of demux(), so the loop copies everything.
+# A guess:   dts is None only for the empty packets at the end of demux(), so the loop copies everything.
 # Seen:      mp4: packets without dts but with data: 0; frames after the copy: 100
 #            mkv: packets without dts but with data: 2 (key frame: True); frames after the copy: 0
 set -euo pipefail

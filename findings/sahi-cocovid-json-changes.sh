@@ -5,7 +5,7 @@
 # Versions:  sahi 0.12.8
 # Behaviour: track 7 of video a and track 1 of video b, on frames 10 and 20. The first read gives them the ids 8 and 3,
 #            the second 9 and 5, the third 10 and 7; `frame_id` is 0 and 1 each time, the 10 and 20 are lost.
-# Guess:     reading a property changes nothing; instance_id and frame_id come out as they went in.
+# A guess:   reading a property changes nothing; instance_id and frame_id come out as they went in.
 # Seen:      [8, 8, 3, 3] frames [0, 1, 0, 1]
 #            [9, 9, 5, 5] frames [0, 1, 0, 1]
 #            [10, 10, 7, 7] frames [0, 1, 0, 1]

@@ -9,7 +9,7 @@
 #            `kill -TERM` of torchrun alone, no group, ends in RuntimeError, as the worker was killed by SIGTERM (or the
 #            loop waits for it until torchrun kills the rank). With a worker_init_fn that ignores SIGTERM it ends as
 #            planned.
-# Guess:     torchrun signals the processes that it has started, the ranks; a rank that handles SIGTERM works on.
+# A guess:   torchrun signals the processes that it has started, the ranks; a rank that handles SIGTERM works on.
 # Seen:      alone: saved
 #            torchrun: RuntimeError: DataLoader worker exited unexpectedly
 #            torchrun, workers ignore SIGTERM: saved

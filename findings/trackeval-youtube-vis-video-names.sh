@@ -6,7 +6,7 @@
 # Behaviour: two videos, of which the tracker found the second and missed the first. With frames a/0.jpg and b/0.jpg the
 #            mean HOTA is 0.707. With JPEGImages/a/0.jpg and JPEGImages/b/0.jpg, as YouTube-VIS and DAVIS folders lie on
 #            disk, the same tracks score 1.0.
-# Guess:     a video is its `id` in `videos`; the file names change nothing.
+# A guess:   a video is its `id` in `videos`; the file names change nothing.
 # Seen:      one folder a video: {'a': 0.0, 'b': 1.0, 'COMBINED_SEQ': 0.707}
 #            one folder above:   {'JPEGImages': 1.0, 'COMBINED_SEQ': 1.0}
 set -euo pipefail

@@ -7,7 +7,7 @@
 #            (torch.empty_like) and leaves it to _init_weights to fill them, which knows transformers' own modules only.
 #            New memory is often zero, and sometimes what the process had there before: here torch is told to fill it
 #            with NaN, so that it shows every time. A constructor called directly is right, and so was transformers 4.
-# Guess:     what __init__ computes is there, as in torch: it is not in the file, and so the file cannot change it.
+# A guess:   what __init__ computes is there, as in torch: it is not in the file, and so the file cannot change it.
 # Seen:      built   [1.0, 0.5, 0.25, 0.125]
 #            loaded  [nan, nan, nan, nan], missing or unexpected: 0
 set -euo pipefail

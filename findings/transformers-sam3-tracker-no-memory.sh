@@ -7,7 +7,7 @@
 #            embedding to the last of the four, the video class to the last of the three. With the same weights and no
 #            embedding both give the same mask. With one, the image class gives still that mask, to the last bit, and
 #            the video class another.
-# Guess:     one set of weights, one click, one image: the two classes agree, and every weight of the checkpoint counts.
+# A guess:   one set of weights, one click, one image: the two classes agree, and every weight of the checkpoint counts.
 # Seen:      without: image and video differ by 0.000 of the mask's range
 #            with:    the image's mask changes by 0.000, the video's by 0.089
 set -euo pipefail

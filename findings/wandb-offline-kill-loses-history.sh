@@ -6,7 +6,7 @@
 # Versions:  wandb 0.31.0
 # Behaviour: 100 steps with a second of waiting, then SIGKILL to the training alone; wandb-core ends by itself later. The
 #            .wandb file has its magic number and nothing else. The same run that ends by finish() has all of it.
-# Guess:     what log() was given is on the disk after a moment, and at the latest when wandb-core sees that its client
+# A guess:   what log() was given is on the disk after a moment, and at the latest when wandb-core sees that its client
 #            has died; `wandb sync` uploads a killed run up to its last steps.
 # Seen:      killed: 7 bytes
 #            finished: more than 10000 bytes
