@@ -81,6 +81,17 @@ def leave_stopping_to_the_parent(*_) -> None:
     """Ignore all requests: what a helper process does first, so that it works on until its parent ends it."""
     for number in REQUESTS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+
+
+@contextmanager
+def requests_held_back() -> Iterator[None]:
+    """Let requests wait while helper processes are started, which would die of one before they can ignore it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)  # what is started inherits it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

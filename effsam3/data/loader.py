@@ -13,10 +13,18 @@ from contextlib import contextmanager
 from torch.utils.data import DataLoader, Dataset
 
 from effsam3.errors import UserError
-from effsam3.stopping import leave_stopping_to_the_parent
+from effsam3.stopping import leave_stopping_to_the_parent, requests_held_back
 
 TIMEOUT_S = 900  # shorter than the ranks' patience with each other, so that the reason is said
 SIGNAL_S = 1  # by then a process hears that its child has died
+
+
+class _Loader(DataLoader):
+    """Starts its workers where no request to stop can reach them: torch's own handler would end them."""
+
+    def __iter__(self):
+        with requests_held_back():
+            return super().__iter__()
 
 
 def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, pin: bool) -> DataLoader:
@@ -26,7 +34,7 @@ def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, pin: bo
     that gives nothing for `TIMEOUT_S` is an error (RuntimeError, see `worker_failures_explained`), not a hang. Workers
     ignore requests to stop, so that this process can finish its step when all of them are signalled.
     """
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batches,
         collate_fn=_as_it_is,

@@ -81,7 +81,7 @@ def test_ddp_on_two_nodes(shared, reference, nodes, where):  # noqa: F811
     ]  # fmt: skip
     printed = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
-    assert "2 x cpu, MULTI_CPU" in printed[0] and "held out" not in printed[1]
+    assert "2 x cpu, DDP" in printed[0] and "held out" not in printed[1]
     assert_same(reference, metrics(folder / "runs/two-nodes"), 1e-4)
 
 

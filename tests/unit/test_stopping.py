@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from effsam3.stopping import LAUNCHED, RANK, STOP, Stopped, stopped_at_once
+from effsam3.stopping import LAUNCHED, RANK, STOP, Stopped, requests_held_back, stopped_at_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,6 +119,15 @@ def test_a_process_of_its_own_outlives_its_shell(start):
     assert child.is_running()
     child.terminate()
     assert shell.stdout.readline() == "asked\n"
+
+
+def test_requests_wait_while_helpers_are_started():
+    with STOP.noted() as stop:
+        with requests_held_back():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            assert not stop.asked
+        assert stop.asked
 
 
 SLOW = """
