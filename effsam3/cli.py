@@ -16,7 +16,7 @@ from effsam3.stopping import STOP, STOPPED, Stopped, stopped_at_once
 # verb -> what it does
 VERBS = {
     "show": "print the resolved recipe and the numbers that follow from it; needs no GPU and no data",
-    "export": "run the teacher once over the images and store its features",
+    "embed": "run the teacher once over the images and store its features",
     "train": "train the student on the stored features; the same command goes on after an interruption",
     "status": "say how runs are, from their files: state, progress, losses, checkpoints, what to do next",
     "plot": "draw the curves of one run, or of several beside each other, as one picture",
@@ -30,7 +30,7 @@ VERBS = {
     "inspect": "say what a checkpoint is, who fills its slots, how big its parts are; loads nothing",
     "store": "show, verify or import a store of teacher features",
 }
-SAVING = ("export", "train")  # verbs that finish and keep what they are at when they are asked to stop
+SAVING = ("embed", "train")  # verbs that finish and keep what they are at when they are asked to stop
 RECIPE_HELP = "YAML file of one run, such as recipes/stage1/image/es_rv_m.yaml, or the folder of a run that has begun"
 FULL_DISK = "; make room, the same command goes on from what is saved"
 RUN_HELP = "a run folder such as runs/smoke-image, or the recipe of a run"
@@ -38,7 +38,7 @@ RESUME_HELP = (
     "auto: go on from this run's newest checkpoint, if there is one (the default); never: refuse to go on; PATH: "
     "begin with another run's checkpoint of the same recipe"
 )
-OVERRIDES_HELP = "change single keys of the recipe, such as optim.lr=5e-4 or train.trackers=[wandb]"
+OVERRIDES_HELP = "change single keys of the recipe, such as optim.lr=5e-4 or train.loggers=[wandb]"
 
 
 def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
@@ -97,7 +97,7 @@ def _run(verb: str, argv: list[str]) -> int:
     if verb not in VERBS:
         raise UserError(f"no verb is called {verb!r}{did_you_mean(verb, VERBS)}")
     if verb == "store":
-        from effsam3.data.store_tool import main as store_main
+        from effsam3.data.store.tool import main as store_main
 
         return store_main(argv)
     parser = _parser(verb)
@@ -141,7 +141,7 @@ def _run(verb: str, argv: list[str]) -> int:
     overrides = parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES_HELP)
     overrides.required = False
     if verb == "launch":
-        verbs = "export, train, merge or evaluate, before any key=value; without it all four run in order"
+        verbs = "embed, train, merge or evaluate, before any key=value; without it all four run in order"
         parser.description += f". VERB is {verbs}."
         parser.usage = "effsam3 launch [-h] [options] RECIPE [VERB] [key=value ...]"
         _add_machines(parser)
@@ -151,7 +151,7 @@ def _run(verb: str, argv: list[str]) -> int:
         parser.add_argument("--budget", action="store_true", help=budget_help)
         gib_help = "--budget, and whether a device of so much memory is enough, and what to change if not"
         parser.add_argument("--device-gib", type=float, metavar="GIB", help=gib_help)
-    if verb == "export":
+    if verb == "embed":
         parser.add_argument("--check", type=_count, metavar="N", help="only recompute N stored samples and compare")
     if verb in ("train", "launch"):
         parser.add_argument("--resume", metavar="WHAT", help=RESUME_HELP)
@@ -173,7 +173,7 @@ def _run(verb: str, argv: list[str]) -> int:
         )
         return launch(arguments.recipe, arguments.overrides, machines, arguments.log_dir, arguments.resume)
 
-    from effsam3.recipe import load_recipe, refuse_verb
+    from effsam3.recipe.reader import load_recipe, refuse_verb
 
     if verb == "merge" and arguments.format is not None:
         arguments.overrides.append(f"merge.formats=[{arguments.format}]")
@@ -185,13 +185,13 @@ def _run(verb: str, argv: list[str]) -> int:
         print(show(recipe, arguments.key), flush=True)
         if arguments.key is None and (arguments.budget or arguments.device_gib is not None):
             print(budget(recipe, arguments.device_gib))
-    elif verb == "export":
-        from effsam3 import export
+    elif verb == "embed":
+        from effsam3 import embed
 
-        export.run(recipe, check=arguments.check)
+        embed.run(recipe, check=arguments.check)
     elif verb == "train":
         from effsam3 import train
-        from effsam3.resume import AUTO
+        from effsam3.training.resume import AUTO
 
         train.run(recipe, resume=arguments.resume or AUTO)
     elif verb == "merge":
@@ -215,7 +215,7 @@ def refuse_dashes(argv: Sequence[str]) -> None:
     Raises:
         UserError: naming the right spelling.
     """
-    from effsam3.schema import STAGES
+    from effsam3.recipe.schemas import STAGES
 
     sections = {field for stage in STAGES.values() for field in stage.__dataclass_fields__}
     for place, word in enumerate(argv):
@@ -263,7 +263,7 @@ def _predict(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     parser.add_argument("--threshold", type=float, metavar="SCORE", help="of --text; default: 0.5, in a video 0.7")
     parser.add_argument("--out", metavar="FOLDER", help="default: predictions/<name of INPUT>")
     arguments = parser.parse_args(argv)
-    from effsam3.prompt_options import parse, refuse_swapped
+    from effsam3.models.inference.prompt_options import parse, refuse_swapped
 
     asked = parse(arguments.text, arguments.box, arguments.point, arguments.mask, arguments.threshold)
     refuse_swapped(arguments.model, arguments.source)

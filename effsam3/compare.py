@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from effsam3.models.backbones import image_student
+from effsam3.models.image.backbones import image_student
 from effsam3.models.registry import (
     IMAGE_STUDENTS,
     SAM3,

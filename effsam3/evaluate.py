@@ -11,35 +11,36 @@ from pathlib import Path
 
 import torch
 
-from effsam3.accelerator import refuse_missing_gpu
 from effsam3.benchmarks.fidelity import feature_fidelity
 from effsam3.benchmarks.masks import prompted_mask_quality
 from effsam3.benchmarks.measurable import measurable
 from effsam3.benchmarks.models import load_pair
-from effsam3.benchmarks.pictures import draw
+from effsam3.benchmarks.pictures.images import draw
 from effsam3.benchmarks.speed import speed
 from effsam3.benchmarks.text import load_text_features, plot_similarity, text_similarity, text_speed
 from effsam3.benchmarks.vos import vos, vos_table, write_objects
-from effsam3.data.captions import open_captions
-from effsam3.data.image_features import ImageFeatures
+from effsam3.data.captions.sources import open_captions
+from effsam3.data.images.features import ImageFeatures
+from effsam3.data.images.sa1b import load_index
 from effsam3.data.loader import loader
-from effsam3.data.sa1b import load_index
 from effsam3.data.sampler import sequential_batches
-from effsam3.data.sav import VIDEO_FPS
-from effsam3.data.sav import load_index as load_videos
-from effsam3.data.vos import SavFile, VosVideo, open_vos
+from effsam3.data.videos.sav import VIDEO_FPS
+from effsam3.data.videos.sav import load_index as load_videos
+from effsam3.data.videos.vos import SavFile, VosVideo, open_vos
 from effsam3.errors import UserError
-from effsam3.models.memory_slot import tracker_config
-from effsam3.models.memory_tracker import EfficientTracker, efficient_tracker_tensors, in_mode
-from effsam3.models.prompted import load_tracker
-from effsam3.models.sam3 import chassis_folder, elements, load_part, read_config
-from effsam3.models.slots import read_card
-from effsam3.models.text import TextTeacher, fold_repmixer
-from effsam3.models.tiny import MADE_UP
-from effsam3.models.tokens import Tokenizer
-from effsam3.models.tracker import read_tracker_tensors
-from effsam3.release_folder import recipes_by_slot
-from effsam3.report import Report, provenance, table, write_json, write_text
+from effsam3.hardware.accelerator import refuse_missing_gpu
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import elements, load_part, read_config
+from effsam3.models.chassis.tiny import MADE_UP
+from effsam3.models.inference.prompted import load_tracker
+from effsam3.models.memory.slot import tracker_config
+from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors, in_mode
+from effsam3.models.memory.training import read_tracker_tensors
+from effsam3.models.merging.slots import read_card
+from effsam3.models.text.student import TextTeacher, fold_repmixer
+from effsam3.models.text.tokens import Tokenizer
+from effsam3.publish.release import recipes_by_slot
+from effsam3.training.report import Report, provenance, table, write_json, write_text
 
 
 def run(recipe) -> dict:
@@ -106,7 +107,7 @@ def image_benchmarks(recipe, folder: Path, chassis: Path, merged: dict):
     pair = load_pair(chassis, folder / "merged")
     rows = index.select(range(min(asked.max_images, len(index))))
     images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
-    batches = sequential_batches(len(images), recipe.export.batch_size, 0, 1)
+    batches = sequential_batches(len(images), recipe.embed.batch_size, 0, 1)
     held_out = loader(images, batches, recipe.data.workers, pin=False)
     if not pair.mean_C.any():  # an imported student brings no statistics of the teacher's features
         pair = pair.with_statistics(held_out)

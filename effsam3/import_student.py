@@ -17,20 +17,21 @@ from torch import Tensor
 from transformers import Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.errors import UserError
-from effsam3.models.backbones import student_name
-from effsam3.models.combine import Merged, combine, slot_table
-from effsam3.models.formats import extras, write_model
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.pickled import content_key, open_pickled
+from effsam3.models.chassis.sam31 import refuse_sam31
+from effsam3.models.chassis.tensors import fingerprint, read_config, read_tensors, to_float32
+from effsam3.models.image.backbones import student_name
 from effsam3.models.keymaps.mobileclip import POSITIONS
 from effsam3.models.keymaps.sam3 import to_transformers
 from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstream
-from effsam3.models.pickled import content_key, open_pickled
+from effsam3.models.merging.combine import Merged, combine, slot_table
+from effsam3.models.merging.efficientsam3 import UpstreamFile, divide
+from effsam3.models.merging.formats import extras, write_model
+from effsam3.models.merging.slots import SLOTS, Part, image_part, inherited_slots, text_part
 from effsam3.models.registry import IMAGE_STUDENTS
-from effsam3.models.sam3 import chassis_folder, fingerprint, read_config, read_tensors, to_float32
-from effsam3.models.sam31 import refuse_sam31
-from effsam3.models.slots import SLOTS, Part, image_part, inherited_slots, text_part
-from effsam3.models.tokens import PROCESSOR_LENGTH
-from effsam3.models.upstream_files import UpstreamFile, divide
-from effsam3.report import provenance, refuse_unwritable, table
+from effsam3.models.text.tokens import PROCESSOR_LENGTH
+from effsam3.training.report import provenance, refuse_unwritable, table
 
 
 class ImportedError(UserError):

@@ -17,36 +17,29 @@ from torch import Tensor
 from transformers import Sam3LiteTextTextConfig, Sam3VideoConfig
 
 from effsam3.checked_files import read_yaml
-from effsam3.checkpoint import OPTIMIZER, WEIGHTS, complete, read_weights
 from effsam3.errors import UserError
-from effsam3.models.backbones import student_name
-from effsam3.models.formats import extras
+from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.find import ACCEPTED, chassis_folder
+from effsam3.models.chassis.pickled import open_pickled
+from effsam3.models.chassis.sam3_pt import OWN, config_of, own_card, refuse_misfit
+from effsam3.models.chassis.sam31 import what_sam31
+from effsam3.models.chassis.tensors import PICKLED, TRUNK, ChassisError, fingerprint, map_tensors, read_config
+from effsam3.models.chassis.tiny import MADE_UP
+from effsam3.models.image.backbones import student_name
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import TRUNK as SAM3_TRUNK
 from effsam3.models.keymaps.sam3 import to_transformers
 from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstream
-from effsam3.models.original import OWN, config_of, own_card, refuse_misfit
-from effsam3.models.pickled import open_pickled
+from effsam3.models.merging.efficientsam3 import UpstreamFile, divide
+from effsam3.models.merging.formats import extras
+from effsam3.models.merging.slots import read_card
 from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, TINY_TEXT_STUDENTS
-from effsam3.models.sam3 import (
-    ACCEPTED,
-    PICKLED,
-    TRUNK,
-    ChassisError,
-    chassis_folder,
-    fingerprint,
-    map_tensors,
-    read_config,
-)
-from effsam3.models.sam31 import what_sam31
-from effsam3.models.slots import CARD, read_card
-from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
-from effsam3.models.text_padding import padding_of
-from effsam3.models.tiny import MADE_UP
-from effsam3.models.upstream_files import UpstreamFile, divide
-from effsam3.report import table
-from effsam3.resume import read_trainer
+from effsam3.models.text.padding import padding_of
+from effsam3.models.text.student import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.tensor_files import refuse_unusable
+from effsam3.training.checkpoint import OPTIMIZER, WEIGHTS, complete, read_weights
+from effsam3.training.report import table
+from effsam3.training.resume import read_trainer
 
 # Part -> how its tensors' names begin in a Sam3VideoModel; of several that fit, the first.
 PARTS = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
-from effsam3.layouts import (
+from effsam3.hardware.accelerate_configs import (
     REPOSITORY,
     layout_environment,
     layout_file,
@@ -22,12 +22,12 @@ from effsam3.layouts import (
     layout_port,
     layout_processes,
 )
-from effsam3.progress import read_progress
-from effsam3.recipe import accumulation, load_recipe, refuse_verb
-from effsam3.report import refuse_unwritable
+from effsam3.recipe.reader import accumulation, load_recipe, refuse_verb
 from effsam3.stopping import LAUNCHED, STOP, STOPPED
+from effsam3.training.progress import read_progress
+from effsam3.training.report import refuse_unwritable
 
-DISTRIBUTED = {"export": True, "train": True, "merge": False, "evaluate": False}  # verb -> started by accelerate
+DISTRIBUTED = {"embed": True, "train": True, "merge": False, "evaluate": False}  # verb -> started by accelerate
 LAUNCHER = "accelerate.commands.launch"
 SLURM_STEP = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID")  # set by srun, not by salloc
 
@@ -125,10 +125,10 @@ def launch(
         refuse_verb(recipe, verb)
     if not verbs:
         # An online teacher runs beside the student: there is nothing to store.
-        verbs = [verb for verb in recipe.launched if verb != "export" or recipe.teacher == "stored"]
+        verbs = [verb for verb in recipe.launched if verb != "embed" or recipe.teacher == "stored"]
     refuse_unwritable(recipe.folder, "train.runs")
-    if "export" in verbs:
-        refuse_unwritable(Path(recipe.export.to), "export.to")
+    if "embed" in verbs:
+        refuse_unwritable(Path(recipe.embed.to), "embed.to")
     machines = machines.resolve(recipe.hardware)
     if "train" in verbs:
         refuse_indivisible_batch(recipe, machines)
@@ -163,7 +163,9 @@ def launch(
 
 def ask_for_needs(recipe_path: str, verbs: Sequence[str], overrides: Sequence[str]) -> int:
     """Ask whether all that the verbs need is there, in a process that imports what this one does not; 0 when it is."""
-    return subprocess.run([sys.executable, "-m", "effsam3.needs", recipe_path, ",".join(verbs), *overrides]).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "effsam3.stages.needs", recipe_path, ",".join(verbs), *overrides]
+    ).returncode
 
 
 def refuse_indivisible_batch(recipe, machines: Machines) -> None:

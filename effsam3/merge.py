@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from effsam3 import checkpoint
 from effsam3.checked_files import read_json
-from effsam3.models.combine import combine, slot_table
-from effsam3.models.formats import extras, write_model
-from effsam3.models.sam3 import chassis_folder, read_config, read_tensors
-from effsam3.models.slots import (
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import read_config, read_tensors
+from effsam3.models.merging.combine import combine, slot_table
+from effsam3.models.merging.formats import extras, write_model
+from effsam3.models.merging.slots import (
     MergeError,
     Part,
     inherited_slots,
@@ -22,10 +22,11 @@ from effsam3.models.slots import (
     part_of_model,
     refuse_other_chassis,
 )
-from effsam3.recipe import dump_recipe, load_recipe
-from effsam3.report import Report, provenance, refuse_unwritable, write_text
-from effsam3.resume import read_trainer
-from effsam3.run_parts import PARTS_OF_RUNS
+from effsam3.recipe.reader import dump_recipe, load_recipe
+from effsam3.stages.run_parts import PARTS_OF_RUNS
+from effsam3.training import checkpoint
+from effsam3.training.report import Report, provenance, refuse_unwritable, write_text
+from effsam3.training.resume import read_trainer
 
 # What a run must say of the features that it learned, by the slot of its student.
 TEACHER_FORM = {"fingerprint?": str}

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effsam3.errors import UserError, did_you_mean
-from effsam3.progress import METRIC, each_run
-from effsam3.report import read_metrics, refuse_unwritable
+from effsam3.training.progress import METRIC, each_run
+from effsam3.training.report import read_metrics, refuse_unwritable
 
 Curve = list[tuple[int, float]]  # (step, value)
 

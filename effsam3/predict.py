@@ -20,19 +20,21 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from effsam3.data.sa1b import decode_image
+from effsam3.benchmarks.pictures.predictions import records, write_image, write_video
+from effsam3.data.images.sa1b import decode_image
 from effsam3.data.transforms import normalise, resize_image
-from effsam3.data.video_files import VIDEO_EXTENSIONS, open_video
-from effsam3.models.concepts import ConceptModel, Instances
-from effsam3.models.pickled import PickledError
-from effsam3.models.prompted import Prompts, load_tracker, shown_masks, tracked_masks
-from effsam3.models.sam3 import ChassisError, chassis_folder
-from effsam3.models.slots import CARD, first_chassis, read_card
-from effsam3.models.tiny import MADE_UP
-from effsam3.models.tokens import TextTooLong, Tokenizer
-from effsam3.prediction_files import records, write_image, write_video
-from effsam3.prompt_options import Asked, PredictError
-from effsam3.report import refuse_unwritable
+from effsam3.data.videos.files import VIDEO_EXTENSIONS, open_video
+from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.pickled import PickledError
+from effsam3.models.chassis.tensors import ChassisError
+from effsam3.models.chassis.tiny import MADE_UP
+from effsam3.models.inference.concepts import ConceptModel, Instances
+from effsam3.models.inference.prompt_options import Asked, PredictError
+from effsam3.models.inference.prompted import Prompts, load_tracker, shown_masks, tracked_masks
+from effsam3.models.merging.slots import first_chassis, read_card
+from effsam3.models.text.tokens import TextTooLong, Tokenizer
+from effsam3.training.report import refuse_unwritable
 
 IMAGE_THRESHOLD = 0.5
 

@@ -19,10 +19,10 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import disable_progress_bars
 
 from effsam3.errors import UserError
-from effsam3.model_card import model_card
-from effsam3.models.slots import CARD
-from effsam3.release_folder import Release, license_notice, read_release, refuse_unlicensed
-from effsam3.report import Report, write_text
+from effsam3.models.chassis.card import CARD
+from effsam3.publish.card import model_card
+from effsam3.publish.release import Release, license_notice, read_release, refuse_unlicensed
+from effsam3.training.report import Report, write_text
 
 # What a push writes, and what a later one takes away where it writes less: an old shard would be loaded.
 # Other names, and other folders, are somebody's own and stay; eval, pictures and recipes mirror the run folder.

@@ -16,7 +16,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-REGISTERING = ("effsam3.models.vision", "effsam3.models.text_padding", "effsam3.models.memory_tracker")
+REGISTERING = ("effsam3.models.image.student", "effsam3.models.text.padding", "effsam3.models.memory.tracker")
 
 
 def register_students() -> None:

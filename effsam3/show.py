@@ -13,11 +13,11 @@ from typing import Any
 
 from effsam3.checked_files import read_json
 from effsam3.errors import RecipeError, UserError, did_you_mean
-from effsam3.layouts import layout_file, layout_processes
-from effsam3.models.backbones import image_student
-from effsam3.models.memory_tokens import CHANNELS, FRAMES, POINTERS, count_tokens
+from effsam3.hardware.accelerate_configs import layout_file, layout_processes
+from effsam3.models.image.backbones import image_student
+from effsam3.models.memory.token_counts import CHANNELS, FRAMES, POINTERS, count_tokens
 from effsam3.models.registry import TEACHER, chassis_facts, head_params, text_student_row
-from effsam3.recipe import accumulation, dump_recipe, flat, load_recipe, total_steps, warmup_steps
+from effsam3.recipe.reader import accumulation, dump_recipe, flat, load_recipe, total_steps, warmup_steps
 
 PAGE, SMALL, LINE = 4096, 64 << 10, 64  # a store pads records to whole pages, small ones to cache lines
 CONTEXT_LENGTH = 32  # positions of a text student: what transformers' SAM 3 processors pad every prompt to
@@ -50,7 +50,7 @@ def budget(recipe: Any, device_gib: float | None = None) -> str:
         raise UserError(f"--device-gib: {device_gib:g} is not above 0")
     if recipe.stage == "release":
         return "# device    nothing is trained here; the recipes of its parts say what theirs takes"
-    from effsam3.estimates import table
+    from effsam3.hardware.budget.estimates import table
 
     text = _known(partial(table, device_gib=device_gib), recipe)
     if text.startswith("unknown"):
@@ -88,9 +88,9 @@ def image_counts(recipe: Any) -> dict[str, int]:
     report = Path(recipe.data.index.removesuffix(".parquet") + ".report.json")
     if not report.is_file():
         if recipe.data.source == "synthetic":
-            raise UserError(f"{recipe.data.synthetic_images} images will be drawn by export or train")
+            raise UserError(f"{recipe.data.synthetic_images} images will be drawn by embed or train")
         if recipe.data.source == "folder":
-            raise UserError(f"the photographs in {recipe.data.folder} will be indexed by export or train")
+            raise UserError(f"the photographs in {recipe.data.folder} will be indexed by embed or train")
         raise UserError(f"no {report}; make it with: python scripts/index_sa1b.py FOLDER --out {recipe.data.index}")
     counts = read_json(report, {"images": {"train": int, "val": int}}, "make the index again")["images"]
     return {split: min(counts[split], recipe.data.limit or counts[split]) for split in ("train", "val")}
@@ -122,7 +122,7 @@ def _student(recipe: Any) -> str:
 
 def _channels(recipe: Any) -> int:
     facts = chassis_facts(recipe.sam3.checkpoint)
-    return facts.hidden_size if recipe.export.tap == "trunk" else facts.fpn_hidden_size
+    return facts.hidden_size if recipe.embed.tap == "trunk" else facts.fpn_hidden_size
 
 
 def record_bytes(recipe: Any) -> int:
@@ -132,11 +132,11 @@ def record_bytes(recipe: Any) -> int:
         UserError: the sizes of the recipe's SAM 3 are not known.
     """
     facts, channels = chassis_facts(recipe.sam3.checkpoint), _channels(recipe)
-    grid = recipe.export.grid or facts.grid
-    payload = channels * grid * grid * BYTES[recipe.export.dtype]
-    if recipe.export.dtype == "int8":
+    grid = recipe.embed.grid or facts.grid
+    payload = channels * grid * grid * BYTES[recipe.embed.dtype]
+    if recipe.embed.dtype == "int8":
         payload += 4 * channels  # one float32 scale per channel
-    if recipe.export.pixels:
+    if recipe.embed.pixels:
         payload += 3 * facts.image_size**2 + 2 * 4  # uint8 image and its size before padding
     unit = PAGE if payload >= SMALL else LINE
     return -(-payload // unit) * unit
@@ -146,9 +146,9 @@ def _store(recipe: Any) -> str:
     if recipe.teacher == "online":
         return "none: the teacher runs beside the student"
     size = record_bytes(recipe)
-    grid = recipe.export.grid or chassis_facts(recipe.sam3.checkpoint).grid
-    text = f"{size:,} bytes per image ({_channels(recipe)} x {grid} x {grid} {recipe.export.dtype}"
-    text += " and pixels)" if recipe.export.pixels else ")"
+    grid = recipe.embed.grid or chassis_facts(recipe.sam3.checkpoint).grid
+    text = f"{size:,} bytes per image ({_channels(recipe)} x {grid} x {grid} {recipe.embed.dtype}"
+    text += " and pixels)" if recipe.embed.pixels else ")"
     try:
         total = size * sum(image_counts(recipe).values())
     except UserError:
@@ -158,7 +158,7 @@ def _store(recipe: Any) -> str:
 
 def _text_length(recipe: Any) -> str:
     if recipe.train.steps is None:
-        raise UserError("the captions are counted when they are opened; export or train prints the steps")
+        raise UserError("the captions are counted when they are opened; embed or train prints the steps")
     return f"{recipe.train.steps:,} steps of {recipe.train.global_batch_size} texts"
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from effsam3.checked_files import read_yaml
-from effsam3.progress import METRIC, each_run, read_progress
-from effsam3.report import duration, read_lines, read_metrics, table
+from effsam3.training.progress import METRIC, each_run, read_progress
+from effsam3.training.report import duration, read_lines, read_metrics, table
 
 ALIVE = ("running", "silent")  # what `--watch` waits for
 BLOCKS = [chr(0x2581 + height) for height in range(8)]  # unicode's lower blocks, an eighth to a whole
@@ -112,7 +112,7 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
         "skipped_micro_batches": len(
             {(str(one.get("step")), str(one.get("micro_batch"))) for one in read_lines(folder / "skipped.jsonl")}
         ),
-        "trackers": _trackers(folder),
+        "loggers": _loggers(folder),
     }
     if progress is not None:
         facts |= {
@@ -174,7 +174,7 @@ def _curve(losses: list[float]) -> list[float]:
     return [sum(losses[start:end]) / (end - start) for start, end in pairwise(edges)]
 
 
-def _trackers(folder: Path) -> list[str]:
+def _loggers(folder: Path) -> list[str]:
     """The folders in which wandb and TensorBoard keep the run."""
     boards = {path.parent for path in folder.glob("*/events.out.tfevents*")}
     return sorted(map(str, [*boards, *folder.glob("wandb/*run-*")]))
@@ -224,7 +224,7 @@ def as_text(facts: dict[str, Any]) -> str:
         "skipped": f"{facts['skipped_micro_batches']} micro-batches, {facts['run']}/skipped.jsonl names them"
         if facts["skipped_micro_batches"]
         else "",
-        "trackers": ", ".join(facts["trackers"]),
+        "loggers": ", ".join(facts["loggers"]),
         "next": facts["next"],
     }
     what = ", ".join(filter(None, [facts["stage"], facts["student"]]))

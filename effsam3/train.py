@@ -18,8 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from effsam3 import checkpoint, find_micro_batch, needs, optimizer_state
-from effsam3.accelerator import (
+from effsam3.data.loader import loader, worker_failures_explained
+from effsam3.data.sampler import sequential_batches
+from effsam3.errors import UserError
+from effsam3.hardware.accelerate_configs import layout_file, layout_processes
+from effsam3.hardware.accelerator import (
     frozen_autocast,
     launched_processes,
     layout,
@@ -27,22 +30,27 @@ from effsam3.accelerator import (
     on_main,
     refuse_missing_gpu,
 )
-from effsam3.data.loader import loader, worker_failures_explained
-from effsam3.data.sampler import sequential_batches
-from effsam3.errors import UserError
-from effsam3.estimates import Sizes, attempt, header_lines, measure, out_of_memory_explained, running_layout
-from effsam3.layouts import layout_file, layout_processes
-from effsam3.meters import Unreadable, Window, line_of, step_line
-from effsam3.models.slots import refuse_other_student
-from effsam3.not_finite import NotFinite
-from effsam3.optim import adamw, lr_at
-from effsam3.progress import Progress
-from effsam3.recipe import accumulation, dump_recipe, total_steps, warmup_steps
-from effsam3.report import Report, provenance, refuse_unwritable, write_text
-from effsam3.resume import AUTO, read_trainer, resumable
-from effsam3.stages import make_stage
+from effsam3.hardware.budget import find_micro_batch
+from effsam3.hardware.budget.estimates import (
+    Sizes,
+    attempt,
+    header_lines,
+    measure,
+    out_of_memory_explained,
+    running_layout,
+)
+from effsam3.models.merging.slots import refuse_other_student
+from effsam3.recipe.reader import accumulation, dump_recipe, total_steps, warmup_steps
+from effsam3.stages import make_stage, needs
 from effsam3.stopping import STOP, STOPPED
-from effsam3.trackers import Trackers
+from effsam3.training import checkpoint, optimizer_state
+from effsam3.training.loggers import Loggers
+from effsam3.training.meters import Unreadable, Window, line_of, step_line
+from effsam3.training.not_finite import NotFinite
+from effsam3.training.optim import adamw, lr_at
+from effsam3.training.progress import Progress
+from effsam3.training.report import Report, provenance, refuse_unwritable, write_text
+from effsam3.training.resume import AUTO, read_trainer, resumable
 
 
 def run(recipe, resume: str = AUTO) -> None:
@@ -62,7 +70,7 @@ def run(recipe, resume: str = AUTO) -> None:
         micros,
         recipe.train.micro_batch_size,
         recipe.optim.clip_grad_norm,
-        recipe.train.trackers,
+        recipe.train.loggers,
         str(folder),
     )
     on_main(accelerator, partial(refuse_unwritable, folder, "train.runs"))
@@ -108,11 +116,11 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
         optimizer_state.scatter(accelerator, student, optimizer, moments, state["step"])
     report.forget_metrics_after(state["step"] if last is not None else -1)
     progress.update("running", state["step"], steps)
-    trackers = Trackers(accelerator, recipe.train.trackers, folder)
+    loggers = Loggers(accelerator, recipe.train.loggers, folder)
     # One rank says what a step takes, and on a CPU nobody asks: it takes some seconds to measure.
     measured = accelerator.is_main_process and accelerator.device.type == "cuda"
     sizes = attempt(measure, recipe, None) if measured else None
-    announce(recipe, stage, accelerator, report, trackers, steps, micros, state, sizes)
+    announce(recipe, stage, accelerator, report, loggers, steps, micros, state, sizes)
     average = None if ema is None else ema.module
     unreadable = Unreadable(folder)
     # Asked anew, because the patience may have been raised.
@@ -120,13 +128,13 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     if state["ended"]:
         report.say(f"this run is complete: {state['step']} steps, nothing to do")
     elif any_asked(accelerator):
-        end_stopped(progress, report, trackers, state["step"], steps)
+        end_stopped(progress, report, loggers, state["step"], steps)
     if state["step"] == 0:
         state["untrained"] = validate(recipe, stage, accelerator, average or student, unreadable, 0)
         report.metrics(state["untrained"], 0)
         report.say(f"step {0:>6}/{steps}  held out: {line_of(state['untrained'])}  (at the start)")
         if any_asked(accelerator):
-            end_stopped(progress, report, trackers, 0, steps)
+            end_stopped(progress, report, loggers, 0, steps)
 
     # ---- loop
     batches = iter(stage.train_batches(state["step"], steps))
@@ -170,7 +178,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
             values = window.close(lr, grad_norm)
             # Of all that there was since this start, validations and checkpoints among it.
             left_s = (time.monotonic() - started) / (done - first) * (steps - done)
-            record(report, trackers, values, done, step_line(done, steps, values, left_s))
+            record(report, loggers, values, done, step_line(done, steps, values, left_s))
             progress.update("running", done, steps, values["perf/samples_per_s"])
         if any(due.values()) or asked:
             share_buffers(accelerator, student, average)
@@ -183,7 +191,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
             if improved:
                 state["best"] = {"step": done, **values}
             line = f"step {done:>6}/{steps}  held out: {line_of(values)}{'  best' if improved else ''}"
-            record(report, trackers, values, done, line)
+            record(report, loggers, values, done, line)
             progress.update("running", done, steps)
             asked = asked or any_asked(accelerator)  # it may have taken long
         enough = 0 < recipe.train.patience <= state["worse"]
@@ -193,7 +201,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
             with window.paused():
                 checkpoint.save(accelerator, student, optimizer, average, home, state, keep, improved)
         if asked and not final:
-            end_stopped(progress, report, trackers, done, steps)
+            end_stopped(progress, report, loggers, done, steps)
         if enough:
             report.say(f"no better for {state['worse']} validations in a row: stopping at step {done}")
             break
@@ -201,7 +209,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     # ---- finish
     bar.close()
     progress.update("complete", state["step"], steps)
-    finish(trackers, report)
+    finish(loggers, report)
     report.say("\n" + stage.conclude(state["untrained"], state["best"]))
     if (folder / "unreadable.jsonl").is_file():
         report.say(f"some {stage.files} were unreadable and left out, {folder}/unreadable.jsonl names them")
@@ -241,19 +249,19 @@ def progress_bar(accelerator, steps: int, done: int) -> tqdm:
     return tqdm(total=steps, initial=done, unit="step", disable=not shown)
 
 
-def record(report: Report, trackers: Trackers, values: dict[str, float], step: int, line: str) -> None:
-    """Send numbers to metrics.jsonl, the trackers and the console."""
+def record(report: Report, loggers: Loggers, values: dict[str, float], step: int, line: str) -> None:
+    """Send numbers to metrics.jsonl, the loggers and the console."""
     report.metrics(values, step)
     report.say(line)
-    if note := trackers.log(values, step):
+    if note := loggers.log(values, step):
         report.say(note)
 
 
-def finish(trackers: Trackers, report: Report) -> None:
-    """Close the trackers and leave the other ranks."""
-    if note := trackers.finish():
+def finish(loggers: Loggers, report: Report) -> None:
+    """Close the loggers and leave the other ranks."""
+    if note := loggers.finish():
         report.say(note)
-    trackers.accelerator.end_training()
+    loggers.accelerator.end_training()
 
 
 def agree(accelerator, asked: bool, unreadable: int, not_finite: torch.Tensor) -> tuple[bool, int, int]:
@@ -269,12 +277,12 @@ def any_asked(accelerator) -> bool:
     return accelerator.reduce(torch.tensor(int(STOP.asked), device=accelerator.device)).item() > 0
 
 
-def end_stopped(progress: Progress, report: Report, trackers: Trackers, step: int, steps: int) -> NoReturn:
+def end_stopped(progress: Progress, report: Report, loggers: Loggers, step: int, steps: int) -> NoReturn:
     """End a run that is saved at a step because it was asked to."""
     progress.update("stopped", step, steps)
     where = f"saved at step {step}; the same command goes on from there" if step else "nothing was learned yet"
     report.say(f"asked to stop: {where}")
-    finish(trackers, report)
+    finish(loggers, report)
     sys.exit(STOPPED)
 
 
@@ -326,13 +334,13 @@ def announce(
     stage,
     accelerator,
     report: Report,
-    trackers: Trackers,
+    loggers: Loggers,
     steps: int,
     micros: int,
     state: dict,
     sizes: Sizes | None,
 ) -> None:
-    """Print what the run is and what it will take, keep its recipe and provenance, start the trackers."""
+    """Print what the run is and what it will take, keep its recipe and provenance, start the loggers."""
     epochs = f" = {steps * recipe.train.global_batch_size / stage.train_size:.1f} epochs" if stage.train_size else ""
     batch = (
         f"{recipe.train.global_batch_size} = {recipe.train.micro_batch_size} per device x {accelerator.num_processes} "
@@ -357,6 +365,6 @@ def announce(
     made_by = provenance() | facts
     report.write_json("provenance.json", made_by)
     config = asdict(recipe) | {"provenance": made_by}
-    note = trackers.start(recipe.train.wandb_project, recipe.name, config, state["step"])
+    note = loggers.start(recipe.train.wandb_project, recipe.name, config, state["step"])
     if note:
         report.say(note)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from effsam3.data.store import Field, StoreReader, StoreWriter, create_store, finish_store
+from effsam3.data.store.reader import Field, StoreReader, StoreWriter, create_store, finish_store
 
 BATCH = 16
 

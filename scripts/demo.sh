@@ -8,7 +8,7 @@ bash scripts/setup.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # with more threads models this small get slower
 bash scripts/run.sh recipes/smoke/image.yaml
 echo
-echo "That was export, train, merge and evaluate of recipes/smoke/image.yaml."
+echo "That was embed, train, merge and evaluate of recipes/smoke/image.yaml."
 echo "  numbers   runs/smoke-image/eval/summary.md"
 echo "  pictures  runs/smoke-image/pictures/"
 echo "  model     runs/smoke-image/merged/   (a transformers folder)"

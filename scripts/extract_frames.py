@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from effsam3.data.extract_frames import extract_frames
+from effsam3.data.videos.extract_frames import extract_frames
 from effsam3.errors import UserError
 
 

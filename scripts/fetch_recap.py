@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from effsam3.data.fetch import REPO, Fetch, HubError, fetched_files
+from effsam3.data.captions.fetch import REPO, Fetch, HubError, fetched_files
 from effsam3.errors import UserError
 
 

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from effsam3.data.index_sa1b import build_index, summary
-from effsam3.data.sa1b import MAX_PIXELS
+from effsam3.data.images.index import build_index, summary
+from effsam3.data.images.sa1b import MAX_PIXELS
 from effsam3.errors import UserError
 
 

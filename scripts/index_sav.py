@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from effsam3.data.index_sav import build_index, summary
+from effsam3.data.videos.index import build_index, summary
 from effsam3.errors import UserError
 
 

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from effsam3.data.reorganise_sa1b import reorganise
+from effsam3.data.images.reorganise import reorganise
 from effsam3.errors import UserError
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from effsam3 import checkpoint, merge
-from effsam3.models.memory_slot import MEMORY, tracker_config
-from effsam3.models.memory_tracker import EfficientTracker
-from effsam3.models.sam3 import TRUNK, chassis_folder, fingerprint, read_config, read_tensors
-from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION, text_student
-from effsam3.models.tracker import PARTS
-from effsam3.models.vision import StudentTrunk, student_config
-from effsam3.recipe import dump_recipe, load_recipe
+from effsam3 import merge
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import TRUNK, fingerprint, read_config, read_tensors
+from effsam3.models.image.student import StudentTrunk, student_config
+from effsam3.models.memory.slot import MEMORY, tracker_config
+from effsam3.models.memory.tracker import EfficientTracker
+from effsam3.models.memory.training import PARTS
+from effsam3.models.text.student import TEXT_ENCODER, TEXT_PROJECTION, text_student
+from effsam3.recipe.reader import dump_recipe, load_recipe
+from effsam3.training import checkpoint
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

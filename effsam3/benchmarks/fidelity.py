@@ -11,7 +11,7 @@ import torch
 from effsam3.benchmarks.models import Pair
 from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import UserError
-from effsam3.losses import agreement_sums, relative_error
+from effsam3.losses.features import agreement_sums, relative_error
 
 
 def feature_fidelity(pair: Pair, batches) -> dict[str, float]:

@@ -16,10 +16,10 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from effsam3.benchmarks.models import Pair
-from effsam3.data.sa1b import Unreadable, read_annotations, read_image
+from effsam3.data.images.sa1b import Unreadable, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.errors import UserError
-from effsam3.models.prompted import prompted_masks
+from effsam3.models.inference.prompted import prompted_masks
 
 # An object's size in positions of the trunk's grid: the grid is what small objects are lost on.
 SIZES = (("small", 0.0, 4.0), ("medium", 4.0, 64.0), ("large", 64.0, float("inf")))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from effsam3.data.sa1b import load_index
+from effsam3.data.images.sa1b import load_index
 from effsam3.errors import UserError
 
 

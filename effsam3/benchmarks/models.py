@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from effsam3.data.statistics import FeatureStatistics
 from effsam3.data.transforms import normalise, valid_mask
-from effsam3.models.prompted import load_tracker, trunk_of
-from effsam3.models.teacher import to_map
+from effsam3.models.image.teacher import to_map
+from effsam3.models.inference.prompted import load_tracker, trunk_of
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 
 from effsam3.benchmarks.models import Pair
-from effsam3.models.prompted import prompted_masks, trunk_of
-from effsam3.models.teacher import parameter_count
+from effsam3.models.image.teacher import parameter_count
+from effsam3.models.inference.prompted import prompted_masks, trunk_of
 
 WARM_UP = 2  # calls of every shape that do not count: kernels are chosen and memory is taken for each anew
 ROUNDS = 6  # of which the median counts

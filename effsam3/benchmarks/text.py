@@ -17,12 +17,12 @@ from transformers import Sam3LiteTextModel
 
 from effsam3.benchmarks.speed import alternate
 from effsam3.errors import UserError
-from effsam3.losses import agreement_sums, standardise
-from effsam3.models.sam3 import quiet_transformers, read_config, refuse_partial
-from effsam3.models.teacher import parameter_count
-from effsam3.models.text import TextTeacher
-from effsam3.models.text_padding import RULES, padding_of
-from effsam3.models.tokens import END_ID, PAD_ID, PROCESSOR_LENGTH, START_ID
+from effsam3.losses.features import agreement_sums, standardise
+from effsam3.models.chassis.tensors import quiet_transformers, read_config, refuse_partial
+from effsam3.models.image.teacher import parameter_count
+from effsam3.models.text.padding import RULES, padding_of
+from effsam3.models.text.student import TextTeacher
+from effsam3.models.text.tokens import END_ID, PAD_ID, PROCESSOR_LENGTH, START_ID
 
 SPEED_LENGTHS = (8, PROCESSOR_LENGTH)  # tokens: a noun phrase and the longest text
 SPEED_BATCH = {"cuda": 256, "cpu": 16}  # texts at once for the throughput

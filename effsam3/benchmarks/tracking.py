@@ -18,9 +18,9 @@ from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerV
 from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
 
 from effsam3.data.transforms import normalise, resize_image
-from effsam3.data.vos import VosVideo
+from effsam3.data.videos.vos import VosVideo
 from effsam3.errors import UserError
-from effsam3.models.memory import MemoryTokens
+from effsam3.models.memory.attention import MemoryTokens
 
 Masks = dict[int, np.ndarray]  # {object: bool (H, W)}
 

@@ -24,11 +24,11 @@ from PIL import Image
 from transformers import Sam3TrackerVideoModel
 
 from effsam3.benchmarks.jaccard import DavisScorer, ObjectScore, SavScorer, mean_scores, region_similarity
+from effsam3.benchmarks.pictures.videos import Animation, ContactSheet
 from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
-from effsam3.benchmarks.video_pictures import Animation, ContactSheet
-from effsam3.data.vos import HIGHEST_ID, VosVideo
+from effsam3.data.videos.vos import HIGHEST_ID, VosVideo
 from effsam3.errors import UserError, did_you_mean
-from effsam3.report import table, write_text
+from effsam3.training.report import table, write_text
 
 FPS = 24  # of a video that does not say
 

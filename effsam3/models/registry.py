@@ -14,8 +14,8 @@ from zipfile import BadZipFile, ZipFile
 
 from effsam3.checked_files import mismatch, parse_json, read_text
 from effsam3.errors import UserError, did_you_mean
-from effsam3.models import tiny
-from effsam3.models.sam31 import refuse_sam31, refuse_sam31_id
+from effsam3.models.chassis import tiny
+from effsam3.models.chassis.sam31 import refuse_sam31, refuse_sam31_id
 
 FUSED_WIDTH = 256  # channels inside the fused head
 FUSED_MAPS = 3  # it reads so many of the coarsest maps, or as many as there are: strides 8, 16 and 32

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages: the only place that reads a recipe and builds models and data from it.
 
-A stage is a module with a training side (`stages.base.Stage`) and a teacher pass for `export`: `datasets`, `fields()`,
+A stage is a module with a training side (`stages.base.Stage`) and a teacher pass for `embed`: `datasets`, `fields()`,
 `description()`, `describe()`, `features(batch)`, `record(...)` and `stored(...)`.
 """
 
@@ -23,10 +23,10 @@ def make_stage(recipe, report, accelerator):
 
 
 def make_teacher_pass(recipe, accelerator):
-    """Build what `export` runs for the recipe's stage."""
+    """Build what `embed` runs for the recipe's stage."""
     return _class_of(recipe.stage, 1)(recipe, accelerator)
 
 
 def _class_of(stage: str, side: int):
     # Imported when asked for: one stage's needs are not another's.
-    return getattr(import_module(f"effsam3.stages.{stage}"), CLASSES[stage][side])
+    return getattr(import_module(f"effsam3.stages.{stage}.training"), CLASSES[stage][side])

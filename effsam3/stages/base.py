@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from effsam3.accelerator import on_main
 from effsam3.checked_files import mismatch, read_json
 from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler
 from effsam3.data.statistics import FeatureStatistics
-from effsam3.data.store import StoreError, StoreReader, untied
-from effsam3.data.store_format import RESTORE
+from effsam3.data.store.format import RESTORE
+from effsam3.data.store.reader import StoreError, StoreReader, untied
 from effsam3.errors import UserError
-from effsam3.models.slots import start_from
-from effsam3.models.teacher import parameter_count
-from effsam3.report import table
-from effsam3.schema.rules import names_a_model
+from effsam3.hardware.accelerator import on_main
+from effsam3.models.image.teacher import parameter_count
+from effsam3.models.merging.slots import start_from
+from effsam3.recipe.rules import names_a_model
+from effsam3.training.report import table
 
 STATISTICS_FORM = {"mean": [float], "deviation": [float]}
 
@@ -52,7 +52,7 @@ class Stage:
         wrong = mismatch(statistics, STATISTICS_FORM)
         if wrong or {len(statistics[name]) for name in STATISTICS_FORM} != {self.facts["channels"]}:
             raise UserError(
-                f"the statistics of the teacher's features are damaged: {wrong or 'not one of each channel'}; export "
+                f"the statistics of the teacher's features are damaged: {wrong or 'not one of each channel'}; embed "
                 "again, or restore the store's manifest.json"
             )
         self.mean_C, self.deviation_C = (
@@ -146,8 +146,8 @@ def stored_facts(recipe, store: StoreReader, form: dict) -> dict:
     facts, stage = store.manifest.description, recipe.stage
     if (kind := facts.get("kind")) in ("image", "text") and kind != stage:
         raise StoreError(
-            f"export.to: the store at {store.root} holds {kind} features, the recipe's stage is {stage}; name a store "
-            f"that a recipe of stage {stage} has exported"
+            f"embed.to: the store at {store.root} holds {kind} features, the recipe's stage is {stage}; name a store "
+            f"that a recipe of stage {stage} has embedded"
         )
     if wrong := mismatch(facts, form):
         raise StoreError(f"{store.root}/manifest.json is damaged: its description, {wrong}; {RESTORE}")
@@ -164,7 +164,7 @@ def refuse_other_teacher(recipe, teacher: dict) -> None:
     fingerprint = recipe.sam3.fingerprint
     if "fingerprint" in teacher and (made_by != asked or fingerprint not in (None, teacher["fingerprint"])):
         raise StoreError(
-            f"the store at {recipe.export.to} was made by {made_by} (fingerprint {teacher['fingerprint']}), the "
+            f"the store at {recipe.embed.to} was made by {made_by} (fingerprint {teacher['fingerprint']}), the "
             f"recipe says sam3.checkpoint={asked}{f' with fingerprint {fingerprint}' if fingerprint else ''}; change "
-            "sam3, or export to another export.to"
+            "sam3, or embed to another embed.to"
         )

@@ -52,11 +52,11 @@ def shared(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     overrides = (
         "data.synthetic_images=48",
         f"data.index={folder}/data/index.parquet",
-        f"export.to={folder}/teacher",
+        f"embed.to={folder}/teacher",
         "train.eval_samples=8",
-        "train.trackers=[]",
+        "train.loggers=[]",
         "evaluate.max_images=4",
         "evaluate.pictures=1",
     )
-    run(folder, "export", *overrides)
+    run(folder, "embed", *overrides)
     return folder, overrides

@@ -17,9 +17,9 @@ from transformers import Sam3VideoModel
 
 from effsam3 import evaluate, import_student
 from effsam3.benchmarks.text import MergedText
-from effsam3.models.sam3 import chassis_folder
-from effsam3.models.tokens import PROCESSOR_LENGTH, Tokenizer
-from effsam3.recipe import load_recipe
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.text.tokens import PROCESSOR_LENGTH, Tokenizer
+from effsam3.recipe.reader import load_recipe
 
 TEXTS = ["a red ring", "two small dogs on a sofa"]
 OUTPUTS = "reloaded.safetensors"

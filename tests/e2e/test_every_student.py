@@ -20,13 +20,14 @@ import torch
 from conftest import ENVIRONMENT, REPOSITORY, SMOKE, metrics
 from reload_students import OUTPUTS, inputs
 from safetensors.torch import load_file
-from test_export import call
+from test_embed import call
 
-from effsam3 import checkpoint
-from effsam3.models.formats import BUILDER_NAMES
+from effsam3.models.merging.formats import BUILDER_NAMES
 from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, TINY_TEXT_STUDENTS
-from effsam3.recipe import load_recipe
-from effsam3.stages import image, text
+from effsam3.recipe.reader import load_recipe
+from effsam3.stages.image import training as image
+from effsam3.stages.text import training as text
+from effsam3.training import checkpoint
 
 TEXT = REPOSITORY / "recipes/smoke/text.yaml"
 FAMILIES = {row.family: name for name, row in IMAGE_STUDENTS.items()}
@@ -44,7 +45,7 @@ STUDENTS = {
 }
 SHORT = (
     "teacher=online", "train.steps=2", "train.eval_every=2", "train.log_every=1", "train.save_every=2",
-    "train.global_batch_size=2", "train.micro_batch_size=2", "train.trackers=[]", "optim.lr=0.01",
+    "train.global_batch_size=2", "train.micro_batch_size=2", "train.loggers=[]", "optim.lr=0.01",
     "optim.warmup_steps=0",
 )  # fmt: skip
 

@@ -22,10 +22,10 @@ import pytest
 from conftest import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics, run
 from test_trajectories import KEYS, wait_for
 
-from effsam3 import checkpoint
-from effsam3.data.sa1b import load_index
+from effsam3.data.images.sa1b import load_index
 from effsam3.data.sampler import StepSampler
-from effsam3.data.store import StoreReader, StoreWriter, create_store, finish_store, name_of
+from effsam3.data.store.reader import StoreReader, StoreWriter, create_store, finish_store, name_of
+from effsam3.training import checkpoint
 
 TEXT = REPOSITORY / "recipes/smoke/text.yaml"
 STEPS, BATCH, MICRO = 6, 8, 4
@@ -225,7 +225,7 @@ def test_a_shard_cut_short_while_two_ranks_read_it(shared, tmp_path):
     folder, overrides = shared
     needed = sampled(folder / "data/index.parquet", 4, micro=0, rank=1, world=2)
     shard = copy_store(folder / "teacher", tmp_path / "teacher", needed)
-    more = (f"export.to={tmp_path}/teacher", "hardware=ddp_cpu", "name=cut")
+    more = (f"embed.to={tmp_path}/teacher", "hardware=ddp_cpu", "name=cut")
     process = start(folder, "train", *overrides, *SHORT, *more, launch=True)
     wait_for_step(folder / "runs/cut", 1, process)
     os.truncate(shard, shard.stat().st_size - 1)
@@ -259,7 +259,7 @@ def poisoned(shared, tmp_path_factory) -> tuple[str, str]:
     folder, to = shared[0], tmp_path_factory.mktemp("poisoned") / "teacher"
     key = sampled(folder / "data/index.parquet", 1, micro=1)
     copy_store(folder / "teacher", to, key, poison=True)
-    return key, f"export.to={to}"
+    return key, f"embed.to={to}"
 
 
 def test_nan_stops_the_run_and_names_the_sample(shared, poisoned):
@@ -354,7 +354,7 @@ def test_an_unreachable_wandb_does_not_hold_the_run_up(shared, tmp_path):
         "HOME": str(tmp_path),
         "EFFSAM3_CACHE": os.environ["EFFSAM3_CACHE"],
     }
-    short = ("train.steps=2", "optim.warmup_steps=1", "train.trackers=[wandb]", "name=unreachable")
+    short = ("train.steps=2", "optim.warmup_steps=1", "train.loggers=[wandb]", "name=unreachable")
     printed = run(folder, "train", *overrides, *SHORT, *short, environment=environment)
     assert "wandb: 127.0.0.1 cannot be reached" in printed and "wandb sync" in printed
     (recorded,) = (folder / "runs/unreachable/wandb").glob("offline-run-*/*.wandb")

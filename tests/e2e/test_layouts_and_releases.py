@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, REPOSITORY, run
 
-from effsam3.models.sam3 import chassis_folder, read_config, read_tensors
-from effsam3.models.tokens import Tokenizer
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import read_config, read_tensors
+from effsam3.models.text.tokens import Tokenizer
 
 TEXT = REPOSITORY / "recipes/smoke/text.yaml"
 RELEASE = REPOSITORY / "recipes/smoke/release.yaml"
@@ -70,7 +71,7 @@ def outputs(folder: Path) -> dict[str, torch.Tensor]:
     """What the detector makes of a prompt that fills all tokens, and the tracker of a point."""
     from transformers import Sam3TrackerVideoModel
 
-    from effsam3.models.text_padding import RULES, padding_of
+    from effsam3.models.text.padding import RULES, padding_of
 
     torch.manual_seed(0)
     pixels = torch.rand(1, 3, 224, 224) * 2 - 1

@@ -19,12 +19,13 @@ from test_trajectories import wait_for
 from transformers import AutoModel, Sam3TrackerVideoModel, Sam3VideoModel
 
 from effsam3 import evaluate, merge
-from effsam3.data.synthetic_sav import write_vos_layouts
-from effsam3.models.memory_tracker import EfficientTracker
-from effsam3.models.sam3 import TRUNK, chassis_folder, read_config, read_tensors
-from effsam3.models.slots import MergeError
-from effsam3.models.tracker import PARTS
-from effsam3.recipe import load_recipe
+from effsam3.data.synthetic.videos import write_vos_layouts
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import TRUNK, read_config, read_tensors
+from effsam3.models.memory.tracker import EfficientTracker
+from effsam3.models.memory.training import PARTS
+from effsam3.models.merging.slots import MergeError
+from effsam3.recipe.reader import load_recipe
 
 MEMORY, TEACHER, RELEASE = (
     REPOSITORY / f"recipes/smoke/{name}.yaml" for name in ("memory", "tiny_teacher", "release")
@@ -32,7 +33,7 @@ MEMORY, TEACHER, RELEASE = (
 STEPS = 3
 SHORT = (
     f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=3", "train.save_every=1", "train.eval_samples=2",
-    "train.keep_checkpoints=9", "train.trackers=[]", "optim.warmup_steps=1", "loss.side_px=56",
+    "train.keep_checkpoints=9", "train.loggers=[]", "optim.warmup_steps=1", "loss.side_px=56",
     # Three frames read a pooled map and latents; corrections make the clicks' randomness count.
     "data.frames=3", "memory.hot_frames=0", "prompts.corrected_frames=2", "prompts.clicks=1",
     "evaluate.max_videos=1", "evaluate.pictures=1", "evaluate.modes=[]", "evaluate.untrained=false",

@@ -16,10 +16,10 @@ from torchvision.transforms.v2 import functional
 
 from effsam3.cli import main
 from effsam3.inspect_model import examine
-from effsam3.models.backbones import feature_maps, image_student
+from effsam3.models.image.backbones import feature_maps, image_student
+from effsam3.models.image.student import StudentTrunk, student_config
 from effsam3.models.registry import head_params
-from effsam3.models.vision import StudentTrunk, student_config
-from effsam3.recipe import load_recipe
+from effsam3.recipe.reader import load_recipe
 
 # student, student_image_size, head: of every kind of backbone; 150 is a multiple of no stride
 STUDENTS = {
@@ -36,12 +36,12 @@ def runs(tmp_path_factory):
     """A folder with a run of every student, named by its key: trained, merged, evaluated."""
     folder = tmp_path_factory.mktemp("own")
     shared = [
-        f"data.index={folder}/data/index.parquet", f"export.to={folder}/teacher", f"train.runs={folder}",
-        "data.synthetic_images=20", "train.trackers=[]", "train.steps=3", "optim.warmup_steps=1",
+        f"data.index={folder}/data/index.parquet", f"embed.to={folder}/teacher", f"train.runs={folder}",
+        "data.synthetic_images=20", "train.loggers=[]", "train.steps=3", "optim.warmup_steps=1",
         "train.global_batch_size=4", "train.micro_batch_size=2", "train.eval_every=3", "train.save_every=3",
         "evaluate.pictures=0", "merge.formats=[sam3]",
     ]  # fmt: skip
-    assert main(["export", str(SMOKE), *shared]) == 0
+    assert main(["embed", str(SMOKE), *shared]) == 0
     for name, (student, seen, head) in STUDENTS.items():
         own = [f"name={name}", f"student={student}", f"student_image_size={seen or 'null'}", f"head={head}"]
         for verb in ("train", "merge", "evaluate"):
@@ -111,7 +111,7 @@ def test_it_is_the_same_in_a_fresh_process(runs, tmp_path):
         junk = [torch.full((size,), 3e37) for size in (64, 4096, 65536) for _ in range(200)]
         del junk
         import effsam3
-        from effsam3.models.sam3 import chassis_folder
+        from effsam3.models.chassis.find import chassis_folder
         from transformers import AutoModel
 
         runs, work, *names = map(Path, sys.argv[1:])

@@ -11,16 +11,16 @@ import numpy as np
 from conftest import ENVIRONMENT, SMOKE, run
 from PIL import Image
 
-from effsam3.data.own_photographs import ready_photographs
-from effsam3.data.synthetic import make_synthetic_sa1b
+from effsam3.data.images.photographs import ready_photographs
+from effsam3.data.synthetic.images import make_synthetic_sa1b
 
 RECIPE = """\
 inherits: {base}
 name: my-photographs
 data: {{source: folder, folder: {folder}/photos, synthetic_images: 0, index: data/photos.parquet, held_out: 0.3}}
-export: {{to: data/teacher}}
+embed: {{to: data/teacher}}
 optim: {{warmup_steps: 1}}
-train: {{steps: 4, eval_every: 4, log_every: 2, eval_samples: 4, trackers: []}}
+train: {{steps: 4, eval_every: 4, log_every: 2, eval_samples: 4, loggers: []}}
 evaluate: {{max_images: 4, pictures: 1}}
 push: {{repo: me/my-photographs}}
 """
@@ -58,12 +58,12 @@ def test_a_folder_of_photographs_becomes_a_released_model(tmp_path):
 
     # Another photograph under an old name: named, and it alone is made anew once the folder is indexed again.
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "photos/winter/IMG_3.JPG")
-    printed = run(tmp_path, "export", recipe=recipe)
+    printed = run(tmp_path, "embed", recipe=recipe)
     assert "photos has changed since it was indexed: 1 of another size (winter/IMG_3.JPG); delete" in printed
     (tmp_path / "data/photos.parquet").unlink()
     assert "replaced since it was made): winter/IMG_3.JPG" in run(
         tmp_path, "train", "name=again", recipe=recipe, code=2
     )
-    assert "1 made now" in run(tmp_path, "export", recipe=recipe)
+    assert "1 made now" in run(tmp_path, "embed", recipe=recipe)
     assert ready_photographs(str(tmp_path / "photos"), tmp_path / "data/photos.parquet", 0.3) == ""
     assert json.loads((tmp_path / "data/photos.report.json").read_text())["images"]["val"] > 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole sequence as a user runs it: export, train, merge, evaluate; then the merged model
+"""The whole sequence as a user runs it: embed, train, merge, evaluate; then the merged model
 in plain transformers."""
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from conftest import ENVIRONMENT, REPOSITORY, SMOKE, metrics, run
 from PIL import Image
 from safetensors.torch import load_file
 
-from effsam3.models.sam3 import TRUNK, chassis_folder, read_tensors
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import TRUNK, read_tensors
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_merge_accounts_for_every_tensor(pipeline):
 
 LOAD = """
 import sys, torch
-import effsam3.models.vision
+import effsam3.models.image.student
 from transformers import AutoModel, Sam3Model, Sam3TrackerModel, Sam3TrackerVideoModel
 from transformers import Sam3VideoModel, Sam3VideoProcessor
 torch.set_num_threads(1)

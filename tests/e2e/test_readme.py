@@ -37,7 +37,7 @@ def test_every_file_that_is_named_exists():
 
 def test_every_verb_and_script_answers_help():
     verbs = {command[1] for command in commands() if command[0] == "effsam3"} | {
-        "export",
+        "embed",
         "train",
         "merge",
         "evaluate",

@@ -22,16 +22,16 @@ from conftest import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics, run
 from safetensors.torch import load_file
 from wandb_files import read_wandb
 
-from effsam3 import checkpoint
-from effsam3.data.store import StoreReader
-from effsam3.progress import read_progress
+from effsam3.data.store.reader import StoreReader
+from effsam3.training import checkpoint
+from effsam3.training.progress import read_progress
 
 STEPS = 12
 SHORT = (
     f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=4", "train.save_every=5", "optim.warmup_steps=2",
     "train.ema=0.5", "data.workers=2",
 )  # fmt: skip
-TRACKED = "train.trackers=[wandb, tensorboard]"
+TRACKED = "train.loggers=[wandb, tensorboard]"
 PROMPTLY_S = 120  # two ranks and their launcher, on a busy machine
 
 
@@ -227,24 +227,24 @@ def test_ctrl_c_saves(shared, layout):
 # ---- other verbs
 
 
-def test_an_export_goes_on(shared, tmp_path):
+def test_an_embed_goes_on(shared, tmp_path):
     folder, _ = shared
     overrides = (
         "data.synthetic_images=160",
         f"data.index={tmp_path}/data/index.parquet",
-        f"export.to={tmp_path}/teacher",
+        f"embed.to={tmp_path}/teacher",
     )
-    overrides += ("export.batch_size=2", "data.workers=2", "hardware=ddp_cpu", "name=export")
-    family = Family(folder, command("export", *overrides, launch=True))
+    overrides += ("embed.batch_size=2", "data.workers=2", "hardware=ddp_cpu", "name=embed")
+    family = Family(folder, command("embed", *overrides, launch=True))
     family.wait_until(lambda: sum(path.stat().st_size for path in (tmp_path / "teacher").glob("*.bin")) > 0)
     family.signal_all(signal.SIGTERM)
     printed = family.end()
     assert family.process.returncode == 75 and "records made now are kept" in printed, printed
     before = len(StoreReader(tmp_path / "teacher", allow_unfinished=True))
     assert 0 < before < 160
-    printed = run(folder, "export", *overrides)
+    printed = run(folder, "embed", *overrides)
     assert f"({160 - before} made now" in printed
-    assert "8 of 160 records recomputed" in run(folder, "export", *overrides, "--check", "8")
+    assert "8 of 160 records recomputed" in run(folder, "embed", *overrides, "--check", "8")
 
 
 def test_an_evaluation_ends_at_once_and_begins_again(shared, whole, tmp_path):

@@ -15,9 +15,10 @@ from conftest import ENVIRONMENT, REPOSITORY, command, metrics, run
 from test_trajectories import KEYS, wait_for
 from transformers import Sam3LiteTextModel, Sam3TrackerVideoModel, Sam3VideoModel
 
-from effsam3.models.sam3 import chassis_folder, read_tensors
-from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
-from effsam3.models.tokens import PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import read_tensors
+from effsam3.models.text.student import TEXT_ENCODER, TEXT_PROJECTION
+from effsam3.models.text.tokens import PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
 
 TEXT = REPOSITORY / "recipes/smoke/text.yaml"
 SHORT = ("train.steps=10", "train.log_every=1", "train.eval_every=5", "train.save_every=2", "optim.warmup_steps=2",
@@ -32,7 +33,7 @@ def texts(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         "data.synthetic_captions=400",
         f"data.captions={folder}/data/recap",
         f"data.phrases=[{folder}/data/phrases.txt]",
-        f"export.to={folder}/teacher",
+        f"embed.to={folder}/teacher",
         "evaluate.max_captions=60",
     )
     run(folder, "train", *overrides, *SHORT, "name=reference", recipe=TEXT)
@@ -49,9 +50,9 @@ def same(folder: Path, name: str, tolerance: float, reference: str = "reference"
 
 def test_stored_features_give_the_same_trajectory(texts):
     folder, overrides = texts
-    printed = run(folder, "export", *overrides, "teacher=stored", recipe=TEXT)
+    printed = run(folder, "embed", *overrides, "teacher=stored", recipe=TEXT)
     assert "different texts" in printed
-    assert "lowest cosine 1.0000" in run(folder, "export", *overrides, "--check", "3", recipe=TEXT)
+    assert "lowest cosine 1.0000" in run(folder, "embed", *overrides, "--check", "3", recipe=TEXT)
     run(folder, "train", *overrides, *SHORT, "teacher=stored", "name=stored", recipe=TEXT)
     same(folder, "stored", 5e-3)
     other = (*overrides, *SHORT, "teacher=stored", "name=other", "sam3.fingerprint=deadbeef")
@@ -68,8 +69,8 @@ def test_stored_features_give_the_same_trajectory(texts):
     drawn = phrases.read_text()
     phrases.write_text(drawn.replace("\n", " and a kite\n", 1))
     printed = run(folder, "train", *another, recipe=TEXT, code=2)
-    assert "lacks 1 of" in printed and "Run export" in printed and not (folder / "runs/another/checkpoints").exists()
-    assert "1 made now" in run(folder, "export", *overrides, "teacher=stored", recipe=TEXT)
+    assert "lacks 1 of" in printed and "Run embed" in printed and not (folder / "runs/another/checkpoints").exists()
+    assert "1 made now" in run(folder, "embed", *overrides, "teacher=stored", recipe=TEXT)
     phrases.write_text(drawn)  # which the other tests read, too
 
 

@@ -163,7 +163,7 @@ def test_wandb_without_a_login_stays_on_disk(shared, tmp_path):
     environment = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("WANDB")}
     short = ("train.steps=2", "train.log_every=1", "optim.warmup_steps=1", "name=tracked")
     printed = run(
-        folder, "train", *overrides, *short, "train.trackers=[wandb, tensorboard]",
+        folder, "train", *overrides, *short, "train.loggers=[wandb, tensorboard]",
         environment=environment | {"HOME": str(tmp_path), "EFFSAM3_CACHE": os.environ["EFFSAM3_CACHE"]},
     )  # fmt: skip
     assert "wandb sync" in printed

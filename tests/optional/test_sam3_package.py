@@ -14,10 +14,10 @@ from open_clip.tokenizer import default_bpe
 from torch.overrides import TorchFunctionMode
 from transformers import Sam3VideoConfig, Sam3VideoModel
 
-from effsam3.models.concepts import ConceptModel
+from effsam3.models.chassis.tensors import quiet_transformers
+from effsam3.models.chassis.tiny import IMAGE_SIZE, tiny_config
+from effsam3.models.inference.concepts import ConceptModel
 from effsam3.models.keymaps.sam3 import to_transformers
-from effsam3.models.sam3 import quiet_transformers
-from effsam3.models.tiny import IMAGE_SIZE, tiny_config
 
 builder = pytest.importorskip("sam3.model_builder")
 image_processor = pytest.importorskip("sam3.model.sam3_image_processor")

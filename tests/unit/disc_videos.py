@@ -7,8 +7,8 @@ import numpy as np
 from transformers import Sam3TrackerVideoModel
 
 from effsam3.errors import UserError
-from effsam3.models.prompted import load_tracker
-from effsam3.models.sam3 import chassis_folder
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.inference.prompted import load_tracker
 
 SIZE = (90, 120)
 FRAMES = 5

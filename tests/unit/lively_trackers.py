@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Sam3TrackerVideoConfig, Sam3TrackerVideoModel
 
-from effsam3.models.memory_config import EfficientTrackerConfig
-from effsam3.models.memory_tracker import EfficientTracker, efficient_tracker_tensors
-from effsam3.models.tiny import WIDTH, tiny_config
+from effsam3.models.chassis.tiny import WIDTH, tiny_config
+from effsam3.models.memory.config import EfficientTrackerConfig
+from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 
 GRID = 8
 SIDE = 14 * GRID

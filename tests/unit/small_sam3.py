@@ -3,8 +3,9 @@
 
 import torch
 
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import read_config, read_tensors
 from effsam3.models.keymaps.sam3 import CLASS_ROW, POINTS, to_original
-from effsam3.models.sam3 import chassis_folder, read_config, read_tensors
 
 
 def trunk_config(config):

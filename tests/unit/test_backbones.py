@@ -13,10 +13,17 @@ from safetensors.torch import save_file
 
 from effsam3.compare import compare, numbers
 from effsam3.errors import RecipeError, UserError
-from effsam3.models.backbones import build, build_trunk, feature_maps, image_student, pretrained_cfg, student_name
+from effsam3.models.image.backbones import (
+    build,
+    build_trunk,
+    feature_maps,
+    image_student,
+    pretrained_cfg,
+    student_name,
+)
+from effsam3.models.image.student import HEADS, StudentTrunk, load_timm_weights, student_config
 from effsam3.models.registry import IMAGE_STUDENTS, head_params
-from effsam3.models.vision import HEADS, StudentTrunk, load_timm_weights, student_config
-from effsam3.recipe import load_recipe
+from effsam3.recipe.reader import load_recipe
 from effsam3.show import show
 
 SMOKE = Path(__file__).parents[2] / "recipes/smoke/image.yaml"
@@ -58,8 +65,8 @@ def test_a_name_that_others_register_stays_timms():
         assert isinstance(create_model("repvit_m1_1"), nn.Linear)
 
         import torch
-        from effsam3.models.backbones import pretrained_cfg
-        from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
+        from effsam3.models.image.backbones import pretrained_cfg
+        from effsam3.models.image.student import StudentTrunk, StudentTrunkConfig
         with torch.device("meta"):
             student = StudentTrunk(StudentTrunkConfig(timm_name="repvit_m1_1"))
         print(sum(parameter.numel() for parameter in student.trunk.parameters()))
@@ -203,6 +210,6 @@ def test_what_cannot_be_a_student_is_refused_with_a_sentence(overrides, message)
 
 
 def test_a_backbone_without_maps_that_a_head_reads(monkeypatch):
-    monkeypatch.setattr("effsam3.models.backbones.FINEST", 33)
+    monkeypatch.setattr("effsam3.models.image.backbones.FINEST", 33)
     with pytest.raises(UserError, match="have strides 2, 4, 8, 16, 32, a head needs one of 33 to 32"):
         image_student("timm/resnet14t", 64)

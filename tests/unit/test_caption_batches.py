@@ -4,10 +4,10 @@
 import numpy as np
 import pytest
 
-from effsam3.data.caption_batches import CaptionBatches
-from effsam3.data.caption_stream import code_of, key_of
-from effsam3.data.store import Field, StoreError, StoreReader, StoreWriter, create_store, finish_store
-from effsam3.models.tokens import Tokenizer, pad, tokenizer_fingerprint
+from effsam3.data.captions.batches import CaptionBatches
+from effsam3.data.captions.stream import code_of, key_of
+from effsam3.data.store.reader import Field, StoreError, StoreReader, StoreWriter, create_store, finish_store
+from effsam3.models.text.tokens import Tokenizer, pad, tokenizer_fingerprint
 
 TEXTS = ["a dog", "two dogs on a lawn"]
 
@@ -47,5 +47,5 @@ def test_a_record_of_another_number_of_tokens_is_named(tmp_path):
 def test_the_fingerprint_is_the_tokenizers(monkeypatch):
     own = tokenizer_fingerprint()
     assert own == tokenizer_fingerprint()
-    monkeypatch.setattr("effsam3.models.tokens.clean", str.lower)  # without mending encodings, entities, quotes
+    monkeypatch.setattr("effsam3.models.text.tokens.clean", str.lower)  # without mending encodings, entities, quotes
     assert tokenizer_fingerprint() != own

@@ -13,11 +13,11 @@ import pyarrow.parquet as parquet
 import pytest
 import xxhash
 
-from effsam3.data import captions as module
-from effsam3.data.caption_stream import clean, code_of, stream_captions
-from effsam3.data.captions import open_captions
+from effsam3.data.captions import sources as module
+from effsam3.data.captions.sources import open_captions
+from effsam3.data.captions.stream import clean, code_of, stream_captions
 from effsam3.data.sampler import StepSampler
-from effsam3.data.synthetic_captions import make_synthetic_phrases, make_synthetic_recap
+from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
 
 RIGHT_TO_LEFT = "\u05e9\u05dc\u05d5\u05dd \u05e2\u05d5\u05dc\u05dd"
@@ -300,7 +300,7 @@ def test_limit_reads_no_more_files_than_it_needs(recap, tmp_path):
 def test_a_hub_id_without_a_hub(tmp_path):
     with pytest.raises(UserError, match="no folder some/set here.*HF_HUB_OFFLINE is set"):
         open_captions("some/set", "mix", (), 0.0, cache_dir=tmp_path)
-    code = "from effsam3.data.captions import open_captions; open_captions('some/set', 'mix', (), 0.0)"
+    code = "from effsam3.data.captions.sources import open_captions; open_captions('some/set', 'mix', (), 0.0)"
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert "HubError: captions: there is no folder some/set here" in done.stderr

@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
 
-from effsam3 import checkpoint
-from effsam3.checkpoint import CheckpointError
+from effsam3.training import checkpoint
+from effsam3.training.checkpoint import CheckpointError
 
 
 @pytest.fixture(scope="module")

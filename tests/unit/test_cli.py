@@ -16,8 +16,8 @@ import effsam3
 from effsam3 import launch as launcher
 from effsam3.cli import VERBS, main
 from effsam3.errors import RecipeError, UserError
-from effsam3.layouts import layout_environment, layout_file
-from effsam3.recipe import dump_recipe, load_recipe
+from effsam3.hardware.accelerate_configs import layout_environment, layout_file
+from effsam3.recipe.reader import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "recipes" / "smoke" / "image.yaml")
@@ -79,9 +79,9 @@ def test_an_unknown_verb(capsys):
 
 
 def test_a_users_mistake_has_no_traceback_anything_else_keeps_it(verb_called, capsys):
-    verb_called("train", raises=UserError("the store is empty; export first"))
+    verb_called("train", raises=UserError("the store is empty; embed first"))
     assert main(["train", SMOKE]) == 2
-    assert capsys.readouterr().err == "error: the store is empty; export first\n"
+    assert capsys.readouterr().err == "error: the store is empty; embed first\n"
     verb_called("train", raises=ValueError("a bug"))
     with pytest.raises(ValueError, match="a bug"):
         main(["train", SMOKE])
@@ -138,7 +138,7 @@ def test_the_package_is_the_command():
     assert (result.returncode, result.stdout) == (0, f"effsam3 {effsam3.__version__}\n")
 
 
-@pytest.mark.parametrize("verb", ["export", "train", "merge", "evaluate", "push"])
+@pytest.mark.parametrize("verb", ["embed", "train", "merge", "evaluate", "push"])
 def test_a_run_folder_stands_for_its_recipe(verb, verb_called, tmp_path, monkeypatch):
     """Also one that was moved, and from any working directory."""
     calls = []
@@ -184,14 +184,14 @@ def test_recipe_verbs_get_the_overridden_recipe(verb, verb_called):
 @pytest.mark.parametrize(
     "argv", [["--check", "3", SMOKE, "name=x"], [SMOKE, "--check", "3", "name=x"], [SMOKE, "name=x", "--check=3"]]
 )
-def test_export_check_may_stand_anywhere(argv, verb_called):
-    calls = verb_called("export")
-    assert main(["export", *argv]) == 0
-    assert main(["export", SMOKE]) == 0
+def test_embed_check_may_stand_anywhere(argv, verb_called):
+    calls = verb_called("embed")
+    assert main(["embed", *argv]) == 0
+    assert main(["embed", SMOKE]) == 0
     assert calls == [("x", {"check": 3}), ("smoke-image", {"check": None})]
 
 
-@pytest.mark.parametrize("argv", [["export", SMOKE, "--check", "0"], ["train", SMOKE, "--check", "3"], ["train"]])
+@pytest.mark.parametrize("argv", [["embed", SMOKE, "--check", "0"], ["train", SMOKE, "--check", "3"], ["train"]])
 def test_wrong_options(argv, capsys):
     with pytest.raises(SystemExit) as exited:
         main(argv)
@@ -199,7 +199,7 @@ def test_wrong_options(argv, capsys):
 
 
 def test_store_is_passed_on(monkeypatch):
-    from effsam3.data import store_tool
+    from effsam3.data.store import tool as store_tool
 
     monkeypatch.setattr(store_tool, "main", lambda argv: {"verify": 1}[argv[0]])
     assert main(["store", "verify", "somewhere"]) == 1
@@ -234,7 +234,7 @@ def test_launch_runs_all_verbs_in_order(commands, capsys):
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
     rest = ["recipes/smoke/image.yaml", "optim.lr=5e-4", "hardware=ddp_cpu"]
     assert commands.lines == [
-        [*accelerate, "scripts/export.py", *rest],
+        [*accelerate, "scripts/embed.py", *rest],
         [*accelerate, "scripts/train.py", *rest],
         [sys.executable, "scripts/merge.py", *rest],
         [sys.executable, "scripts/evaluate.py", *rest],
@@ -254,7 +254,7 @@ def test_launch_one_verb_on_the_overridden_layout(commands):
     assert "accelerate_configs/ddp_cpu.yaml" in commands.lines[0] and "scripts/train.py" in commands.lines[0]
 
 
-def test_an_online_teacher_exports_nothing(commands):
+def test_an_online_teacher_embeds_nothing(commands):
     assert main(["launch", SMOKE, "teacher=online"]) == 0
     assert [Path(line[line.index(SMOKE) - 1]).stem for line in commands.lines] == ["train", "merge", "evaluate"]
 
@@ -288,7 +288,7 @@ def test_requests_to_stop_are_passed_on():
     assert process.wait(timeout=30) == 7
 
 
-@pytest.mark.parametrize("verb", ["export", "train", "merge", "evaluate"])
+@pytest.mark.parametrize("verb", ["embed", "train", "merge", "evaluate"])
 def test_scripts_are_thin_and_show_a_command_that_exists(verb):
     text = (ROOT / "scripts" / f"{verb}.py").read_text()
     assert len(text.splitlines()) <= 15

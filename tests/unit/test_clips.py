@@ -11,12 +11,12 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from effsam3.data.clips import Augmentation, VideoClips
-from effsam3.data.index_sav import build_index
 from effsam3.data.loader import loader
 from effsam3.data.sampler import PADDING
-from effsam3.data.sav import SavAnnotations, load_index, schema
-from effsam3.data.synthetic_sav import make_synthetic_sav, sav_record
+from effsam3.data.synthetic.videos import make_synthetic_sav, sav_record
+from effsam3.data.videos.clips import Augmentation, VideoClips
+from effsam3.data.videos.index import build_index
+from effsam3.data.videos.sav import SavAnnotations, load_index, schema
 from effsam3.errors import UserError
 
 SIDE = 24

@@ -14,11 +14,11 @@ from pycocotools import mask as coco_mask
 from effsam3.benchmarks.masks import choose_annotations, iou_each, size_of
 from effsam3.data import coco
 from effsam3.data.coco import Malformed, check_annotations, decode, middle_of, runs_of, to_rle
-from effsam3.data.index_sav import _facts
-from effsam3.data.sa1b import UnreadableAnnotations, parse_annotations
-from effsam3.data.sav import COLUMNS, parse_sav, schema
-from effsam3.data.synthetic import sa1b_record
-from effsam3.data.synthetic_sav import sav_record
+from effsam3.data.images.sa1b import UnreadableAnnotations, parse_annotations
+from effsam3.data.synthetic.images import sa1b_record
+from effsam3.data.synthetic.videos import sav_record
+from effsam3.data.videos.index import _facts
+from effsam3.data.videos.sav import COLUMNS, parse_sav, schema
 
 RNG = np.random.default_rng(0)
 HEIGHT, WIDTH = 24, 32

@@ -12,7 +12,7 @@ from torch import nn
 
 from effsam3.compare import compare, numbers
 from effsam3.errors import UserError
-from effsam3.models.backbones import image_student
+from effsam3.models.image.backbones import image_student
 from effsam3.models.registry import IMAGE_STUDENTS, TEACHER, head_params
 
 ROOT = Path(__file__).parents[2]

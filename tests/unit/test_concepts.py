@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
 from transformers import Sam3LiteTextModel, Sam3Processor
 
-from effsam3.models.concepts import ConceptModel, encode_geometry_always
-from effsam3.models.sam3 import chassis_folder, read_config
-from effsam3.models.text import lite_text_config, lite_text_detector_config
-from effsam3.models.tokens import PROCESSOR_LENGTH, TextTooLong, Tokenizer
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import read_config
+from effsam3.models.inference.concepts import ConceptModel, encode_geometry_always
+from effsam3.models.text.student import lite_text_config, lite_text_detector_config
+from effsam3.models.text.tokens import PROCESSOR_LENGTH, TextTooLong, Tokenizer
 
 SIZE = (90, 120)
 

@@ -13,14 +13,15 @@ from run_folders import image_run, merged_run
 from safetensors.torch import load_file, save_file
 
 from effsam3 import cli, merge
-from effsam3.checkpoint import CheckpointError, read_trained, read_weights
 from effsam3.errors import UserError
 from effsam3.inspect_model import examine
-from effsam3.models.pickled import PickledError, content_key, open_pickled
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.pickled import PickledError, content_key, open_pickled
+from effsam3.models.chassis.tensors import load_part, map_tensors, read_config, read_tensors
+from effsam3.models.merging.slots import MergeError, first_chassis, read_card
 from effsam3.models.registry import chassis_facts
-from effsam3.models.sam3 import chassis_folder, load_part, map_tensors, read_config, read_tensors
-from effsam3.models.slots import MergeError, first_chassis, read_card
-from effsam3.recipe import load_recipe
+from effsam3.recipe.reader import load_recipe
+from effsam3.training.checkpoint import CheckpointError, read_trained, read_weights
 
 MUTATIONS = 200
 WEIGHTS = {
@@ -257,7 +258,7 @@ def test_status_of_a_damaged_run(merged, tmp_path, name, capsys):
 
 
 def test_a_checkpoint_to_go_on_from(merged, tmp_path):
-    from effsam3.resume import read_trainer
+    from effsam3.training.resume import read_trainer
 
     (checkpoint,) = merged.glob("checkpoints/*step-*")
     folder = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
@@ -307,7 +308,7 @@ def test_integers_and_layers_without_end_are_refused_before_they_are_built(tmp_p
 
 
 def test_moments_of_another_student_are_refused():
-    from effsam3.optimizer_state import refuse_other_moments
+    from effsam3.training.optimizer_state import refuse_other_moments
 
     student = torch.nn.Linear(3, 2)
     good = {"exp_avg/weight": -torch.ones(2, 3), "exp_avg_sq/weight": torch.ones(2, 3)}
@@ -329,7 +330,7 @@ def test_a_merge_that_fails_while_it_writes_leaves_nothing(tmp_path, monkeypatch
         assert folder.is_file()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("effsam3.models.formats.write_json", full)
+    monkeypatch.setattr("effsam3.models.merging.formats.write_json", full)
     with pytest.raises(OSError, match="No space left"):
         merge.run(load_recipe(run / "recipe.yaml"))
     assert not list(tmp_path.rglob("*.partial"))

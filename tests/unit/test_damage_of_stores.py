@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from mutations import mutate_bytes, mutate_json
 
-from effsam3.data.store import Field, StoreReader, StoreWriter, create_store, finish_store
+from effsam3.data.store.reader import Field, StoreReader, StoreWriter, create_store, finish_store
 from effsam3.errors import UserError
-from effsam3.layouts import layout_file, layout_on_cpu, layout_processes
+from effsam3.hardware.accelerate_configs import layout_file, layout_on_cpu, layout_processes
 
 MUTATIONS = 200
 KEYS = [f"sa_{number}" for number in range(4)]

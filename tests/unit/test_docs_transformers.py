@@ -12,7 +12,7 @@ from PIL import Image
 from run_folders import merged_run
 
 from effsam3.cli import main
-from effsam3.data.synthetic_sav import mp4_bytes
+from effsam3.data.synthetic.videos import mp4_bytes
 
 DOCUMENT = Path(__file__).parents[2] / "docs/transformers.md"
 HEIGHT, WIDTH = 150, 200

@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effsam3 import train
 from effsam3.cli import main
-from effsam3.dry_run import Ledger, cost, dry_stage, fused_attention
 from effsam3.errors import UserError
-from effsam3.estimates import (
+from effsam3.hardware.accelerate_configs import REDUCE_BUCKET
+from effsam3.hardware.budget.dry_run import Ledger, cost, dry_stage, fused_attention
+from effsam3.hardware.budget.estimates import (
     GIB,
     KNOBS,
     Layout,
@@ -41,10 +42,9 @@ from effsam3.estimates import (
     states,
     table,
 )
-from effsam3.layouts import REDUCE_BUCKET
-from effsam3.recipe import flat, load_recipe
-from effsam3.report import Report
+from effsam3.recipe.reader import flat, load_recipe
 from effsam3.train import announce
+from effsam3.training.report import Report
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 IMAGE, TEXT, MEMORY = (str(RECIPES / f"smoke/{stage}.yaml") for stage in ("image", "text", "memory"))
@@ -84,7 +84,7 @@ def test_a_ledger_counts_what_is_held():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_dry_student_keeps_what_a_real_one_does(precision):
-    from effsam3.stages.image import make_student
+    from effsam3.stages.image.training import make_student
 
     recipe = load_recipe(IMAGE, [f"train.precision={precision}"])
     dry = dry_stage(recipe, 3)
@@ -108,7 +108,7 @@ def test_a_dry_student_keeps_what_a_real_one_does(precision):
 
 def test_a_dry_run_peaks_where_a_real_step_does():
     """The same loss on tensors with contents, followed by a ledger: weights of a real chassis, a real batch."""
-    from effsam3.stages.image import make_student
+    from effsam3.stages.image.training import make_student
 
     recipe = load_recipe(IMAGE)
     dry = dry_stage(recipe, 2)
@@ -143,7 +143,7 @@ def test_the_memory_is_measured_and_recomputing_saves():
     assert recomputed.micro_batch < 0.8 * kept.micro_batch
     assert kept.trained == recomputed.trained > 500_000
     assert kept.flops == recomputed.flops > 1e9  # what is done twice counts once
-    assert torch.nn.functional.scaled_dot_product_attention.__module__ != "effsam3.dry_run"  # put back
+    assert torch.nn.functional.scaled_dot_product_attention.__module__ != "effsam3.hardware.budget.dry_run"  # put back
 
 
 def test_the_memory_keeps_what_real_tensors_would():
@@ -295,7 +295,7 @@ def test_a_run_on_a_gpu_is_announced_without_another_dry_run(tmp_path, monkeypat
     recipe = load_recipe(IMAGE, ["hardware=gpu"])
     sizes = measure(recipe)
     assert sizes.micro_batch > 1e6 and sizes.flops > 1e9
-    monkeypatch.setattr("effsam3.estimates.dry_stage", None)
+    monkeypatch.setattr("effsam3.hardware.budget.estimates.dry_stage", None)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA L4")
     accelerator = SimpleNamespace(
         device=torch.device("cuda"),
@@ -304,9 +304,9 @@ def test_a_run_on_a_gpu_is_announced_without_another_dry_run(tmp_path, monkeypat
         state=SimpleNamespace(deepspeed_plugin=None),
     )
     stage = SimpleNamespace(describe=lambda: {"student": "tiny"}, train_size=100, facts={})
-    trackers = SimpleNamespace(start=lambda *started: "")
+    loggers = SimpleNamespace(start=lambda *started: "")
     state = {"step": 0, "ended": True}
-    announce(recipe, stage, accelerator, Report(tmp_path, True), trackers, 10, 2, state, sizes)
+    announce(recipe, stage, accelerator, Report(tmp_path, True), loggers, 10, 2, state, sizes)
     assert "\nmemory   about 1.1 GiB" in capsys.readouterr().out
     source = inspect.getsource(train)
     assert "dry_run" not in source and source.count("attempt(") == source.count("attempt(measure, recipe") == 1

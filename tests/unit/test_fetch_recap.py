@@ -17,8 +17,8 @@ from urllib.parse import unquote, urlsplit
 import pyarrow.parquet as parquet
 import pytest
 
-from effsam3.data import fetch
-from effsam3.data.synthetic_captions import make_synthetic_recap
+from effsam3.data.captions import fetch
+from effsam3.data.synthetic.captions import make_synthetic_recap
 from effsam3.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -281,8 +281,8 @@ def test_a_login_is_asked_for_and_used(tmp_path):
 
 READ_HUB = f"""
 from itertools import islice
-from effsam3.data.caption_stream import stream_captions
-from effsam3.data.captions import open_captions
+from effsam3.data.captions.stream import stream_captions
+from effsam3.data.captions.sources import open_captions
 from effsam3.errors import UserError
 
 opened = open_captions("{REPO}", "re_caption", (), 0.0, held_out=0.0, limit=30)

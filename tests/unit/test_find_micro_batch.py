@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from run_folders import RECIPES
 from torch import nn
 
-from effsam3.dry_run import Ledger
 from effsam3.errors import UserError
-from effsam3.find_micro_batch import Trial, find, heaviest, kept, repeated, run, take, with_micro_batch
-from effsam3.recipe import dump_recipe, load_recipe
+from effsam3.hardware.budget.dry_run import Ledger
+from effsam3.hardware.budget.find_micro_batch import Trial, find, heaviest, kept, repeated, run, take, with_micro_batch
+from effsam3.recipe.reader import dump_recipe, load_recipe
 
 SMOKE = RECIPES / "smoke/image.yaml"
 

@@ -10,13 +10,15 @@ from safetensors.torch import load_file
 
 from effsam3 import merge
 from effsam3.cli import main
-from effsam3.models.formats import BUILDER_NAMES, save_pickled, verify
+from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import EXTRAS_FILE, TRUNK, read_config, read_tensors
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import CLASS_ROW, POINTS, to_original
+from effsam3.models.merging.formats import BUILDER_NAMES, save_pickled, verify
+from effsam3.models.merging.slots import MergeError
 from effsam3.models.registry import IMAGE_STUDENTS
-from effsam3.models.sam3 import EXTRAS_FILE, TRUNK, chassis_folder, read_config, read_tensors
-from effsam3.models.slots import CARD, MergeError
-from effsam3.recipe import load_recipe
+from effsam3.recipe.reader import load_recipe
 
 SAM3_TRUNK = "detector.backbone.vision_backbone.trunk."
 LANGUAGE = "detector.backbone.language_backbone."

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effsam3.data.frame_folder import FrameFolder
-from effsam3.data.frame_numbers import UnclearNames, match_names, missing_number, number_names
+from effsam3.data.videos.frame_folder import FrameFolder
+from effsam3.data.videos.frame_numbers import UnclearNames, match_names, missing_number, number_names
 from effsam3.errors import UserError
 
 

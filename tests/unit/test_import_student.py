@@ -15,17 +15,19 @@ from effsam3.benchmarks.text import load_text_features
 from effsam3.cli import main
 from effsam3.errors import UserError
 from effsam3.import_student import ImportedError, completed, find, stretched, students
-from effsam3.models.formats import IMAGE_PREFIX, TEXT_PREFIX
+from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import TRUNK, read_config, read_tensors
+from effsam3.models.image.student import StudentTrunk, StudentTrunkConfig
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import to_original
 from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
+from effsam3.models.merging.formats import IMAGE_PREFIX, TEXT_PREFIX
+from effsam3.models.merging.slots import MergeError
 from effsam3.models.registry import IMAGE_STUDENTS
-from effsam3.models.sam3 import TRUNK, chassis_folder, read_config, read_tensors
-from effsam3.models.slots import CARD, MergeError
-from effsam3.models.text_padding import AttendedLiteTextModel
-from effsam3.models.tokens import pad
-from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
-from effsam3.recipe import load_recipe
+from effsam3.models.text.padding import AttendedLiteTextModel
+from effsam3.models.text.tokens import pad
+from effsam3.recipe.reader import load_recipe
 
 STUDENT = "efficientvit_b0"
 

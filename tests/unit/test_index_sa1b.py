@@ -16,10 +16,11 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from effsam3.data import index_sa1b, sa1b
-from effsam3.data.index_sa1b import build_index, summary
+from effsam3.data.images import index as index_sa1b
+from effsam3.data.images import sa1b
+from effsam3.data.images.index import build_index, summary
 from effsam3.data.indexing import worker_pool
-from effsam3.data.synthetic import make_synthetic_sa1b, sa1b_record
+from effsam3.data.synthetic.images import make_synthetic_sa1b, sa1b_record
 from effsam3.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -287,7 +288,7 @@ def test_two_workers_write_the_same_bytes(flat, tmp_path, monkeypatch):
 
 KILLED = """
 import sys, time
-from effsam3.data import index_sa1b
+from effsam3.data.images import index as index_sa1b
 index_sa1b.PART_IMAGES = 4
 make, made = index_sa1b._make_part, []
 def make_three(*arguments):

@@ -14,12 +14,12 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from effsam3.data import index_sav
-from effsam3.data.extract_frames import extract_frames
-from effsam3.data.index_sav import build_index, summary
-from effsam3.data.sa1b import split_of
-from effsam3.data.sav import COLUMNS, load_index, read_sav
-from effsam3.data.synthetic_sav import make_synthetic_sav, make_video, mp4_bytes, sav_record
+from effsam3.data.images.sa1b import split_of
+from effsam3.data.synthetic.videos import make_synthetic_sav, make_video, mp4_bytes, sav_record
+from effsam3.data.videos import index as index_sav
+from effsam3.data.videos.extract_frames import extract_frames
+from effsam3.data.videos.index import build_index, summary
+from effsam3.data.videos.sav import COLUMNS, load_index, read_sav
 from effsam3.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -280,7 +280,7 @@ def test_unusable_requests_are_user_errors(flat, tmp_path):
 
 KILLED = """
 import sys, time
-from effsam3.data import index_sav
+from effsam3.data.videos import index as index_sav
 index_sav.PART_VIDEOS = 2
 make, made = index_sav._make_part, []
 def make_three(*arguments):

@@ -9,10 +9,10 @@ import pyarrow.parquet as parquet
 import pytest
 from numbered_videos import shown, write_video
 
-from effsam3.data.clips import VideoClips
-from effsam3.data.index_sav import build_index, summary
-from effsam3.data.sav import LATER, load_index
-from effsam3.data.synthetic_sav import sav_record
+from effsam3.data.synthetic.videos import sav_record
+from effsam3.data.videos.clips import VideoClips
+from effsam3.data.videos.index import build_index, summary
+from effsam3.data.videos.sav import LATER, load_index
 
 
 def build(source, out, **options):

@@ -5,8 +5,9 @@ import numpy as np
 import pyarrow
 import pytest
 
-from effsam3.data import sa1b, sav
+from effsam3.data.images import sa1b
 from effsam3.data.indexing import parquet_bytes
+from effsam3.data.videos import sav
 from effsam3.errors import UserError
 
 VALUES = {

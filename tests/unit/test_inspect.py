@@ -12,28 +12,28 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Sam3VideoConfig, Sam3VideoModel
 
-from effsam3.checkpoint import CheckpointError, read_weights
 from effsam3.cli import main
 from effsam3.inspect_model import BUFFERS, DESCRIBED, PARTS, InspectError, examine, inspect
-from effsam3.models.backbones import image_student
-from effsam3.models.keymaps.sam3 import to_original
-from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
-from effsam3.models.memory_tracker import EfficientTrackerConfig
-from effsam3.models.pickled import PickledError
-from effsam3.models.registry import IMAGE_STUDENTS, TEACHER, TEXT_STUDENTS, TINY_TEXT_STUDENTS
-from effsam3.models.sam3 import (
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.pickled import PickledError
+from effsam3.models.chassis.tensors import (
     ChassisError,
-    chassis_folder,
     fingerprint,
     map_tensors,
     quiet_transformers,
     read_config,
     read_tensors,
 )
-from effsam3.models.teacher import Teacher
-from effsam3.models.text import TextTeacher, lite_text_config, lite_text_detector_config, text_student
-from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
-from effsam3.recipe import dump_recipe, load_recipe
+from effsam3.models.image.backbones import image_student
+from effsam3.models.image.student import StudentTrunk, StudentTrunkConfig
+from effsam3.models.image.teacher import Teacher
+from effsam3.models.keymaps.sam3 import to_original
+from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
+from effsam3.models.memory.tracker import EfficientTrackerConfig
+from effsam3.models.registry import IMAGE_STUDENTS, TEACHER, TEXT_STUDENTS, TINY_TEXT_STUDENTS
+from effsam3.models.text.student import TextTeacher, lite_text_config, lite_text_detector_config, text_student
+from effsam3.recipe.reader import dump_recipe, load_recipe
+from effsam3.training.checkpoint import CheckpointError, read_weights
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke" / "image.yaml"
 PARTS_OF_TINY = {  # attributes of a Sam3VideoModel, and of its detector and tracker

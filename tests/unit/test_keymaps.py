@@ -14,6 +14,7 @@ from small_sam3 import same, small_sam3, trunk_config
 from torch import nn
 from transformers import Sam3VideoConfig, Sam3VideoModel
 
+from effsam3.models.image.student import StudentTrunkConfig
 from effsam3.models.keymaps.sam3 import (
     CLASS_ROW,
     POINTS,
@@ -25,11 +26,10 @@ from effsam3.models.keymaps.sam3 import (
     to_original,
     to_transformers,
 )
-from effsam3.models.memory_config import EfficientTrackerConfig
-from effsam3.models.memory_tracker import EfficientTracker
-from effsam3.models.slots import SLOTS
-from effsam3.models.text import lite_text_config
-from effsam3.models.vision import StudentTrunkConfig
+from effsam3.models.memory.config import EfficientTrackerConfig
+from effsam3.models.memory.tracker import EfficientTracker
+from effsam3.models.merging.slots import SLOTS
+from effsam3.models.text.student import lite_text_config
 
 BLOCK = TRUNK + "blocks.0."
 TEXT = "detector.backbone.language_backbone."

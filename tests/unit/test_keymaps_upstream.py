@@ -7,6 +7,7 @@ import xxhash
 from apple_tower import AppleTower, randomise
 from torch import nn
 
+from effsam3.models.image.student import StudentTrunk, StudentTrunkConfig
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.upstream import (
     REPVIT_DEPTHS,
@@ -17,8 +18,7 @@ from effsam3.models.keymaps.upstream import (
     text_to_upstream,
 )
 from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS
-from effsam3.models.text import StudentText, lite_text_config, text_student, to_lite_text_tensors
-from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
+from effsam3.models.text.student import StudentText, lite_text_config, text_student, to_lite_text_tensors
 
 NINE = [row.timm_name for row in IMAGE_STUDENTS.values() if row.published_millions is not None]
 # Of the state dicts of EfficientSAM3's students: number of tensors, and hash of the sorted names where it is known.

@@ -14,8 +14,8 @@ import pytest
 
 from effsam3 import launch as launcher
 from effsam3.cli import main
+from effsam3.hardware.accelerate_configs import layout_kind, layout_nodes, layout_port, layout_processes
 from effsam3.launch import Machines, command_of
-from effsam3.layouts import layout_kind, layout_nodes, layout_port, layout_processes
 
 ROOT = Path(__file__).parents[2]
 RECIPE = "recipes/stage1/image/es_rv_m.yaml"  # a global batch of 512 in micro-batches of 16
@@ -141,7 +141,7 @@ def test_one_process_per_node_is_still_started_by_accelerate():
 
 
 def test_only_node_0_merges_and_evaluates(started, capsys):
-    for rank, verbs in (("0", ["export", "train", "merge", "evaluate"]), ("1", ["export", "train"])):
+    for rank, verbs in (("0", ["embed", "train", "merge", "evaluate"]), ("1", ["embed", "train"])):
         started.lines.clear()
         assert main(["launch", RECIPE, "hardware=multinode_ddp", *FLAGS, rank]) == 0
         assert [Path(line[line.index(RECIPE) - 1]).stem for line in started.lines] == verbs
@@ -209,8 +209,8 @@ def test_nodes_is_a_number_or_slurm(value, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_batch_that_cannot_be_divided_does_not_matter_to_export(started):
-    assert main(["launch", RECIPE, "export", "hardware=zero2", "--processes-per-node", "6"]) == 0
+def test_a_batch_that_cannot_be_divided_does_not_matter_to_embed(started):
+    assert main(["launch", RECIPE, "embed", "hardware=zero2", "--processes-per-node", "6"]) == 0
 
 
 # ---- exit codes
@@ -218,7 +218,7 @@ def test_a_batch_that_cannot_be_divided_does_not_matter_to_export(started):
 
 def ending(folder, state, code):
     """Return what a run does that leaves a state behind and ends with a code."""
-    from effsam3.progress import Progress
+    from effsam3.training.progress import Progress
 
     def end():
         folder.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow.parquet as parquet
 import pytest
 
-from effsam3.data import sa1b
-from effsam3.data.index_sa1b import build_index
-from effsam3.data.layouts_sa1b import scan_tar
-from effsam3.data.reorganise_sa1b import reorganise
-from effsam3.data.synthetic import make_synthetic_sa1b
+from effsam3.data.images import sa1b
+from effsam3.data.images.index import build_index
+from effsam3.data.images.reorganise import reorganise
+from effsam3.data.images.sa1b_folders import scan_tar
+from effsam3.data.synthetic.images import make_synthetic_sa1b
 from effsam3.errors import UserError
 
 PLACE = {"image_file", "image_offset", "annotation_file", "annotation_offset"}

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from effsam3.losses import agreement_sums, feature_loss, relative_error, standardise
+from effsam3.losses.features import agreement_sums, feature_loss, relative_error, standardise
 
 
 @pytest.fixture

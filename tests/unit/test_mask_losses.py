@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from effsam3.mask_losses import at_side, dice, focal, iou, mask_losses, object_weights
+from effsam3.losses.masks import at_side, dice, focal, iou, mask_losses, object_weights
 
 WEIGHTS = {"focal": 20.0, "dice": 1.0}
 

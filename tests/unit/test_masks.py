@@ -15,14 +15,15 @@ from transformers import Sam3TrackerModel
 
 from effsam3.benchmarks.masks import choose_annotations, iou_each, prompted_mask_quality, size_of
 from effsam3.benchmarks.models import Pair
-from effsam3.benchmarks.pictures import draw
-from effsam3.data.index_sa1b import build_index
-from effsam3.data.sa1b import load_index
-from effsam3.data.synthetic import make_synthetic_sa1b
+from effsam3.benchmarks.pictures.images import draw
+from effsam3.data.images.index import build_index
+from effsam3.data.images.sa1b import load_index
+from effsam3.data.synthetic.images import make_synthetic_sa1b
 from effsam3.errors import UserError
-from effsam3.models.prompted import load_tracker, prompted_masks
-from effsam3.models.sam3 import ChassisError, chassis_folder
-from effsam3.models.vision import StudentTrunk, StudentTrunkConfig
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import ChassisError
+from effsam3.models.image.student import StudentTrunk, StudentTrunkConfig
+from effsam3.models.inference.prompted import load_tracker, prompted_masks
 
 
 @pytest.fixture(scope="module")

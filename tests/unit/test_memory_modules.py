@@ -13,9 +13,9 @@ from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import (
     Sam3TrackerVideoPositionEmbeddingSine,
 )
 
-from effsam3.models.memory import EfficientMemoryAttention, MemoryTokens, rotate
-from effsam3.models.memory_config import MemoryConfigError
-from effsam3.models.memory_resampler import PerceiverResampler, coordinates, windows
+from effsam3.models.memory.attention import EfficientMemoryAttention, MemoryTokens, rotate
+from effsam3.models.memory.config import MemoryConfigError
+from effsam3.models.memory.resampler import PerceiverResampler, coordinates, windows
 
 MEMORY = 64  # channels of the memory; transformers' attention knows no other
 

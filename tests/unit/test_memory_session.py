@@ -6,8 +6,8 @@ import torch
 from lively_trackers import MASKED, SIDE, efficient, lively_tracker, moving_video, trained
 from transformers import Sam3TrackerVideoInferenceSession
 
-from effsam3.models.memory import FrameMemory, memory_bytes
-from effsam3.models.tiny import WIDTH
+from effsam3.models.chassis.tiny import WIDTH
+from effsam3.models.memory.attention import FrameMemory, memory_bytes
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from lively_trackers import GRID, LATENTS, efficient, lively_tracker, options, random_steps, run_steps, trained
 from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import get_1d_sine_pe
 
-from effsam3.models.memory import attention_gflops, memory_bytes, memory_tokens
-from effsam3.models.memory_config import MODES, EfficientTrackerConfig, MemoryConfigError
-from effsam3.models.memory_slot import tracker_config
-from effsam3.models.memory_tracker import EfficientTracker
-from effsam3.models.tiny import MADE_UP, WIDTH
-from effsam3.recipe import load_recipe
+from effsam3.models.chassis.tiny import MADE_UP, WIDTH
+from effsam3.models.memory.attention import attention_gflops, memory_bytes, memory_tokens
+from effsam3.models.memory.config import MODES, EfficientTrackerConfig, MemoryConfigError
+from effsam3.models.memory.slot import tracker_config
+from effsam3.models.memory.tracker import EfficientTracker
+from effsam3.recipe.reader import load_recipe
 from effsam3.show import show
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "stage2" / "memory.yaml"

@@ -21,10 +21,12 @@ from lively_trackers import (
 )
 from transformers import AutoModel, Sam3TrackerModel, Sam3TrackerVideoModel, Sam3VideoConfig, Sam3VideoModel
 
-from effsam3.models.memory_config import EfficientTrackerConfig, MemoryConfigError
-from effsam3.models.memory_tracker import EfficientTracker, efficient_tracker_tensors
-from effsam3.models.sam3 import chassis_folder, load_part, processor, quiet_transformers, read_config, read_tensors
-from effsam3.models.tiny import WIDTH
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.processor import processor
+from effsam3.models.chassis.tensors import load_part, quiet_transformers, read_config, read_tensors
+from effsam3.models.chassis.tiny import WIDTH
+from effsam3.models.memory.config import EfficientTrackerConfig, MemoryConfigError
+from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import Sam3VideoModel
 
 from effsam3 import merge
-from effsam3.checkpoint import WEIGHTS, CheckpointError
 from effsam3.cli import main
-from effsam3.models.combine import assign
-from effsam3.models.sam3 import EXTRAS_FILE, TRUNK, chassis_folder, read_config, read_tensors
-from effsam3.models.slots import CARD, SLOTS, MergeError, part_of_model
-from effsam3.models.text import TEXT_ENCODER, TEXT_PROJECTION
-from effsam3.recipe import load_recipe
-from effsam3.run_parts import refuse_neck
+from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import EXTRAS_FILE, TRUNK, read_config, read_tensors
+from effsam3.models.merging.combine import assign
+from effsam3.models.merging.slots import SLOTS, MergeError, part_of_model
+from effsam3.models.text.student import TEXT_ENCODER, TEXT_PROJECTION
+from effsam3.recipe.reader import load_recipe
+from effsam3.stages.run_parts import refuse_neck
+from effsam3.training.checkpoint import WEIGHTS, CheckpointError
 
 EXPECTED = {TRUNK + "head.weight": (2, 3), "detector_model.x": (4,), "tracker_neck.y": (5,)}
 STUDENT = {TRUNK + "head.weight": (2, 3)}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from effsam3.accelerator import refuse_missing_gpu
 from effsam3.cli import main
 from effsam3.errors import RecipeError
+from effsam3.hardware.accelerator import refuse_missing_gpu
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "recipes/smoke/image.yaml")
@@ -46,7 +46,7 @@ def test_what_takes_its_place(hardware):
         refuse_missing_gpu(hardware)
 
 
-@pytest.mark.parametrize("verb", ["export", "train", "evaluate"])
+@pytest.mark.parametrize("verb", ["embed", "train", "evaluate"])
 def test_every_verb_that_takes_hardware(verb, capsys, tmp_path):
     assert main([verb, SMOKE, "hardware=gpu", f"train.runs={tmp_path}"]) == 2
     assert "hardware: gpu is for GPUs" in capsys.readouterr().err
@@ -58,7 +58,8 @@ def test_by_accelerates_own_command(layout, code, tmp_path):
     """Its layout counts, not the recipe's, which may name another one."""
     other = {"gpu": "cpu", "cpu": "gpu"}[layout]
     (tmp_path / "script.py").write_text(
-        f"from effsam3.accelerator import refuse_missing_gpu\nrefuse_missing_gpu({other!r})\nprint('it works')\n"
+        "from effsam3.hardware.accelerator import refuse_missing_gpu\n"
+        f"refuse_missing_gpu({other!r})\nprint('it works')\n"
     )
     config = ROOT / f"accelerate_configs/{layout}.yaml"
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]

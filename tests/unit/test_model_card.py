@@ -17,14 +17,15 @@ from PIL import Image
 from run_folders import image_run, merged_run
 from safetensors.torch import load_file, save_file
 
-from effsam3 import merge, report
-from effsam3.model_card import licence, measurements, metadata, model_card, parameters
-from effsam3.models.backbones import image_student
-from effsam3.models.concepts import ConceptModel
+from effsam3 import merge
+from effsam3.models.chassis.tiny import full_config
+from effsam3.models.image.backbones import image_student
+from effsam3.models.inference.concepts import ConceptModel
 from effsam3.models.registry import TEACHER, chassis_facts, head_params
-from effsam3.models.tiny import full_config
-from effsam3.recipe import dump_recipe, load_recipe
-from effsam3.release_folder import ReleaseError, read_release
+from effsam3.publish.card import licence, measurements, metadata, model_card, parameters
+from effsam3.publish.release import ReleaseError, read_release
+from effsam3.recipe.reader import dump_recipe, load_recipe
+from effsam3.training import report
 
 SLOTS = {"text": ("text",), "image": ("image",), "memory": ("memory",), "both": ("image", "text")}
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from run_folders import image_run, text_run
 
-from effsam3 import needs
-from effsam3.data.index_sa1b import build_index
-from effsam3.data.synthetic import make_synthetic_sa1b
+from effsam3.data.images.index import build_index
+from effsam3.data.synthetic.images import make_synthetic_sa1b
 from effsam3.errors import UserError
-from effsam3.recipe import dump_recipe, load_recipe
+from effsam3.recipe.reader import dump_recipe, load_recipe
+from effsam3.stages import needs
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {stage: ROOT / f"recipes/smoke/{stage}.yaml" for stage in ("image", "text", "memory")}
@@ -70,7 +70,7 @@ WRONG = {  # what is wrong: (stage, overrides, what is said)
     ),
     "image weights": ("image", ["student_init=nowhere.pth"], "train: student_init: nowhere.pth cannot be read"),
     "a model to start from": ("text", ["student_init=runs/nowhere"], "train: there is no model in runs/nowhere"),
-    "maps for the neck": ("image", ["loss.neck=1", "export.grid=8"], "train: loss.neck compares .* 8x8 grid"),
+    "maps for the neck": ("image", ["loss.neck=1", "embed.grid=8"], "train: loss.neck compares .* 8x8 grid"),
     "checkpoint": ("image", ["merge.checkpoint=step-000123"], "merge: merge.checkpoint: no checkpoint will be called"),
     "late checkpoint": ("text", ["merge.checkpoint=step-000300"], "merge: .* the last step 200"),
     "dropped checkpoint": (
@@ -78,7 +78,7 @@ WRONG = {  # what is wrong: (stage, overrides, what is said)
         ["merge.checkpoint=step-000100", "train.keep_checkpoints=1"],
         "merge: merge.checkpoint: step-000100 will be gone",
     ),
-    "tap": ("image", ["export.tap=neck"], "merge: this student learned tap=neck"),
+    "tap": ("image", ["embed.tap=neck"], "merge: this student learned tap=neck"),
     "layout of a head": (
         "image",
         ["student=repvit_m0_9", "merge.formats=[efficientsam3]"],
@@ -175,8 +175,8 @@ def test_every_row_can_fail():
 
 
 def test_launch_refuses_before_anything_has_begun(tmp_path):
-    """The real chain: nothing is drawn, exported or made when its last verb could not do its work."""
-    overrides = ["merge.checkpoint=step-000123", "evaluate.benchmarks=[masks]", "export.tap=neck"]
+    """The real chain: nothing is drawn, embedded or made when its last verb could not do its work."""
+    overrides = ["merge.checkpoint=step-000123", "evaluate.benchmarks=[masks]", "embed.tap=neck"]
     command = [sys.executable, "-m", "effsam3.cli", "launch", str(RECIPES["image"]), *overrides]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from effsam3.data.caption_batches import CaptionBatches
+from effsam3.data.captions.batches import CaptionBatches
 from effsam3.errors import UserError
-from effsam3.not_finite import MOST_IN_A_ROW, NotFinite
-from effsam3.stages.text import TextStage
+from effsam3.stages.text.training import TextStage
+from effsam3.training.not_finite import MOST_IN_A_ROW, NotFinite
 
 NAN, INFINITE = float("nan"), float("inf")
 

@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from effsam3.optim import adamw, lr_at, parameter_groups
+from effsam3.training.optim import adamw, lr_at, parameter_groups
 
 RATES = dict(steps=110, warmup_steps=10, lr=1e-3, min_lr=1e-5, warmup_lr=1e-6)
 

@@ -13,25 +13,25 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Sam3VideoModel, Sam3VideoProcessor
 
-from effsam3.models import original
-from effsam3.models.cache import kept_in_cache
-from effsam3.models.keymaps.sam3 import CLASS_ROW, POINTS, to_original
-from effsam3.models.memory_tracker import EfficientTrackerConfig
-from effsam3.models.pickled import PickledError
-from effsam3.models.registry import SAM3, chassis_facts
-from effsam3.models.sam3 import (
+from effsam3.models.chassis import sam3_pt as original
+from effsam3.models.chassis.cache import kept_in_cache
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.pickled import PickledError
+from effsam3.models.chassis.tensors import (
     EXTRAS_FILE,
     TRUNK,
     ChassisError,
-    chassis_folder,
     fingerprint,
     map_tensors,
     read_config,
     read_tensors,
 )
-from effsam3.models.teacher import Teacher
-from effsam3.models.text import TextTeacher, lite_text_config, lite_text_detector_config
-from effsam3.models.vision import StudentTrunkConfig
+from effsam3.models.image.student import StudentTrunkConfig
+from effsam3.models.image.teacher import Teacher
+from effsam3.models.keymaps.sam3 import CLASS_ROW, POINTS, to_original
+from effsam3.models.memory.tracker import EfficientTrackerConfig
+from effsam3.models.registry import SAM3, chassis_facts
+from effsam3.models.text.student import TextTeacher, lite_text_config, lite_text_detector_config
 
 ONE = {"tracker.no_mem_embed": torch.ones(1, 1, 128)}
 

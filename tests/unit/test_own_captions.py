@@ -9,15 +9,16 @@ import pytest
 import torch
 from run_folders import RECIPES
 
-from effsam3 import checkpoint, needs
 from effsam3.benchmarks.text import load_text_features
 from effsam3.cli import main
 from effsam3.errors import UserError
-from effsam3.models.sam3 import read_config
-from effsam3.models.text import text_student
-from effsam3.models.text_padding import padding_of
-from effsam3.models.tokens import Tokenizer
-from effsam3.recipe import load_recipe
+from effsam3.models.chassis.tensors import read_config
+from effsam3.models.text.padding import padding_of
+from effsam3.models.text.student import text_student
+from effsam3.models.text.tokens import Tokenizer
+from effsam3.recipe.reader import load_recipe
+from effsam3.stages import needs
+from effsam3.training import checkpoint
 
 NOUNS, COLOURS = ("cat", "dog", "car", "tree", "house", "boat", "cup", "chair"), ("red", "blue", "green", "old", "big")
 CAPTIONS = [f"a {colour} {noun} on the {other}" for colour in COLOURS for noun in NOUNS for other in NOUNS[:2]]

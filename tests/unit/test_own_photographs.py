@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effsam3.data.own_photographs import ready_photographs
-from effsam3.data.sa1b import digest_of, load_index, read_image, split_of
+from effsam3.data.images.photographs import ready_photographs
+from effsam3.data.images.sa1b import digest_of, load_index, read_image, split_of
 from effsam3.errors import UserError
-from effsam3.recipe import RecipeError, load_recipe
+from effsam3.recipe.reader import RecipeError, load_recipe
 
 SMOKE = Path(__file__).parents[2] / "recipes/smoke/image.yaml"
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 
-from effsam3.models.pickled import PickledError, content_key, open_pickled, read_pickled
+from effsam3.models.chassis.pickled import PickledError, content_key, open_pickled, read_pickled
 
 
 def weights(seed=0):

@@ -10,7 +10,7 @@ from PIL import Image
 from effsam3.cli import main
 from effsam3.errors import UserError
 from effsam3.plot import COLOURS, choose, draw, plot, read_curves, smoothed, unique_names, wants_log
-from effsam3.report import Report
+from effsam3.training.report import Report
 
 
 def train(folder, scale=1.0, metric="val/cosine", steps=400):

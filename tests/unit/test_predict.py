@@ -18,14 +18,14 @@ from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
 from transformers import Sam3TrackerModel, Sam3TrackerProcessor, Sam3TrackerVideoProcessor
 
+from effsam3.benchmarks.pictures.predictions import SHOWN
 from effsam3.cli import main
-from effsam3.data.synthetic_sav import mp4_bytes
-from effsam3.data.video_files import open_video
+from effsam3.data.synthetic.videos import mp4_bytes
+from effsam3.data.videos.files import open_video
 from effsam3.inspect_model import examine
-from effsam3.models.prompted import Prompts, load_tracker, shown_masks, tracked_masks
-from effsam3.models.sam3 import chassis_folder
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.inference.prompted import Prompts, load_tracker, shown_masks, tracked_masks
 from effsam3.predict import Images, summarise
-from effsam3.prediction_files import SHOWN
 
 HEIGHT, WIDTH = 90, 120
 BOXES = torch.tensor([[20.0, 30, 100, 85], [5, 60, 50, 88]])

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from effsam3 import progress
 from effsam3.errors import UserError
-from effsam3.progress import METRIC, Progress, each_run, read_progress, run_folder
-from effsam3.report import read_lines
 from effsam3.stages import CLASSES, _class_of
+from effsam3.training import progress
+from effsam3.training.progress import METRIC, Progress, each_run, read_progress, run_folder
+from effsam3.training.report import read_lines
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "recipes" / "smoke" / "image.yaml"
@@ -82,7 +82,7 @@ def test_an_unknown_state_is_a_programmers_mistake(tmp_path):
 
 def test_a_run_whose_process_is_gone_was_killed(tmp_path):
     code = (
-        "import sys, time; from effsam3.progress import Progress; "
+        "import sys, time; from effsam3.training.progress import Progress; "
         f"Progress({str(tmp_path)!r}, True, '1 x cpu', 8).update('running', 3, 9); print('up', flush=True); "
         "time.sleep(60)"
     )
@@ -110,7 +110,7 @@ def test_a_run_that_says_nothing_for_long_is_silent(tmp_path, clock, interval_s,
 
 def test_a_reader_never_meets_half_a_file(tmp_path):
     code = (
-        "from effsam3.progress import Progress; "
+        "from effsam3.training.progress import Progress; "
         f"run = Progress({str(tmp_path)!r}, True, 'x' * 100_000, 8); "
         "[run.update('running', step, 100) for step in range(100)]; run.update('complete', 100, 100)"
     )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from effsam3.models.prompts import draw_clicks, draw_kind, draw_prompt
+from effsam3.models.memory.prompts import draw_clicks, draw_kind, draw_prompt
 
 
 @pytest.fixture

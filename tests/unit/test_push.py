@@ -15,10 +15,10 @@ from huggingface_hub.utils import validate_repo_id
 from run_folders import merged_run
 
 from effsam3 import push
+from effsam3.publish.release import ReleaseError
 from effsam3.push import PushError
-from effsam3.recipe import load_recipe
-from effsam3.release_folder import ReleaseError
-from effsam3.schema.push import repository
+from effsam3.recipe.push import repository
+from effsam3.recipe.reader import load_recipe
 
 
 @pytest.fixture(scope="module")

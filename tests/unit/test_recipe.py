@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from effsam3.layouts import layout_processes
+from effsam3.hardware.accelerate_configs import layout_processes
 from effsam3.models.registry import IMAGE_STUDENTS
-from effsam3.recipe import (
+from effsam3.recipe.reader import (
     RecipeError,
     accumulation,
     differing_keys,
@@ -20,7 +20,7 @@ from effsam3.recipe import (
     total_steps,
     warmup_steps,
 )
-from effsam3.schema import STAGES
+from effsam3.recipe.schemas import STAGES
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if file.name != "base.yaml")
@@ -93,9 +93,9 @@ def test_published_hyperparameters():
 
 
 def test_child_merges_mappings_and_replaces_the_rest(write):
-    recipe = load_recipe(write("optim: {lr: 0.5}\ntrain: {trackers: []}\n"))
+    recipe = load_recipe(write("optim: {lr: 0.5}\ntrain: {loggers: []}\n"))
     parent = load_recipe(SMOKE)
-    assert differing_keys(parent, recipe) == ["optim.lr 0.002 -> 0.5", "train.trackers ('tensorboard',) -> ()"]
+    assert differing_keys(parent, recipe) == ["optim.lr 0.002 -> 0.5", "train.loggers ('tensorboard',) -> ()"]
 
 
 def test_inherits_is_relative_to_the_file_and_goes_on(write):
@@ -232,8 +232,8 @@ def test_stage(write, text, message):
         ("train.steps=null", "train.epochs: give it or steps; neither is set"),
         ("train.micro_batch_size=3", "train.global_batch_size: 8 is not a multiple of train.micro_batch_size (3)"),
         ("train.ema=1", "train.ema: must be at least 0 and below 1, got 1.0"),
-        ("train.trackers=[wandb, wandb]", "train.trackers: wandb is listed twice"),
-        ("train.trackers=wandb", "train.trackers: expected a list, got 'wandb'; write [wandb]"),
+        ("train.loggers=[wandb, wandb]", "train.loggers: wandb is listed twice"),
+        ("train.loggers=wandb", "train.loggers: expected a list, got 'wandb'; write [wandb]"),
         ("evaluate.benchmarks=[]", "evaluate.benchmarks: is empty; list at least one"),
         ("evaluate.benchmarks=[mask]", "evaluate.benchmarks: 'mask' is not one of fidelity, masks, speed; did"),
         ("loss={mse: 0, cosine: 0}", "loss.mse: all weights (mse, cosine, neck) are 0"),
@@ -255,8 +255,8 @@ def test_mistake(override, message):
 
 
 def test_neck_loss_needs_the_trunk():
-    found = problems_of(SMOKE, ["loss.neck=1", "export.tap=neck"])
-    assert found == ["loss.neck: 1.0 needs the trunk's output, but export.tap is neck; set one of them back"]
+    found = problems_of(SMOKE, ["loss.neck=1", "embed.tap=neck"])
+    assert found == ["loss.neck: 1.0 needs the trunk's output, but embed.tap is neck; set one of them back"]
 
 
 # ---- the resolved copy

@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import Sam3VideoModel
 
-from effsam3.models.memory_config import EfficientTrackerConfig
-from effsam3.models.sam3 import chassis_folder, quiet_transformers, read_config
-from effsam3.models.vision import StudentTrunkConfig
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import quiet_transformers, read_config
+from effsam3.models.image.student import StudentTrunkConfig
+from effsam3.models.memory.config import EfficientTrackerConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,7 +86,7 @@ for slot, name in {loads}:
 
 
 def test_one_of_our_own_modules_may_be_the_first_to_need_transformers(releases):
-    assert report("import effsam3.models.memory\nfound = {}\n", releases) == {}
+    assert report("import effsam3.models.memory.attention\nfound = {}\n", releases) == {}
 
 
 # ---- how imports are watched, with a small package in the place of transformers
@@ -152,5 +153,6 @@ def test_what_is_not_there_is_not_found(stand_in):
 
 
 def test_the_package_alone_is_light():
-    code = "import sys, effsam3, effsam3.recipe; print(sorted({'torch', 'transformers', 'timm'} & set(sys.modules)))"
+    heavy = "{'torch', 'transformers', 'timm'}"
+    code = f"import sys, effsam3, effsam3.recipe.reader; print(sorted({heavy} & set(sys.modules)))"
     assert python(code).stdout == "[]\n"

@@ -14,11 +14,13 @@ from effsam3 import evaluate, merge
 from effsam3 import launch as launcher
 from effsam3.cli import main
 from effsam3.errors import RecipeError, UserError
-from effsam3.models.sam3 import chassis_folder, read_config, read_tensors
-from effsam3.models.slots import CARD, MergeError, part_of_model, start_from
-from effsam3.models.tokens import Tokenizer
-from effsam3.recipe import load_recipe
-from effsam3.release_folder import recipes_by_slot
+from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import read_config, read_tensors
+from effsam3.models.merging.slots import MergeError, part_of_model, start_from
+from effsam3.models.text.tokens import Tokenizer
+from effsam3.publish.release import recipes_by_slot
+from effsam3.recipe.reader import load_recipe
 from effsam3.show import show
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +55,7 @@ def test_a_release_without_parts():
         load_recipe(SMOKE, ["parts={image: null, text: null}"])
 
 
-@pytest.mark.parametrize("verb", ["export", "train"])
+@pytest.mark.parametrize("verb", ["embed", "train"])
 def test_a_release_learns_nothing(verb, capsys):
     for argv in ([verb, str(SMOKE)], ["launch", str(SMOKE), verb]):
         assert main(argv) == 2

@@ -12,11 +12,11 @@ import torch
 from run_folders import merged_run, tiny_trunk
 from transformers import AutoModel, Sam3VideoModel
 
-from effsam3.models.concepts import ConceptModel
-from effsam3.models.prompted import load_tracker
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.inference.concepts import ConceptModel
+from effsam3.models.inference.prompted import load_tracker
 from effsam3.models.registry import IMAGE_STUDENTS
-from effsam3.models.sam3 import chassis_folder
-from effsam3.models.text import TextTeacher
+from effsam3.models.text.student import TextTeacher
 
 FAMILIES = {row.family: name for name, row in IMAGE_STUDENTS.items()}
 

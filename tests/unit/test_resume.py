@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from effsam3 import checkpoint
 from effsam3.errors import UserError
-from effsam3.recipe import dump_recipe, load_recipe
-from effsam3.resume import AUTO, FREE_KEYS, NEVER, read_trainer, resumable
+from effsam3.recipe.reader import dump_recipe, load_recipe
+from effsam3.training import checkpoint
+from effsam3.training.resume import AUTO, FREE_KEYS, NEVER, read_trainer, resumable
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from effsam3.data import sa1b
-from effsam3.data.index_sa1b import build_index
-from effsam3.data.synthetic import make_synthetic_sa1b, sa1b_record
+from effsam3.data.images import sa1b
+from effsam3.data.images.index import build_index
+from effsam3.data.synthetic.images import make_synthetic_sa1b, sa1b_record
 from effsam3.errors import UserError
 
 RNG = np.random.default_rng(0)

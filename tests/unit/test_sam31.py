@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from effsam3 import cli
 from effsam3.errors import ChassisError
+from effsam3.models.chassis.sam31 import what_sam31
 from effsam3.models.registry import chassis_facts
-from effsam3.models.sam31 import what_sam31
 
 # As its readers list them: https://github.com/facebookresearch/sam3/issues/506, 526; ultralytics/ultralytics#26144;
 # SimonZeng7108/efficientsam3#40.
@@ -71,7 +71,8 @@ def test_every_command_says_what_it_is(names, tmp_path, capsys):
 
 
 def test_folders_files_and_names_on_the_hub(tmp_path):
-    from effsam3.models.sam3 import chassis_folder, shard_of
+    from effsam3.models.chassis.find import chassis_folder
+    from effsam3.models.chassis.tensors import shard_of
 
     save_file(tensors(), tmp_path / "sam3.1_multiplex_fp16.safetensors")
     with pytest.raises(ChassisError, match="fp16.safetensors is SAM 3.1"):

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from effsam3.data.sa1b import UnreadableAnnotations
-from effsam3.data.sav import FRAME_STRIDE, load_index, parse_sav, read_annotated_frames, read_sav, schema
-from effsam3.data.synthetic_sav import mp4_bytes, sav_record
-from effsam3.data.video_files import UnreadableVideo
+from effsam3.data.images.sa1b import UnreadableAnnotations
+from effsam3.data.synthetic.videos import mp4_bytes, sav_record
+from effsam3.data.videos.files import UnreadableVideo
+from effsam3.data.videos.sav import FRAME_STRIDE, load_index, parse_sav, read_annotated_frames, read_sav, schema
 from effsam3.errors import UserError
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "data"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from effsam3.cli import main
-from effsam3.data.store import Field, Manifest
+from effsam3.data.store.reader import Field, Manifest
 from effsam3.errors import UserError
 from effsam3.models.registry import SAM3, chassis_facts
-from effsam3.recipe import load_recipe
+from effsam3.recipe.reader import load_recipe
 from effsam3.show import record_bytes, show
 
 ROOT = Path(__file__).parents[2]
@@ -80,10 +80,10 @@ def test_show_refuses_a_batch_that_the_layout_cannot_divide(capsys):
 
 def test_show_one_key(capsys):
     assert main(["show", ES_RV_M, "--key", "hardware"]) == 0
-    assert main(["show", SMOKE, "--key", "train.trackers"]) == 0
+    assert main(["show", SMOKE, "--key", "train.loggers"]) == 0
     assert capsys.readouterr().out == "zero2\ntensorboard\n"
     assert main(["show", SMOKE, "--key", "train.trackrs"]) == 2
-    assert "did you mean train.trackers?" in capsys.readouterr().err
+    assert "did you mean train.loggers?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("checkpoint", ["tiny", "random"])
@@ -92,15 +92,15 @@ def test_show_one_key(capsys):
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("grid", ["null", "8"])
 def test_record_bytes_are_the_stores(checkpoint, tap, pixels, dtype, grid):
-    export = f"{{tap: {tap}, pixels: {pixels}, dtype: {dtype}, grid: {grid}}}"
-    recipe = load_recipe(SMOKE, [f"sam3.checkpoint={checkpoint}", f"export={export}"])
+    embed = f"{{tap: {tap}, pixels: {pixels}, dtype: {dtype}, grid: {grid}}}"
+    recipe = load_recipe(SMOKE, [f"sam3.checkpoint={checkpoint}", f"embed={embed}"])
     facts = chassis_facts(checkpoint)
-    side = recipe.export.grid or facts.grid
+    side = recipe.embed.grid or facts.grid
     channels = facts.hidden_size if tap == "trunk" else facts.fpn_hidden_size
     fields = [Field("features", dtype, (channels, side, side))]
     if dtype == "int8":
         fields += [Field("scale", "float32", (channels,))]
-    if recipe.export.pixels:
+    if recipe.embed.pixels:
         fields += [Field("pixels", "uint8", (3, facts.image_size, facts.image_size)), Field("sizes", "int32", (2,))]
     assert record_bytes(recipe) == Manifest(tuple(fields), {}).stride
 

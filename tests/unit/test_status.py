@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from effsam3 import checkpoint
 from effsam3.cli import main
-from effsam3.meters import Unreadable
-from effsam3.progress import Progress
-from effsam3.recipe import dump_recipe, load_recipe
-from effsam3.report import Report
+from effsam3.recipe.reader import dump_recipe, load_recipe
 from effsam3.status import as_text, duration, examine, sparkline, status
+from effsam3.training import checkpoint
+from effsam3.training.meters import Unreadable
+from effsam3.training.progress import Progress
+from effsam3.training.report import Report
 
 ROOT = Path(__file__).parents[2]
 LAYOUT = "2 x cpu, DDP"
@@ -24,7 +24,7 @@ LAYOUT = "2 x cpu, DDP"
 
 def train(runs, name="r", state="running", steps_done=60, **more):
     """Leave behind what `train` does at this step of 200: logged every 10, validated and saved every 50."""
-    overrides = [f"name={name}", f"train.runs={runs}", "train.trackers=[tensorboard]"]
+    overrides = [f"name={name}", f"train.runs={runs}", "train.loggers=[tensorboard]"]
     recipe = load_recipe(ROOT / "recipes/smoke/image.yaml", overrides)
     report = Report(recipe.folder)
     (recipe.folder / "recipe.yaml").write_text(dump_recipe(recipe))
@@ -91,7 +91,7 @@ def test_what_a_person_reads(tmp_path):
         "saved     step-000050, best-step-000050",
         f"bad data  2 unreadable samples, {folder}/unreadable.jsonl names them",
         f"skipped   1 micro-batches, {folder}/skipped.jsonl names them",
-        f"trackers  {folder}/effsam3",
+        f"loggers  {folder}/effsam3",
         "next      wait, or stop it with `kill 42` on gpu-7: it saves first",
     ]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from effsam3.stopping import LAUNCHED, RANK, STOP, Stopped, requests_held_back, stopped_at_once
+from effsam3.stopping import LAUNCHED, RANK, STOP, Stopped, stopped_at_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,13 +121,30 @@ def test_a_process_of_its_own_outlives_its_shell(start):
     assert shell.stdout.readline() == "asked\n"
 
 
-def test_requests_wait_while_helpers_are_started():
-    with STOP.noted() as stop:
-        with requests_held_back():
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
-            assert not stop.asked
-        assert stop.asked
+BORN = """
+import os, signal, sys
+from effsam3.data.loader import loader
+from effsam3.stopping import REQUESTS, STOP
+
+class Samples:
+    def __len__(self): return 4
+    def __getitems__(self, positions): return positions
+
+def record():
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    os.write(1, b"born safe\\n" if set(REQUESTS) <= blocked else b"born exposed\\n")
+
+os.register_at_fork(after_in_child=record)
+with STOP.noted():
+    for batch in loader(Samples(), [[0], [1], [2], [3]], 2, pin=False): pass
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+"""
+
+
+def test_data_workers_are_born_where_no_request_reaches_them(start):
+    """A worker is signalled with its group before it can ignore that; this process's other threads may hear it."""
+    printed, _ = start(BORN).communicate(timeout=60)
+    assert printed == "born safe\n" * 2
 
 
 SLOW = """

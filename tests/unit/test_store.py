@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from effsam3.data.store import (
+from effsam3.data.store.reader import (
     Field,
     StoreError,
     StoreReader,
@@ -99,7 +99,7 @@ def test_positions_are_exact_among_many_keys(tmp_path):
     reader = StoreReader(tmp_path)
     order = np.random.default_rng(0).permutation(5000)
     np.testing.assert_array_equal(reader.positions([keys[i] for i in order]), order)
-    with pytest.raises(StoreError, match=r"lacks 2 of 3 keys: k1, k2\. Run export"):
+    with pytest.raises(StoreError, match=r"lacks 2 of 3 keys: k1, k2\. Run embed"):
         reader.positions(["k1", keys[0], "k2"])
 
 
@@ -142,7 +142,7 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 
 def test_missing_malformed_and_newer_manifests_are_named(tmp_path):
-    with pytest.raises(StoreError, match=r"no manifest.json.*effsam3 export"):
+    with pytest.raises(StoreError, match=r"no manifest.json.*effsam3 embed"):
         StoreReader(tmp_path)
     manifest = make(tmp_path) / "manifest.json"
     content = json.loads(manifest.read_text())
@@ -175,7 +175,7 @@ def test_wrong_manifest_is_named_and_never_repaired_with(tmp_path, finish):
 def test_unfinished_store_says_how_far_it_is(tmp_path):
     make(tmp_path, finish=False)
     create_store(tmp_path, FIELDS, {"tap": "trunk", "grid": 5}, expected=200)
-    with pytest.raises(StoreError, match="10 of 200 records; run export again"):
+    with pytest.raises(StoreError, match="10 of 200 records; run embed again"):
         StoreReader(tmp_path)
     assert len(StoreReader(tmp_path, allow_unfinished=True)) == 10
 
@@ -278,7 +278,7 @@ def test_full_disk_is_named_and_harmless(tmp_path):
         out.write(key, record(key, big))
     resource.setrlimit(resource.RLIMIT_FSIZE, (3 * 131072 + 5000, hard))  # the fourth record fits in part
     try:
-        with pytest.raises(StoreError, match=r"'sa_3' of 131072 bytes.*7 records to come need.*run the same export"):
+        with pytest.raises(StoreError, match=r"'sa_3' of 131072 bytes.*7 records to come need.*run the same command"):
             out.write("sa_3", record("sa_3", big))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

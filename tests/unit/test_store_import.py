@@ -6,9 +6,17 @@ import os
 import numpy as np
 import pytest
 
-from effsam3.data import store_tool
-from effsam3.data.store import Field, StoreError, StoreReader, StoreWriter, create_store, finish_store, verify_store
-from effsam3.data.store_import import import_upstream
+from effsam3.data.store import tool as store_tool
+from effsam3.data.store.importing import import_upstream
+from effsam3.data.store.reader import (
+    Field,
+    StoreError,
+    StoreReader,
+    StoreWriter,
+    create_store,
+    finish_store,
+    verify_store,
+)
 
 
 def write_upstream(folder, shape, ranks):

@@ -11,7 +11,15 @@ from pathlib import Path
 
 import numpy as np
 
-from effsam3.data.store import Field, StoreReader, StoreWriter, create_store, finish_store, repair_store, verify_store
+from effsam3.data.store.reader import (
+    Field,
+    StoreReader,
+    StoreWriter,
+    create_store,
+    finish_store,
+    repair_store,
+    verify_store,
+)
 
 FIELDS = [Field("features", "float16", (8, 64, 64)), Field("scale", "float32", (8,))]  # 64 KiB and a little
 KEYS = [f"sa_{i}" for i in range(600)]

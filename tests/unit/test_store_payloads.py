@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from effsam3.data.store import StoreError, dequantise_int8, quantise_int8, to_float16
+from effsam3.data.store.reader import StoreError, dequantise_int8, quantise_int8, to_float16
 
 
 def test_int8_against_the_plain_formula():
@@ -34,7 +34,7 @@ def test_values_that_float16_cannot_hold_are_refused(value):
     features = torch.zeros(2, 3, 3)
     features[1, 2, 0] = value
     if np.isfinite(value):
-        with pytest.raises(StoreError, match=rf"'sa_1'.*{re.escape(f'{abs(value):g}')}.*export.dtype: int8"):
+        with pytest.raises(StoreError, match=rf"'sa_1'.*{re.escape(f'{abs(value):g}')}.*embed.dtype: int8"):
             to_float16(features, "sa_1")
         assert quantise_int8(features)[1][1] > 500
     else:

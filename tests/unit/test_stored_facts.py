@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from effsam3.data.store import Field, StoreError, StoreReader, create_store, finish_store
+from effsam3.data.store.reader import Field, StoreError, StoreReader, create_store, finish_store
 from effsam3.stages.base import stored_facts
-from effsam3.stages.image import ImageStage
+from effsam3.stages.image.training import ImageStage
 
 FIELDS = {"image": Field("features", "float16", (4, 2, 2)), "text": Field("features", "float16", (32, 4))}
 
@@ -19,13 +19,13 @@ def store_of(root, kind: str, **facts) -> StoreReader:
 
 
 def recipe_of(root, stage: str) -> SimpleNamespace:
-    return SimpleNamespace(stage=stage, export=SimpleNamespace(to=str(root)), data=SimpleNamespace(resize="square"))
+    return SimpleNamespace(stage=stage, embed=SimpleNamespace(to=str(root)), data=SimpleNamespace(resize="square"))
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("image", "text"), ("text", "image")])
 def test_features_of_another_stage_are_called_that(tmp_path, stage, kind):
     store = store_of(tmp_path, kind)
-    with pytest.raises(StoreError, match=f"export.to: .*{tmp_path} holds {kind} features, .* stage is {stage}"):
+    with pytest.raises(StoreError, match=f"embed.to: .*{tmp_path} holds {kind} features, .* stage is {stage}"):
         stored_facts(recipe_of(tmp_path, stage), store, {"channels": int, "nothing that it has": str})
 
 

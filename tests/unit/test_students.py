@@ -9,9 +9,9 @@ from timm.layers import DropPath
 from timm.utils import ModelEmaV3
 from transformers import AutoModel
 
+from effsam3.models.image.student import StudentError, StudentTrunk, StudentTrunkConfig, load_timm_weights
+from effsam3.models.image.teacher import parameter_count
 from effsam3.models.registry import IMAGE_STUDENTS, head_params
-from effsam3.models.teacher import parameter_count
-from effsam3.models.vision import StudentError, StudentTrunk, StudentTrunkConfig, load_timm_weights
 
 NINE = [name for name, row in IMAGE_STUDENTS.items() if row.published_millions is not None]
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from effsam3.data.sa1b import mask_of, parse_annotations
-from effsam3.data.synthetic import innermost_point, make_scene, make_synthetic_sa1b
+from effsam3.data.images.sa1b import mask_of, parse_annotations
+from effsam3.data.synthetic.images import innermost_point, make_scene, make_synthetic_sa1b
 from effsam3.errors import UserError
 
 

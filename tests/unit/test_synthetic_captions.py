@@ -6,7 +6,7 @@ import hashlib
 import pyarrow.parquet as parquet
 import pytest
 
-from effsam3.data.synthetic_captions import THINGS, make_row, make_synthetic_phrases, make_synthetic_recap
+from effsam3.data.synthetic.captions import THINGS, make_row, make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
 
 PUBLISHED = {  # the dataset card's

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effsam3.data.sav import parse_sav
-from effsam3.data.synthetic_sav import make_synthetic_sav, make_video, sav_record, write_vos_layouts
-from effsam3.data.video_files import open_video
+from effsam3.data.synthetic.videos import make_synthetic_sav, make_video, sav_record, write_vos_layouts
+from effsam3.data.videos.files import open_video
+from effsam3.data.videos.sav import parse_sav
 from effsam3.errors import UserError
 
 SAMPLE = Path(__file__).parents[3] / "shared" / "data" / "sav_000001_manual.json"

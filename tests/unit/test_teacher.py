@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Sam3Model, Sam3VideoModel, Sam3VideoProcessor
 
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import TRUNK, ChassisError, fingerprint, read_tensors
+from effsam3.models.image.teacher import Teacher, check_features, check_weights, explained_by_pixels, load_neck
 from effsam3.models.registry import chassis_facts
-from effsam3.models.sam3 import TRUNK, ChassisError, chassis_folder, fingerprint, read_tensors
-from effsam3.models.teacher import Teacher, check_features, check_weights, explained_by_pixels, load_neck
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_a_smaller_grid_is_the_resized_map(folder, pixels):
     torch.testing.assert_close(
         small, F.interpolate(full, (8, 8), mode="bilinear", align_corners=False, antialias=True)
     )
-    with pytest.raises(ChassisError, match="export.grid is 17"):
+    with pytest.raises(ChassisError, match="embed.grid is 17"):
         Teacher(folder, grid=17)
 
 

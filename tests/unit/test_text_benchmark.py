@@ -11,9 +11,10 @@ from transformers import Sam3LiteTextModel, Sam3Processor, Sam3VideoModel
 
 from effsam3.benchmarks.text import _nearest, load_text_features, plot_similarity, text_similarity, text_speed
 from effsam3.errors import UserError
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import ChassisError, load_part, quiet_transformers, read_config, read_tensors
 from effsam3.models.registry import TINY_TEXT_STUDENTS
-from effsam3.models.sam3 import ChassisError, chassis_folder, load_part, quiet_transformers, read_config, read_tensors
-from effsam3.models.text import (
+from effsam3.models.text.student import (
     DETECTOR,
     TEXT_ENCODER,
     TEXT_PROJECTION,
@@ -23,7 +24,7 @@ from effsam3.models.text import (
     text_student,
     to_lite_text_tensors,
 )
-from effsam3.models.tokens import Tokenizer
+from effsam3.models.text.tokens import Tokenizer
 
 TEXTS = ["a cat", "", "two large striped zebras, drinking", "x" * 300, "the red truck's left front wheel"]
 WORDS = "red green old small striped wooden cat dog truck zebra wheel house".split()

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from effsam3.data.captions import open_captions
-from effsam3.data.text_files import READERS, Unusable, read_texts
+from effsam3.data.captions.sources import open_captions
+from effsam3.data.captions.text_files import READERS, Unusable, read_texts
 from effsam3.errors import UserError
 
 TEXTS = [

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Sam3LiteTextModel, Sam3Model, Sam3Processor, Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.errors import UserError
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import ChassisError, load_part, quiet_transformers, read_config, read_tensors
 from effsam3.models.registry import TEACHER, TEXT_STUDENTS, TINY_TEXT_STUDENTS, text_student_row
-from effsam3.models.sam3 import ChassisError, chassis_folder, load_part, quiet_transformers, read_config, read_tensors
-from effsam3.models.text import (
+from effsam3.models.text.student import (
     DETECTOR,
     SAM3_TEXT_PARAMETERS,
     TEXT_ENCODER,
@@ -25,7 +26,7 @@ from effsam3.models.text import (
     text_student,
     to_lite_text_tensors,
 )
-from effsam3.models.tokens import Tokenizer
+from effsam3.models.text.tokens import Tokenizer
 
 TEXTS = ["a cat", "", "two large striped zebras, drinking", "x" * 300, "the red truck's left front wheel"]
 ROWS = TEXT_STUDENTS | TINY_TEXT_STUDENTS

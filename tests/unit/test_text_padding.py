@@ -13,18 +13,20 @@ from effsam3 import merge
 from effsam3.benchmarks.text import load_text_features
 from effsam3.cli import main
 from effsam3.errors import ChassisError
-from effsam3.model_card import model_card
-from effsam3.models import concepts
-from effsam3.models.formats import TEXT_PREFIX
+from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import read_config, read_tensors
+from effsam3.models.inference import concepts
 from effsam3.models.keymaps.upstream import text_to_upstream
-from effsam3.models.padding_disagreement import PROMPTS, disagreement
+from effsam3.models.merging.formats import TEXT_PREFIX
+from effsam3.models.merging.slots import start_from
 from effsam3.models.registry import TINY_TEXT_STUDENTS
-from effsam3.models.sam3 import chassis_folder, read_config, read_tensors
-from effsam3.models.slots import CARD, start_from
-from effsam3.models.text_padding import RULES, AttendedLiteTextModel, padding_of
-from effsam3.models.tokens import PROCESSOR_LENGTH, Tokenizer, pad
-from effsam3.recipe import load_recipe
-from effsam3.release_folder import read_release
+from effsam3.models.text.padding import RULES, AttendedLiteTextModel, padding_of
+from effsam3.models.text.padding_disagreement import PROMPTS, disagreement
+from effsam3.models.text.tokens import PROCESSOR_LENGTH, Tokenizer, pad
+from effsam3.publish.card import model_card
+from effsam3.publish.release import read_release
+from effsam3.recipe.reader import load_recipe
 
 ROWS = random_rows(31)
 
@@ -181,7 +183,7 @@ def test_an_image_student_alone_asks_for_no_yes(tmp_path):
 
 def test_the_card_says_how_to_load_it_and_what_it_sees(tmp_path):
     card = model_card(read_release(merged(tmp_path / "a", "attended").parent), "me/model")
-    assert "from effsam3.models.text_padding import AttendedLiteTextModel" in card
+    assert "from effsam3.models.text.padding import AttendedLiteTextModel" in card
     assert "attend to their padding" in card
     yes = ("merge.formats=[efficientsam3]", "merge.allow_padding_mismatch=true")
     card = model_card(read_release(merged(tmp_path / "m", "masked", "tiny_text_plain", *yes).parent), "me/model")

@@ -8,11 +8,11 @@ from apple_tower import AppleTower, randomise
 from open_clip.transformer import TextTransformer
 from safetensors.torch import save_file
 
+from effsam3.models.image.student import StudentError
 from effsam3.models.registry import text_student_row
-from effsam3.models.text import StudentText, lite_text_config, text_student
-from effsam3.models.text_weights import load_text_weights
-from effsam3.models.tokens import Tokenizer
-from effsam3.models.vision import StudentError
+from effsam3.models.text.student import StudentText, lite_text_config, text_student
+from effsam3.models.text.tokens import Tokenizer
+from effsam3.models.text.weights import load_text_weights
 
 LONG = "one two three " * 40  # fills any context: nothing is padded
 

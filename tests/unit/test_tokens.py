@@ -12,9 +12,9 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer, whitespace_clean
 from transformers import Sam3Processor, Sam3VideoProcessor
 
-from effsam3.models import tokens
-from effsam3.models.sam3 import chassis_folder
-from effsam3.models.tokens import (
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.text import tokens
+from effsam3.models.text.tokens import (
     END_ID,
     PAD_ID,
     PROCESSOR_LENGTH,
@@ -183,7 +183,7 @@ def test_a_prompt_that_is_too_long_is_named_with_its_true_count(tokenizer):
 
 
 def test_counting_tokens_takes_neither_torch_nor_transformers():
-    code = "from effsam3.models.tokens import Tokenizer; import sys; assert Tokenizer().tokenize_whole(['a cat'])"
+    code = "from effsam3.models.text.tokens import Tokenizer; import sys; assert Tokenizer().tokenize_whole(['a cat'])"
     code += "; assert not {'torch', 'transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 

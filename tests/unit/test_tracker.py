@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers import Sam3TrackerVideoInferenceSession, Sam3TrackerVideoModel
 
-from effsam3.models.memory_config import EfficientTrackerConfig
-from effsam3.models.memory_tracker import EfficientTracker, efficient_tracker_tensors
-from effsam3.models.sam3 import chassis_folder, load_part, read_config
-from effsam3.models.tracker import (
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import load_part, read_config
+from effsam3.models.memory.config import EfficientTrackerConfig
+from effsam3.models.memory.student import TrackerStudent
+from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
+from effsam3.models.memory.training import (
     PARTS,
     Decoded,
     Features,
@@ -23,7 +25,6 @@ from effsam3.models.tracker import (
     read_tracker_tensors,
     track,
 )
-from effsam3.models.tracker_student import TrackerStudent
 
 T, S = 4, 224  # in hybrid mode the fourth frame is the first to read latents
 WEIGHTS = {"focal": 20.0, "dice": 1.0, "iou": 1.0, "presence": 1.0, "memory": 1.0}

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from effsam3.errors import UserError
-from effsam3.meters import PEAK_TFLOPS, Window, peak_tflops, step_line
 from effsam3.train import sample_seed, share_batchnorm
+from effsam3.training.meters import PEAK_TFLOPS, Window, peak_tflops, step_line
 
 
 def test_sync_batchnorm_keeps_names_and_parameters():
@@ -56,7 +56,7 @@ def test_speed_by_hand(monkeypatch):
         gather=lambda row: torch.cat([row, row + 1]),
     )
     now = iter([0.0, 0.0, 1.0, 10.0, 10.0])
-    monkeypatch.setattr("effsam3.meters.time.perf_counter", lambda: next(now))
+    monkeypatch.setattr("effsam3.training.meters.time.perf_counter", lambda: next(now))
     window = Window(accelerator, global_batch=8, flops=3e12, per_rank=True)
     window.peak = 24.0
     assert window.wait_for(iter(["batch"])) == "batch"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from effsam3.recipe import RecipeError, load_recipe
+from effsam3.recipe.reader import RecipeError, load_recipe
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke" / "image.yaml"
 NOT_FLOATS = [".nan", "nan", ".inf", "-.inf", "inf", "1e999", "1:30", "0x1p3", "true", "'1.0'", "1,5", "012.5"]
@@ -64,12 +64,12 @@ def test_a_leading_zero_is_explained():
     ("text", "value"), [("true", True), ("yes", True), ("On", True), ("false", False), ("no", False), ("OFF", False)]
 )
 def test_booleans(text, value):
-    assert load_recipe(SMOKE, [f"export.pixels={text}"]).export.pixels is value
+    assert load_recipe(SMOKE, [f"embed.pixels={text}"]).embed.pixels is value
 
 
 @pytest.mark.parametrize("text", ["1", "0", "'true'", "y", "null"])
 def test_not_booleans(text):
-    assert problems_of(SMOKE, [f"export.pixels={text}"])[0].startswith("export.pixels: expected true or false")
+    assert problems_of(SMOKE, [f"embed.pixels={text}"])[0].startswith("embed.pixels: expected true or false")
 
 
 @pytest.mark.parametrize("text", ["no", "on", "off", "1e-3", "012", "1:30", "2026-11-21", "true"])

@@ -7,7 +7,7 @@ import pytest
 
 from effsam3 import cli
 from effsam3.errors import UserError
-from effsam3.report import refuse_unwritable
+from effsam3.training.report import refuse_unwritable
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "smoke"
 
@@ -19,12 +19,12 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "smoke"
             ["launch", f"{RECIPES}/image.yaml", "train.runs=/proc/x"],
             "train.runs: /proc/x/smoke-image cannot be written",
         ),
-        (["launch", f"{RECIPES}/image.yaml", "export.to=/proc/x"], "export.to: /proc/x cannot be written"),
+        (["launch", f"{RECIPES}/image.yaml", "embed.to=/proc/x"], "embed.to: /proc/x cannot be written"),
         (
             ["merge", f"{RECIPES}/image.yaml", "train.runs=/proc/x"],
             "train.runs: /proc/x/smoke-image cannot be written",
         ),
-        (["export", f"{RECIPES}/image.yaml", "export.to=/proc/x"], "export.to: /proc/x cannot be written"),
+        (["embed", f"{RECIPES}/image.yaml", "embed.to=/proc/x"], "embed.to: /proc/x cannot be written"),
         (
             ["train", f"{RECIPES}/image.yaml", "train.runs=/proc/x"],
             "train.runs: /proc/x/smoke-image cannot be written",

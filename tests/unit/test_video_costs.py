@@ -6,9 +6,9 @@ from pathlib import Path
 
 from numbered_videos import write_video
 
-from effsam3.data import video_decoder
-from effsam3.data.video_decoder import Source, seeks_agree
-from effsam3.data.video_files import VideoFile
+from effsam3.data.videos import decoder as video_decoder
+from effsam3.data.videos.decoder import Source, seeks_agree
+from effsam3.data.videos.files import VideoFile
 
 
 def test_frames_in_a_row_are_decoded_once_and_a_clip_from_its_key_frame(tmp_path, monkeypatch):

@@ -12,11 +12,11 @@ import pytest
 from numbered_videos import COLUMNS, ROWS, numbered, remux, shown, trim, write_video
 from PIL import Image
 
-from effsam3.data import video_decoder
-from effsam3.data.extract_frames import extract_frames
-from effsam3.data.frame_folder import FrameFolder
-from effsam3.data.video_decoder import UnreadableVideo, seeks_agree
-from effsam3.data.video_files import VideoFile
+from effsam3.data.videos import decoder as video_decoder
+from effsam3.data.videos.decoder import UnreadableVideo, seeks_agree
+from effsam3.data.videos.extract_frames import extract_frames
+from effsam3.data.videos.files import VideoFile
+from effsam3.data.videos.frame_folder import FrameFolder
 
 
 def check(path, numbers, seed=0):

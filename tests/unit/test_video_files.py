@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from effsam3.data.extract_frames import extract_frames
-from effsam3.data.frame_folder import FrameFolder
-from effsam3.data.video_files import UnreadableVideo, VideoFile, open_video
+from effsam3.data.videos.extract_frames import extract_frames
+from effsam3.data.videos.files import UnreadableVideo, VideoFile, open_video
+from effsam3.data.videos.frame_folder import FrameFolder
 from effsam3.errors import UserError
 
 ROOT = Path(__file__).parents[2]

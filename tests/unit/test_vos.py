@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from effsam3.data.sa1b import UnreadableAnnotations
-from effsam3.data.synthetic_sav import make_synthetic_sav, make_video, palette_image, sav_record, write_vos_layouts
-from effsam3.data.video_files import UnreadableVideo
-from effsam3.data.vos import open_vos
+from effsam3.data.images.sa1b import UnreadableAnnotations
+from effsam3.data.synthetic.videos import make_synthetic_sav, make_video, palette_image, sav_record, write_vos_layouts
+from effsam3.data.videos.files import UnreadableVideo
+from effsam3.data.videos.vos import open_vos
 from effsam3.errors import UserError
 
 SMALL = {"frames": 22, "side_px": 64, "objects": 3}

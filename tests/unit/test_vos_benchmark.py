@@ -13,14 +13,14 @@ from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerV
 from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
 
 from effsam3.benchmarks.jaccard import DavisScorer, SavScorer
+from effsam3.benchmarks.pictures.videos import evenly
 from effsam3.benchmarks.tracking import TrackerRun, TrackingError, track
-from effsam3.benchmarks.video_pictures import evenly
 from effsam3.benchmarks.vos import voc_palette, vos, vos_table, write_objects
-from effsam3.data.synthetic_sav import write_vos_layouts
-from effsam3.data.vos import open_vos
+from effsam3.data.synthetic.videos import write_vos_layouts
+from effsam3.data.videos.vos import open_vos
 from effsam3.errors import UserError
 from effsam3.evaluate import memory_tables
-from effsam3.models.memory_tracker import EfficientTracker, EfficientTrackerConfig
+from effsam3.models.memory.tracker import EfficientTracker, EfficientTrackerConfig
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from PIL import Image
 from effsam3.benchmarks.jaccard import DavisScorer
 from effsam3.benchmarks.tracking import TrackedFrame
 from effsam3.benchmarks.vos import PredictionFolder, vos
-from effsam3.data.synthetic_sav import mp4_bytes, sav_record, write_vos_layouts
-from effsam3.data.vos import FromOne, open_vos
+from effsam3.data.synthetic.videos import mp4_bytes, sav_record, write_vos_layouts
+from effsam3.data.videos.vos import FromOne, open_vos
 from effsam3.errors import UserError
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from effsam3.models.sam3 import read_config, read_tensors
-from effsam3.models.text import DETECTOR, TEXT_ENCODER, TEXT_PROJECTION, StudentText
-from effsam3.models.text_padding import with_padding
+from effsam3.models.chassis.tensors import read_config, read_tensors
+from effsam3.models.text.padding import with_padding
+from effsam3.models.text.student import DETECTOR, TEXT_ENCODER, TEXT_PROJECTION, StudentText
 
 POSITIONS = "encoder.positional_embedding.pos_embed.pos_embed"
 START, END = 49406, 49407

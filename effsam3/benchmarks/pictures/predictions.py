@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the verb `predict` writes: instances as records, masks as PNG, and a picture to look at.
+
+Letters: O instances, H W rows and columns of the original image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from pycocotools import mask as coco_mask
+
+from effsam3.benchmarks.pictures.videos import colour_of, evenly, paint
+from effsam3.models.inference.concepts import Instances
+from effsam3.training.report import write_json
+
+SHOWN = 12  # frames on a video's contact sheet
+CELL_WIDTH = 400  # pixels of a frame there
+COLUMNS = 4
+OVERLAY_WIDTH = 900  # pixels at which one image is thought to be looked at
+SHADES = ((0, 0, 0), (255, 255, 255))  # of prompts with label 0 and 1
+GAP = 6  # pixels
+
+
+def records(found: Instances) -> list[dict]:
+    """The instances for JSON: id, text, score, box (x1, y1, x2, y2) and the mask as a COCO RLE."""
+    rles = coco_mask.encode(np.asfortranarray(found.masks_OHW.numpy().transpose(1, 2, 0), dtype=np.uint8))
+    rows = zip(found.ids, found.texts, found.scores_O.tolist(), found.boxes_O4.tolist(), rles, strict=True)
+    return [
+        {
+            "id": number,
+            **({"text": text} if text else {}),
+            "score": round(score, 4),
+            "box": [round(value, 2) for value in box],
+            "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+        }
+        for number, text, score, box, rle in rows
+    ]
+
+
+def write_image(folder: Path, about: dict, image_HW3: np.ndarray, instances: list[dict]) -> None:
+    """Write predictions.json, overlay.png and a mask (0 and 255) for every instance."""
+    _clear(folder)
+    for instance in instances:
+        instance["mask"] = f"mask_{instance['id']:03d}.png"
+        Image.fromarray(coco_mask.decode(instance["segmentation"]) * 255).save(folder / instance["mask"])
+    draw(image_HW3, instances, OVERLAY_WIDTH, about["prompts"]).save(folder / "overlay.png")
+    write_json(folder / "predictions.json", about | {"instances": instances})
+
+
+def write_video(folder: Path, about: dict, frames: Mapping[int, list[dict]], images: Sequence[np.ndarray]) -> None:
+    """Write predictions.json and a contact sheet, overlay.png; `images` gives a frame, uint8 RGB, by its index."""
+    _clear(folder)
+    rows = [{"frame": index, "instances": instances} for index, instances in frames.items()]
+    write_json(folder / "predictions.json", about | {"frames": rows})
+    first, *_ = chosen = evenly(sorted(frames), SHOWN)
+    pictures = {
+        index: draw(images[index], frames[index], CELL_WIDTH, about["prompts"] if index == first else {})
+        for index in chosen
+    }
+    contact_sheet(pictures).save(folder / "overlay.png")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run has written: its masks may be more."""
+    for old in (*folder.glob("mask_*.png"), folder / "overlay.png", folder / "predictions.json"):
+        old.unlink(missing_ok=True)
+
+
+def draw(image_HW3: np.ndarray, instances: list[dict], width: int, prompts: Mapping) -> Image.Image:
+    """Draw masks, boxes, scores and texts over an image, and the prompts in white; a colour stands for an id.
+
+    Letters are made to be read when the picture is shown `width` pixels wide.
+    """
+    masks = {instance["id"]: coco_mask.decode(instance["segmentation"]).astype(bool) for instance in instances}
+    picture = paint(image_HW3, masks, {})
+    pen = ImageDraw.Draw(picture)
+    unit = max(1, round(picture.width / width))
+    font = ImageFont.load_default(12 * unit)
+    for instance in reversed(instances):  # the best one last, on top
+        if not masks[instance["id"]].any():
+            continue
+        colour = tuple(colour_of(instance["id"]).astype(int))
+        x1, y1, x2, y2 = instance["box"]
+        pen.rectangle((x1, y1, x2, y2), outline=colour, width=unit)
+        label = " ".join(filter(None, [str(instance["id"]), instance.get("text"), f"{instance['score']:.2f}"]))
+        at = (max(x1, 0) + 2 * unit, max(y1 - 15 * unit, 0))
+        pen.rectangle(pen.textbbox(at, label, font), fill=colour)
+        pen.text(at, label, (0, 0, 0), font)
+    for *box, label in prompts.get("boxes", ()):
+        pen.rectangle(box, outline=SHADES[label], width=2 * unit)
+    for x, y, label in prompts.get("points", ()):
+        pen.circle((x, y), 4 * unit, fill=SHADES[label], outline=SHADES[1 - label], width=unit)
+    return picture
+
+
+def contact_sheet(pictures: dict[int, Image.Image]) -> Image.Image:
+    """Put pictures side by side, in rows, each under the number of its frame."""
+    font = ImageFont.load_default(14)
+    width, height = next(iter(pictures.values())).size
+    across = min(CELL_WIDTH, width)
+    cell = across, round(across * height / width)
+    columns = min(COLUMNS, len(pictures))
+    line = 20
+    down = -(-len(pictures) // columns) * (cell[1] + line + GAP)
+    sheet = Image.new("RGB", (columns * (cell[0] + GAP) + GAP, down + GAP), (255, 255, 255))
+    pen = ImageDraw.Draw(sheet)
+    for place, (index, picture) in enumerate(pictures.items()):
+        row, column = divmod(place, columns)
+        left, top = GAP + column * (cell[0] + GAP), GAP + row * (cell[1] + line + GAP)
+        pen.text((left, top), f"frame {index}", (60, 60, 60), font)
+        sheet.paste(picture.resize(cell, Image.Resampling.LANCZOS), (left, top + line))
+    return sheet

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Embedding store: a folder of fixed-size records that many processes write and training reads without copies.
+
+    manifest.json          what a record is and how it was made; once finished, also how many there are
+    shard-WWWWW-NNNN.bin   records of writer W, record i at i * stride
+    shard-WWWWW-NNNN.tsv   their journal: a header, then per record its key and the xxh3_64 of its payload in hex
+    skipped-WWWWW.tsv      key and reason of what could not be embedded
+    writer-WWWWW.lock      locked while writer W lives
+
+Fields are named `features`, `scale` (of int8 features), `pixels` (uint8 RGB 0-255) and `tokens` (text).
+
+A key names what its features were made of, not only whose they are: an image's ends in the digest of its bytes, a
+text's is the hash of the text. So features of something else are never found; an input that has changed is a new key,
+and the record of the old one stays where it is.
+
+A record exists once its journal line does, and the line is written after the payload. A killed process therefore
+leaves at most one payload without a line, or half a line; both are cut when the store is opened for writing again. A
+power failure can also lose, in any order, what the kernel had not yet put on disk. So every SYNC_BYTES the payload is
+synced and then the journal, and repair reads that much of the end of each writer's last shard and cuts at the first
+record whose checksum is wrong.
+
+Reading and verifying are here, the format is in store_format.py, writing in store_writer.py; import all from here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import xxhash
+
+from effsam3.data.store.format import (
+    INPUTS,
+    Field,
+    Manifest,
+    Shard,
+    StoreError,
+    check_sizes,
+    create_store,
+    journal_column,
+    list_shards,
+    open_manifest,
+    remedy,
+    shards_on_disk,
+    ties_inputs,
+    untied,
+)
+from effsam3.data.store.writer import StoreWriter, finish_store, repair_store
+
+if TYPE_CHECKING:
+    import pyarrow
+    import torch
+
+__all__ = [
+    "INPUTS",
+    "BadRecord",
+    "Field",
+    "Manifest",
+    "Shard",
+    "StoreError",
+    "StoreReader",
+    "StoreWriter",
+    "VerifyReport",
+    "create_store",
+    "dequantise_int8",
+    "finish_store",
+    "open_manifest",
+    "quantise_int8",
+    "repair_store",
+    "ties_inputs",
+    "to_float16",
+    "untied",
+    "verify_store",
+]
+
+FLOAT16_MAX = 65504.0
+OPEN_FILES = 512  # per reader; the usual limit is 1024 per process
+
+
+# ---- read
+
+
+class _OpenFile:
+    """A file descriptor that closes with its last user, so a reader thread never loses the one it reads from."""
+
+    def __init__(self, path: Path):
+        self.fd = os.open(path, os.O_RDONLY)
+
+    def __del__(self, close=os.close):
+        close(self.fd)
+
+
+class StoreReader:
+    """All shards as one table of records; safe in threads, in forked data workers and across pickling.
+
+    Raises StoreError when the store is missing, unfinished (unless allowed), truncated, or its manifest is wrong.
+    """
+
+    def __init__(self, root: str | Path, allow_unfinished: bool = False):
+        self.root = Path(root)
+        self.manifest = manifest = open_manifest(root)
+        self._shards = list_shards(self.root, manifest)
+        if allow_unfinished and all(shard.journal for shard in self._shards):
+            self._shards = shards_on_disk(self.root, manifest)  # a finished store may be growing
+        keys = journal_column(self.root, manifest, self._shards, "key")
+        if not (manifest.finished or allow_unfinished):
+            total = "" if manifest.expected is None else f" of {manifest.expected}"
+            raise StoreError(
+                f"{root} is unfinished: {len(keys)}{total} records; run embed again, it writes only what is missing"
+            )
+        check_sizes(self.root, manifest, self._shards)
+        # A key that two shards hold (upstream's sampler repeats images) counts where it comes first.
+        self._rows = np.arange(len(keys))
+        if len(keys) != manifest.records:
+            codes = keys.dictionary_encode().indices.to_numpy()
+            self._rows = np.sort(np.unique(codes, return_index=True)[1])
+        self.arrow_keys: pyarrow.Array = keys if len(self._rows) == len(keys) else keys.take(self._rows)
+        records = np.array([shard.records for shard in self._shards], np.int64)
+        self._first = np.cumsum(records) - records  # row at which each shard begins
+        self._stride = np.array([shard.stride for shard in self._shards], np.int64)
+        self._offset = np.array([shard.offset for shard in self._shards], np.int64)
+        self._files: dict[int, _OpenFile] = {}
+        self._index: tuple[np.ndarray, np.ndarray, int] | None = None
+        self._checksums: pyarrow.Array | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_files": {}}
+
+    @property
+    def keys(self) -> list[str]:
+        """Key of every position; made on each call (a tenth of a second per million), `arrow_keys` costs nothing."""
+        return self.arrow_keys.to_pylist()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the fields of a record."""
+        return [f.name for f in self.manifest.fields]
+
+    def contains(self, key: str) -> bool:
+        """Whether the key is stored; microseconds."""
+        hashes, order, seed = self._sorted_hashes()
+        place = np.searchsorted(hashes, np.uint64(xxhash.xxh3_64_intdigest(key.encode(), seed)))
+        return bool(place < len(hashes)) and self.arrow_keys[order[place]].as_py() == key
+
+    def positions(self, keys: Sequence[str]) -> np.ndarray:
+        """Position of every key, int64; StoreError naming the keys that are not stored, and those replaced since."""
+        keys = list(keys)
+        found = self.find(keys)
+        if (found < 0).any():
+            missing = [keys[i] for i in np.flatnonzero(found < 0)]
+            replaced = self.replaced(missing)
+            said = f"{self.root} lacks {len(missing)} of {len(keys)} keys: {_first(missing)}. "
+            if replaced:
+                said += (
+                    f"Of {len(replaced)} of them it has features of other bytes under the same name (replaced since "
+                    f"it was made): {_first(replaced)}. "
+                )
+            raise StoreError(said + "Run embed for this data: it writes only what is missing")
+        return found
+
+    def replaced(self, missing: Sequence[str]) -> list[str]:
+        """Names of those of the keys, none of which is stored, under whose names other bytes are."""
+        names = {name_of(key) for key in self.keys} if self.manifest.ties_inputs and len(missing) else set()
+        return [name for name in map(name_of, missing) if name in names and name]
+
+    def find(self, keys: list[str]) -> np.ndarray:
+        """Positions, int64, -1 where absent: a search among sorted hashes, then a comparison of the keys."""
+        import pyarrow
+        from pyarrow import compute
+
+        if not len(self):
+            return np.full(len(keys), -1)
+        hashes, order, seed = self._sorted_hashes()
+        wanted = pyarrow.array(keys, pyarrow.string())
+        candidates = order[np.minimum(np.searchsorted(hashes, _hash(wanted, seed)), len(hashes) - 1)]
+        same = compute.equal(self.arrow_keys.take(candidates), wanted)
+        return np.where(same.to_numpy(zero_copy_only=False), candidates, -1)
+
+    def _sorted_hashes(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Hashes of all keys in ascending order, the positions they belong to, and the seed that tells them apart."""
+        if self._index is None:
+            for seed in itertools.count():
+                hashes = _hash(self.arrow_keys, seed)
+                order = np.argsort(hashes)
+                hashes = hashes[order]
+                if (hashes[1:] != hashes[:-1]).all():
+                    break
+            self._index = hashes, order, seed
+        return self._index
+
+    def allocate(self, count: int) -> dict[str, torch.Tensor]:
+        """Uninitialised tensors [count, *shape] for `read`; allocate them once and reuse them."""
+        import torch
+
+        return {f.name: torch.empty(count, *f.shape, dtype=getattr(torch, f.dtype)) for f in self.manifest.fields}
+
+    def read(
+        self, positions: Sequence[int], out: dict[str, torch.Tensor] | None = None, verify: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Field name -> CPU tensor [N, *shape], read straight into the memory of `out`.
+
+        `out` holds contiguous CPU tensors (pinned or shared ones too) of at least N records; views of the first N come
+        back. `verify` compares checksums, which imported shards do not have.
+        Raises StoreError naming the record on a checksum mismatch or a truncated shard.
+        """
+        import torch
+
+        rows = self._rows[np.asarray(positions, np.int64)]
+        out = self.allocate(len(rows)) if out is None else {name: tensor[: len(rows)] for name, tensor in out.items()}
+        views = []
+        for f in self.manifest.fields:
+            tensor = out[f.name]
+            wanted = (getattr(torch, f.dtype), (len(rows), *f.shape))
+            assert (tensor.dtype, tuple(tensor.shape)) == wanted, f"{f.name}: {tensor.dtype} {tuple(tensor.shape)}"
+            assert tensor.is_contiguous(), f"{f.name} is not contiguous"
+            views.append((memoryview(tensor.view(-1).view(torch.uint8).numpy()), f.nbytes))
+        shards = np.searchsorted(self._first, rows, "right") - 1
+        offsets = (rows - self._first[shards]) * self._stride[shards] + self._offset[shards]
+        payload = self.manifest.payload
+        for i, (shard, offset) in enumerate(zip(shards.tolist(), offsets.tolist(), strict=True)):
+            buffers = [view[i * nbytes : (i + 1) * nbytes] for view, nbytes in views]
+            file = self._files.get(shard) or self._open(shard)
+            if (count := os.preadv(file.fd, buffers, offset)) < payload:
+                raise StoreError(
+                    f"truncated shard {self.root / self._shards[shard].file}: has {offset + count} of at least "
+                    f"{offset + payload} bytes; {remedy(self._shards[shard])}"
+                )
+            if verify:
+                self._verify(int(rows[i]), self._shards[shard], buffers)
+        return out
+
+    def _open(self, shard: int) -> _OpenFile:
+        if len(self._files) >= OPEN_FILES:
+            self._files.pop(next(iter(self._files)), None)
+        self._files[shard] = file = _OpenFile(self.root / self._shards[shard].file)
+        return file
+
+    def _verify(self, row: int, shard: Shard, buffers: list[memoryview]) -> None:
+        if not shard.journal:
+            raise StoreError(f"{shard.file} was imported and has no checksums: read it without verify")
+        if self._checksums is None:
+            self._checksums = journal_column(self.root, self.manifest, self._shards, "checksum")
+        if self._checksums[row].as_py() != _checksum(buffers):
+            key = self.arrow_keys[int(np.searchsorted(self._rows, row))]
+            raise StoreError(f"record {key} in {self.root / shard.file} is damaged (checksum); {remedy(shard)}")
+
+
+def name_of(key: str) -> str:
+    """Whose record a key `name@digest` is of."""
+    return key.rpartition("@")[0]
+
+
+def _first(names: list[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _hash(keys: pyarrow.Array, seed: int) -> np.ndarray:
+    encoded = keys.cast("binary").to_pylist()
+    return np.fromiter((xxhash.xxh3_64_intdigest(key, seed) for key in encoded), np.uint64, len(encoded))
+
+
+def _checksum(buffers: Sequence[memoryview]) -> str:
+    digest = xxhash.xxh3_64()
+    for buffer in buffers:
+        digest.update(buffer)
+    return digest.hexdigest()
+
+
+# ---- verify
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be trusted."""
+
+    key: str
+    shard: Shard
+    reason: str
+
+
+@dataclass
+class VerifyReport:
+    """What `verify_store` found; `unchecked` records are whole but come from imported shards without checksums."""
+
+    checked: int = 0
+    unchecked: int = 0
+    bad: list[BadRecord] = field(default_factory=list)
+
+
+def verify_store(root: str | Path, progress: Callable[[int], object] = lambda count: None) -> VerifyReport:
+    """Reads every record, also of an unfinished store; `progress` gets the number of records just done.
+
+    Raises StoreError where manifest or journals cannot be read.
+    """
+    root = Path(root)
+    manifest = open_manifest(root)
+    report = VerifyReport()
+    buffer = memoryview(bytearray(manifest.payload))
+    for shard in list_shards(root, manifest):
+        keys = journal_column(root, manifest, [shard], "key").to_pylist()
+        checksums = journal_column(root, manifest, [shard], "checksum").to_pylist() if shard.journal else None
+        file = _OpenFile(root / shard.file) if (root / shard.file).exists() else None
+        for i, key in enumerate(keys):
+            if file is None:
+                report.bad.append(BadRecord(key, shard, "shard is missing"))
+            elif os.preadv(file.fd, [buffer], i * shard.stride + shard.offset) < manifest.payload:
+                report.bad.append(BadRecord(key, shard, "shard is truncated"))
+            elif checksums is None:
+                report.unchecked += 1
+            elif checksums[i] != _checksum([buffer]):
+                report.bad.append(BadRecord(key, shard, "wrong checksum"))
+            else:
+                report.checked += 1
+            progress(1)
+    return report
+
+
+# ---- payloads
+
+
+def to_float16(features: torch.Tensor, key: str) -> torch.Tensor:
+    """Features of one sample as float16; StoreError where a value is not finite or beyond 65504."""
+    import torch
+
+    peak = _peak(features, key).max().item()
+    if peak > FLOAT16_MAX:
+        raise StoreError(
+            f"record {key!r}: a feature of magnitude {peak:g} does not fit float16 (at most {FLOAT16_MAX:g}); "
+            "set embed.dtype: int8"
+        )
+    return features.to(torch.float16)
+
+
+def quantise_int8(features: torch.Tensor, key: str = "?") -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., C, H, W] -> int8 of the same shape and float32 scale [..., C], symmetric per channel.
+
+    The scale is the channel's largest magnitude / 127 (1 for an all-zero channel), so no value moves by more than
+    half of it. Raises StoreError where a value is not finite.
+    """
+    import torch
+
+    scale = _peak(features, key) / 127
+    scale = torch.where(scale > 0, scale, 1.0)
+    steps = features.float() / scale[..., None, None]
+    return steps.round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def dequantise_int8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """int8 [..., C, H, W] and float32 scale [..., C] -> float32 features, on the device of both."""
+    return values * scale[..., None, None]
+
+
+def _peak(features: torch.Tensor, key: str) -> torch.Tensor:
+    """Largest magnitude over the last two axes, float32."""
+    peak = features.abs().amax((-2, -1)).float()
+    if not peak.isfinite().all():
+        raise StoreError(f"record {key!r}: the features are not finite (NaN or infinity); check the teacher's weights")
+    return peak

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `effsam3 store`: show, verify and import embedding stores.
+
+effsam3 store show PATH
+effsam3 store verify PATH [--index INDEX]
+effsam3 store import SOURCE PATH [--channels C --grid G]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from effsam3.data.store.format import Field, Manifest, list_shards, open_manifest, remedy
+
+SHOWN = 10  # skipped images and bad records listed by name
+
+
+def main(argv: list[str]) -> int:
+    """Runs one subcommand; returns 1 when `verify` finds damage. Raises UserError for whoever prints it."""
+    parser = argparse.ArgumentParser(prog="effsam3 store", description="Show, verify or import an embedding store.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, help_text in (("show", "what a store holds"), ("verify", "read every record, compare its checksum")):
+        command = commands.add_parser(name, help=help_text)
+        command.add_argument("path", type=Path, help="folder of the store")
+        if name == "verify":
+            index_help = "also read every image of this index: are the features of these very bytes?"
+            command.add_argument("--index", type=Path, help=index_help)
+    importer = commands.add_parser("import", help="make upstream's rank*-values.bin readable without copying them")
+    importer.add_argument("source", type=Path, help="folder that upstream's exporter wrote")
+    importer.add_argument("path", type=Path, help="new folder for the manifest")
+    importer.add_argument("--channels", type=int, help="channels of a record, where its size is not a known one")
+    importer.add_argument("--grid", type=int, help="rows and columns of a record, given with --channels")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "show":
+        return show(arguments.path)
+    if arguments.command == "verify":
+        damaged = verify(arguments.path)
+        return damaged if arguments.index is None else max(damaged, verify_images(arguments.path, arguments.index))
+    if (arguments.channels is None) != (arguments.grid is None):
+        importer.error("--channels and --grid go together")
+    return import_(arguments.source, arguments.path, arguments.channels, arguments.grid)
+
+
+def show(root: Path) -> int:
+    """Prints what the manifest says, and how many bytes the shards take."""
+    manifest = open_manifest(root)
+    shards = list_shards(root, manifest)
+    stored = sum(shard.records for shard in shards)
+    size = sum((root / shard.file).stat().st_size for shard in shards if (root / shard.file).exists())
+    state = "finished" if manifest.finished else "unfinished: run embed again, it writes only what is missing"
+    total = "" if manifest.finished or manifest.expected is None else f" of {manifest.expected:,}"
+    print(f"{root}  ({state})")
+    print(f"records    {manifest.records if manifest.finished else stored:,}{total}")
+    print(f"on disk    {_bytes(size)} in {len(shards)} shards, {_bytes(manifest.payload)} per record")
+    if manifest.finished:
+        print(f"skipped    {len(manifest.skipped)}")
+    print("\nfield            type      shape                    bytes")
+    for field in manifest.fields:
+        shape = " x ".join(map(str, field.shape))
+        print(f"{field.name:<16} {field.dtype:<9} {shape:<18} {field.nbytes:>11,}")
+    print()
+    _print_description(manifest)
+    _print_statistics(manifest)
+    if manifest.skipped:
+        print("\nskipped")
+        for entry in manifest.skipped[:SHOWN]:
+            print(f"  {entry['key']}: {entry['reason']}")
+        _print_rest(len(manifest.skipped))
+    return 0
+
+
+def _print_description(manifest: Manifest) -> None:
+    for name, value in manifest.description.items():
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                print(f"{name + '.' + key:<26} {entry}")
+        else:
+            print(f"{name:<26} {value}")
+
+
+def _print_statistics(manifest: Manifest) -> None:
+    if not manifest.statistics:
+        return
+    print("\nstatistic        values        lowest          mean       highest")
+    for name, value in manifest.statistics.items():
+        values = value if isinstance(value, list) else [value]
+        print(
+            f"{name:<16} {len(values):>6} {min(values):>13.5g} {sum(values) / len(values):>13.5g} {max(values):>13.5g}"
+        )
+
+
+def _print_rest(count: int) -> None:
+    if count > SHOWN:
+        print(f"  and {count - SHOWN:,} more")
+
+
+def _bytes(count: int) -> str:
+    units = iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    size, unit = float(count), next(units)
+    while size >= 1024 and unit != "TiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.4g} {unit}"
+
+
+def verify(root: Path) -> int:
+    """Prints every damaged record and what to do; returns 1 if there is one."""
+    from tqdm import tqdm
+
+    from effsam3.data.store.reader import verify_store
+
+    manifest = open_manifest(root)
+    total = sum(shard.records for shard in list_shards(root, manifest))
+    with tqdm(total=total, unit=" records", desc="verify") as bar:
+        report = verify_store(root, bar.update)
+    print(f"{report.checked:,} of {total:,} records have the right checksum")
+    if report.unchecked:
+        print(f"{report.unchecked:,} imported records are whole, but have no checksum to compare")
+    if not report.bad:
+        return 0
+    print(f"{len(report.bad):,} records are damaged")
+    for record in report.bad[:SHOWN]:
+        print(f"  {record.key} in {record.shard.file}: {record.reason}")
+    _print_rest(len(report.bad))
+    for advice in dict.fromkeys(remedy(record.shard) for record in report.bad):
+        print(f"to mend: {advice}")
+    return 1
+
+
+def verify_images(root: Path, index: Path) -> int:
+    """Prints the images of an index that are not those whose features are stored; returns 1 if there is one."""
+    from tqdm import tqdm
+
+    from effsam3.data.images.features import store_keys
+    from effsam3.data.images.sa1b import UnreadableImage, load_index, read_indexed
+    from effsam3.data.store.reader import StoreReader, untied
+
+    reader = StoreReader(root, allow_unfinished=True)
+    rows, tied = load_index(index), reader.manifest.ties_inputs
+    keys = store_keys(rows, tied)
+    skipped = {entry["key"] for entry in reader.manifest.skipped}
+    missing = [key for key, place in zip(keys, reader.find(keys), strict=True) if place < 0 and key not in skipped]
+    replaced = set(reader.replaced(missing))
+    wrong = [f"{name}: replaced since its features were made; embed again" for name in sorted(replaced)]
+    wrong += [f"{key}: has no features; embed again" for key in missing if key.rpartition("@")[0] not in replaced]
+    for row in tqdm(rows, unit=" images", desc="images"):
+        try:
+            read_indexed(row, index.parent, "image")
+        except UnreadableImage as error:
+            wrong.append(str(error))
+    if not tied:
+        print(untied(root))
+    print(f"{len(rows):,} images of {index}: {len(wrong):,} are not those whose features are stored")
+    for line in wrong[:SHOWN]:
+        print(f"  {line}")
+    _print_rest(len(wrong))
+    return 1 if wrong else 0
+
+
+def import_(source: Path, root: Path, channels: int | None, grid: int | None) -> int:
+    """Imports upstream's shards and shows the result."""
+    from effsam3.data.store.importing import import_upstream
+
+    field = None if channels is None else Field("features", "float16", (channels, grid, grid))
+    import_upstream(source, root, field)
+    return show(root)

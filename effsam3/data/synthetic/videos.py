@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synthetic SA-V: textured shapes that move, turn, grow, hide each other, leave and come back, with true masks.
+
+In the files of SA-V's training set (`sav_000001.mp4` at 24 frames/s, `sav_000001_manual.json` at 6), or in the folders
+of its validation set and of DAVIS. For smoke runs and tests, only where a recipe asks for it by name.
+
+Letters: T frames, N objects, H W rows and columns. Lengths are in units of the video's longest side; y points down.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from effsam3.data.images.sa1b import write_atomic
+from effsam3.data.videos.sav import FRAME_STRIDE, VIDEO_FPS
+from effsam3.errors import UserError
+
+SETTINGS = ".synthetic.json"
+FEWEST_PIXELS = 12  # of an object that counts as visible; fewer are not annotated
+
+
+class Video(NamedTuple):
+    """frames: uint8 RGB (T, H, W, 3); masks: bool (T, N, H, W), what is visible of every object."""
+
+    frames: np.ndarray
+    masks: np.ndarray
+
+
+def make_synthetic_sav(
+    folder: str | Path, videos: int, frames: int = 48, side_px: int = 128, objects: int = 3, seed: int = 0
+) -> None:
+    """Write `sav_000001` to `sav_<videos>` (.mp4 and _manual.json) into `folder`; the longest side has `side_px` px.
+
+    Video K depends on (seed, K, frames, side_px, objects) only; complete ones are kept, so that a larger `videos` adds
+    to them.
+
+    Raises:
+        UserError: the folder holds videos made with other settings.
+    """
+    folder = Path(folder)
+    _claim(folder, {"frames": frames, "side_px": side_px, "objects": objects, "seed": seed})
+    for number in range(1, videos + 1):
+        name = f"sav_{number:06d}"
+        video_file, json_file = folder / f"{name}.mp4", folder / f"{name}_manual.json"
+        if video_file.exists() and json_file.exists():
+            continue
+        video = make_video(number, frames, side_px, objects, seed)
+        write_atomic(video_file, mp4_bytes(video.frames))
+        write_atomic(json_file, json.dumps(sav_record(name, video.masks)).encode())
+
+
+def write_vos_layouts(
+    folder: str | Path, videos: int, frames: int = 48, side_px: int = 128, objects: int = 3, seed: int = 0
+) -> None:
+    """Write the same videos as `folder/sav_val` (a PNG for every object and fourth frame) and `folder/davis`.
+
+    DAVIS has one palette PNG for every frame; where objects overlap, the last one has the pixel.
+
+    Raises:
+        UserError: the folder holds videos made with other settings.
+    """
+    folder = Path(folder)
+    _claim(folder, {"frames": frames, "side_px": side_px, "objects": objects, "seed": seed})
+    names = [f"sav_{number:06d}" for number in range(1, videos + 1)]
+    for number, name in enumerate(names, 1):
+        if (folder / "davis" / "Annotations" / "480p" / name).exists():  # written last
+            continue
+        video = make_video(number, frames, side_px, objects, seed)
+        jpegs = {f"{index:05d}.jpg": _jpeg(image) for index, image in enumerate(video.frames)}
+        _write_folder(folder / "sav_val" / "JPEGImages_24fps" / name, jpegs)
+        masks = {
+            f"{position:03d}/{index:05d}.png": _png(Image.fromarray(mask_HW))
+            for index in range(0, frames, FRAME_STRIDE)
+            for position, mask_HW in enumerate(video.masks[index])
+        }
+        _write_folder(folder / "sav_val" / "Annotations_6fps" / name, masks)
+        _write_folder(folder / "davis" / "JPEGImages" / "480p" / name, jpegs)
+        indexed = {f"{index:05d}.png": _png(palette_image(masks)) for index, masks in enumerate(video.masks)}
+        _write_folder(folder / "davis" / "Annotations" / "480p" / name, indexed)
+    for path in (folder / "sav_val" / "sav_val.txt", folder / "davis" / "ImageSets" / "2017" / "val.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, "".join(f"{name}\n" for name in names).encode())
+
+
+def palette_image(masks_NHW: np.ndarray) -> Image.Image:
+    """Return a palette image of masks: 0 is background, object n of the N has the value n + 1."""
+    ids_HW = np.zeros(masks_NHW.shape[1:], np.uint8)
+    for position, mask_HW in enumerate(masks_NHW):
+        ids_HW[mask_HW] = position + 1
+    image = Image.fromarray(ids_HW)
+    colours = np.random.default_rng(0).integers(64, 256, (256, 3), dtype=np.uint8)
+    colours[0] = 0
+    image.putpalette(colours.tobytes())
+    return image
+
+
+def mp4_bytes(frames_THW3: np.ndarray, fps: int = VIDEO_FPS) -> bytes:
+    """Encode uint8 RGB frames (T, H, W, 3), H and W even, as H.264 in MP4."""
+    import av
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        options = {"crf": "16", "preset": "veryfast", "threads": "1"}  # one thread: the same bytes everywhere
+        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames_THW3.shape[1:3], "yuv420p"
+        for image_HW3 in frames_THW3:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image_HW3, format="rgb24")))
+        container.mux(stream.encode())
+    return file.getvalue()
+
+
+def sav_record(name: str, masks_TNHW: np.ndarray) -> dict:
+    """Return what SA-V's manual JSON holds for the masks of all frames; every fourth frame is annotated."""
+    from pycocotools import mask
+
+    count, _, height, width = masks_TNHW.shape
+    masks_ANHW = masks_TNHW[::FRAME_STRIDE]
+    masklet = [
+        [
+            {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+            for rle in mask.encode(np.asfortranarray(masks_NHW.transpose(1, 2, 0), dtype=np.uint8))
+        ]
+        for masks_NHW in masks_ANHW
+    ]
+    present_AN = masks_ANHW.any((2, 3))
+    sizes_N = masks_ANHW.sum((0, 2, 3)) / np.maximum(present_AN.sum(0), 1)  # mean over the frames that show it
+    appeared_N = present_AN.argmax(0)
+    changes = [int(np.diff(shown_A[first:]).sum()) for shown_A, first in zip(present_AN.T, appeared_N, strict=True)]
+    objects = len(sizes_N)
+    return {
+        "video_id": name,
+        "video_duration": count / VIDEO_FPS,
+        "video_frame_count": float(count),
+        "video_height": float(height),
+        "video_width": float(width),
+        "video_resolution": float(height * width),
+        "video_environment": "Synthetic",
+        "video_split": "train",
+        "masklet": masklet,
+        "masklet_id": list(range(objects)),
+        "masklet_size_rel": (sizes_N / (height * width)).tolist(),
+        "masklet_size_abs": sizes_N.tolist(),
+        "masklet_size_bucket": [_bucket(size) for size in sizes_N],
+        "masklet_visibility_changes": changes,
+        "masklet_first_appeared_frame": appeared_N.astype(float).tolist(),
+        "masklet_frame_count": [len(masklet)] * objects,
+        "masklet_edited_frame_count": [0] * objects,
+        "masklet_type": ["manual"] * objects,
+        "masklet_stability_score": [None] * objects,
+        "masklet_num": objects,
+    }
+
+
+def _bucket(pixels: float) -> str:
+    return "small" if pixels < 32**2 else "medium" if pixels < 96**2 else "large"  # COCO's sizes
+
+
+# ---- files
+
+
+def _claim(folder: Path, settings: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file, text = folder / SETTINGS, json.dumps(settings)
+    if file.exists() and file.read_text() != text:
+        raise UserError(
+            f"{folder} holds synthetic videos of {file.read_text()}, not {text}; delete it or name another"
+        )
+    write_atomic(file, text.encode())
+
+
+def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    """Write a folder that is there whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    for stale in (temporary, folder):
+        if stale.exists():
+            shutil.rmtree(stale)
+    temporary.mkdir(parents=True)
+    for name, data in files.items():
+        (temporary / name).parent.mkdir(exist_ok=True)
+        (temporary / name).write_bytes(data)
+    temporary.rename(folder)
+
+
+def _jpeg(image_HW3: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image_HW3).save(file, "JPEG", quality=95)
+    return file.getvalue()
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+# ---- scenes
+
+
+def make_video(number: int, frames: int, side_px: int, objects: int, seed: int = 0) -> Video:
+    """Draw video `number`; the first object stays in view, others may leave it, and one in three is part of it."""
+    assert side_px >= 32 and objects >= 1, (side_px, objects)
+    rng = np.random.default_rng([seed, number, frames, side_px, objects])
+    short, long = _even(side_px * rng.uniform(0.6, 1.0)), _even(side_px)
+    height, width = (short, long) if rng.random() < 0.6 else (long, short)
+    yx_2HW = (np.mgrid[0.5:height, 0.5:width] / side_px).astype(np.float32)
+    extent = np.array([height, width]) / side_px
+    hue = rng.uniform()
+    background = _Surface(hue, rng, plain=True)
+    pan = rng.uniform(-0.2, 0.2, 2)
+    # Hues are spread over the circle, so that objects differ from each other and from what is behind them.
+    hues = hue + (1 + np.arange(objects)) / (objects + 1)
+    shapes = [_Shape(position, extent, hues[position], rng) for position in range(objects)]
+    part = objects >= 3 and number % 3 == 0
+    noise = rng.uniform(0.005, 0.02)
+    images, masks_TNHW = [], np.zeros((frames, objects, height, width), bool)
+    for index in range(frames):
+        time = index / VIDEO_FPS
+        image_HW3 = background.colours(*(yx_2HW + (pan * time).astype(np.float32)[:, None, None]))
+        for position in range(objects - 1, -1, -1):  # the first object is in front
+            if part and position == objects - 1:
+                continue
+            mask_HW, colours_P3 = shapes[position].draw(yx_2HW, time)
+            image_HW3[mask_HW] = colours_P3
+            masks_TNHW[index, position + 1 :] &= ~mask_HW
+            masks_TNHW[index, position] = mask_HW
+        if part:  # of the first object, and so in the masks of both
+            mask_HW, colours_P3 = shapes[0].draw(yx_2HW, time, hues[-1], scale=0.45)
+            image_HW3[mask_HW] = colours_P3
+            masks_TNHW[index, -1] = mask_HW
+        images.append(image_HW3 + rng.normal(0, noise, image_HW3.shape))
+    masks_TNHW[masks_TNHW.sum((2, 3)) < FEWEST_PIXELS] = False
+    return Video((np.stack(images).clip(0, 1) * 255).round().astype(np.uint8), masks_TNHW)
+
+
+def _even(side_px: float) -> int:
+    """Round to what H.264 can hold: even numbers."""
+    return round(side_px / 2) * 2
+
+
+class _Surface:
+    """A pattern of two shades of one hue."""
+
+    def __init__(self, hue: float, rng: np.random.Generator, plain: bool = False):
+        saturation = 0.35 if plain else 0.85
+        self.dark = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, rng.uniform(0.25, 0.45)), np.float32)
+        self.bright = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, rng.uniform(0.7, 0.95)), np.float32)
+        self.kind = rng.choice(["stripes", "checks", "dots"])
+        self.period = rng.uniform(0.3, 0.5) if plain else rng.uniform(0.5, 0.9)
+
+    def colours(self, v: np.ndarray, u: np.ndarray) -> np.ndarray:
+        """Return colours 0..1 (..., 3) at coordinates (...) on the surface."""
+        v, u = v * (2 * np.pi / self.period), u * (2 * np.pi / self.period)
+        if self.kind == "stripes":
+            wave = np.sin(u)
+        elif self.kind == "checks":
+            wave = np.sin(u) * np.sin(v)
+        else:
+            wave = np.cos(u) + np.cos(v) - 1
+        share = (0.5 + 0.5 * np.tanh(3 * wave))[..., None]
+        return self.dark + (self.bright - self.dark) * share
+
+
+class _Shape:
+    """A rigid outline with a surface on a smooth closed path, with its own size, turn and speed."""
+
+    def __init__(self, position: int, extent: np.ndarray, hue: float, rng: np.random.Generator):
+        self.surface = _Surface(hue, rng)
+        self.size = rng.uniform(0.14, 0.2) * extent.min()  # radius
+        self.flat = rng.uniform(0.6, 1.0)
+        self.corners, self.depth = rng.integers(2, 7), rng.uniform(0.0, 0.3)
+        self.turn, self.spin = rng.uniform(0, 2 * np.pi), rng.uniform(-1.2, 1.2)  # radians, radians per second
+        self.breath, self.breath_rate = rng.uniform(0.1, 0.3), rng.uniform(0.2, 0.5)
+        # The others' paths go beyond the border: they leave and come back, and some are not there at first.
+        inner, outer = (0.1, 0.25) if position == 0 else (0.35, 0.75)
+        self.reach = rng.uniform(inner, outer, 2) * extent
+        self.centre = extent * rng.uniform(0.4, 0.6, 2)
+        self.phase = rng.uniform(0, 2 * np.pi, 2)  # anywhere: no moment of a video is unlike the others
+        self.breath_phase = rng.uniform(0, 2 * np.pi)
+        self.rate = rng.uniform(0.12, 0.3, 2) * rng.choice([-1, 1], 2)  # rounds per second
+
+    def draw(
+        self, yx_2HW: np.ndarray, time: float, hue: float | None = None, scale: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return (mask (H, W), colours (P, 3) or (3,) of its P pixels) at a time in seconds.
+
+        `hue` and `scale` make it a plain part in the middle of the shape.
+        """
+        centre = self.centre + self.reach * np.sin(2 * np.pi * self.rate * time + self.phase)
+        size = scale * self.size * (1 + self.breath * np.sin(2 * np.pi * self.breath_rate * time + self.breath_phase))
+        turn = self.turn + self.spin * time
+        cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
+        y_HW, x_HW = (yx_2HW - centre.astype(np.float32)[:, None, None]) / np.float32(size)
+        v_HW = (y_HW * cos - x_HW * sin) / self.flat
+        u_HW = y_HW * sin + x_HW * cos
+        outline_HW = 1 - self.depth + self.depth * np.cos(self.corners * np.arctan2(v_HW, u_HW))
+        mask_HW = np.hypot(u_HW, v_HW) < outline_HW
+        if hue is None:
+            return mask_HW, self.surface.colours(v_HW[mask_HW], u_HW[mask_HW])
+        return mask_HW, np.array(colorsys.hsv_to_rgb(hue % 1, 0.9, 0.95))

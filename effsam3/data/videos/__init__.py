@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Videos: files and frame folders, their index, clips."""

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extract frames of videos as JPEGs, in parallel: training from them needs no decoder and no seeking."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from effsam3.checked_files import read_json
+from effsam3.data.images.sa1b import Unreadable
+from effsam3.data.indexing import advance, worker_pool
+from effsam3.data.videos.decoder import pictures_in_a_row
+from effsam3.data.videos.files import VIDEO_EXTENSIONS
+from effsam3.errors import UserError
+from effsam3.training.report import refuse_unwritable, write_json
+
+
+def extract_frames(
+    sources: list[Path],
+    out: Path,
+    every: int = 4,
+    quality: int = 95,
+    workers: int | None = None,
+    progress: bool = True,
+) -> tuple[int, int, list[str]]:
+    """Write `out`/<video>/<number>.jpg for frames 0, `every`, 2 `every` ... of the videos in files and folders.
+
+    A video's folder appears when it is complete; complete ones are kept.
+
+    Returns:
+        How many videos were extracted, how many were there, and what is wrong with the others.
+
+    Raises:
+        UserError: sources or values that cannot be used, a folder with frames of other values, or a worker that was
+            killed.
+    """
+    if every < 1 or not 1 <= quality <= 95:
+        raise UserError(f"--every {every} must be 1 or more, --quality {quality} from 1 to 95")
+    videos = list_videos(sources)
+    _claim(out, {"every": every, "quality": quality})
+    waiting = {name: path for name, path in videos.items() if not (out / name).is_dir()}
+    bad = []
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
+    with (
+        worker_pool(workers or os.cpu_count()) as submit,
+        tqdm(total=len(waiting), desc="videos", mininterval=interval, disable=not progress) as bar,
+    ):
+        futures = []
+        for name, path in waiting.items():
+            futures.append(submit(_extract, path, out / name, every, quality))
+            futures[-1].add_done_callback(functools.partial(advance, bar, 1))
+        for future in futures:
+            bad += future.result()
+    return len(waiting) - len(bad), len(videos) - len(waiting), bad
+
+
+def _claim(out: Path, settings: dict) -> None:
+    """Note in a folder how its frames are made, or refuse one whose frames were made otherwise."""
+    stamp = out / ".extracted.json"
+    form = {"every": int, "quality": int}
+    if stamp.is_file() and (found := read_json(stamp, form, "delete this folder")) != settings:
+        raise UserError(
+            f"{out} holds frames with --every {found['every']} --quality {found['quality']}, asked are --every "
+            f"{settings['every']} --quality {settings['quality']}; name another folder, or delete this one"
+        )
+    refuse_unwritable(out, "--out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(stamp, settings)
+
+
+def list_videos(sources: list[Path]) -> dict[str, Path]:
+    """Return the videos of files and folders by their names, which become folders.
+
+    Raises:
+        UserError: a source that is not there, two videos of one name, or none.
+    """
+    videos: dict[str, Path] = {}
+    for source in sources:
+        if not source.exists():
+            raise UserError(f"{source} does not exist; give videos or folders of them")
+        for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+            if path.suffix.lower() in VIDEO_EXTENSIONS and not path.name.startswith("."):
+                if videos.setdefault(path.stem, path).resolve() != path.resolve():
+                    raise UserError(
+                        f"{videos[path.stem]} and {path} would be the same folder; give them one at a time"
+                    )
+    if not videos:
+        raise UserError(f"no video ({', '.join(VIDEO_EXTENSIONS)}) in {', '.join(map(str, sources))}")
+    return videos
+
+
+def _extract(path: Path, folder: Path, every: int, quality: int) -> list[str]:
+    """Write a video's frames; return [what is wrong] instead when it cannot be read to its end."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    temporary.mkdir()
+    try:
+        for number, image_HW3 in pictures_in_a_row(path, every):
+            Image.fromarray(image_HW3).save(temporary / f"{number:05d}.jpg", quality=quality)
+    except Unreadable as error:
+        shutil.rmtree(temporary)
+        return [str(error)]
+    temporary.rename(folder)
+    return []

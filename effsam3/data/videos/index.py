@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Build the parquet index of SA-V (`sav.COLUMNS`) from folders, and report what was left out and why.
+
+As for SA-1B, parts of PART_VIDEOS videos are checked in parallel, each written to `<stem>.parts/` under a hash of all
+it was made from, so that a re-run after a kill knows the finished ones by their names.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import reprlib
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from effsam3.data import indexing
+from effsam3.data.images.sa1b import EXTENSIONS, SPLITS, Unreadable, UnreadableAnnotations, split_of, write_atomic
+from effsam3.data.images.sa1b_folders import printable
+from effsam3.data.videos.decoder import UnreadableVideo, seeks_agree
+from effsam3.data.videos.files import open_video
+from effsam3.data.videos.sav import COLUMNS, FRAME_STRIDE, KINDS, SavAnnotations, parse_sav, schema
+from effsam3.errors import UserError
+from effsam3.training.report import refuse_unwritable
+
+VERSION = 4  # of what a part holds; another number makes older parts void
+PART_VIDEOS = 4  # some 20 s of decoding: what a kill can cost each worker
+CHUNK = 8  # images decoded at once, so that 4K ones fit
+PART_COLUMNS = COLUMNS | {"excluded": "string", "detail": "string"}  # reason, and what is wrong in full, or ""
+
+
+class File(NamedTuple):
+    """A file, or a folder of frames: path relative to the parquet's folder, bytes (images of a folder), time."""
+
+    file: str
+    size: int
+    mtime_ns: int
+
+
+class Entry(NamedTuple):
+    """A video and its annotations by kind."""
+
+    video_id: str
+    split: str
+    video: File
+    annotations: tuple[tuple[str, File], ...]
+
+
+def build_index(
+    sources: Iterable[str | Path],
+    out: str | Path,
+    val_fraction: float = 0.02,
+    workers: int | None = None,
+    check: str = "decode",
+    progress: bool = True,
+) -> dict:
+    """Write the index `out` (.parquet) and `<stem>.report.json` beside it; return the report.
+
+    `sources` are folders, searched with their subfolders for `<id>_manual.json`, `<id>_auto.json`, and `<id>.mp4` or
+    a folder `<id>` of numbered frames, which is taken where both are there. `check`: `decode` decodes every video to
+    its end, `header` only counts its frames. `workers` defaults to one per core; with 1 all is done in this process.
+    The same sources give the same bytes, whatever the workers and the interruptions.
+
+    Raises:
+        UserError: sources or values that cannot be used, no usable video, or a worker that was killed.
+    """
+    started = time.monotonic()
+    sources, out = [Path(source) for source in sources], Path(out)
+    if not sources:
+        raise UserError("no source; give the folders with SA-V's mp4 and json files")
+    for source in sources:
+        if not source.is_dir():
+            raise UserError(
+                f"{source} is not a folder; give the folders with SA-V's mp4 and json files, tars extracted"
+            )
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out} must end in .parquet")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1")
+    if check not in ("decode", "header"):
+        raise UserError(f"--check {check} must be decode or header")
+
+    parts = out.parent / f"{out.stem}.parts"
+    refuse_unwritable(out.parent, "--out")
+    parts.mkdir(parents=True, exist_ok=True)
+    folder = out.parent.resolve()
+    entries, unpaired = list_videos(sources, folder, val_fraction)
+    slices = [entries[i : i + PART_VIDEOS] for i in range(0, len(entries), PART_VIDEOS)]
+    files = {parts / f"{_fingerprint(some, check)}.parquet": some for some in slices}
+    with indexing.worker_pool(workers or os.cpu_count()) as submit:
+        indexing.make_parts(files, _make_part, (folder, check), submit, "videos", progress)
+
+    table = indexing.read_parts(files, schema(PART_COLUMNS))
+    report = _report(table, unpaired) | {
+        "check": check,
+        "val_fraction": val_fraction,
+        "sources": [printable(str(source)) for source in sources],
+        "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    report_file = out.with_name(f"{out.stem}.report.json")
+    write_atomic(report_file, json.dumps(report, indent=1).encode())
+    if not sum(report["videos"].values()):
+        raise UserError(f"no usable video in {', '.join(report['sources'])}\n{summary(report)}\nreport: {report_file}")
+    usable = table.filter(indexing.is_empty(table["excluded"])).select(list(COLUMNS))
+    write_atomic(out, indexing.parquet_bytes(usable))
+    shutil.rmtree(parts)
+    return report
+
+
+def summary(report: dict) -> str:
+    """Return the report as a few lines to read, the first names of each kind included."""
+    videos, rows = report["videos"], report["annotations"]
+    lines = [
+        f"{sum(videos.values()):,} videos ({videos['train']:,} train, {videos['val']:,} val), "
+        f"{' and '.join(f'{rows[kind]:,} {kind}' for kind in KINDS)} annotations, {report['objects']:,} objects, "
+        f"{report['annotated_frames']:,} annotated frames"
+    ]
+    if report["check"] == "header":
+        lines.append(
+            "checked headers only: damaged videos may still be in, and clips decode theirs whole, because it is not "
+            "known whether seeks find the right frames; --check decode finds out"
+        )
+    elif report["unseekable"]:
+        lines.append(
+            f"{report['unseekable']:,} annotations are of videos that seeks go wrong in: clips decode them whole"
+        )
+    for reason, found in report["excluded"].items():
+        more = ", ..." if found["count"] > 3 else ""
+        lines.append(f"excluded: {reason} {found['count']:,} ({', '.join(found['files'][:3])}{more})")
+    return "\n".join(lines)
+
+
+# ---- sources
+
+
+def list_videos(sources: list[Path], folder: Path, val_fraction: float) -> tuple[list[Entry], dict[str, list[str]]]:
+    """Pair videos with their JSON, in order of their ids; also return what has no partner, by reason.
+
+    `folder` is the parquet's.
+    """
+    found: dict[str, dict[str, File]] = {kind: {} for kind in (*KINDS, "mp4", "frames")}
+    left: dict[str, list[str]] = {}
+
+    def unreadable(fault: OSError) -> None:
+        left.setdefault("unreadable", []).append(printable(os.path.relpath(fault.filename, folder)))
+
+    def note(kind: str, name: str, path: Path, size: int | None = None) -> None:
+        file = Path(os.path.relpath(path, folder)).as_posix()
+        try:
+            status = path.stat()
+        except OSError as fault:  # a link to nowhere
+            unreadable(fault)
+            return
+        blob = File(file, status.st_size if size is None else size, status.st_mtime_ns)
+        if printable(file) != file:  # a parquet cannot hold it
+            left.setdefault("undecodable_name", []).append(printable(file))
+        elif found[kind].setdefault(name, blob).file != file:
+            left.setdefault("duplicate", []).append(file)
+
+    visited = set()
+    for source in sources:
+        for parent, folders, files in os.walk(source.resolve(), followlinks=True, onerror=unreadable):
+            if os.path.realpath(parent) in visited:  # a link back up
+                folders.clear()
+                continue
+            visited.add(os.path.realpath(parent))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            images = 0
+            for path in (Path(parent, name) for name in sorted(files) if not name.startswith(".")):
+                video_id, _, kind = path.stem.rpartition("_")
+                if path.suffix == ".json" and kind in KINDS:
+                    note(kind, video_id, path)
+                elif path.suffix == ".mp4":
+                    note("mp4", path.stem, path)
+                images += path.suffix.lower() in EXTENSIONS
+            if images:
+                note("frames", os.path.basename(parent), Path(parent), images)
+
+    videos = found["mp4"] | found["frames"]
+    entries = []
+    for video_id in sorted(found["manual"].keys() | found["auto"].keys()):
+        annotations = tuple((kind, found[kind][video_id]) for kind in KINDS if video_id in found[kind])
+        if video_id in videos:
+            entries.append(Entry(video_id, split_of(video_id, val_fraction), videos[video_id], annotations))
+        else:
+            left.setdefault("without_video", []).extend(blob.file for _, blob in annotations)
+    paired = {entry.video_id for entry in entries}
+    alone = [blob.file for video_id, blob in found["mp4"].items() if video_id not in paired]
+    left.setdefault("without_annotations", []).extend(alone)
+    return entries, left
+
+
+# ---- parts
+
+
+def _make_part(entries: list[Entry], folder: Path, check: str, file: Path) -> None:
+    import pyarrow
+
+    rows = [row for entry in entries for row in _check(entry, folder, check)]
+    write_atomic(file, indexing.parquet_bytes(pyarrow.Table.from_pylist(rows, schema(PART_COLUMNS))))
+
+
+def _check(entry: Entry, folder: Path, check: str) -> list[dict]:
+    """Return the rows of a video, one for each JSON, with the reason why it is left out."""
+    rows, usable = [], []
+    for kind, annotation in entry.annotations:
+        row = {
+            "key": f"{entry.video_id}_{kind}",
+            "split": entry.split,
+            "video_id": entry.video_id,
+            "kind": kind,
+            "video_file": entry.video.file,
+            "video_bytes": None if (folder / entry.video.file).is_dir() else entry.video.size,
+            "annotation_file": annotation.file,
+            "annotation_bytes": annotation.size,
+            "excluded": "",
+            "detail": "",
+        }
+        rows.append(row)
+        try:
+            annotations = _read_annotations(row, folder)
+        except Unreadable as fault:
+            row |= _left_out(fault)
+            continue
+        row |= _facts(annotations)
+        if any(row["visible"]):
+            usable.append((row, annotations))
+        else:
+            row["excluded"] = "no_object"
+    if not usable:
+        return rows
+    try:
+        frames, size, seekable = _read_video(folder / entry.video.file, usable[0][1], check)
+    except Unreadable as fault:
+        for row, _ in usable:
+            row |= _left_out(fault)
+        return rows
+    for row, annotations in usable:
+        row["seekable"] = seekable
+        masks = annotations.height, annotations.width
+        if frames is not None and frames != annotations.frames:
+            detail = f"masks for a video of {annotations.frames} frames, which has {frames}"
+            row |= {"excluded": "frame_count", "detail": detail}
+        elif size != masks:
+            row |= {"excluded": "size_mismatch", "detail": f"masks of (height, width) {masks}, frames of {size}"}
+    return rows
+
+
+def _left_out(fault: Unreadable) -> dict:
+    return {"excluded": fault.reason, "detail": printable(fault.detail)}
+
+
+def _read_annotations(row: dict, folder: Path) -> SavAnnotations:
+    try:
+        data = (folder / row["annotation_file"]).read_bytes()
+    except OSError as fault:
+        raise UnreadableAnnotations(row["key"], "unreadable", str(fault)) from fault
+    annotations = parse_sav(data, row["key"])
+    annotations.check_masks()
+    if annotations.video_id != row["video_id"]:
+        raise UnreadableAnnotations(row["key"], "other_video", f"its video_id is {reprlib.repr(annotations.video_id)}")
+    return annotations
+
+
+def _facts(annotations: SavAnnotations) -> dict:
+    """Return what clip sampling needs to know without opening the JSON."""
+    visible_AN = annotations.visible()
+    edges = [np.flatnonzero(np.diff(np.concatenate([[0], shown_A, [0]]))).tolist() for shown_A in visible_AN.T]
+    return {
+        "frames": annotations.frames,
+        "annotated": len(annotations.masklet),
+        "gaps": [index for index, rles in enumerate(annotations.masklet) if rles is None],
+        "height": annotations.height,
+        "width": annotations.width,
+        "objects": len(annotations.objects),
+        "visible": edges,
+    }
+
+
+def _read_video(path: Path, annotations: SavAnnotations, check: str) -> tuple[int | None, tuple[int, int], bool]:
+    """Return the number of frames (None for a folder, which need not have all of them), (height, width), seekable.
+
+    Raises:
+        UnreadableVideo: it does not decode, or a folder lacks an annotated frame.
+    """
+    try:
+        video = open_video(path, seekable=check == "header")
+    except Unreadable:
+        raise
+    except UserError as fault:  # the names in a folder
+        raise UnreadableVideo(path.name, "frame_names", str(fault)) from fault
+    if not path.is_dir():
+        return video.frames, video.size, check == "decode" and seeks_agree(path)
+    place = {number: index for index, number in enumerate(video.numbers)}
+    needed = [FRAME_STRIDE * k for k, rles in enumerate(annotations.masklet) if rles is not None]
+    missing = [number for number in needed if number not in place]
+    if missing:
+        raise UnreadableVideo(path.name, "missing_frame", f"frame {missing[0]}")
+    for start in range(0, len(needed) if check == "decode" else 0, CHUNK):
+        size = video.read([place[number] for number in needed[start : start + CHUNK]]).shape[2:]
+        if size != video.size:
+            raise UnreadableVideo(path.name, "size_mismatch", f"frames of {size} and of {video.size}")
+    return None, video.size, False
+
+
+def _fingerprint(entries: list[Entry], check: str) -> str:
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(repr((VERSION, check, entries)).encode("utf-8", "backslashreplace"))
+
+
+# ---- report
+
+
+def _report(table, unpaired: dict[str, list[str]]) -> dict:
+    usable = table.filter(indexing.is_empty(table["excluded"]))
+    kinds = usable["kind"].to_pylist()
+    split_by_video = dict(zip(usable["video_id"].to_pylist(), usable["split"].to_pylist(), strict=True))
+    splits = list(split_by_video.values())
+    return {
+        "videos": {split: splits.count(split) for split in SPLITS},
+        "annotations": {kind: kinds.count(kind) for kind in KINDS},
+        "objects": sum(usable["objects"].to_pylist()),
+        "annotated_frames": sum(usable["annotated"].to_pylist()),
+        "unseekable": sum(
+            file.endswith(".mp4") and not seekable
+            for file, seekable in zip(usable["video_file"].to_pylist(), usable["seekable"].to_pylist(), strict=True)
+        ),
+        "excluded": indexing.counted(
+            indexing.names_by_reason(table, "excluded", "annotation_file", unpaired),
+            indexing.details_by_name(table, "annotation_file"),
+        ),
+    }

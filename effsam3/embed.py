@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `embed`: one pass of the teacher over the data, into an embedding store.
+
+accelerate launch --config_file accelerate_configs/zero2.yaml scripts/embed.py recipes/stage1/image/es_rv_m.yaml
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from effsam3.data.loader import loader
+from effsam3.data.statistics import SAMPLE, FeatureStatistics, statistics_sample
+from effsam3.data.store.reader import (
+    StoreError,
+    StoreReader,
+    StoreWriter,
+    create_store,
+    finish_store,
+    repair_store,
+    untied,
+)
+from effsam3.errors import UserError
+from effsam3.files import free_bytes, gigabytes, refuse_full_disk
+from effsam3.hardware.accelerator import layout, make_accelerator, on_main, refuse_missing_gpu
+from effsam3.stages import make_teacher_pass, needs
+from effsam3.stopping import STOP, STOPPED
+from effsam3.training.report import Report, refuse_unwritable
+
+# Recomputed features differ by rounding only: float16's or int8's payload, and kernels that depend on the batch.
+CHECK_COSINE = 0.999
+
+
+def run(recipe, check: int | None = None) -> None:
+    """Embed the teacher's features of every sample; resume if the store is unfinished.
+
+    Args:
+        recipe: of a stage with features to store.
+        check: instead of embedding, recompute this many stored samples and compare.
+
+    Raises:
+        UserError: the store belongs to another teacher or preprocessing, the guard refuses the teacher, or a checked
+            sample differs.
+        SystemExit: code 75 after a request to stop; what was made is kept.
+    """
+    if recipe.teacher == "online" and check is None:
+        raise UserError(
+            "the recipe says teacher: online, so train needs no store and there is nothing to embed; set "
+            "teacher=stored to embed"
+        )
+    refuse_missing_gpu(recipe.hardware)
+    torch.manual_seed(recipe.train.seed)
+    accelerator = make_accelerator(recipe.train.precision)
+    if check is None:
+        on_main(accelerator, partial(refuse_unwritable, Path(recipe.embed.to), "embed.to"))
+    on_main(accelerator, partial(refuse_unwritable, recipe.folder, "train.runs"))
+    report = Report(recipe.folder, accelerator.is_main_process)
+    teacher_pass = make_teacher_pass(recipe, accelerator)
+    if check is not None:
+        return _check(recipe, teacher_pass, accelerator, report, check)
+    root = Path(recipe.embed.to)
+    lines = on_main(accelerator, partial(open_store, recipe, root, teacher_pass, report))
+    report.header(f"embed   {recipe.name}   {layout(accelerator)}", lines)
+    started = time.monotonic()
+    with StoreWriter(root, accelerator.process_index) as writer:
+        # Every rank writes as soon as it starts; what is done must be read before anyone adds to it.
+        done = frozenset(writer.done)
+        accelerator.wait_for_everyone()
+        embedded = sum(
+            _embed(recipe, dataset, teacher_pass, writer, done, accelerator) for dataset in teacher_pass.datasets
+        )
+    counts = torch.tensor([embedded, int(STOP.asked)], device=accelerator.device)
+    embedded, asked = accelerator.reduce(counts).tolist()
+    if asked:
+        report.say(f"asked to stop: {embedded:,} records made now are kept; the same command goes on from there")
+        sys.exit(STOPPED)
+    on_main(accelerator, partial(close_store, root, teacher_pass, embedded, started, report))
+
+
+def open_store(recipe, root: Path, teacher_pass, report: Report) -> dict[str, str]:
+    """Make the store ready for all ranks to write; returns lines for the header."""
+    create_store(
+        root, teacher_pass.fields(), teacher_pass.description(), expected=sum(map(len, teacher_pass.datasets))
+    )
+    for shard, records in repair_store(root).items():
+        report.say(f"{shard}: {records} torn records of an interrupted pass cut off, they are made again")
+    lines = teacher_pass.describe() | {"store": str(root)} | plan(recipe, root, teacher_pass)
+    return lines | needs.header_lines(recipe, ("train", "merge", "evaluate"))
+
+
+def close_store(root: Path, teacher_pass, embedded: int, started: float, report: Report) -> None:
+    """Complete the store once all ranks have written their records, `embedded` in all, and say what is in it."""
+    expected = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
+    refuse_many_skipped(expected, root, teacher_pass.max_unreadable)
+    manifest = finish_store(root, expected, _statistics(root, teacher_pass))
+    seconds = time.monotonic() - started
+    size = sum(path.stat().st_size for path in root.glob("*.bin"))
+    report.say(
+        f"{manifest.records:,} records, {size / 1e9:.2f} GB in {root} ({embedded:,} made now, "
+        f"{embedded / seconds:.3g} records/s, {len(manifest.skipped)} skipped)"
+    )
+    for entry in manifest.skipped[:10]:
+        report.say(f"  skipped {entry['key']}: {entry['reason']}")
+    report.say(f"next: train with the same recipe. Look inside: effsam3 store show {root}")
+
+
+def plan(recipe, root: Path, teacher_pass) -> dict[str, str]:
+    """What is to be made, as lines for the header.
+
+    Raises:
+        UserError: the disk cannot hold it.
+    """
+    reader = StoreReader(root, allow_unfinished=True)
+    keys = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
+    missing = [key for key, place in zip(keys, reader.find(keys), strict=True) if place < 0]
+    needed = len(missing) * reader.manifest.stride
+    refuse_full_disk(
+        root,
+        needed,
+        f"{len(missing):,} records of {reader.manifest.stride:,} bytes",
+        f"{teacher_pass.less_room}data.limit=N takes fewer, teacher=online none; or name another disk with embed.to",
+    )
+    line = f"{len(missing):,} of {len(keys):,} records, {gigabytes(needed)}; {gigabytes(free_bytes(root))} are free"
+    if replaced := reader.replaced(missing):
+        line += f"; {len(replaced):,} of them for what was replaced since, such as {', '.join(replaced[:3])}"
+    return {"to make": line} | ({} if reader.manifest.ties_inputs else {"note": untied(root)})
+
+
+def _embed(recipe, dataset, teacher_pass, writer: StoreWriter, done: frozenset, accelerator) -> int:
+    """Write this rank's share of a dataset's missing records; returns how many."""
+    todo = [position for position, key in enumerate(dataset.store_keys) if key not in done]
+    mine = todo[accelerator.process_index :: accelerator.num_processes]
+    size = recipe.embed.batch_size
+    batches = [mine[start : start + size] for start in range(0, len(mine), size)]
+    bar = tqdm(
+        total=len(mine),
+        unit="record",
+        desc="embed",
+        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
+    )
+    written, checked = 0, False
+    # One thread writes while the teacher works on the next batch; waiting for it here bounds the memory to two
+    # batches.
+    with ThreadPoolExecutor(1) as disk, bar:
+        pending: Future | None = None
+        for batch in loader(dataset, batches, recipe.data.workers, pin=False):
+            if STOP.asked:
+                break
+            feat_BCHW = teacher_pass.features(batch, check=not checked).cpu()
+            checked = True
+            if pending is not None:
+                written += pending.result()
+            pending = disk.submit(_write, teacher_pass, dataset, batch, feat_BCHW, writer)
+            bar.update(len(batch["positions"]))
+        if pending is not None:
+            written += pending.result()
+    return written
+
+
+def _write(teacher_pass, dataset, batch: dict, feat_BCHW: torch.Tensor, writer: StoreWriter) -> int:
+    unreadable = dict(batch["unreadable"])
+    written = 0
+    for place, position in enumerate(batch["positions"].tolist()):
+        name, key = dataset.keys[position], dataset.store_keys[position]
+        if name in unreadable:
+            writer.skip(key, unreadable[name])
+        else:
+            writer.write(key, teacher_pass.record(batch, place, feat_BCHW[place], name))
+            written += 1
+    return written
+
+
+def refuse_many_skipped(expected: list[str], root: Path, most: int) -> None:
+    """Leave the store unfinished when too much is missing: more likely a lost disk than so many bad images.
+
+    Raises:
+        StoreError: more than `data.max_unreadable` samples are not in the store.
+    """
+    reader = StoreReader(root, allow_unfinished=True)
+    missing = [key for key in expected if not reader.contains(key)]
+    if len(missing) > most:
+        raise StoreError(
+            f"{len(missing)} of {len(expected)} images could not be read, more than data.max_unreadable={most} "
+            f"(first: {', '.join(missing[:3])}); see {root}/skipped-*.tsv. Mend them and embed again: it makes "
+            "what is missing"
+        )
+
+
+def _statistics(root: Path, teacher_pass) -> dict:
+    """Per-channel mean and deviation over a fixed sample of the training data, from what was stored."""
+    reader = StoreReader(root, allow_unfinished=True)
+    train = teacher_pass.datasets[0]
+    sample = stored_sample(reader, train, SAMPLE)
+    if not sample:
+        raise StoreError(
+            f"none of the {len(train)} training samples could be embedded; {root}/skipped-*.tsv gives the reasons"
+        )
+    statistics = FeatureStatistics(teacher_pass.channels)
+    for position in sample:
+        statistics.update(*teacher_pass.stored(reader, train, [position]))
+    return statistics.result()
+
+
+def stored_sample(reader: StoreReader, dataset, size: int) -> list[int]:
+    """The first `size` positions of the statistics' fixed order whose images are in the store."""
+    order = statistics_sample(dataset.keys, len(dataset))
+    return list(islice((position for position in order if reader.contains(dataset.store_keys[position])), size))
+
+
+def _check(recipe, teacher_pass, accelerator, report: Report, samples: int) -> None:
+    """Recompute `samples` records and compare them with the store."""
+    reader = StoreReader(recipe.embed.to)
+    if not reader.manifest.ties_inputs:
+        report.say(untied(recipe.embed.to))
+    skipped = {entry["key"] for entry in reader.manifest.skipped}
+    for dataset in teacher_pass.datasets:
+        reader.positions([key for key in dataset.store_keys if key not in skipped])
+    dataset = teacher_pass.datasets[0]
+    positions = stored_sample(reader, dataset, samples)
+    worst = 1.0
+    for batch in loader(dataset, [[position] for position in positions], 0, pin=False):
+        key = dataset.keys[int(batch["positions"][0])]
+        if batch["unreadable"]:
+            raise UserError(f"{key} is stored but can no longer be read: {batch['unreadable'][0][1]}")
+        made = teacher_pass.features(batch).cpu()
+        stored, valid = teacher_pass.stored(reader, dataset, [int(batch["positions"][0])])
+        # A text alone is padded to its own length, a record to the longest; padding counts on neither side.
+        made, stored = (feat[..., : made.shape[-1]] * valid[..., : made.shape[-1]] for feat in (made, stored))
+        cosine = float(F.cosine_similarity(made.flatten(1), stored.flatten(1)))
+        worst = min(worst, cosine)
+        report.say(f"{key}  cosine {cosine:.6f}  largest difference {float((made - stored).abs().max()):.4g}")
+    report.say(f"{len(positions)} of {len(reader):,} records recomputed; lowest cosine {worst:.6f}")
+    if worst < CHECK_COSINE:
+        raise StoreError(
+            f"the store at {recipe.embed.to} does not hold this teacher's features of these samples (cosine "
+            f"{worst:.4f}, expected {CHECK_COSINE} or more); embed again to another embed.to"
+        )

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One accelerator for every layout: a CPU, one GPU, DDP, DeepSpeed. The recipe's numbers go in before
+anything is built."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from effsam3.errors import RecipeError, UserError
+from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, layout_file, layout_on_cpu, no_devices, twin_on_cpu
+from effsam3.training.optimizer_state import zero_stage
+
+PRECISION = {"bf16": "bf16", "fp32": "no"}
+Result = TypeVar("Result")
+
+
+def launched_processes() -> int:
+    """Number of processes that the launcher has started, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def refuse_missing_gpu(hardware: str) -> None:
+    """Refuse to work on the CPU, a hundred times slower, where GPUs were asked for.
+
+    What counts is the layout that `accelerate launch` was given, else the recipe's.
+
+    Raises:
+        RecipeError: the layout is for GPUs, and there is none.
+    """
+    if torch.cuda.is_available():
+        return
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by every `accelerate launch`
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+        if on_cpu or no_devices(os.environ.get("CUDA_VISIBLE_DEVICES", "")):
+            return
+        asked, other = "`accelerate launch` was told to use GPUs", "--config_file accelerate_configs/cpu.yaml"
+    else:
+        if layout_on_cpu(layout_file(hardware)):
+            return
+        asked, other = f"hardware: {hardware} is for GPUs", f"hardware={twin_on_cpu(hardware)}"
+    raise RecipeError(
+        f"{asked}, but torch {torch.__version__} finds none here; see that nvidia-smi lists one, that this job or "
+        f"container was given it, and that torch is built for it. To work on the CPU all the same: {other}"
+    )
+
+
+def make_accelerator(
+    precision: str,
+    accumulation: int = 1,
+    micro_batch: int = 1,
+    clip_grad_norm: float = 0.0,
+    loggers: tuple[str, ...] = (),
+    folder: str | None = None,
+    timeout_s: int = 1800,
+) -> Accelerator:
+    """Build the accelerator for the layout that `accelerate launch` has put into the environment.
+
+    `clip_grad_norm`, `accumulation` and `micro_batch` reach DeepSpeed's own configuration: under DeepSpeed
+    `clip_grad_norm_` only reads the norm, and an accumulation of its own would be another learning.
+
+    Raises:
+        UserError: accelerate does not see as many processes as were launched.
+    """
+    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if not on_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported on saving, warns that there is none
+    handlers = []
+    if "LOCAL_RANK" in os.environ:
+        # Without a backend, accelerate under DeepSpeed on a CPU lets every rank believe that it is alone.
+        backend = {} if on_gpu else {"backend": "gloo"}
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s), **backend))
+    if deepspeed and not on_gpu:
+        import deepspeed.ops
+
+        # Else DeepSpeed compiles a C++ communication kernel first, minutes without a word.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = Accelerator(
+        cpu=not on_gpu and not deepspeed,
+        mixed_precision=None if deepspeed else PRECISION[precision],
+        gradient_accumulation_steps=accumulation,
+        log_with=list(loggers) or None,
+        project_config=ProjectConfiguration(folder, logging_dir=folder and f"{folder}/tensorboard"),
+        kwargs_handlers=handlers,
+    )
+    if accelerator.num_processes != launched_processes():
+        raise UserError(
+            f"{launched_processes()} processes were launched but accelerate sees {accelerator.num_processes}; start "
+            "with `effsam3 launch` or `accelerate launch --config_file accelerate_configs/...`"
+        )
+    if deepspeed:
+        _configure_deepspeed(accelerator, precision, accumulation, micro_batch, clip_grad_norm)
+    return accelerator
+
+
+def _configure_deepspeed(
+    accelerator: Accelerator, precision: str, accumulation: int, micro_batch: int, clip_grad_norm: float
+) -> None:
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    config["gradient_accumulation_steps"] = accumulation
+    config["train_batch_size"] = micro_batch * accumulation * accelerator.num_processes
+    config["gradient_clipping"] = clip_grad_norm
+    config["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
+    # DeepSpeed's own bf16 mode casts the weights and breaks BatchNorm; autocast over float32 weights does not.
+    # No module is safe in its sense: those it would average in bfloat16, where DDP averages in float32.
+    autocast = {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    config["torch_autocast"] = autocast
+    # Else accelerate replaces an offloaded AdamW by DeepSpeed's own, which first compiles C++ on every machine, for
+    # minutes. Torch's takes 40 ms per step for 10 M parameters on one core, and every layout has the same one.
+    config["zero_force_ds_cpu_optimizer"] = False
+    # accelerate has told transformers of it, which under ZeRO-3 would divide every frozen model that it builds.
+    unset_hf_deepspeed_config()
+
+
+def frozen_autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
+    """The autocast context of a frozen teacher, the same in every layout.
+
+    accelerate's own does nothing under DeepSpeed, whose engine autocasts the student alone.
+    """
+    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def on_main(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
+    """Let rank 0 make or check something while the others wait; all get what it returns.
+
+    Collective. What rank 0 refuses ends all of them: else the others would wait for it in their next collective.
+
+    Raises:
+        UserError: on rank 0, what `call` raises.
+        SystemExit: code 2, on the other ranks, which have nothing to add.
+    """
+    result, refusal = None, None
+    if accelerator.is_main_process:
+        try:
+            result = call()
+        except UserError as error:
+            refusal = error
+    refused, result = broadcast_object_list([refusal is not None, result])
+    if refusal is not None:
+        raise refusal
+    if refused:
+        sys.exit(2)
+    return result
+
+
+def layout(accelerator: Accelerator) -> str:
+    """Say in a few words what the run is on, such as `1 x cpu`, `2 x cpu, DDP`, `8 x NVIDIA H200, ZeRO-2`."""
+    device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
+    divided = f"ZeRO-{stage}" if (stage := zero_stage(accelerator)) else "DDP"
+    return f"{accelerator.num_processes} x {device}{f', {divided}' if accelerator.num_processes > 1 or stage else ''}"

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much device memory a recipe takes, estimated without a device."""

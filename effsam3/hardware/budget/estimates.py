@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recipe takes of a device's memory and of the disk, before anything is loaded, and what to change if too much.
+
+A micro-batch's share is measured by a dry run of the stage's loss. What a layout keeps of weights, gradients and
+optimizer is counted as torch and DeepSpeed allocate it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+
+from effsam3.checked_files import read_yaml
+from effsam3.errors import UserError
+from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, REMEDY, layout_file, layout_processes
+from effsam3.hardware.budget.dry_run import cost, dry_stage
+from effsam3.recipe.reader import flat
+
+Found = TypeVar("Found")
+GIB = 1 << 30
+FP32 = 4  # bytes; weights, gradients and optimizer state are float32 in every precision
+LIBRARIES = GIB  # the CUDA context, cuBLAS' and NCCL's own buffers: outside of torch's allocator
+FREE = 0.1  # share of a device that fragmentation and kernels' workspaces may take
+DEVICES = {24: "RTX 4090, A10", 40: "A100 40 GB", 48: "L40S", 80: "A100, H100", 141: "H200", 180: "B200"}
+LESS = {"ddp": "zero2", "zero1": "zero2", "zero2": "zero3", "zero3": "zero3_offload"}  # what divides more
+# What decides the memory of a stage, the cheapest to change first.
+KNOBS = {
+    "image": ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck"),
+    "text": ("train.micro_batch_size", "hardware", "train.ema", "data.context_length", "teacher"),
+    "memory": (
+        "train.micro_batch_size",
+        "train.recompute",
+        "train.objects_at_once",
+        "train.trunk_batch",
+        "hardware",
+        "train.ema",
+        "loss.side_px",
+        "data.objects",
+        "data.frames",
+    ),
+}
+
+
+# ---- sizes and layouts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a recipe takes on any layout."""
+
+    trained: int  # parameters
+    frozen: int  # bytes
+    micro_batch: int  # bytes
+    flops: (
+        float  # of one sample, forward and backward: at most, for texts of full length and as many objects as allowed
+    )
+
+
+def measure(recipe: Any) -> Sizes:
+    """Return the sizes of a recipe: a few seconds for an image or text student, up to a minute for the memory.
+
+    Raises:
+        UserError: the sizes of the recipe's SAM 3 are not known.
+    """
+    # Clips are tracked side by side and share next to nothing: one, times their number.
+    clips = recipe.train.micro_batch_size if recipe.stage == "memory" else 1
+    samples = recipe.train.micro_batch_size // clips
+    dry = dry_stage(recipe, samples)
+    trained = sum(parameter.numel() for parameter in dry.student.parameters() if parameter.requires_grad)
+    frozen = {
+        id(tensor): tensor.nbytes
+        for module in (dry.student, *dry.frozen)
+        for tensor in (*module.parameters(), *module.buffers())
+        if not tensor.requires_grad
+    }
+    found = cost(dry)
+    return Sizes(trained, sum(frozen.values()), clips * found.peak, found.flops / samples)
+
+
+def _with(recipe: Any, **keys) -> Any:
+    """The recipe with other values in `train`."""
+    return replace(recipe, train=replace(recipe.train, **keys))
+
+
+def resized(recipe: Any, sizes: Sizes, micro_batch: int) -> tuple[Any, Sizes]:
+    """Return the recipe and its sizes with another micro-batch; only what is not proportional is measured again."""
+    other = _with(recipe, micro_batch_size=micro_batch)
+    if recipe.stage != "memory":
+        return other, measure(other)
+    return other, replace(sizes, micro_batch=sizes.micro_batch * micro_batch // recipe.train.micro_batch_size)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an accelerate_configs/<name>.yaml does with a student."""
+
+    name: str
+    processes: int
+    stage: int | None  # of ZeRO; None: without DeepSpeed
+    offloads: bool  # optimizer state to main memory
+    offloads_weights: bool
+
+    @property
+    def has_gpu(self) -> bool:
+        """Whether it is one of GPUs."""
+        return self.name != "cpu" and not self.name.endswith("_cpu")
+
+
+def read_layout(hardware: str) -> Layout:
+    """Read a layout file.
+
+    Raises:
+        UserError: there is no such layout.
+    """
+    file = layout_file(hardware)
+    config = read_yaml(file, {"deepspeed_config?": dict}, REMEDY).get("deepspeed_config", {})
+    kept = [config.get(f"offload_{part}_device", "none") != "none" for part in ("optimizer", "param")]
+    return Layout(hardware, layout_processes(file), config.get("zero_stage"), *kept)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by what they are for: on one device, in main memory for one process, on the disk."""
+
+    device: dict[str, int]
+    host: int
+    checkpoint: int
+    checkpoints: int
+
+    @property
+    def total(self) -> int:
+        """Bytes on one device."""
+        return sum(self.device.values())
+
+
+def states(layout: Layout, trained: int) -> tuple[dict[str, int], int]:
+    """Return the bytes of weights, gradients and optimizer on one device, and of what is offloaded per process.
+
+    ZeRO keeps another float32 copy of its part of the weights, although they are float32 already: counted in
+    DeepSpeed 0.19 with torch_autocast, stage by stage.
+    """
+    P = trained * FP32
+    part = -(-P // layout.processes)
+    if layout.stage is None:
+        copies = P if layout.processes > 1 else 0  # DDP sends copies of the gradients
+        return {"weights": P, "gradients": P + copies, "optimizer": 2 * P}, 0
+    divided = {"weights": P, "gradients": part if layout.stage > 1 else P, "optimizer": 3 * part}
+    divided["ZeRO's buckets"] = REDUCE_BUCKET * FP32
+    if layout.stage == 3:  # weights are gathered for as long as a step needs them; here that is all of it
+        divided["weights"] += 0 if layout.offloads_weights else part
+    if not layout.offloads:
+        return divided, 0
+    moved = divided.pop("optimizer") + part + (part if layout.offloads_weights else 0)
+    return divided | {"gradients": divided["gradients"] if layout.stage < 2 else 0}, moved
+
+
+def checkpoint_bytes(recipe: Any, trained: int) -> int:
+    """Return the bytes of a checkpoint: weights and two moments whole, on every layout; averaged weights."""
+    return (4 if recipe.train.ema else 3) * trained * FP32
+
+
+def estimate(recipe: Any, sizes: Sizes, layout: Layout | None = None) -> Estimate:
+    """Return what a recipe takes on its layout, or on another one."""
+    layout = layout or read_layout(recipe.hardware)
+    device, host = states(layout, sizes.trained)
+    P, train = sizes.trained * FP32, recipe.train
+    if train.ema:
+        device["averaged weights"] = P
+    device["frozen parts"] = sizes.frozen
+    device["micro-batch"] = sizes.micro_batch
+    device["CUDA, NCCL"] = LIBRARIES if layout.has_gpu else 0
+    checkpoint = checkpoint_bytes(recipe, sizes.trained)
+    kept = checkpoint * train.keep_checkpoints + P  # the best one's weights
+    return Estimate({name: size for name, size in device.items() if size}, host, checkpoint, kept)
+
+
+# ---- what is said
+
+
+def device_bytes(device_gib: float | None = None) -> int | None:
+    """Return a device's memory: the one named, else that of this machine's first GPU, None without either."""
+    if device_gib is not None:
+        return int(device_gib * GIB)
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def fits(total: int, device: int) -> bool:
+    """Whether an estimate fits a device with room for fragmentation."""
+    return total <= device * (1 - FREE)
+
+
+def micro_batches(recipe: Any, processes: int) -> list[int]:
+    """Return the micro-batches that divide the global batch exactly on these processes, smallest first."""
+    share = recipe.train.global_batch_size // processes
+    return [size for size in range(1, share + 1) if share % size == 0]
+
+
+def largest_micro_batch(recipe: Any, sizes: Sizes, device: int) -> tuple[str, int] | None:
+    """Return the change to the largest smaller micro-batch that fits and what is taken then, None if none fits."""
+    layout, best = read_layout(recipe.hardware), None
+    smaller = [size for size in micro_batches(recipe, layout.processes) if size < recipe.train.micro_batch_size]
+    while smaller:
+        middle = len(smaller) // 2
+        total = estimate(*resized(recipe, sizes, smaller[middle]), layout).total
+        if fits(total, device):
+            best = (f"train.micro_batch_size={smaller[middle]}", total)
+            smaller = smaller[middle + 1 :]
+        else:
+            smaller = smaller[:middle]
+    return best
+
+
+def other_changes(recipe: Any, sizes: Sizes) -> Iterator[tuple[str, int]]:
+    """Yield (key=value, bytes on a device then) of everything but the micro-batch, the cheapest to bear first."""
+    layout = read_layout(recipe.hardware)
+
+    def measured(text: str, **keys) -> tuple[str, int]:
+        other = _with(recipe, **keys)
+        return text, estimate(other, measure(other), layout).total
+
+    if recipe.stage == "memory" and not recipe.train.recompute:
+        yield measured("train.recompute=true", recompute=True)
+    name, folder = recipe.hardware, layout_file(recipe.hardware).parent
+    while (name := LESS.get(name)) is not None and (folder / f"{name}.yaml").is_file():
+        yield f"hardware={name}", estimate(recipe, sizes, read_layout(name)).total
+    if recipe.train.ema:
+        yield "train.ema=0", estimate(_with(recipe, ema=0.0), sizes, layout).total
+    if recipe.stage == "memory":
+        train, data = recipe.train, recipe.data
+        if train.recompute and train.objects_at_once != 1 and train.micro_batch_size * data.objects > 1:
+            yield measured("train.objects_at_once=1", objects_at_once=1)
+        if train.trunk_batch > 1:
+            yield measured("train.trunk_batch=1", trunk_batch=1)
+        # A clip takes as much as it has frames and objects, nearly: not worth two more measurements.
+        fewer = {"objects": (data.objects, data.objects - 1, 1), "frames": (data.frames, data.frames // 2, 2)}
+        for key, (now, less, least) in fewer.items():
+            if less >= least:
+                smaller = replace(sizes, micro_batch=sizes.micro_batch * less // now)
+                yield f"data.{key}={less}", estimate(recipe, smaller, layout).total
+
+
+def advice(recipe: Any, sizes: Sizes, device: int, most: int = 2) -> list[str]:
+    """Return the cheapest single changes after which the recipe fits, at most `most`, each with what it takes then.
+
+    If no single one is enough, the smallest micro-batch and what saves most besides.
+    """
+    micro = largest_micro_batch(recipe, sizes, device)
+    found = [micro] if micro else []
+    tried = []
+    for change in other_changes(recipe, sizes):
+        tried.append(change)
+        found += [change] if fits(change[1], device) else []
+        if len(found) == most or micro:  # accumulation makes up for the micro-batch: nothing is as cheap
+            break
+    if found:
+        return [f"{text} would take {_gib(total)}" for text, total in found]
+    layout = read_layout(recipe.hardware)
+    tried.append(("train.micro_batch_size=1", estimate(*resized(recipe, sizes, 1), layout).total))
+    least = sorted(tried, key=lambda change: change[1])[:most]
+    return [f"{text} would take {_gib(total)}, too much by itself" for text, total in least]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
+
+
+def table(recipe: Any, device_gib: float | None = None) -> str:
+    """Return the recipe's needs: a row for each part on one device, a verdict, the disk.
+
+    Raises:
+        UserError: there is no such layout.
+    """
+    sizes, layout = measure(recipe), read_layout(recipe.hardware)
+    found, device = estimate(recipe, sizes, layout), device_bytes(device_gib)
+    on = "device" if layout.has_gpu else "process"
+    lines = [f"device    about {_gib(found.total)} on each {on} of {recipe.hardware}"]
+    lines += [f"          {_gib(size):>10}  {name}" for name, size in found.device.items() if size >= 1 << 20]
+    if found.host:
+        lines.append(f"          {_gib(found.host):>10}  in main memory, for each process")
+    if device is not None:
+        short = found.total - device * (1 - FREE)
+        verdict = f"fits {_gib(device)}" if short <= 0 else f"does not fit {_gib(device)}: {_gib(short)} too much"
+        lines.append(f"verdict   {verdict} ({FREE:.0%} left free for fragmentation)")
+        lines += [f"          {line}" for line in advice(recipe, sizes, device)] if short > 0 else []
+    elif layout.has_gpu:
+        enough = next((size for size in DEVICES if fits(found.total, size * GIB)), None)
+        named = f"{enough} GiB ({DEVICES[enough]}) are enough" if enough else "no common device is enough"
+        lines.append(f"verdict   {named}; --device-gib N says whether N are, and what to change")
+    lines.append(
+        f"disk      about {_gib(found.checkpoint)} for a checkpoint, {_gib(found.checkpoints)} for the "
+        f"{recipe.train.keep_checkpoints} that are kept and the best one's weights"
+    )
+    return "\n".join(lines)
+
+
+def attempt(estimate: Callable[[Any], Found], recipe: Any, otherwise: Found) -> Found:
+    """Return an estimate, or `otherwise` where it cannot be made: a dry run must never stop a real one.
+
+    A SAM 3 whose sizes are not known is a UserError, an operation without a fake a RuntimeError.
+    """
+    try:
+        return estimate(recipe)
+    except (UserError, RuntimeError):
+        return otherwise
+
+
+def running_layout(accelerator: Any, hardware: str) -> Layout:
+    """Return the layout that a run has been started on, whatever its recipe names."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        return Layout(hardware, accelerator.num_processes, None, False, False)
+    zero = plugin.deepspeed_config["zero_optimization"]
+    offloads = [zero.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")]
+    return Layout(hardware, accelerator.num_processes, plugin.zero_stage, *offloads)
+
+
+def header_lines(recipe: Any, layout: Layout, sizes: Sizes) -> dict[str, str]:
+    """Return one line for a run's header."""
+    found, device = estimate(recipe, sizes, layout), device_bytes()
+    of = "" if device is None else f" of {_gib(device)}"
+    largest = sorted(found.device, key=found.device.get, reverse=True)[:2]
+    parts = ", ".join(f"{name} {_gib(found.device[name])}" for name in largest)
+    return {"memory": f"about {_gib(found.total)}{of} ({parts}); a checkpoint takes {_gib(found.checkpoint)}"}
+
+
+def _next_steps(recipe: Any, sizes: Sizes) -> Iterator[tuple[str, int]]:
+    layout = read_layout(recipe.hardware)
+    smaller = [size for size in micro_batches(recipe, layout.processes) if size < recipe.train.micro_batch_size]
+    if smaller:
+        total = estimate(*resized(recipe, sizes, smaller[-1]), layout).total
+        yield f"train.micro_batch_size={smaller[-1]}", total
+    yield from other_changes(recipe, sizes)
+
+
+def explain_out_of_memory(recipe: Any, error: torch.OutOfMemoryError, device_gib: float | None = None) -> UserError:
+    """Return what to say of a device that was too small: the stage's knobs as they stand, and what would help."""
+    values, sizes = flat(recipe), measure(recipe)
+    found, device = estimate(recipe, sizes), device_bytes(device_gib)
+    knobs = ", ".join(f"{key}={values[key]}" for key in KNOBS[recipe.stage])
+    # What the estimate calls enough was not: then the next smaller micro-batch is the first thing to try.
+    if device is not None and not fits(found.total, device):
+        lines = advice(recipe, sizes, device)
+    else:
+        lines = [f"{text} would take {_gib(total)}" for text, total in islice(_next_steps(recipe, sizes), 2)]
+    return UserError(
+        f"the device is out of memory ({str(error).splitlines()[0]})\n"
+        f"estimated were about {_gib(found.total)} a device, {_gib(sizes.micro_batch)} of them for a micro-batch\n"
+        f"what decides it: {knobs}\nchange: " + "\n    or: ".join(lines)
+    )
+
+
+@contextmanager
+def out_of_memory_explained(recipe: Any) -> Iterator[None]:
+    """Turn a device's lack of memory into an error that names what decides it.
+
+    Raises:
+        UserError: the device is out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        unexplained = UserError(f"{error}; lower train.micro_batch_size (it is {recipe.train.micro_batch_size})")
+        explain = partial(explain_out_of_memory, error=error)
+        raise attempt(explain, recipe, unexplained) from error

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders that are made once and kept: made-up and converted chassis."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from filelock import FileLock
+from safetensors import SafetensorError
+
+from effsam3.errors import ChassisError
+from effsam3.training.checkpoint import sync
+
+
+def cache_folder() -> Path:
+    """Where made-up and converted chassis are kept: `$EFFSAM3_CACHE`, else `~/.cache/effsam3`."""
+    return Path(os.environ.get("EFFSAM3_CACHE", Path.home() / ".cache" / "effsam3"))
+
+
+def kept_in_cache(name: str, write: Callable[[Path], None]) -> Path:
+    """Return the cache's folder `name`, filled by `write` if it is not there: whole or not at all, and only once.
+
+    Processes that ask at the same time wait for the first of them.
+
+    Raises:
+        ChassisError: the disk is full or the cache not writable.
+    """
+    folder = cache_folder() / name
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{name}.lock")):
+            if not folder.is_dir():
+                _write_whole(folder, write)
+    except (OSError, SafetensorError) as error:
+        if not folder.is_dir():  # where locks do not hold, another process may have been first
+            free = shutil.disk_usage(next(path for path in folder.absolute().parents if path.is_dir())).free
+            raise ChassisError(
+                f"sam3.checkpoint: {folder} cannot be written ({error}); {free / 1e9:.1f} GB are free there. Make "
+                "room, or set EFFSAM3_CACHE to a folder that has it"
+            ) from error
+    return folder
+
+
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        write(partial)
+        sync(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The card beside a merged model's config.json: who fills which slot, and what it must say."""
+
+CARD = "effsam3.json"  # beside a merged model's config.json: who fills which slot
+# Of a teacher everything is known, all but its fingerprint, or nothing.
+TEACHER_FORM = ({"checkpoint": str, "revision": (str, None), "fingerprint?": str}, {})
+CARD_FORM = {
+    "slots": {str: {"student": str, "from": str, "teacher?": TEACHER_FORM, "also?": [str]}},
+    "chassis?": str,
+    "revision?": (str, None),
+    "imported?": str,
+    "provenance?": {"started": str},
+}

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds a SAM 3: turns whatever a recipe's `sam3.checkpoint` names into a local folder in transformers' format.
+
+A Hub id is downloaded, a sam3.pt converted, `tiny` and `random` are made from a fixed seed. Everything after this file
+reads one kind of folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import xxhash
+
+from effsam3.errors import ChassisError
+from effsam3.models.chassis.cache import kept_in_cache
+from effsam3.models.chassis.processor import processor
+from effsam3.models.chassis.sam3_pt import converted
+from effsam3.models.chassis.sam31 import refuse_sam31, refuse_sam31_id
+from effsam3.models.chassis.tensors import AGAIN, EXTRAS_FILE, PICKLED, quiet_transformers
+from effsam3.models.chassis.tiny import MADE_UP
+from effsam3.tensor_files import open_safetensors
+from effsam3.training.checkpoint import WEIGHTS
+
+MADE_AS = "2"  # to be changed with what `_make` writes, so that no cache keeps the old
+ACCEPTED = (
+    "expected a folder in transformers' layout, a run folder that has been merged, a sam3.pt (.pt or .pth), a Hub id "
+    "such as facebook/sam3, `tiny` or `random`"
+)
+
+
+def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
+    """Return a local folder with the checkpoint in transformers' layout.
+
+    `tiny` and `random` are made once, from a fixed seed, under the cache folder; a `.pt` or `.pth` file in SAM 3's
+    own layout is converted there once. A Hub id is downloaded. Of a run folder it is the merged model.
+
+    Raises:
+        ChassisError: no such folder or file, something else in it, or the Hub refuses it or is out of reach.
+        PickledError: a file that is damaged, or holds no model.
+    """
+    if checkpoint in MADE_UP:
+        return _make(checkpoint)
+    path = Path(checkpoint)
+    if path.is_dir():
+        return _model_folder(path)
+    if path.suffix in PICKLED:
+        return converted(path)
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            with open_safetensors(path, AGAIN, ChassisError) as file:
+                refuse_sam31(file.keys(), f"sam3.checkpoint: {path}")
+        meant = f"name its folder, {path.parent}" if (path.parent / "config.json").is_file() else ACCEPTED
+        raise ChassisError(f"sam3.checkpoint: {path} is a single file of another kind; {meant}")
+    if path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1:
+        raise ChassisError(f"sam3.checkpoint: there is no folder or file {checkpoint}; {ACCEPTED}")
+    if path.parts[0] == "runs":  # a run folder's usual place, and no name of the Hub's
+        raise ChassisError(
+            f"sam3.checkpoint: there is no run folder {checkpoint} here yet; `effsam3 launch` the recipe whose name "
+            f"is {path.name} first; {ACCEPTED}"
+        )
+    return _download(checkpoint, revision)
+
+
+def _model_folder(folder: Path) -> Path:
+    """Return the folder in transformers' layout that a local folder is or holds.
+
+    Raises:
+        ChassisError: it is something else; the message says what, if that is known.
+    """
+    for model in (folder, folder / "merged"):
+        if (model / "config.json").is_file():
+            return model
+    files = sorted(path.name for path in folder.iterdir())
+    if EXTRAS_FILE not in files:
+        for name in (name for name in files if name.startswith("sam3") and name.endswith(".safetensors")):
+            with open_safetensors(folder / name, AGAIN, ChassisError) as file:
+                refuse_sam31(file.keys(), f"sam3.checkpoint: {folder / name}")
+    if WEIGHTS in files:
+        found = (
+            "is a training checkpoint: a student without the rest. Name its run folder, once `effsam3 merge` has run"
+        )
+    elif "recipe.yaml" in files:
+        found = "is a run folder without a merged model; run `effsam3 merge` on its recipe first"
+    elif any(name.startswith("random_states_") for name in files):
+        found = f"is accelerate's training state, which no model can be taken from; {ACCEPTED}"
+    elif pickled := [name for name in files if Path(name).suffix in PICKLED]:
+        found = f"has no config.json; if {folder / pickled[0]} is meant, name that file"
+    else:
+        found = f"has no config.json; {ACCEPTED}"
+    raise ChassisError(f"sam3.checkpoint: {folder} {found}")
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    refuse_sam31_id(repo_id)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=["*.safetensors", "*.json", "merges.txt", "LICENSE*"]
+            )
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ChassisError(
+            f"sam3.checkpoint: {repo_id} is no folder here and cannot be had from the Hub ({type(error).__name__}: "
+            f"{error}). facebook/sam3 is gated: ask for access on its page, then `hf auth login`; or name a local "
+            "folder, or `tiny` for a trial"
+        ) from error
+
+
+def _make(name: str) -> Path:
+    """Write the made-up chassis `name` under the cache folder, once; several processes may ask at the same time."""
+    import transformers
+    from transformers import Sam3VideoModel
+
+    config = MADE_UP[name]()
+    made_from = config.to_json_string() + transformers.__version__ + torch.__version__ + MADE_AS
+    key = xxhash.xxh3_64_hexdigest(made_from.encode())
+
+    def write(folder: Path) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = Sam3VideoModel(config)
+            # Zero or uninitialised parameters would make whatever they multiply invisible to every comparison.
+            for parameter in model.parameters():
+                if not parameter.any() or not parameter.isfinite().all():
+                    torch.nn.init.normal_(parameter, std=0.02)
+            # One tensor in SAM 3's own layout; transformers draws it twice.
+            shared = model.tracker_model.shared_image_embedding.positional_embedding
+            model.tracker_model.prompt_encoder.shared_embedding.positional_embedding.copy_(shared)
+        with quiet_transformers():
+            model.save_pretrained(folder, save_original_format=False)
+            processor(config).save_pretrained(folder)
+
+    return kept_in_cache(f"{name}-{key}", write)

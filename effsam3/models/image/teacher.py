@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teacher: SAM 3's frozen ViT trunk (and, for `tap: neck`, its FPN), and the guard that it is what it claims.
+
+Letters: B images, C channels, G grid rows and columns, S image side in pixels, P positions of all images together.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effsam3.models.chassis.tensors import (
+    NECK,
+    SAM3_TRUNK_PARAMETERS,
+    TRUNK,
+    ChassisError,
+    fingerprint,
+    load_part,
+    read_config,
+    read_tensors,
+)
+from effsam3.models.image.student import resize_BCHW
+
+# A trunk that merely resizes the image has R2 = 1 against the image; random trunks stay under 0.8, see LOG.md.
+MAX_EXPLAINED_BY_PIXELS = 0.98
+
+
+class Teacher(nn.Module):
+    """Frozen SAM 3 vision features: normalised pixels (B, 3, S, S) to (B, C, G, G) float32.
+
+    `tap: trunk` is the ViT's output (1024 channels), what a student replaces; `tap: neck` is the FPN's level at the
+    trunk's own grid (256 channels). A smaller `grid` shrinks either, bilinear and antialiased.
+    """
+
+    def __init__(self, folder: Path, tap: str = "trunk", grid: int | None = None):
+        """Load from a chassis folder.
+
+        Raises:
+            ChassisError: the folder's trunk is not SAM 3's ViT, is incomplete, or `grid` is finer than the teacher's.
+        """
+        super().__init__()
+        from transformers import Sam3ViTModel
+
+        config = read_config(folder).detector_config.vision_config
+        if config.backbone_config.model_type != "sam3_vit_model":
+            raise ChassisError(
+                f"sam3.checkpoint: the trunk of {folder} is a {config.backbone_config.model_type!r}, a student "
+                "already; the teacher must be SAM 3 itself (backbone 'sam3_vit_model')"
+            )
+        tensors = read_tensors(folder, TRUNK)
+        self.fingerprint = fingerprint(tensors)
+        self.image_size = config.backbone_config.image_size
+        self.own_grid = self.image_size // config.backbone_config.patch_size
+        self.grid = self.own_grid if grid is None else grid
+        if self.grid > self.own_grid:
+            raise ChassisError(
+                f"embed.grid is {grid}, finer than the teacher's {self.own_grid}x{self.own_grid}; choose at most "
+                f"{self.own_grid}, or leave it out"
+            )
+        self.tap = tap
+        self.trunk = load_part(Sam3ViTModel, config.backbone_config, tensors).float()
+        self.neck = load_neck(folder) if tap == "neck" else None
+        self.channels = config.backbone_config.hidden_size if tap == "trunk" else config.fpn_hidden_size
+        self.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stay in eval mode whatever the loop around says."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixels_B3SS: Tensor) -> Tensor:
+        """Return features (B, C, G, G), float32."""
+        feat_BCGG = to_map(self.trunk(pixels_B3SS).last_hidden_state)
+        if self.neck is not None:
+            feat_BCGG = self.neck(feat_BCGG)
+        return resize_BCHW(feat_BCGG.float(), (self.grid, self.grid))
+
+
+class Neck(nn.Module):
+    """SAM 3's frozen FPN, reduced to the level that keeps the trunk's grid: (B, 1024, G, G) to (B, 256, G, G)."""
+
+    def __init__(self, neck: nn.Module, level: int):
+        super().__init__()
+        self.layer = neck.fpn_layers[level]
+
+    def forward(self, feat_BCGG: Tensor) -> Tensor:
+        return self.layer(feat_BCGG)
+
+
+def load_neck(folder: Path) -> Neck:
+    """Load the detector's FPN layer at scale 1 from a chassis folder, frozen."""
+    from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
+
+    config = read_config(folder).detector_config.vision_config
+    full = Sam3VisionNeck(config)
+    full.load_state_dict(read_tensors(folder, NECK))
+    return Neck(full, config.scale_factors.index(1.0)).eval().requires_grad_(False)
+
+
+def to_map(feat_BNC: Tensor) -> Tensor:
+    """Turn row-major positions (B, G*G, C) into a map (B, C, G, G)."""
+    side = round(feat_BNC.shape[1] ** 0.5)
+    return feat_BNC.transpose(1, 2).unflatten(2, (side, side))
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters, buffers not counted."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def check_weights(teacher: Teacher, claim: str, expected_fingerprint: str | None = None) -> None:
+    """Refuse a trunk whose weights cannot be those of `claim`, the recipe's `sam3.checkpoint`.
+
+    Raises:
+        ChassisError: another parameter count than SAM 3's, another fingerprint than the recipe's, or matrices that are
+            constant (never trained nor initialised).
+    """
+    parameters = parameter_count(teacher.trunk)
+    if claim in ("facebook/sam3", "random") and parameters != SAM3_TRUNK_PARAMETERS:
+        raise ChassisError(
+            f"the teacher says it is {claim} but its trunk has {parameters:,} parameters; SAM 3's has "
+            f"{SAM3_TRUNK_PARAMETERS:,}. Check sam3.checkpoint"
+        )
+    if expected_fingerprint is not None and teacher.fingerprint != expected_fingerprint:
+        raise ChassisError(
+            f"the teacher's trunk has the fingerprint {teacher.fingerprint}, the recipe asks for "
+            f"{expected_fingerprint}; check sam3.checkpoint and sam3.revision, or correct sam3.fingerprint"
+        )
+    refuse_untrained(teacher.trunk)
+
+
+def refuse_untrained(teacher: nn.Module) -> None:
+    """Refuse weights that were never trained. Raises ChassisError naming a matrix that is constant."""
+    for name, parameter in teacher.named_parameters():
+        if parameter.ndim > 1 and (parameter == parameter.flatten()[0]).all():
+            raise ChassisError(f"the teacher's tensor {name} is constant; the checkpoint holds no trained weights")
+
+
+def check_features(feat_BCGG: Tensor, pixels_B3SS: Tensor) -> None:
+    """Refuse features that a real trunk cannot have made of these images (two or more different ones).
+
+    Raises:
+        ChassisError: features that are not finite, do not depend on the image, or are a linear function of the resized
+            image (R2 over all channels at or above 0.98): a resized picture passed off as features.
+    """
+    if not feat_BCGG.isfinite().all():
+        raise ChassisError("the teacher's features are not finite; check sam3.checkpoint and train.precision")
+    feat_BCGG = feat_BCGG.float()
+    total = feat_BCGG.var(dim=(0, 2, 3), correction=0)
+    between = (feat_BCGG - feat_BCGG.mean(dim=0)).square().mean(dim=(0, 2, 3))
+    if len(feat_BCGG) > 1 and (between <= 1e-6 * total).all():
+        raise ChassisError("the teacher gives every image the same features; check sam3.checkpoint")
+    explained = explained_by_pixels(feat_BCGG, pixels_B3SS)
+    if explained >= MAX_EXPLAINED_BY_PIXELS:
+        raise ChassisError(
+            f"the teacher's features are a linear function of the resized image (R2 = {explained:.3f}, a trunk stays "
+            f"under {MAX_EXPLAINED_BY_PIXELS}): this is a resized picture, not SAM 3. Check sam3.checkpoint"
+        )
+
+
+def explained_by_pixels(feat_BCGG: Tensor, pixels_B3SS: Tensor) -> float:
+    """R2 (at most 1) of the best linear prediction of the features from the image resized to the grid.
+
+    The image is offered averaged, sampled bilinearly and at its nearest pixel, so that no way of resizing hides.
+    """
+    size = feat_BCGG.shape[-2:]
+    resized = [
+        F.interpolate(pixels_B3SS, size, mode="bilinear", align_corners=False, antialias=antialias)
+        for antialias in (True, False)
+    ] + [F.interpolate(pixels_B3SS, size, mode="nearest")]
+    design_PK = torch.cat([*resized, torch.ones_like(resized[0][:, :1])], 1).movedim(1, -1).flatten(0, 2).double()
+    target_PC = feat_BCGG.movedim(1, -1).flatten(0, 2).double()
+    residual_PC = target_PC - design_PK @ (torch.linalg.pinv(design_PK) @ target_PC)
+    total = (target_PC - target_PC.mean(0)).square().sum()
+    return float(1 - residual_PC.square().sum() / total) if total > 0 else 1.0

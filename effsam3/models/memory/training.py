@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tracker's forward for training: frame after frame, all objects at once, differentiable through time.
+
+transformers' own forward runs under `inference_mode`, object by object. This one calls the same submodules, and the
+same `remember` and `recall` as inference, so what is trained is what will track.
+
+Letters: B clips, T frames of a clip, O objects of all clips, N some of them, C channels of the tracker, G side of its
+grid, L = 4 G side of its mask logits, S image side in pixels, M candidate masks, P points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from effsam3.models.chassis.tensors import TRUNK, read_tensors
+from effsam3.models.memory.attention import FrameMemory
+from effsam3.models.memory.prompts import NO_POINT, draw_clicks
+from effsam3.models.memory.tracker import EfficientTracker
+
+ABSENT_LOGIT = -1024.0  # SAM's mask logit of an object that is not in the frame
+MASK_SCALE, MASK_BIAS = 20.0, -10.0  # makes logits of a given mask: nearly 0 and 1 after the sigmoid
+
+# What can be trained -> its parameters, by the beginning of their names in the tracker.
+PARTS = {
+    "memory": (
+        "memory_attention.",
+        "memory_encoder.",
+        "memory_resampler.",
+        "memory_temporal_positional_encoding",
+        "occlusion_spatial_embedding_parameter",
+    ),
+    "pointers": ("object_pointer_proj.", "temporal_positional_encoding_projection_layer.", "no_object_pointer"),
+    "prompts": ("prompt_encoder.", "mask_downsample.", "no_memory_embedding"),
+    "decoder": ("mask_decoder.",),
+    "neck": ("vision_encoder.neck.",),
+    "trunk": ("vision_encoder.backbone.",),
+}
+# Where a whole SAM 3 keeps what is the tracker's: beginning of a name there -> here.
+PLACES = {"tracker_model.": "", "tracker_neck.": "vision_encoder.neck.", TRUNK: "vision_encoder.backbone."}
+# The neck's coarsest level feeds nothing in the tracker.
+UNUSED = ("vision_encoder.neck.fpn_layers.3.",)
+
+
+def read_tracker_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read a chassis folder's tracker, its neck and the trunk, by the names that a tracker alone has."""
+    return {
+        here + name: tensor for there, here in PLACES.items() for name, tensor in read_tensors(folder, there).items()
+    }
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of frames or objects in the tracker's neck, (N, channels, rows, columns): 4 G, 2 G and G a side."""
+
+    fine: Tensor
+    middle: Tensor
+    top: Tensor
+
+    def at(self, index_N: Tensor) -> Features:
+        """Those of these numbers."""
+        return Features(self.fine[index_N], self.middle[index_N], self.top[index_N])
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is given on the first frame, for O objects.
+
+    `points_OP2` are x, y in pixels and `labels_OP` as in models/prompts.py; where `by_mask_O`, the true mask is given
+    instead. `corrections` maps the number of a frame that clicks correct to where they go, (O, clicks): see
+    `draw_clicks`.
+    """
+
+    points_OP2: Tensor
+    labels_OP: Tensor
+    by_mask_O: Tensor
+    corrections: dict[int, Tensor] = field(default_factory=dict)
+
+    def some(self, objects_N: Tensor) -> Prompts:
+        """Those of some of the objects."""
+        given = (self.points_OP2[objects_N], self.labels_OP[objects_N], self.by_mask_O[objects_N])
+        return Prompts(*given, {frame: chances[objects_N] for frame, chances in self.corrections.items()})
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the mask decoder says about the objects `objects_N` on one frame; logits are not gated by presence."""
+
+    objects_N: Tensor
+    logits_NMLL: Tensor
+    iou_NM: Tensor
+    presence_N: Tensor
+    tokens_NMC: Tensor
+
+    def only(self, wanted_O: Tensor) -> Decoded:
+        """Those of its objects that are wanted (boolean over all objects)."""
+        kept = wanted_O[self.objects_N]
+        return Decoded(
+            self.objects_N[kept],
+            self.logits_NMLL[kept],
+            self.iou_NM[kept],
+            self.presence_N[kept],
+            self.tokens_NMC[kept],
+        )
+
+    def best(self) -> tuple[Tensor, Tensor]:
+        """Logits (N, L, L) and token (N, C) of the candidate with the highest predicted IoU."""
+        chosen_N = self.iou_NM.argmax(1)
+        each_N = torch.arange(len(chosen_N), device=chosen_N.device)
+        return self.logits_NMLL[each_N, chosen_N], self.tokens_NMC[each_N, chosen_N]
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """One frame for O objects.
+
+    `predictions` are what can be scored: the decoder's, before and after every correction; none for a given mask.
+    `logits_OSS` is the mask that entered memory, `ABSENT_LOGIT` where absent. `conditioned_OCGG` and `teacher_OCGG`
+    are the features after memory of the tracker and of the teacher, None on the first frame.
+    """
+
+    predictions: list[Decoded]
+    logits_OSS: Tensor
+    conditioned_OCGG: Tensor | None = None
+    teacher_OCGG: Tensor | None = None
+
+
+def encode_frames(tracker: EfficientTracker, pixels_F3SS: Tensor, chunk: int, frozen: bool) -> Features:
+    """Run trunk and tracker neck over F frames in -1..1, `chunk` at a time; without gradients if frozen."""
+    parts = []
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        for pixels in pixels_F3SS.split(chunk):
+            flat_maps = tracker.get_image_features(pixels, return_dict=True).fpn_hidden_states
+            sizes = tracker.backbone_feature_sizes
+            parts.append(
+                [flat.permute(1, 2, 0).unflatten(2, tuple(size)) for flat, size in zip(flat_maps, sizes, strict=True)]
+            )
+    return Features(*(torch.cat(level) for level in zip(*parts, strict=True)))
+
+
+def track(
+    tracker: EfficientTracker,
+    features: Features,
+    frame_OT: Tensor,
+    masks_OTSS: Tensor,
+    prompts: Prompts,
+    teacher: EfficientTracker | None = None,
+    by_truth: bool = True,
+    recompute: bool = False,
+) -> list[Tracked]:
+    """Track O objects through T frames, prompted on the first.
+
+    Args:
+        frame_OT: which frame of `features` each object sees at each time.
+        masks_OTSS: boolean true masks; only the first frame's, and those of corrected frames, reach the tracker.
+        teacher: a tracker whose memory sees the same masks and pointers; its features are returned beside.
+        by_truth: take from the true masks whether an object is present, as in training; else from the tracker.
+        recompute: keep no activations of a frame but compute them again in the backward pass.
+    """
+    run = _Pass(tracker, teacher, prompts, by_truth, recompute)
+    return [
+        run.frame(time, features.at(frame_OT[:, time]), masks_OTSS[:, time], frame_OT.shape[1])
+        for time in range(frame_OT.shape[1])
+    ]
+
+
+@dataclass(frozen=True)
+class _Remembered:
+    """One frame in the memory bank; `given` if it was prompted or corrected, which makes it a conditioning frame."""
+
+    given: bool
+    memory: FrameMemory
+    pointer_OC: Tensor
+    teacher_memory: FrameMemory | None
+
+
+class _Pass:
+    """One pass over clips: the memory bank, and what does not change from frame to frame."""
+
+    def __init__(self, tracker, teacher, prompts: Prompts, by_truth: bool, recompute: bool):
+        self.tracker, self.teacher, self.prompts = tracker, teacher, prompts
+        self.by_truth, self.recompute = by_truth, recompute
+        self.position_1CGG = tracker.get_image_wide_positional_embeddings()
+        self.bank: list[_Remembered] = []
+
+    def run(self, function: Callable, *inputs):
+        """Call a function, keeping its activations or not."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+    def frame(self, time: int, seen: Features, masks_OSS: Tensor, length: int) -> Tracked:
+        """Track one frame and put it into the bank."""
+        prompts, conditioned, distilled = self.prompts, None, None
+        everyone_O = torch.ones(len(masks_OSS), dtype=torch.bool, device=masks_OSS.device)
+        by_mask_O = prompts.by_mask_O if time == 0 else ~everyone_O
+        if time == 0:
+            no_memory_1C11 = self.tracker.no_memory_embedding.reshape(1, -1, 1, 1)
+            image_OCGG = seen.top + no_memory_1C11 * ~by_mask_O[:, None, None, None]
+            points, labels = prompts.points_OP2, prompts.labels_OP
+            single_O = (labels != NO_POINT).sum(1) > 1  # a box says which mask is meant
+            groups = [by_mask_O, ~by_mask_O & ~single_O, ~by_mask_O & single_O]
+        else:
+            image_OCGG = conditioned = self.run(self.recall, self.tracker, seen.top, time, length, False)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    distilled = self.recall(self.teacher, seen.top, time, length, True)
+            points, labels = (tensor[:, :0] for tensor in (prompts.points_OP2, prompts.labels_OP))
+            groups = [everyone_O]
+        shown = self.mask_prompt(masks_OSS) if by_mask_O.any() else None
+        decoded = [
+            self.decode(group_O, image_OCGG, seen, points, labels, shown if place == 0 else None, multimask=place < 2)
+            for place, group_O in enumerate(groups)
+            if group_O.any()
+        ]
+        predictions = [part.only(~by_mask_O) for part in decoded]
+        clicked_O = ~by_mask_O
+        corrected = time in prompts.corrections and bool(clicked_O.any())
+        for chance_O in prompts.corrections[time].unbind(1) if corrected else ():
+            logits_OLL = self.assemble(decoded)[0]
+            pred_OSS = enlarge(logits_OLL.detach(), masks_OSS.shape[-1]) > 0
+            points_O12, labels_O1 = draw_clicks(pred_OSS, masks_OSS, chance_O)
+            points, labels = torch.cat([points, points_O12], 1), torch.cat([labels, labels_O1], 1)
+            multimask = bool((labels != NO_POINT).sum(1).max() <= 1)
+            better = self.decode(clicked_O, image_OCGG, seen, points, labels, logits_OLL[:, None], multimask)
+            decoded = [*(part.only(by_mask_O) for part in decoded), better]
+            predictions.append(better)
+        logits_OLL, token_OC, presence_O = self.assemble(decoded)
+        present_O = masks_OSS.flatten(1).any(1)
+        if not self.by_truth:
+            present_O = torch.where(by_mask_O, present_O, presence_O > 0)
+        given_OSS = masks_OSS * MASK_SCALE + MASK_BIAS
+        logits_OSS = torch.where(by_mask_O[:, None, None], given_OSS, enlarge(logits_OLL, masks_OSS.shape[-1]))
+        logits_OSS = torch.where(present_O[:, None, None], logits_OSS, ABSENT_LOGIT)
+        self.remember(seen.top, logits_OSS, token_OC, present_O, given=time == 0 or corrected)
+        return Tracked([part for part in predictions if len(part.objects_N)], logits_OSS, conditioned, distilled)
+
+    def decode(
+        self,
+        group_O: Tensor,
+        image_OCGG: Tensor,
+        seen: Features,
+        points_OP2: Tensor,
+        labels_OP: Tensor,
+        mask_O1LL: Tensor | None,
+        multimask: bool,
+    ) -> Decoded:
+        """Run prompt encoder and mask decoder for the objects of a group."""
+        objects_N = group_O.nonzero()[:, 0]
+        points_N1P2, labels_N1P = points_OP2[objects_N][:, None], labels_OP[objects_N][:, None]
+        if not points_N1P2.shape[2]:  # SAM's way of saying that there is no point
+            points_N1P2 = points_N1P2.new_zeros(len(objects_N), 1, 1, 2)
+            labels_N1P = labels_N1P.new_full((len(objects_N), 1, 1), NO_POINT)
+        sparse, dense = self.tracker.prompt_encoder(
+            input_points=points_N1P2,
+            input_labels=labels_N1P,
+            input_boxes=None,
+            input_masks=None if mask_O1LL is None else mask_O1LL[objects_N],
+        )
+
+        def decoder(image, sparse, dense, fine, middle):
+            return self.tracker.mask_decoder(
+                image_embeddings=image,
+                image_positional_embeddings=self.position_1CGG.expand(len(image), -1, -1, -1),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=multimask,
+                high_resolution_features=[fine, middle],
+            )
+
+        maps = (image_OCGG[objects_N], sparse, dense, seen.fine[objects_N], seen.middle[objects_N])
+        logits, iou, tokens, presence = self.run(decoder, *maps)
+        return Decoded(objects_N, logits[:, 0], iou[:, 0], presence[:, 0, 0], tokens[:, 0])
+
+    def assemble(self, decoded: list[Decoded]) -> tuple[Tensor, Tensor, Tensor]:
+        """Best logits (O, L, L), their tokens (O, C) and presence logits (O,) of all objects in order."""
+        order = torch.cat([part.objects_N for part in decoded]).argsort()
+        best = [part.best() for part in decoded]
+        logits, tokens = (torch.cat(kind)[order] for kind in zip(*best, strict=True))
+        return logits, tokens, torch.cat([part.presence_N for part in decoded])[order]
+
+    def mask_prompt(self, masks_OSS: Tensor) -> Tensor:
+        """A given mask as the prompt encoder takes it, (O, 1, L, L): through the tracker's own downsampling."""
+        small = self.tracker.mask_downsample(masks_OSS[:, None].to(self.position_1CGG.dtype))
+        size = self.tracker.prompt_encoder.mask_input_size
+        return F.interpolate(small.float(), size, mode="bilinear", align_corners=False, antialias=True)
+
+    def remember(self, top_OCGG, logits_OSS, token_OC, present_O, given: bool) -> None:
+        """Put a frame into the bank."""
+        present_O1 = present_O[:, None]
+        pointer_OC = torch.where(
+            present_O1, self.tracker.object_pointer_proj(token_OC), self.tracker.no_object_pointer
+        )
+        memory = self.tracker.remember(top_OCGG, logits_OSS[:, None], present_O, given)
+        taught = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                taught = self.teacher.remember(top_OCGG, logits_OSS[:, None], present_O, given)
+        self.bank.append(_Remembered(given, memory, pointer_OC, taught))
+
+    def recall(self, tracker, top_OCGG: Tensor, time: int, length: int, taught: bool) -> Tensor:
+        """Condition a frame's features on the bank, by the tracker's memory or the teacher's."""
+        # Up to this frame: computed again in the backward pass, the bank holds later ones too.
+        given = [past for past, entry in enumerate(self.bank[:time]) if entry.given]
+        most = tracker.config.max_cond_frame_num  # -1: all, as in transformers
+        near = sorted(given, key=lambda past: time - past)[: None if most == -1 else most]
+        recent = [past for past in range(time - tracker.num_maskmem + 1, time) if past >= 0 and past not in near]
+        order = [(0, past) for past in sorted(near)] + [(time - past, past) for past in recent]
+        frames = [
+            (offset, self.bank[past].teacher_memory if taught else self.bank[past].memory) for offset, past in order
+        ]
+        reach = min(length, tracker.config.max_object_pointers_in_encoder)
+        pointing = given + [past for past in range(time - 1, max(time - reach, -1), -1) if past not in given]
+        pointers = [(time - past, self.bank[past].pointer_OC) for past in pointing]
+        return tracker.recall(top_OCGG, frames, pointers, length)
+
+
+def enlarge(logits_OLL: Tensor, side: int) -> Tensor:
+    """Mask logits (O, L, L) at the image's size, (O, S, S)."""
+    return F.interpolate(logits_OLL[:, None].float(), (side, side), mode="bilinear", align_corners=False)[:, 0]

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts and a chassis become one model, in which every tensor has one owner."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, Sam3VideoConfig, Sam3VideoModel
+
+from effsam3.models.merging.slots import SLOTS, MergeError, Part
+from effsam3.training.report import table
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """A whole model: its config, its tensors, the owner of each (a slot, or a name in `rest`), what was dropped."""
+
+    config: Sam3VideoConfig
+    tensors: dict[str, Tensor]
+    owners: dict[str, str]
+    dropped: dict[str, list[int]]  # slot -> elements of every tensor that a student replaced
+
+
+def combine(config: Sam3VideoConfig, rest: dict[str, dict[str, Tensor]], parts: Sequence[Part]) -> Merged:
+    """Put parts into the SAM 3 that `config` describes and whose tensors `rest` holds by owner, such as `chassis`.
+
+    Raises:
+        MergeError: a part is of another size than the chassis, two parts take over the same, or a tensor has no owner
+            or two.
+    """
+    refuse_overlap(parts)
+    dropped = {}
+    for part in parts:
+        slot = SLOTS[part.slot]
+        refuse_misfit(part, slot.config_of(config), slot.alike)
+        config = slot.install(config, part.config)
+        dropped[part.slot] = [
+            tensor.numel()
+            for tensors in rest.values()
+            for name, tensor in tensors.items()
+            if name.startswith(part.owns)
+        ]
+    with torch.device("meta"):
+        expected = shapes(Sam3VideoModel(deepcopy(config)).state_dict())
+    offers = {part.slot: part.tensors for part in parts}
+    owners = assign(
+        expected,
+        {slot: shapes(tensors) for slot, tensors in offers.items()},
+        {owner: shapes(tensors) for owner, tensors in rest.items()},
+        tuple(prefix for part in parts for prefix in part.also),
+    )
+    offers |= rest
+    tensors = {name: offers[owner][name] for name, owner in owners.items()}
+    return Merged(config=config, tensors=tensors, owners=owners, dropped=dropped)
+
+
+def refuse_overlap(parts: Sequence[Part]) -> None:
+    """Refuse parts that take over the same tensors, such as an image student and a memory trained with its own trunk.
+
+    Raises:
+        MergeError: two do; the message names them and what both bring.
+    """
+    for one, other in combinations(parts, 2):
+        if both := [prefix for prefix in one.owns if prefix in other.owns]:
+            raise MergeError(
+                f"both {one.student} in the slot {one.slot} ({one.origin}) and {other.student} in the slot "
+                f"{other.slot} ({other.origin}) bring {', '.join(both)}; leave one out, or train the second on the "
+                "merged model of the first"
+            )
+
+
+def refuse_misfit(part: Part, own: PreTrainedConfig, alike: dict[str, str]) -> None:
+    """Refuse a part whose sizes are not those of what it replaces, whose config is `own`.
+
+    Raises:
+        MergeError: they are not; the message names the size.
+    """
+    theirs, ours = part.config.to_dict(), own.to_dict()
+    for key, meaning in alike.items():
+        if theirs[key] != ours[key]:
+            raise MergeError(
+                f"the student {part.student} in the slot {part.slot} ({part.origin}) has the {meaning} {theirs[key]}, "
+                f"this SAM 3 {ours[key]}; put together what was trained against the same SAM 3"
+            )
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
+    """The shape of every tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def assign(
+    expected: Shapes, students: dict[str, Shapes], rest: dict[str, Shapes], also: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Give every tensor of the merged model its one owner: a slot's name, or a name in `rest`, such as `chassis`.
+
+    Args:
+        expected: {name: shape} of the merged model.
+        students: {slot: {name: shape}} with names of the merged model.
+        rest: {owner: {name: shape}}, of which a filled slot's tensors are dropped, and what begins as `also` says.
+
+    Raises:
+        MergeError: a tensor without an owner, with two, of another shape, or left over.
+    """
+    dropped = tuple(prefix for slot in students for prefix in SLOTS[slot].owns) + also
+    kept = {
+        owner: {name: shape for name, shape in tensors.items() if not name.startswith(dropped)}
+        for owner, tensors in rest.items()
+    }
+    offers = {**students, **kept}
+    owners, problems = {}, []
+    for name, shape in expected.items():
+        owning = [owner for owner, tensors in offers.items() if name in tensors]
+        if len(owning) != 1:
+            problems.append(f"{name} has {'no owner' if not owning else 'the owners ' + ' and '.join(owning)}")
+        elif offers[owning[0]][name] != shape:
+            problems.append(f"{name} from {owning[0]} is {offers[owning[0]][name]}, the model needs {shape}")
+        else:
+            owners[name] = owning[0]
+    for owner, tensors in offers.items():
+        problems += [f"{name} of {owner} lands nowhere" for name in tensors if name not in expected]
+    if problems:
+        raise MergeError(f"{len(problems)} tensors cannot be merged: " + "; ".join(problems[:5]))
+    return owners
+
+
+def slot_table(merged: Merged, origins: dict[str, str]) -> str:
+    """The account of a merged model: who owns how many tensors and elements, and what was dropped.
+
+    `origins` says of every owner where its tensors come from.
+    """
+    tensors, elements = Counter(merged.owners.values()), Counter()
+    for name, owner in merged.owners.items():
+        elements[owner] += merged.tensors[name].numel()
+    rows = [
+        [owner, origin, f"{tensors[owner]:,}", f"{elements[owner] / 1e6:.2f} M"] for owner, origin in origins.items()
+    ]
+    for slot, gone in merged.dropped.items():
+        if gone:
+            rows.append(["dropped", f"what stood in the slot {slot}", f"{len(gone):,}", f"-{sum(gone) / 1e6:.2f} M"])
+    rows.append(["merged", "", f"{len(merged.owners):,}", f"{sum(elements.values()) / 1e6:.2f} M"])
+    return table(rows, ["slot", "from", "tensors", "elements"], text_columns=2)

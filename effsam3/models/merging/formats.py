@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layouts in which a merged model is written: a transformers folder and, on request, single files in it.
+
+model.safetensors    transformers' names; the master copy, always written
+sam3.pt              SAM 3's own names, a student's parts under theirs
+efficientsam3.pt     what EfficientSAM3's model builder loads
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Sam3VideoConfig, Sam3VideoModel, Sam3ViTConfig
+
+from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.processor import PROCESSOR_FILES, processor
+from effsam3.models.chassis.tensors import (
+    AGAIN,
+    EXTRAS_FILE,
+    TRUNK,
+    ChassisError,
+    fingerprint,
+    quiet_transformers,
+    read_tensors,
+)
+from effsam3.models.image.backbones import student_name
+from effsam3.models.keymaps.sam3 import CLASS_ROW, absent_from_transformers, to_original
+from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
+from effsam3.models.merging.combine import Merged
+from effsam3.models.merging.slots import SLOTS, MergeError
+from effsam3.models.registry import TEXT_STUDENTS
+from effsam3.models.text.padding import padding_of
+from effsam3.models.text.padding_disagreement import disagreement
+from effsam3.models.text.student import DETECTOR
+from effsam3.tensor_files import read_safetensors, refuse_unusable
+from effsam3.training import checkpoint
+from effsam3.training.report import write_json
+
+BUILDER = "build_efficientsam3_image_model"  # EfficientSAM3's
+
+
+def extras(chassis: Path) -> dict[str, Tensor]:
+    """What a chassis brings that transformers cannot hold, by SAM 3's own names; only a sam3.pt brings anything."""
+    path = chassis / EXTRAS_FILE
+    return read_safetensors(path, AGAIN, ChassisError) if path.exists() else {}
+
+
+def write_model(
+    merged: Merged,
+    folder: Path,
+    card: dict,
+    chassis: Path | None,
+    beside: dict[str, Tensor],
+    formats: Sequence[str] = ("transformers",),
+    allow_padding_mismatch: bool = False,
+) -> list[str]:
+    """Write a whole model, readable at once or not there at all; returns lines worth telling.
+
+    Args:
+        card: what effsam3.json says.
+        chassis: whose processor files go along; None: new ones.
+        beside: what transformers cannot hold, by SAM 3's own names.
+        formats: `sam3` and `efficientsam3` add a file each; see the top of this file.
+        allow_padding_mismatch: write EfficientSAM3's file of a text student that masks its padding, too.
+
+    Raises:
+        MergeError: a tensor cannot be a weight, a format cannot hold this model, or what was written does not read
+            back bit for bit.
+    """
+    # First of all: what cannot be written must not cost anything.
+    refuse_unusable(merged.tensors | beside, str(folder), "nothing was written; merge another checkpoint", MergeError)
+    if "efficientsam3" in formats and not allow_padding_mismatch:
+        refuse_other_padding(merged, card["slots"])
+    files = {name: FORMATS[name](merged, beside, card["slots"]) for name in formats if name in FORMATS}
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with torch.device("meta"):  # only to be written: nothing is initialised that the tensors replace
+            model = Sam3VideoModel(deepcopy(merged.config))
+        model.load_state_dict(merged.tensors, assign=True)
+        with quiet_transformers():
+            model.save_pretrained(partial, save_original_format=False)
+            if chassis is None:
+                processor(merged.config).save_pretrained(partial)
+        for name in PROCESSOR_FILES:
+            if chassis is not None and (chassis / name).is_file():
+                shutil.copyfile(chassis / name, partial / name)
+        if beside:
+            save_file(beside, partial / EXTRAS_FILE, {"format": "pt"})
+        card = card | {"weights": fingerprint(merged.tensors)}  # what an evaluation is tied to
+        write_json(partial / CARD, card)
+        verify(partial.name, read_tensors(partial), merged.tensors)
+        notes = []
+        for name, (tensors, lines) in files.items():
+            path = partial / f"{name}.pt"
+            # EfficientSAM3's file says nothing of itself: its builder is told everything.
+            about = {"effsam3": json.dumps(card | {"config": merged.config.to_dict()})} if name == "sam3" else {}
+            save_pickled(path, tensors, about)
+            verify(path.name, torch.load(path, mmap=True, weights_only=True)["model"], tensors)
+            notes += [f"{folder / path.name}: {path.stat().st_size / 1e6:,.1f} MB", *lines]
+        checkpoint.sync(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what a full disk or a difference leaves
+    return notes
+
+
+def save_pickled(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write `{"model": tensors, **about}`, each tensor with its own bytes and no others."""
+    # torch saves whole storages: of a part of one (a memory-mapped file, a slice) it would write everything around it.
+    own = {
+        name: tensor
+        if tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous()
+        else tensor.clone()
+        for name, tensor in tensors.items()
+    }
+    torch.save({"model": own, **about}, path)
+
+
+def verify(where: str, written: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Compare what was read back with what was to be written.
+
+    Raises:
+        MergeError: a tensor differs in name, type or a single bit.
+    """
+    wrong = sorted(set(written) ^ set(tensors)) or [
+        name
+        for name, tensor in tensors.items()
+        if written[name].dtype != tensor.dtype or not torch.equal(written[name], tensor)
+    ]
+    if wrong:
+        raise MergeError(f"{where} does not read back as written: {len(wrong)} tensors differ (first: {wrong[0]})")
+
+
+# ---- SAM 3's own layout
+
+
+def own_trunk(config: Sam3VideoConfig) -> Sam3ViTConfig | None:
+    """The config of SAM 3's own ViT, None when a student stands in its place."""
+    backbone = SLOTS["image"].config_of(config)
+    return backbone if isinstance(backbone, Sam3ViTConfig) else None
+
+
+def sam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of sam3.pt, and lines worth telling."""
+    tensors = to_original(merged.tensors, beside, own_trunk(merged.config))
+    has_class_row = own_trunk(merged.config) is not None  # it goes with SAM 3's trunk
+    absent = [name for name in absent_from_transformers(beside) if name != CLASS_ROW or has_class_row]
+    if not absent:
+        return tensors, []
+    note = (
+        f"  zeros in {len(absent)} tensors that transformers has no use for and the chassis no copy of (from "
+        f"{absent[0]} on); name the original sam3.pt as sam3.checkpoint to keep them"
+    )
+    return tensors, [note]
+
+
+# ---- EfficientSAM3's layout
+
+IMAGE_PREFIX = "detector.backbone.vision_backbone.trunk.model."
+TEXT_PREFIX = "detector.backbone.language_backbone."
+# student -> backbone_type and model_name of EfficientSAM3's builder
+BUILDER_NAMES = {
+    "repvit_m0_9": ("repvit", "m0.9"),
+    "repvit_m1_1": ("repvit", "m1.1"),
+    "repvit_m2_3": ("repvit", "m2.3"),
+    "tiny_vit_5m": ("tinyvit", "5m"),
+    "tiny_vit_11m": ("tinyvit", "11m"),
+    "tiny_vit_21m": ("tinyvit", "21m"),
+    "efficientvit_b0": ("efficientvit", "b0"),
+    "efficientvit_b1": ("efficientvit", "b1"),
+    "efficientvit_b2": ("efficientvit", "b2"),
+}
+
+
+def text_tensors(merged: Merged) -> dict[str, Tensor]:
+    """The text student's tensors by its own names, `text_encoder.*` and `text_projection.*`."""
+    owns = SLOTS["text"].owns
+    return {name.removeprefix(DETECTOR): merged.tensors[name] for name in merged.tensors if name.startswith(owns)}
+
+
+def padding_mismatch(merged: Merged, slots: dict) -> str | None:
+    """What EfficientSAM3, which lets texts attend to padding, makes of a student that masks it; None: the same."""
+    config = SLOTS["text"].config_of(merged.config)
+    if "text" not in slots or padding_of(config) == "attended":
+        return None
+    return (
+        f"the text student {slots['text']['student']} masks padding, EfficientSAM3 lets texts attend to it: "
+        f"{disagreement(config, text_tensors(merged))}"
+    )
+
+
+def refuse_other_padding(merged: Merged, slots: dict) -> None:
+    """Refuse to write EfficientSAM3's file of a text student that computes other features there.
+
+    Raises:
+        MergeError: it does; the message says by how much.
+    """
+    if mismatch := padding_mismatch(merged, slots):
+        raise MergeError(
+            f"merge.formats: {mismatch}. Train it for that (student_padding=attended), leave efficientsam3 out, or "
+            "write it nevertheless with merge.allow_padding_mismatch=true"
+        )
+
+
+def efficientsam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of efficientsam3.pt, and the call of EfficientSAM3's builder that loads them.
+
+    Raises:
+        MergeError: a slot is filled that EfficientSAM3 does not know.
+        KeyMapError: EfficientSAM3's names cannot hold a student, such as one with our fused head.
+    """
+    if other := slots.keys() - {"image", "text"}:
+        raise MergeError(
+            "merge.formats: EfficientSAM3's builder knows students for image and text alone, not for "
+            f"{', '.join(other)}; leave efficientsam3 out (merge.formats=[transformers,sam3])"
+        )
+    tensors, rest = {}, dict(merged.tensors)
+    trunk, text = (SLOTS[slot].config_of(merged.config) for slot in ("image", "text"))
+    arguments = {"checkpoint_path": "efficientsam3.pt", "backbone_type": "sam3"}
+    if "image" in slots:
+        if trunk.student_image_size is not None:
+            raise MergeError(
+                f"merge.formats: this image student sees {trunk.student_image_size} px, EfficientSAM3's builder gives "
+                f"its students the whole {trunk.image_size}; leave efficientsam3 out (merge.formats=[transformers,"
+                "sam3]), or train with student_image_size=null"
+            )
+        own = {name.removeprefix(TRUNK): rest.pop(name) for name in merged.tensors if name.startswith(TRUNK)}
+        tensors |= {IMAGE_PREFIX + name: tensor for name, tensor in image_to_upstream(own, trunk.timm_name).items()}
+        arguments["backbone_type"], arguments["model_name"] = BUILDER_NAMES[student_name(trunk.timm_name)]
+    if "text" in slots:
+        rest = {name: tensor for name, tensor in rest.items() if not name.startswith(SLOTS["text"].owns)}
+        own = text_to_upstream(text_tensors(merged))
+        tensors |= {TEXT_PREFIX + name: tensor for name, tensor in own.items()}
+        student = slots["text"]["student"]
+        arguments["text_encoder_type"] = TEXT_STUDENTS[student].tower if student in TEXT_STUDENTS else "none has this"
+        arguments["text_encoder_context_length"] = text.max_position_embeddings
+    notes = [f"  {BUILDER}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"]
+    if "text" in slots:
+        notes.append(
+            f"  the builder's own default, 77 positions, does not load a table of {text.max_position_embeddings}"
+        )
+        if mismatch := padding_mismatch(merged, slots):
+            notes.append(f"  {mismatch}")
+    return to_original(rest, beside, own_trunk(merged.config)) | tensors, notes
+
+
+FORMATS = {"sam3": sam3_file, "efficientsam3": efficientsam3_file}

@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The slots of SAM 3: which tensors a student takes over, and how a config says that it stands there.
+
+A `Part` fills one slot; models/combine.py puts any number of parts into one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, Sam3VideoConfig
+
+from effsam3.checked_files import can_be_path, read_json
+from effsam3.errors import UserError
+from effsam3.models.chassis.card import CARD, CARD_FORM
+from effsam3.models.chassis.tensors import TRUNK, fingerprint, read_config, read_tensors, to_float32
+from effsam3.models.image.student import StudentTrunk, student_config
+from effsam3.models.memory.slot import MEMORY, TRACKER, memory_config, with_memory
+from effsam3.models.text.student import (
+    DETECTOR,
+    TEXT_ENCODER,
+    TEXT_PROJECTION,
+    lite_text_config,
+    lite_text_detector_config,
+    text_student,
+    to_lite_text_tensors,
+)
+from effsam3.models.text.tokens import PROCESSOR_LENGTH
+
+
+class MergeError(UserError):
+    """A student that does not fit the slot, or a tensor with no owner or with two."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A student, ready for its slot.
+
+    Attributes:
+        config: what the merged config.json says in the slot.
+        tensors: by their names in the merged `Sam3VideoModel`, float32.
+        teacher: `checkpoint`, `revision` and `fingerprint` of the SAM 3 it learned from, as far as known.
+        facts: what the merged model's effsam3.json says of the slot besides.
+        also: beginnings of the names of what it takes over outside its slot.
+    """
+
+    slot: str
+    student: str
+    config: PreTrainedConfig
+    tensors: dict[str, Tensor]
+    origin: str
+    teacher: dict = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
+    also: tuple[str, ...] = ()
+
+    @property
+    def owns(self) -> tuple[str, ...]:
+        """Beginnings of the names of all that it takes over."""
+        return SLOTS[self.slot].owns + self.also
+
+    def card(self) -> dict:
+        """What effsam3.json says of the slot."""
+        also = {"also": list(self.also)} if self.also else {}
+        return {"student": self.student, "from": self.origin, "teacher": self.teacher, **also, **self.facts}
+
+
+# ---- the table of slots
+
+
+def _image_config(config: Sam3VideoConfig) -> PreTrainedConfig:
+    return config.detector_config.vision_config.backbone_config
+
+
+def _with_image(config: Sam3VideoConfig, student: PreTrainedConfig) -> Sam3VideoConfig:
+    config = deepcopy(config)
+    # Detector and tracker see the same trunk, each through a neck of its own.
+    config.detector_config.vision_config.backbone_config = deepcopy(student)
+    config.tracker_config.vision_config.backbone_config = deepcopy(student)
+    return config
+
+
+def _text_config(config: Sam3VideoConfig) -> PreTrainedConfig:
+    return config.detector_config.text_config
+
+
+def _with_text(config: Sam3VideoConfig, student: PreTrainedConfig) -> Sam3VideoConfig:
+    config = deepcopy(config)
+    config.detector_config = lite_text_detector_config(config.detector_config, student)
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """What a student of this slot owns in a `Sam3VideoModel`, where its config is, and what must be as in the chassis.
+
+    `module` is where the student's module stands. `alike` maps an attribute of the slot's config to its name in
+    messages.
+    """
+
+    owns: tuple[str, ...]
+    module: str
+    config_of: Callable[[Sam3VideoConfig], PreTrainedConfig]
+    install: Callable[[Sam3VideoConfig, PreTrainedConfig], Sam3VideoConfig]
+    alike: dict[str, str]
+
+
+SLOTS = {
+    "image": Slot(
+        owns=(TRUNK,),
+        module=TRUNK,
+        config_of=_image_config,
+        install=_with_image,
+        alike={"hidden_size": "channels", "image_size": "image size", "patch_size": "patch size (with it the grid)"},
+    ),
+    "text": Slot(
+        owns=(TEXT_ENCODER, TEXT_PROJECTION),
+        module=DETECTOR,
+        config_of=_text_config,
+        install=_with_text,
+        alike={"max_position_embeddings": "context length"},
+    ),
+    "memory": Slot(
+        owns=MEMORY,
+        module=TRACKER,
+        config_of=memory_config,
+        install=with_memory,
+        alike={
+            "image_size": "image size",
+            "memory_attention_hidden_size": "channels of the tracker",
+            "memory_attention_rope_feat_sizes": "grid",
+        },
+    ),
+}
+
+
+# ---- parts
+
+
+def image_part(
+    student: str, head: str, seen: int | None, weights: Mapping[str, Tensor], config: Sam3VideoConfig, **about
+) -> Part:
+    """Make a part of a trained `StudentTrunk`'s tensors.
+
+    Args:
+        seen: side in pixels of the images that it sees, None: the chassis'.
+        about: the part's other attributes.
+
+    Raises:
+        MergeError: its width is not the trunk's in `config`, the chassis', or its tensors are not this student's.
+    """
+    trunk = _image_config(config)
+    if "feature_mean" in weights and (width := len(weights["feature_mean"])) != trunk.hidden_size:
+        raise MergeError(
+            f"the student {student} gives {width} channels, the chassis' trunk {trunk.hidden_size}: it belongs to "
+            "another SAM 3; train it against this one, or name that one (sam3.checkpoint; --sam3 of `effsam3 import`)"
+        )
+    sizes = {key: getattr(trunk, key) for key in ("hidden_size", "image_size", "patch_size")}
+    built = student_config(student, head, seen, **sizes)
+    with torch.device("meta"):
+        wanted = StudentTrunk(built).state_dict()
+    refuse_other_student(wanted, weights, f"{student} with head {head}")
+    tensors = {TRUNK + name: to_float32(tensor) for name, tensor in weights.items()}
+    return Part(slot="image", student=student, config=built, tensors=tensors, **about)
+
+
+def text_part(
+    student: str, padding: str, weights: Mapping[str, Tensor], config: Sam3VideoConfig, facts: dict, **about
+) -> Part:
+    """Make a part of a trained `StudentText`'s tensors; `facts` and `about` are the part's other attributes.
+
+    Raises:
+        MergeError: its tensors are not this student's.
+    """
+    built = text_student(student, PROCESSOR_LENGTH, config.detector_config.detr_encoder_config.hidden_size, padding)
+    refuse_other_student(built.state_dict(), weights, student)
+    built.load_state_dict(weights)
+    tensors = {DETECTOR + name: tensor for name, tensor in to_lite_text_tensors(built).items()}
+    lite_text = lite_text_config(student, PROCESSOR_LENGTH, padding)
+    facts = facts | {"padding": padding}
+    return Part(slot="text", student=student, config=lite_text, tensors=tensors, facts=facts, **about)
+
+
+def read_card(folder: Path, also: Mapping[str, Any] = MappingProxyType({})) -> dict:
+    """Read a merged or imported model's effsam3.json, in which there must be what `also` says besides the slots.
+
+    Raises:
+        MergeError: it cannot be read, or does not say who fills the slots.
+    """
+    card = read_json(folder / CARD, CARD_FORM | also, "merge or import the model again", MergeError)
+    if not can_be_path(card.get("chassis", "")):
+        raise MergeError(f"{folder / CARD} names no chassis that can be; merge the model again")
+    if other := card["slots"].keys() - SLOTS.keys():
+        raise MergeError(f"{folder / CARD} fills a slot {min(other)!r}, which there is not; merge the model again")
+    return card
+
+
+def inherited_slots(chassis: Path) -> dict:
+    """Return the slots that students fill in the chassis already, when it is itself a merged model."""
+    return read_card(chassis)["slots"] if (chassis / CARD).is_file() else {}
+
+
+def first_chassis(card: dict) -> tuple[str, str | None]:
+    """Return the checkpoint and the revision that a merged model began with, through all merges before it.
+
+    Raises:
+        MergeError: a card on the way cannot be read, or they go round in a circle.
+    """
+    seen: set[Path] = set()
+    while (inner := model_folder(Path(card["chassis"]))) is not None and (inner / CARD).is_file():
+        if inner.resolve() in seen:
+            raise MergeError(f"{inner / CARD} names a chassis that was merged into itself; merge the model again")
+        seen.add(inner.resolve())
+        card = read_card(inner, {"chassis": str, "revision": (str, None)})
+    return card["chassis"], card["revision"]
+
+
+def model_folder(folder: Path) -> Path | None:
+    """Return where the model of a run, or of a folder that is one itself, lies; None if there is none."""
+    return next((place for place in (folder, folder / "merged") if (place / "config.json").is_file()), None)
+
+
+def part_of_model(slot: str, place: Path) -> Part:
+    """Take the student out of one slot of a merged or imported model.
+
+    Raises:
+        MergeError: there is no model, it has no effsam3.json, or no student in this slot.
+    """
+    if (folder := model_folder(place)) is None:
+        raise MergeError(
+            f"there is no model in {place}: neither config.json nor merged/config.json; run `effsam3 merge` or "
+            f"`effsam3 import` first, or name another folder (parts.{slot} of a release, student_init of a stage)"
+        )
+    if not (folder / CARD).is_file():
+        raise MergeError(
+            f"{folder} has no {CARD}: it was neither merged nor imported here. `effsam3 import` makes such a folder "
+            "of an EfficientSAM3 checkpoint"
+        )
+    slots = read_card(folder)["slots"]
+    if slot not in slots:
+        raise MergeError(f"{folder} has no student in the slot {slot}; it has {', '.join(slots) or 'none'}")
+    card = dict(slots[slot])
+    also = tuple(card.pop("also", ()))
+    owns = SLOTS[slot].owns + also
+    return Part(
+        slot=slot,
+        also=also,
+        student=card.pop("student"),
+        origin=card.pop("from"),
+        teacher=card.pop("teacher", {}),
+        facts=card,
+        config=SLOTS[slot].config_of(read_config(folder)),
+        tensors={name: tensor for name, tensor in read_tensors(folder).items() if name.startswith(owns)},
+    )
+
+
+def start_from(student: nn.Module, slot: str, place: Path) -> None:
+    """Give a new student the weights of the same one in a merged or imported model.
+
+    Its statistics stay; its last layer is rescaled instead, so that it computes what the model's student computes.
+
+    Raises:
+        MergeError: there is no model, or another student in its slot.
+    """
+    part = part_of_model(slot, place)
+    mean_C, scale_C = student.feature_mean.clone(), student.feature_scale.clone()
+    tensors = {"feature_mean": torch.zeros_like(mean_C), "feature_scale": torch.ones_like(scale_C)}
+    tensors |= {name.removeprefix(SLOTS[slot].module): tensor for name, tensor in part.tensors.items()}
+    refuse_other_student(student.state_dict(), tensors, f"the recipe's student (student_init: it is {part.student})")
+    student.load_state_dict(tensors)
+    layer = student.last_layer
+    with torch.no_grad():
+        ratio_C = student.feature_scale / scale_C
+        layer.weight.mul_(ratio_C.view(-1, *[1] * (layer.weight.ndim - 1)))
+        layer.bias.mul_(ratio_C).add_((student.feature_mean - mean_C) / scale_C)
+    student.set_feature_statistics(mean_C, scale_C)
+
+
+def refuse_other_student(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str) -> None:
+    """Refuse weights whose names, shapes or kinds (real numbers or whole ones) are not the student's.
+
+    Raises:
+        MergeError: they are not; the message names the first.
+    """
+    wanted, found = (
+        {key: (tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in tensors.items()}
+        for tensors in (wanted, found)
+    )
+    if wanted != found:
+        wrong = sorted(set(wanted.items()) ^ set(found.items()))
+        raise MergeError(
+            f"{len(wrong)} tensors are not those of {name} (first: {wrong[0][0]} {wrong[0][1][0]}); "
+            "was the recipe changed after training, or is this a checkpoint of something else?"
+        )
+
+
+def refuse_other_chassis(part: Part, chassis: Mapping[str, Tensor], checkpoint: str, revision: str | None) -> None:
+    """Refuse to put a student into another SAM 3 than the one it learned from; of some, that is not known.
+
+    Raises:
+        MergeError: the fingerprint of the chassis' own slot is not the teacher's; or the teacher's is not known, and
+            its name or revision is another.
+    """
+    teacher, owns = part.teacher, SLOTS[part.slot].owns
+    if not teacher:
+        return
+    learned = f"{part.student} in the slot {part.slot} ({part.origin}) learned from {teacher['checkpoint']}"
+    mend = "merge into the SAM 3 that it learned from (sam3.checkpoint, sam3.revision)"
+    if "fingerprint" not in teacher:
+        if (teacher["checkpoint"], teacher["revision"]) != (checkpoint, revision):
+            raise MergeError(
+                f"{learned}, revision {teacher['revision']}, the chassis is {checkpoint}, revision {revision}; {mend}"
+            )
+        return
+    tensors = {key: tensor for key, tensor in chassis.items() if key.startswith(owns)}
+    if len(owns) == 1:  # a teacher of one part is fingerprinted without the part's prefix
+        tensors = {key.removeprefix(owns[0]): tensor for key, tensor in tensors.items()}
+    if (found := fingerprint(tensors)) != teacher["fingerprint"]:
+        raise MergeError(
+            f"{learned} (fingerprint {teacher['fingerprint']}), the chassis {checkpoint} is another ({found}); {mend}"
+        )

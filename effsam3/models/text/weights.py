@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MobileCLIP's weights for the text students: every tensor of either side loaded, initialised or dropped by name.
+
+Two layouts are read: Apple's own (`text_encoder.*`, the only one with MobileCLIP-S0's convolutions) and open_clip's
+(`text.*`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from effsam3.models.chassis.torch_file import PickledError, load
+from effsam3.models.image.student import StudentError
+from effsam3.models.keymaps import KeyMap, section
+from effsam3.models.keymaps.mobileclip import APPLE, HOLES, OPEN_CLIP, POSITIONS
+from effsam3.models.text.student import StudentText
+from effsam3.tensor_files import read_safetensors, refuse_unusable
+
+_LAYOUTS = {
+    "text_encoder.embedding_layer.weight": KeyMap(
+        section("text_encoder.", "text_encoder.", APPLE), HOLES, first="Apple's", second="Sam3LiteText's"
+    ),
+    "text.token_embedding.weight": KeyMap(
+        section("text.", "text_encoder.", OPEN_CLIP), HOLES, first="open_clip's", second="Sam3LiteText's"
+    ),
+}
+
+_DROPPED = [
+    (r"(image_encoder|visual)\..*", "image tower"),
+    (r"logit_(scale|bias)", "temperature of CLIP's own loss"),
+]
+_INITIALISED = [
+    (r"text_projection\.(weight|bias)", "projection to SAM 3's channels, which MobileCLIP does not have"),
+    (r"feature_(mean|scale)", "the teacher's statistics"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightsReport:
+    """What became of every tensor: of the student's, loaded or initialised; of the source's, loaded or dropped."""
+
+    source: str
+    loaded: dict[str, str]  # the student's tensor: what of the source it is
+    initialised: dict[str, str]  # the student's tensor: why
+    dropped: dict[str, str]  # the source's tensor: why
+
+    def __str__(self) -> str:
+        """Three lines with counts and reasons."""
+        table = next(name for name in self.loaded.values() if "rows" in name)
+        return "\n".join(
+            [
+                f"{self.source}: {len(self.loaded)} tensors loaded; positions: {table}",
+                f"initialised: {_count_reasons(self.initialised)}",
+                f"dropped: {_count_reasons(self.dropped)}",
+            ]
+        )
+
+
+def _count_reasons(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{count} ({reason})" for reason, count in Counter(reasons.values()).items()) or "none"
+
+
+def load_text_weights(student: StudentText, weights: str) -> WeightsReport:
+    """Initialise a text student from a MobileCLIP checkpoint, its projection to SAM 3's channels left as it is.
+
+    `weights` is a local file (.pt, .bin, .safetensors), an open_clip model such as `MobileCLIP-S1`, or a file on the
+    Hub as ORG/REPO/FILE. A student's own are its row's `weights` in the registry.
+
+    Of the 77 positions the first `context_length` are taken: in them MobileCLIP saw the tokens that stand there. (To
+    interpolate would tell the student that its texts are 77 long.)
+
+    Raises:
+        StudentError: no such weights; or a tensor without a use, without a source, or of another shape.
+        KeyMapError: a tensor of several parts that cannot be divided into them.
+    """
+    source = _read(_find(weights))
+    layout = next((layout for name, layout in _LAYOUTS.items() if name in source), None)
+    if layout is None:
+        raise StudentError(
+            f"student_init: {weights} is not a MobileCLIP checkpoint: neither {' nor '.join(_LAYOUTS)} is among its "
+            f"{len(source)} tensors (first: {', '.join(list(source)[:3])})"
+        )
+    state = student.state_dict()
+    tensors, loaded, dropped, problems = {}, {}, {}, []
+    for name, tensor in source.items():
+        reason = _first_match(_DROPPED, name)
+        if reason is not None:
+            dropped[name] = reason
+            continue
+        offers = _convert(layout, name, tensor, student.context_length)
+        if not offers:
+            problems.append(f"{name} is unknown")
+        for target, (value, origin) in offers.items():
+            if target not in state:
+                problems.append(f"{name} has no place in the student ({target})")
+            elif value.shape != state[target].shape:
+                problems.append(f"{name} is {tuple(value.shape)} for {target}, which is {tuple(state[target].shape)}")
+            tensors[target], loaded[target] = value, origin
+    reasons = {name: _first_match(_INITIALISED, name) for name in state if name not in tensors}
+    problems += [f"{name} is missing" for name, reason in reasons.items() if reason is None]
+    if problems:
+        raise StudentError(
+            f"student_init: {weights} does not fit this student, {len(problems)} problems: {'; '.join(problems[:6])}"
+        )
+    student.load_state_dict(state | tensors)
+    return WeightsReport(source=weights, loaded=loaded, initialised=reasons, dropped=dropped)
+
+
+def _first_match(table: list[tuple[str, str]], name: str) -> str | None:
+    return next((reason for pattern, reason in table if re.fullmatch(pattern, name)), None)
+
+
+def _convert(layout: KeyMap, name: str, tensor: Tensor, positions: int) -> dict[str, tuple[Tensor, str]]:
+    """Return the student's tensors made of one of the source's, each with the words that say so; none if unknown."""
+    targets = layout.forward.targets(name)
+    if not targets:
+        return {}
+    values = layout.forward({name: tensor}).values()
+    if targets == ["text_encoder." + POSITIONS]:
+        table = tensor.reshape(1, 1, -1, tensor.shape[-1])
+        values, origins = [table[:, :, :positions]], [f"{name}, first {positions} of {table.shape[2]} rows"]
+    elif len(targets) == 3:
+        origins = [f"{name}, {letter}" for letter in "qkv"]
+    else:
+        origins = [name]
+    return dict(zip(targets, zip(values, origins, strict=True), strict=True))
+
+
+def _find(weights: str) -> Path:
+    """Return the checkpoint's file, downloaded if need be."""
+    if Path(weights).is_file():
+        return Path(weights)
+    import open_clip
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if tags := open_clip.list_pretrained_tags_by_model(weights):
+            return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(weights, tags[0])))
+        if weights.count("/") >= 2:
+            organisation, repository, file = weights.split("/", 2)
+            return Path(hf_hub_download(f"{organisation}/{repository}", file))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise StudentError(
+            f"student_init: {weights} cannot be had from the Hub ({type(error).__name__}: {error}); reach the Hub "
+            "once so that it is cached, give a local file, or set student_init=random"
+        ) from error
+    raise StudentError(
+        f"student_init: there is no file {weights}, and it is neither an open_clip model with weights (MobileCLIP-S1) "
+        "nor a file on the Hub (apple/MobileCLIP-S0/mobileclip_s0.pt)"
+    )
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """Read a checkpoint's tensors; of pickles, nothing but tensors."""
+    remedy = "fetch it again, or name other weights (student_init)"
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, remedy, StudentError)
+    try:
+        tensors = load(path)
+    except PickledError as error:
+        raise StudentError(f"student_init: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise StudentError(f"student_init: {path} does not hold a plain mapping of names to tensors")
+    refuse_unusable(tensors, f"student_init: {path}", remedy, StudentError)
+    return tensors

@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card: what a merged model is, how it is loaded, what was measured, under which licence it falls.
+
+Everything on it is read from the run folder. What is in no file there is not said.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from copy import deepcopy
+from pathlib import Path
+from string import Template
+
+import torch
+import yaml
+
+from effsam3 import __version__
+from effsam3.models.chassis.tensors import read_config
+from effsam3.models.chassis.tiny import MADE_UP
+from effsam3.models.image.backbones import image_student
+from effsam3.models.merging.slots import SLOTS
+from effsam3.models.registry import TEXT_STUDENTS
+from effsam3.models.text.padding import padding_of
+from effsam3.publish.release import SAM3, SAM_LICENSE_URL, Release
+from effsam3.recipe.reader import dump_recipe, flat
+from effsam3.training.report import source, table
+
+# slot -> the part of SAM 3 that a student there replaces
+REPLACED = {"image": "vision trunk", "text": "text encoder", "memory": "video memory"}
+# How a part learned: title -> key of its recipe
+TRAINING = {
+    "teacher": "sam3.checkpoint",
+    "initial weights": "student_init",
+    "student sees, px": "student_image_size",
+    "data": "data.source",
+    "epochs": "train.epochs",
+    "steps": "train.steps",
+    "batch": "train.global_batch_size",
+    "learning rate": "optim.lr",
+    "precision": "train.precision",
+    "parts of the tracker": "memory.trains",
+}
+# The same model in other layouts: file -> whose names its tensors have
+OTHER_LAYOUTS = {"sam3.pt": "the original SAM 3's", "efficientsam3.pt": "EfficientSAM3's"}
+# What a part learned from: data.source -> how the card calls it
+DATA = {"sa1b": "SA-1B", "folder": "own photographs", "sav": "SA-V", "synthetic": "made-up data"}
+PICTURES = 4  # how many are shown on the card; the others lie beside them
+
+
+def model_card(release: Release, repo: str, revision: str = "main") -> str:
+    """Return the card as Markdown, the Hub's metadata in front; `repo` (OWNER/NAME) is where it is loaded from."""
+    sections = [
+        f"# {repo.rpartition('/')[2]}\n\n{_introduction(release)}",
+        f"## Slots\n\n{_slots(release)}",
+        f"## Parameters\n\n{_parameters(release)}",
+        f"## How to use it\n\n{_use(release, repo, revision)}",
+        f"## Measured\n\n{measurements(release)}",
+        f"## How it learned\n\n{_training(release)}",
+        f"## Limitations\n\n{_limitations(release)}",
+        f"## Licence\n\n{licence(release)}",
+    ]
+    return f"---\n{yaml.safe_dump(metadata(release), sort_keys=False)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def metadata(release: Release) -> dict:
+    """What the Hub reads."""
+    values = {"library_name": "transformers", "pipeline_tag": "mask-generation"}
+    if release.has_sam3:
+        link = SAM_LICENSE_URL if release.license_file is None else "LICENSE"
+        values |= {"license": "other", "license_name": "sam-license", "license_link": link}
+    if release.chassis == SAM3:
+        values["base_model"] = SAM3
+    return values | {"tags": ["effsam3", "sam3", "knowledge-distillation"]}
+
+
+def _introduction(release: Release) -> str:
+    replaced = " and ".join(f"the {REPLACED[slot]}" for slot in release.merged["slots"])
+    rest = (
+        f"in which students have taken the place of {replaced}. It takes text, boxes, points and masks as prompts, on "
+        "images and in videos. Made with effsam3."
+    )
+    if release.has_sam3:
+        return f"[SAM 3](https://huggingface.co/{SAM3}) {rest}"
+    return (
+        f"A SAM 3 with random weights (the chassis `{release.chassis}`) {rest}\n\n"
+        "> **A trial of the machinery, not a model.** The masks of random weights mean nothing."
+    )
+
+
+def _slots(release: Release) -> str:
+    rows = []
+    for slot in SLOTS:
+        row = [f"`{slot}`", REPLACED[slot], "not replaced", ""]
+        if slot in release.merged["slots"]:
+            filled = release.merged["slots"][slot]
+            row[2:] = [_student(release, slot), f"`{filled['from']}`"]
+        rows.append(row)
+    return table(rows, ["slot", "part of SAM 3", "replaced by", "from"], text_columns=4)
+
+
+def _student(release: Release, slot: str) -> str:
+    """How the card calls a student: its published label and source, where it has them, beside its name."""
+    name, row = release.merged["slots"][slot]["student"], _row(release, slot)
+    called = f"`{name}`" if row is None else f"{row.label} (`{name}`; {row.source})"
+    if slot == "image" and (config := _image_config(release)).student_image_size is not None:
+        called += f", which sees {config.student_image_size} px of the {config.image_size}"
+    return called
+
+
+def _image_config(release: Release):
+    return SLOTS["image"].config_of(read_config(release.model))
+
+
+def _row(release: Release, slot: str):
+    name = release.merged["slots"][slot]["student"]
+    if slot == "image":
+        return image_student(name, _image_config(release).seen_size)
+    return TEXT_STUDENTS.get(name) if slot == "text" else None
+
+
+def _parameters(release: Release) -> str:
+    columns = {"this model": parameters(read_config(release.model))}
+    original = _chassis_config(release.chassis)
+    if original is not None:
+        columns["SAM 3" if release.has_sam3 else "chassis"] = parameters(original)
+    rows = []
+    for key, title in {**REPLACED, "rest": "everything else", "total": "**whole model**"}.items():
+        counts = [column[key] for column in columns.values()]
+        if counts[-1]:  # a slot that this SAM 3 has
+            saved = [f"{100 * (1 - counts[0] / counts[1]):.2f} %"] if len(counts) == 2 else []
+            rows.append([title, *(f"{count:,}" for count in counts), *saved])
+    return table(rows, ["parameters", *columns, *(["saved"] if len(columns) == 2 else [])])
+
+
+def parameters(config) -> Counter:
+    """Count the parameters of the model of a `Sam3VideoConfig`: per slot, in the `rest`, in `total`."""
+    from transformers import Sam3VideoModel
+
+    with torch.device("meta"):
+        model = Sam3VideoModel(deepcopy(config))
+    counts = Counter()
+    for name, parameter in model.named_parameters():
+        owner = next((slot for slot, row in SLOTS.items() if name.startswith(row.owns)), "rest")
+        counts[owner] += parameter.numel()
+    return counts + Counter(total=counts.total())
+
+
+def _chassis_config(chassis: str):
+    """The config of the SAM 3 that was merged into, None when it cannot be had without a download."""
+    if chassis in MADE_UP:
+        return MADE_UP[chassis]()
+    if chassis == SAM3:
+        return MADE_UP["random"]()  # SAM 3's own sizes
+    return read_config(Path(chassis)) if (Path(chassis) / "config.json").is_file() else None
+
+
+# ---- how to use it
+
+CONCEPTS = Template("""\
+import effsam3  # registers the students' classes with transformers
+import torch
+from effsam3.models.inference.concepts import encode_geometry_always
+from effsam3.models.text.tokens import PromptTokenizer
+from PIL import Image
+from $detector_module import $detector
+from transformers import Sam3Processor
+
+model = $detector.from_pretrained($source).eval()
+processor = Sam3Processor.from_pretrained($source)
+processor.tokenizer = PromptTokenizer()  # cleans texts as SAM 3 does; transformers' does not
+encode_geometry_always(model)  # as SAM 3 does; transformers leaves it out where there are no boxes
+
+image = Image.open("photo.jpg").convert("RGB")
+inputs = processor(images=image, text="a dog", return_tensors="pt")
+with torch.no_grad():
+    outputs = model(**inputs)
+found = processor.post_process_instance_segmentation(outputs, threshold=0.5, target_sizes=[image.size[::-1]])[0]
+print(found["scores"], found["boxes"], found["masks"].shape)
+""")
+PROMPTS = Template("""\
+import effsam3
+import torch
+from PIL import Image
+from $tracker_module import $tracker
+from transformers import Sam3TrackerVideoProcessor
+
+tracker = $tracker.from_pretrained($source).eval()
+processor = Sam3TrackerVideoProcessor.from_pretrained($source)
+
+# A video of one frame; give more to track what is prompted, by tracker.propagate_in_video_iterator(session).
+image = Image.open("photo.jpg").convert("RGB")
+session = processor.init_video_session(video=[image])
+# One prompt per object, in pixels: a box (x1, y1, x2, y2), or points (x, y) with label 1 on the object, 0 beside it.
+prompts = {
+    1: {"input_boxes": [[[10, 20, 90, 80]]]},
+    2: {"input_points": [[[[60, 40], [5, 5]]]], "input_labels": [[[1, 0]]]},
+}
+for object_id, prompt in prompts.items():
+    processor.add_inputs_to_inference_session(session, frame_idx=0, obj_ids=object_id, **prompt)
+    with torch.no_grad():
+        outputs = tracker(session, frame_idx=0)
+size = [session.video_height, session.video_width]
+masks = processor.post_process_masks([outputs.pred_masks], original_sizes=[size])[0]
+print(masks.shape, masks.dtype)  # objects, 1, height, width
+""")
+VIDEO = Template("""\
+from pathlib import Path
+
+import effsam3
+import torch
+from effsam3.models.inference.concepts import encode_geometry_always
+from effsam3.models.text.tokens import PromptTokenizer
+from PIL import Image
+from transformers import Sam3VideoModel, Sam3VideoProcessor
+
+model = Sam3VideoModel.from_pretrained($source).eval()
+processor = Sam3VideoProcessor.from_pretrained($source)
+processor.tokenizer = PromptTokenizer()
+encode_geometry_always(model.detector_model)
+
+frames = [Image.open(file).convert("RGB") for file in sorted(Path("frames").glob("*.jpg"))]
+session = processor.init_video_session(video=frames)
+processor.add_text_prompt(session, "a dog")
+with torch.no_grad():
+    for outputs in model.propagate_in_video_iterator(session):
+        found = processor.postprocess_outputs(session, outputs)
+        print(outputs.frame_idx, found["object_ids"], found["scores"], found["masks"].shape)
+""")
+BLOCKS = {
+    "All that a text names, in an image": CONCEPTS,
+    "Boxes and points": PROMPTS,
+    "All that a text names, through a video": VIDEO,
+}
+# model_type in config.json -> module and class that loads it
+DETECTORS = {
+    "sam3": ("transformers", "Sam3Model"),
+    "sam3_lite_text": ("transformers", "Sam3LiteTextModel"),
+    "effsam3_attended_lite_text": ("effsam3.models.text.padding", "AttendedLiteTextModel"),
+}
+TRACKERS = {
+    "sam3_tracker_video": ("transformers", "Sam3TrackerVideoModel"),
+    "effsam3_tracker_video": ("effsam3.models.memory.tracker", "EfficientTracker"),
+}
+
+
+def _use(release: Release, repo: str, revision: str) -> str:
+    config = read_config(release.model)
+    module, tracker = TRACKERS[config.tracker_config.model_type]
+    detector_module, detector = DETECTORS[config.detector_config.model_type]
+    names = {
+        "source": f'"{repo}"' if revision == "main" else f'"{repo}", revision="{revision}"',
+        "detector_module": detector_module,
+        "detector": detector,
+        "tracker_module": module,
+        "tracker": tracker,
+    }
+    blocks = [f"{title}:\n\n```python\n{code.substitute(names)}```" for title, code in BLOCKS.items()]
+    others = [f"`{file}`, {whose} names" for file, whose in OTHER_LAYOUTS.items() if (release.model / file).is_file()]
+    if others:
+        blocks.append(f"The same model in other layouts: {'; '.join(others)}.")
+    return "\n\n".join([f"It needs `transformers` and the package `effsam3` {_package()}", *blocks])
+
+
+def _package() -> str:
+    """The package's version and where it is to be had."""
+    address = source()
+    if address is None:
+        return (
+            f"{__version__}, which is not on PyPI: `pip install -e .` in a clone of its repository. Whoever published "
+            "this model can say where that is."
+        )
+    return f"{__version__}:\n\n```bash\npip install git+{address}\n```"
+
+
+# ---- what is known of it
+
+
+def measurements(release: Release) -> str:
+    """The newest evaluation's tables as they were written, where they are of this merged model, and pictures."""
+    if release.summary is None:
+        return "Nothing: no evaluation of this merged model is in its run folder."
+    lines = release.summary.read_text(encoding="utf-8").splitlines()
+    tables = "\n".join(line for line in lines if not line.startswith("# ")).strip()
+    files = ", ".join(f"`eval/{path.name}`" for path in release.measured)
+    text = f"{tables}\n\nAll digits, and the versions and the machine that made them: {files}."
+    return text + "".join(f"\n\n![{path.stem}](pictures/{path.name})" for path in release.pictures[:PICTURES])
+
+
+def _training(release: Release) -> str:
+    slots = release.merged["slots"]
+    values = {slot: flat(recipe) for slot, recipe in release.recipes.items()}
+    rows = []
+    for title, key in TRAINING.items():
+        cells = [values.get(slot, {}).get(key) for slot in slots]
+        if key == "data.source":
+            cells = [DATA.get(cell, cell) for cell in cells]
+        if cells != [None] * len(slots):
+            rows.append([title, *map(_cell, cells)])
+    blocks = [table(rows, ["", *slots], text_columns=1 + len(slots))] if rows else []
+    for slot in slots:
+        if slot in values:
+            recipe = f"```yaml\n{dump_recipe(release.recipes[slot])}```"
+            blocks.append(f"<details><summary>Recipe, {slot}</summary>\n\n{recipe}\n\n</details>")
+        else:
+            blocks.append(f"Slot `{slot}`: no recipe is known; the student is from `{slots[slot]['from']}`.")
+    return "\n\n".join(blocks)
+
+
+def _cell(value) -> str:
+    """A value of a recipe as it stands in a table."""
+    if value is None:
+        return "-"
+    return ", ".join(value) if isinstance(value, tuple) else str(value)
+
+
+def _limitations(release: Release) -> str:
+    points = []
+    if not release.has_sam3:
+        points.append("The chassis has random weights: nothing follows from this model for one of SAM 3's quality.")
+    points.append(
+        "It has not been measured at all."
+        if release.summary is None
+        else "Nothing but the numbers above has been measured: accuracy elsewhere is not known."
+    )
+    for slot, recipe in release.recipes.items():
+        values = flat(recipe)
+        if values["data.source"] == "synthetic":
+            points.append(f"The student in the slot `{slot}` learned from made-up data and has seen nothing real.")
+        if "data.context_length" in values:
+            points.append(f"Prompts were learned up to {values['data.context_length']} tokens.")
+    if "text" in release.merged["slots"]:
+        points += _padding(release)
+    if "image" in release.merged["slots"]:
+        points.append("Detector and tracker both read the image student's features: where those fail, all prompts do.")
+    return "\n".join(f"- {point}" for point in points)
+
+
+def _padding(release: Release) -> list[str]:
+    """What the text student's padding rule asks of whoever uses it."""
+    if padding_of(read_config(release.model).detector_config) == "attended":
+        return [
+            "Texts attend to their padding, as EfficientSAM3's do. transformers' own classes mask it and do not load "
+            "this model: `AttendedLiteTextModel` of effsam3 does."
+        ]
+    if (release.model / "efficientsam3.pt").is_file():
+        return [
+            "The text student masks padding, EfficientSAM3 lets texts attend to it: `efficientsam3.pt` gives short "
+            "texts other features than this model does."
+        ]
+    return []
+
+
+def licence(release: Release) -> str:
+    """Under which terms the weights stand: SAM 3's, and those of the weights that students began with."""
+    if not release.has_sam3:
+        text = f"No weights of SAM 3 are in this model: the chassis `{release.chassis}` was drawn at random."
+    else:
+        text = f"The weights contain SAM 3's and fall under the [SAM License]({SAM_LICENSE_URL}). "
+        text += (
+            "Its full text is in `LICENSE` and must accompany them wherever they go."
+            if release.license_file is not None
+            else "**Its full text must accompany them and has still to be added here:** `LICENSE` is a notice only."
+        )
+    return "\n\n".join([text, *filter(None, (_origin(release, slot) for slot in release.merged["slots"]))])
+
+
+def _origin(release: Release, slot: str) -> str:
+    """Whose weights a slot's student began with; nothing to say of random ones."""
+    filled = release.merged["slots"][slot]
+    row = _row(release, slot)
+    research = f"MobileCLIP's weights ({row.source}) are for research purposes only" if slot == "text" and row else ""
+    start = filled.get("student_init")
+    if start == "random" or slot == "memory":  # which begins with the chassis' own, copied, cut and pooled
+        return ""
+    if start == "mobileclip":
+        return f"**For research only.** The text student began with MobileCLIP's. {research}, and so is this model."
+    if start == "imagenet":
+        return f"The image student began with timm's pretrained weights of `{row.timm_name}` ({row.source})."
+    text = f"The student in the slot `{slot}` "
+    text += (
+        f"comes from `{filled['from']}`, and whose weights it began with is not known."
+        if start is None
+        else f"began with weights of `{Path(start).name}`, whose licence holds for it, too."
+    )
+    return f"{text} {research}, and so is a student that descends from them." if research else text

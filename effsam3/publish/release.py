@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run folder holds of its merged model: who fills the slots, how they learned, what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+from effsam3.checked_files import read_json
+from effsam3.errors import UserError
+from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.tiny import MADE_UP
+from effsam3.models.merging.slots import first_chassis, read_card
+from effsam3.recipe.reader import load_recipe
+
+SAM3 = "facebook/sam3"
+# What must be known of a model, and of a measurement, to tell which belongs to which.
+CARD_FORM = {"chassis": str, "revision": (str, None), "weights": str}
+RESULT_FORM = {"provenance": {"started": str, "weights?": str}}
+SAM_LICENSE_URL = "https://github.com/facebookresearch/sam3/blob/main/LICENSE"
+
+
+class ReleaseError(UserError):
+    """A run folder without a merged model, or a licence file that is not what it should be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A merged model and what is known of it.
+
+    Attributes:
+        folder: the run folder.
+        merged: content of the model's effsam3.json.
+        chassis: the SAM 3 at the bottom, where the model was merged into one that was merged itself.
+        recipe_files: {slot: recipe by which its student learned}; a slot whose recipe is not known is left out.
+        measured: those of eval/*.json that are of this merged model, which is known by its weights: merging the same
+            ones again makes no other model.
+        since: when the first of these was begun, in seconds since 1970; None: there are none.
+        stale: those that are of another.
+        license_file: a copy of the SAM License; None when there is none at hand, or none is needed.
+    """
+
+    folder: Path
+    merged: dict
+    chassis: str
+    recipe_files: dict[str, Path]
+    measured: tuple[Path, ...]
+    since: float | None
+    stale: tuple[Path, ...]
+    license_file: Path | None
+
+    @property
+    def model(self) -> Path:
+        """The merged model's folder."""
+        return self.folder / "merged"
+
+    @property
+    def has_sam3(self) -> bool:
+        """Whether weights of SAM 3 are in it: the made-up chassis have none, of any other it must be supposed."""
+        return self.chassis not in MADE_UP
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """What was drawn since the first of these evaluations began."""
+        files = sorted((self.folder / "pictures").glob("*.png"))
+        return tuple(path for path in files if self.since is not None and path.stat().st_mtime >= self.since)
+
+    @property
+    def summary(self) -> Path | None:
+        """The tables of the newest evaluation, None unless it is of this merged model and came to its end."""
+        path = self.folder / "eval" / "summary.md"
+        if not self.measured or not path.is_file():
+            return None
+        newest = max(result.stat().st_mtime for result in self.measured)
+        return path if path.stat().st_mtime >= newest else None
+
+    @cached_property
+    def recipes(self) -> dict[str, object]:
+        """{slot: recipe by which its student learned}."""
+        return {slot: load_recipe(file) for slot, file in self.recipe_files.items()}
+
+
+def read_release(folder: Path, license_file: str | None = None) -> Release:
+    """Read a run folder; `license_file` holds the SAM License, None to look for it beside the chassis.
+
+    Raises:
+        ReleaseError: there is no merged model, or the licence file is missing or another licence's.
+    """
+    if not (folder / "merged" / CARD).is_file():
+        raise ReleaseError(f"{folder}/merged is not there; run `effsam3 merge` first")
+    merged = read_card(folder / "merged", CARD_FORM)
+    chassis, revision = first_chassis(merged)
+    results = sorted((folder / "eval").glob("*.json"))
+    remedy = "run `effsam3 evaluate` again"
+    made_by = {path: read_json(path, RESULT_FORM, remedy, ReleaseError)["provenance"] for path in results}
+    measured = tuple(path for path in results if made_by[path].get("weights") == merged["weights"])
+    return Release(
+        folder=folder,
+        merged=merged,
+        chassis=chassis,
+        recipe_files=_recipe_files(folder),
+        measured=measured,
+        since=min((_began(made_by[path]) for path in measured), default=None),
+        stale=tuple(path for path in results if path not in measured),
+        license_file=None if chassis in MADE_UP else sam_license(chassis, revision, license_file, folder / "merged"),
+    )
+
+
+def _began(provenance: dict) -> float:
+    """When a verb began, in seconds since 1970."""
+    try:
+        return datetime.strptime(provenance["started"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except ValueError as error:
+        raise ReleaseError(f"provenance.started says no time ({error}); evaluate again") from error
+
+
+def recipes_by_slot(recipe) -> tuple[dict, list[str]]:
+    """Return {slot: the recipe that says how to measure it}, and a line for every part that has no recipe."""
+    if recipe.stage != "release":
+        return {recipe.stage: recipe}, []
+    found, unmeasured = {}, []
+    for slot, part in recipe.parts.filled().items():
+        if (part / "recipe.yaml").is_file():
+            found[slot] = load_recipe(part / "recipe.yaml")
+        else:
+            unmeasured.append(
+                f"parts.{slot}: {part} has no recipe.yaml that says what to measure it on; run `effsam3 evaluate` on "
+                f"a recipe of stage {slot} with name={recipe.name}"
+            )
+    return found, unmeasured
+
+
+def _recipe_files(folder: Path) -> dict[str, Path]:
+    """Return {slot: file} of the recipes by which the students learned: the run's own, or the parts' of a release."""
+    recipe = load_recipe(folder / "recipe.yaml")
+    if recipe.stage != "release":
+        return {recipe.stage: folder / "recipe.yaml"}
+    files = {slot: part / "recipe.yaml" for slot, part in recipe.parts.filled().items()}
+    return {slot: file for slot, file in files.items() if file.is_file()}
+
+
+def sam_license(chassis: str, revision: str | None, license_file: str | None, model: Path) -> Path | None:
+    """Return a file with the SAM License: the given one, else the model's or one beside the chassis, None without.
+
+    Raises:
+        ReleaseError: the given file is not there, or does not call itself the SAM License.
+    """
+    if license_file is None:
+        places = [model / "LICENSE", *_license_files(chassis, revision)]
+        return next((path for path in places if _is_sam_license(path)), None)
+    if not _is_sam_license(Path(license_file)):
+        problem = "does not call itself the SAM License" if Path(license_file).is_file() else "is not there"
+        raise ReleaseError(f"push.license: {license_file} {problem}; give the LICENSE of {SAM3} ({SAM_LICENSE_URL})")
+    return Path(license_file)
+
+
+def _is_sam_license(path: Path) -> bool:
+    """Whether a file begins with the licence's title; `license_notice` does not."""
+    return (
+        path.is_file() and "SAM License" in path.read_text(encoding="utf-8", errors="replace").strip().split("\n")[0]
+    )
+
+
+def _license_files(chassis: str, revision: str | None) -> list[Path]:
+    """Where a chassis may have its licence: beside a local folder's or file's weights, or in the Hub's cache."""
+    local = Path(chassis)
+    if local.exists():
+        folder = local if local.is_dir() else local.parent
+        return [folder / name for name in ("LICENSE", "LICENSE.txt", "LICENSE.md")]
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(chassis, "LICENSE", revision=revision)
+    except HFValidationError:  # a file that has been moved since
+        return []
+    return [Path(cached)] if isinstance(cached, str) else []
+
+
+def refuse_unlicensed(has_sam3: bool, license_file: Path | None, private: bool) -> None:
+    """Refuse to publish SAM 3's weights without their licence.
+
+    Raises:
+        ReleaseError: the repository would be public and no copy of the SAM License is at hand.
+    """
+    if has_sam3 and license_file is None and not private:
+        raise ReleaseError(
+            "push.private is false, and there is no copy of the SAM License, which must accompany SAM 3's weights; "
+            f"save the LICENSE of {SAM3} ({SAM_LICENSE_URL}) and name it: push.license=FILE"
+        )
+
+
+def license_notice() -> str:
+    """What stands in the place of the SAM License's text while no copy of it is at hand."""
+    return (
+        "The weights in this repository contain weights of SAM 3 by Meta. They may be used and passed on under the\n"
+        "SAM License alone, and a copy of it must accompany them. None was at hand when this file was written.\n\n"
+        f"Read it at {SAM_LICENSE_URL}\n"
+        "and put its full text in the place of this notice before you pass the weights on.\n"
+    )

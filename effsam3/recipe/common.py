@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sections that every stage has: where SAM 3 is, how is learned, what is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from effsam3.recipe.rules import (
+    Decay,
+    FileName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    at_least_one,
+    each_once,
+    exactly_one,
+)
+
+Format = Literal["transformers", "sam3", "efficientsam3"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chassis(Section):
+    """The SAM 3 whose parts the merged model keeps where no student stands."""
+
+    # Hub id, transformers folder, merged run folder, sam3.pt, or made up: `tiny` (few layers), `random` (full size)
+    checkpoint: str = "facebook/sam3"
+    revision: str | None = None  # Hub commit, branch or tag; null: the newest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sam3(Chassis):
+    """The SAM 3 that teaches, and whose other parts the merged model keeps."""
+
+    fingerprint: str | None = None  # of the trunk's weights, as a store's manifest has it; null: accept any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim(Section):
+    """AdamW, linear warm-up, cosine decay. Rates hold for `train.global_batch_size` and are never rescaled."""
+
+    lr: PositiveFloat  # highest learning rate, reached when warm-up ends
+    min_lr: NonNegativeFloat  # learning rate of the last step
+    warmup_lr: NonNegativeFloat  # learning rate of the first step
+    weight_decay: NonNegativeFloat  # none on biases and normalisation weights
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # AdamW's
+    eps: PositiveFloat = 1e-8  # AdamW's
+    clip_grad_norm: PositiveFloat  # largest norm of the whole gradient
+    warmup_epochs: NonNegativeFloat | None = None  # length of warm-up: this ...
+    warmup_steps: NonNegativeInt | None = None  # ... or this, exactly one
+
+    def check(self) -> Iterator[str]:
+        for name in ("min_lr", "warmup_lr"):
+            if getattr(self, name) > self.lr:
+                yield f"{name}: {getattr(self, name)} is above optim.lr ({self.lr})"
+        yield from exactly_one(self, "warmup_epochs", "warmup_steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Section):
+    """The loop."""
+
+    epochs: PositiveFloat | None = None  # length of training in passes over the train split: this ...
+    steps: PositiveInt | None = None  # ... or in optimizer steps, exactly one
+    global_batch_size: PositiveInt  # samples per optimizer step over all ranks; accumulation is derived from it
+    micro_batch_size: PositiveInt  # samples per rank per forward. BatchNorm students see this one: it changes learning
+    find_micro_batch: bool = False  # on GPUs: begin with the largest micro_batch_size that fits, found by trying
+    precision: Literal["bf16", "fp32"] = "bf16"  # of the forward; weights and optimizer stay fp32
+    seed: NonNegativeInt = 0  # of initialisation and sample order
+    ema: Decay = 0.0  # decay per step of the averaged weights; 0: no averaging
+    log_every: PositiveInt = 20  # steps
+    eval_every: PositiveInt  # steps between validations
+    save_every: PositiveInt  # steps between checkpoints
+    keep_checkpoints: PositiveInt = 3  # newest ones; the best one is kept besides
+    not_finite: Literal["stop", "skip"] = "stop"  # when a loss is: stop and name the samples, or leave them out
+    sync_batchnorm: bool = False  # GPUs only: BatchNorm sees the micro-batches of all ranks as one
+    eval_samples: PositiveInt = 512  # held-out images per validation
+    patience: NonNegativeInt = 0  # stop after so many validations without improvement; 0: never
+    per_rank: bool = False  # also report what each rank waits for and uses: metrics `rank<n>/...`
+    loggers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], each_once] = ()  # besides metrics.jsonl
+    wandb_project: str = "effsam3"  # used when loggers has wandb
+    runs: str = "runs"  # folder of run folders
+
+    def check(self) -> Iterator[str]:
+        if self.global_batch_size % self.micro_batch_size:
+            yield (
+                f"global_batch_size: {self.global_batch_size} is not a multiple of "
+                f"train.micro_batch_size ({self.micro_batch_size})"
+            )
+        yield from exactly_one(self, "epochs", "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Section):
+    """Which weights become the released model, and in which layouts it is written."""
+
+    checkpoint: FileName = "best"  # `best`, `last`, or a folder of checkpoints/ such as step-000100
+    # The transformers folder is written in any case; sam3: merged/sam3.pt; efficientsam3: merged/efficientsam3.pt.
+    formats: Annotated[tuple[Format, ...], at_least_one, each_once] = ("transformers",)
+    # Write efficientsam3.pt of a text student whose padding is masked, too: there its short texts get other features.
+    allow_padding_mismatch: bool = False
+
+
+class StageRecipe(Section):
+    """A recipe of something that learns."""
+
+    launched = ("embed", "train", "merge", "evaluate")  # what `effsam3 launch` runs, in order
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.train.runs) / self.name
+
+
+def warmup_fits(recipe: object) -> Iterator[str]:
+    """Yield a sentence when the warm-up is as long as the training or longer."""
+    for name in ("epochs", "steps"):
+        warmup, length = getattr(recipe.optim, f"warmup_{name}"), getattr(recipe.train, name)
+        if warmup is not None and length is not None and warmup >= length:
+            yield f"optim.warmup_{name}: {warmup:g} is not below train.{name} ({length:g})"

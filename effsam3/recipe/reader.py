@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The strict reader of recipes: YAML to the dataclasses of effsam3/schema, and what follows from the numbers."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+
+from effsam3.errors import RecipeError, did_you_mean
+from effsam3.recipe.schemas import STAGES
+from effsam3.recipe.typed_yaml import Mapping, Mistake, Scalar, Tree, convert, parse, type_name
+
+__all__ = [
+    "RecipeError",
+    "accumulation",
+    "differing_keys",
+    "dump_recipe",
+    "flat",
+    "load_recipe",
+    "refuse_verb",
+    "total_steps",
+    "warmup_steps",
+]
+COMMAND_LINE = "command line"
+RECIPE = "recipe.yaml"  # in a run folder
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """Read a recipe, its parents and `section.key=value` overrides into the dataclass of its stage.
+
+    The folder of a run stands for the recipe in it, and for itself: a run that was moved or copied is one where it is.
+
+    Mappings of a child merge into those of its parent, everything else replaces. A section with a mistake in one of
+    its keys is not searched for contradictions between keys until that is mended.
+
+    Raises:
+        RecipeError: naming all mistakes, each with the nearest thing that would be right.
+    """
+    problems: list[str] = []
+    run = Path(path)
+    if (run / RECIPE).is_file():
+        path = run / RECIPE
+        overrides = [*_place(load_recipe(path), run), *overrides]
+    tree = _read(Path(path), problems, ())
+    for override in overrides:
+        tree = _merge(tree, _override(override, problems))
+    recipe = None
+    stage = tree.get("stage")
+    if stage is None:
+        problems.append(f"stage is missing{did_you_mean('', STAGES)}")
+    elif not isinstance(stage, Scalar) or stage.text not in STAGES:
+        text = stage.text if isinstance(stage, Scalar) else str(stage)
+        problems.append(f"stage: {text!r} is not a stage{did_you_mean(text, STAGES)} ({stage.where})")
+    else:
+        recipe = _build(STAGES[stage.text], tree, "", problems, _keys(STAGES[stage.text]))
+    if problems:
+        raise RecipeError(f"{path}:" + "".join(f"\n  - {problem}" for problem in problems))
+    return recipe
+
+
+def _place(recipe: Any, run: Path) -> list[str]:
+    """Return the overrides by which a recipe's run folder is `run`; none where it is."""
+    if recipe.folder.resolve() == run.resolve():
+        return []
+    runs = "runs" if recipe.stage == "release" else "train.runs"
+    return [f"name={json.dumps(run.resolve().name)}", f"{runs}={json.dumps(str(run.resolve().parent))}"]
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML with lists on one line."""
+
+
+_Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
+
+
+def dump_recipe(recipe: Any) -> str:
+    """Return the resolved recipe as YAML; `load_recipe` of it gives an equal object."""
+    return yaml.dump(asdict(recipe), Dumper=_Dumper, sort_keys=False, width=10_000)
+
+
+def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the recipe's values by dotted key, in the order of its classes."""
+    values: dict[str, Any] = {}
+    for field in fields(recipe):
+        value = getattr(recipe, field.name)
+        values |= flat(value, f"{prefix}{field.name}.") if is_dataclass(value) else {prefix + field.name: value}
+    return values
+
+
+def differing_keys(a: Any, b: Any) -> list[str]:
+    """Return one text like `optim.lr 0.001 -> 0.0005` for every key in which two recipes differ."""
+    before, after = flat(a), flat(b)
+    return [
+        f"{key} {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in {**before, **after}
+        if before.get(key, MISSING) != after.get(key, MISSING)
+    ]
+
+
+def refuse_verb(recipe: Any, verb: str) -> None:
+    """Refuse a verb that the recipe's stage does not have.
+
+    Raises:
+        RecipeError: the verb is `embed` or `train` and the stage has none.
+    """
+    if verb in ("embed", "train") and verb not in recipe.launched:
+        raise RecipeError(
+            f"{verb}: {recipe.name} is of stage {recipe.stage}, which knows {', '.join(recipe.launched)}, push and "
+            f"show; {REASONS[recipe.stage]}"
+        )
+
+
+# stage -> why it lacks a verb
+REASONS = {
+    "release": "it puts together what has been trained already: run this verb on the recipe of a part",
+    "memory": "its frozen trunk runs beside the student, because clips differ in every step: go on with train",
+}
+
+
+# ---- derived numbers
+
+
+def accumulation(recipe: Any, world_size: int) -> int:
+    """Return how many micro-batches each rank accumulates per optimizer step.
+
+    Raises:
+        RecipeError: the global batch is not a whole number of micro-batches on every rank.
+    """
+    batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    if batch % (micro * world_size):
+        raise RecipeError(
+            f"train.global_batch_size ({batch}) is not a multiple of micro_batch_size x world size "
+            f"({micro} x {world_size} = {micro * world_size}); change train.micro_batch_size or --num_processes"
+        )
+    return batch // (micro * world_size)
+
+
+def total_steps(recipe: Any, train_images: int) -> int:
+    """Return the optimizer steps of the whole training on so many images (what `data.limit` leaves)."""
+    if recipe.train.steps is not None:
+        return recipe.train.steps
+    return _steps(recipe.train.epochs, recipe, train_images)
+
+
+def warmup_steps(recipe: Any, train_images: int) -> int:
+    """Return the optimizer steps of warm-up.
+
+    Raises:
+        RecipeError: warm-up would take all of the training.
+    """
+    steps, total = recipe.optim.warmup_steps, total_steps(recipe, train_images)
+    if steps is None:
+        steps = _steps(recipe.optim.warmup_epochs, recipe, train_images)
+    if steps >= total:
+        raise RecipeError(
+            f"warm-up takes {steps} steps and the whole training {total} ({train_images} images); lower "
+            "optim.warmup_steps or optim.warmup_epochs, or train longer"
+        )
+    return steps
+
+
+def _steps(epochs: float, recipe: Any, train_images: int) -> int:
+    # Exact: in floats a product such as 0.7 x 10240 may round up to one step too many.
+    return math.ceil(Fraction(str(epochs)) * train_images / recipe.train.global_batch_size)
+
+
+# ---- files and overrides to one tree
+
+
+def _read(path: Path, problems: list[str], children: tuple[Path, ...]) -> Mapping:
+    """Read one file and its parents; `children` are the files that led here."""
+    if path.resolve() in children:
+        raise RecipeError(f"inherits goes round in a circle: {' -> '.join(map(str, [*children, path.resolve()]))}")
+    if not path.is_file():
+        raise RecipeError(_no_recipe(path, children))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not a text file in UTF-8 ({error})") from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror}); name a recipe that you may read") from error
+    tree = parse(text, path.name, problems)
+    if not isinstance(tree, Mapping):
+        raise RecipeError(f"{path} holds {tree}; a recipe is made of lines `key: value`")
+    parent = tree.pop("inherits", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, Scalar) or parent.is_null:
+        raise RecipeError(f"inherits: expected the path of one recipe, relative to {path}, got {parent}")
+    return _merge(_read(path.parent / parent.text, problems, (*children, path.resolve())), tree)
+
+
+def _no_recipe(path: Path, children: tuple[Path, ...]) -> str:
+    """Say that there is no such recipe, and which of those nearby may be meant."""
+    wanted = f" (inherited by {children[-1].name})" if children else ""
+    if path.is_dir():
+        names = ", ".join(file.name for file in sorted(path.glob("*.yaml")))
+        if names:
+            return f"{path} is a folder{wanted}; name one recipe in it: {names}"
+        run = next((parent for parent in path.absolute().parents if (parent / RECIPE).is_file()), None)
+        meant = (
+            f"; it belongs to the run {os.path.relpath(run)}, name that" if run else ", nor is it the folder of a run"
+        )
+        return f"{path} is a folder{wanted} without a recipe in it{meant}"
+    nearby = [*sorted(path.parent.glob("*.yaml")), *sorted(Path("recipes").rglob("*.yaml"))]
+    near = difflib.get_close_matches(path.stem, [file.stem for file in nearby], n=1)
+    meant = next((f"; did you mean {file}?" for file in nearby if file.stem in near), "")
+    return f"no recipe at {path}{wanted}{meant}"
+
+
+def _override(override: str, problems: list[str]) -> Mapping:
+    """Turn `section.key=value` into a tree."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        problems.append(f"{override!r} is not an override; write section.key=value, such as optim.lr=5e-4")
+        return Mapping()
+    tree = parse(text, f"{COMMAND_LINE} ({override})", problems, COMMAND_LINE)
+    for part in reversed(key.split(".")):
+        tree = Mapping({part: tree}, COMMAND_LINE)
+    return tree
+
+
+def _merge(parent: Mapping, child: Mapping) -> Mapping:
+    merged = Mapping(parent, parent.where)
+    for key, value in child.items():
+        old = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[key] = _merge(old, value) if both else value
+    return merged
+
+
+# ---- a tree to dataclasses
+
+
+def _build(cls: type, tree: Tree, prefix: str, problems: list[str], known: list[str]) -> Any:
+    """Return `cls` made of the tree, or None after a mistake in one of its keys; `known` are all keys of a recipe."""
+    if not isinstance(tree, Mapping):
+        problems.append(f"{prefix[:-1]}: expected keys below it, got {tree} ({tree.where})")
+        return None
+    hints = get_type_hints(cls, include_extras=True)
+    for key, node in tree.items():
+        if key not in hints:
+            problems.append(f"unknown key {prefix}{key}{_meant(prefix, key, known)} ({node.where})")
+    values, complete = {}, True
+    for field in fields(cls):
+        key, hint, node = prefix + field.name, hints[field.name], tree.get(field.name)
+        if is_dataclass(hint):
+            values[field.name] = _build(hint, Mapping() if node is None else node, f"{key}.", problems, known)
+            complete = complete and values[field.name] is not None
+        elif node is not None:
+            try:
+                values[field.name] = convert(hint, node)
+            except Mistake as mistake:
+                below = [f"{key}_{word}" for word in node] if isinstance(node, Mapping) else []
+                meant = next((f"; did you mean {name}?" for name in below if name in known), "")
+                problems.append(f"{key}: {mistake}{meant} ({node.where})")
+                complete = False
+        elif field.default is MISSING:
+            problems.append(f"{key} is missing; expected {type_name(hint)}")
+            complete = False
+    if not complete:
+        return None
+    instance = cls(**values)
+    problems += [prefix + problem for problem in instance.check()]
+    return instance
+
+
+def _keys(cls: type, prefix: str = "") -> list[str]:
+    """Return all dotted keys of a recipe class, sections among them."""
+    keys = []
+    for name, hint in get_type_hints(cls).items():
+        keys += [prefix + name, *(_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [])]
+    return keys
+
+
+def _meant(prefix: str, key: str, known: list[str]) -> str:
+    """Suggest for an unknown key: the same word in another section, then a near one here, then a near one anywhere."""
+    word = {name: name.rpartition(".")[2] for name in known}
+    here = [name for name in known if name.rpartition(".")[0] == prefix[:-1]]
+    if key == "inherits":
+        return "; it belongs at the top of a file, beside stage and name"
+    same = [name for name in known if word[name] == key]
+    for names in ([here] if not same else []) + [known]:
+        near = difflib.get_close_matches(key, [word[name] for name in names], n=1, cutoff=0.6)
+        same = same or [name for name in names if word[name] in near]
+    if same:
+        return f"; did you mean {' or '.join(same)}?"
+    return f"; choose from {', '.join(word[name] for name in here)}"

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes of stage 1, image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from effsam3.errors import UserError
+from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
+from effsam3.models.registry import SAM3, chassis_facts
+from effsam3.recipe.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
+from effsam3.recipe.push import Push
+from effsam3.recipe.rules import (
+    FileName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    at_least_one,
+    below_one,
+    each_once,
+    image_student_name,
+    initialisation,
+    parquet,
+    student_side,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageData(Section):
+    """The photographs."""
+
+    # folder: photographs of your own; synthetic: drawn shapes, never used unless asked for here
+    source: Literal["sa1b", "folder", "synthetic"]
+    index: Annotated[
+        str, parquet
+    ]  # what to read; scripts/index_sa1b.py makes it, `folder` and `synthetic` by themselves
+    folder: str | None = None  # source folder only: the photographs, in subfolders too; indexed on first use
+    held_out: Annotated[float, below_one] = 0.1  # source folder only: share held out, by the images' content
+    resize: Literal["square", "longest_side"] = "square"  # square is SAM 3's own; longest_side pads to a square
+    synthetic_images: NonNegativeInt = 0  # how many to draw, both splits together; source synthetic only
+    synthetic_side_px: PositiveInt = 192  # longest side of a drawn image
+    limit: PositiveInt | None = None  # use only the first so many images of each split; null: all
+    workers: NonNegativeInt = 8  # data loader processes per rank; 0: load in the main process
+    max_unreadable: NonNegativeInt = 100  # stop after more unreadable images than this in one run
+
+    def check(self) -> Iterator[str]:
+        if self.source == "folder" and self.folder is None:
+            yield "folder: source folder needs to know where the photographs are, such as data.folder=/photos"
+        if self.source != "folder" and self.folder is not None:
+            yield f"folder: {self.folder} is given, but source is {self.source}; set data.source=folder"
+        if self.source == "folder" and self.held_out == 0:
+            yield "held_out: 0 leaves nothing to validate on; set it above 0"
+        if self.source == "synthetic" and self.synthetic_images == 0:
+            yield "synthetic_images: source synthetic needs to know how many to draw; set it above 0"
+        if self.source != "synthetic" and self.synthetic_images > 0:
+            yield (
+                f"synthetic_images: {self.synthetic_images} asked for, but source is {self.source}; "
+                "set data.source=synthetic or leave it 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEmbed(Section):
+    """The teacher's features: where they are kept and which. `tap` and `grid` hold for an online teacher too."""
+
+    to: str  # store folder; shared by all students of one teacher and data set
+    tap: Literal["trunk", "neck"] = "trunk"  # trunk: the ViT's output, what a student replaces; neck: the FPN's
+    grid: PositiveInt | None = None  # rows and columns kept; null: the teacher's own (72 for SAM 3)
+    dtype: Literal["float16", "int8"] = "float16"  # int8: half the bytes, one scale per channel and record
+    pixels: bool = False  # keep the resized uint8 image too: training then needs no photographs and no JPEG decoding
+    batch_size: PositiveInt = 8  # images per rank per teacher forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageLoss(Section):
+    """Weights of the terms of the loss; see effsam3/losses/features.py for the formulas."""
+
+    mse: NonNegativeFloat = 1.0  # mean squared error per position
+    cosine: NonNegativeFloat = 1.0  # 1 - cosine similarity per position
+    neck: NonNegativeFloat = 0.0  # difference of what the frozen FPN neck makes of both; costs its forward
+    channels: Literal["mean", "sum"] = "mean"  # mean: of standardised channels; sum: upstream's, which drowns cosine
+
+    def check(self) -> Iterator[str]:
+        if self.mse == self.cosine == self.neck == 0:
+            yield "mse: all weights (mse, cosine, neck) are 0; nothing would be learned"
+
+
+Benchmark = Literal["fidelity", "masks", "speed"]
+Prompt = Literal["box", "point"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEvaluate(Section):
+    """What the merged model is measured on."""
+
+    benchmarks: Annotated[tuple[Benchmark, ...], at_least_one, each_once] = ("fidelity", "masks", "speed")
+    max_images: PositiveInt = 200  # held-out images per benchmark
+    masks_per_image: PositiveInt = 8  # annotated masks prompted per image, at most
+    prompts: Annotated[tuple[Prompt, ...], at_least_one, each_once] = ("box", "point")  # taken from the annotations
+    pictures: NonNegativeInt = 8  # images to draw
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecipe(StageRecipe):
+    """Stage 1, image: a student learns the output of SAM 3's ViT trunk, then takes its place."""
+
+    stage: Literal["image"]  # the module of effsam3/stages that reads this recipe
+    name: FileName  # of the run folder, <train.runs>/<name>
+    hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
+    # A row of effsam3/models/registry.py (see `effsam3 compare`), or timm/NAME, any backbone with feature maps
+    student: Annotated[str, image_student_name]
+    student_image_size: Annotated[int, student_side] | None = None  # px that it sees of SAM 3's 1008; null: all
+    student_init: Annotated[str, initialisation] = "imagenet"  # imagenet, random, weights file or model folder
+    head: Literal["fused", "stride32"] = "fused"  # fused: strides 8, 16, 32; stride32: upstream's
+    teacher: Literal["stored", "online"] = "stored"  # stored: reads embed.to; online: runs the teacher beside it
+    sam3: Sam3 = Sam3()
+    data: ImageData
+    embed: ImageEmbed
+    loss: ImageLoss = ImageLoss()
+    optim: Optim
+    train: Train
+    evaluate: ImageEvaluate = ImageEvaluate()
+    merge: Merge = Merge()
+    push: Push = Push()
+
+    def check(self) -> Iterator[str]:
+        yield from warmup_fits(self)
+        if self.loss.neck > 0 and self.embed.tap == "neck":
+            yield f"loss.neck: {self.loss.neck} needs the trunk's output, but embed.tap is neck; set one of them back"
+        yield from self._student_fits()
+
+    def _student_fits(self) -> Iterator[str]:
+        """Yield why the student cannot be built, as far as that is known without weights."""
+        try:
+            side = chassis_facts(self.sam3.checkpoint).image_size
+        except UserError:  # not on this machine yet: its sizes are told when it is
+            side = None
+        if None not in (side, self.student_image_size) and self.student_image_size > side:
+            yield (
+                f"student_image_size: {self.student_image_size} px is more than the {side} px that the SAM 3 "
+                f"{self.sam3.checkpoint} sees, and nothing would be gained; set at most {side}, or null"
+            )
+        if not self.student.startswith(PREFIX):
+            return
+        try:
+            row = image_student(self.student, self.student_image_size or side or SAM3.image_size)
+        except UserError as error:
+            yield str(error)
+            return
+        if self.head == "stride32" and row.strides[-1] != 32:
+            coarsest = f"the coarsest of {self.student} has {row.strides[-1]}"
+            yield f"head: stride32 reads a map of stride 32, {coarsest}; set head=fused"
+        if self.student_init == "imagenet" and not pretrained_cfg(row.timm_name).has_weights:
+            yield f"student_init: timm has no weights of {row.timm_name}; set student_init=random, or name a file"

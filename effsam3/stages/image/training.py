@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1, image: a student trunk learns SAM 3's vision features.
+
+Letters: B images, C channels, G grid rows and columns, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from effsam3.checked_files import read_json
+from effsam3.data.images.features import ImageFeatures, store_keys, stored_features
+from effsam3.data.images.photographs import ready_photographs
+from effsam3.data.images.sa1b import SPLITS, load_index
+from effsam3.data.loader import loader
+from effsam3.data.statistics import statistics_sample
+from effsam3.data.store.reader import INPUTS, Field, StoreError, StoreReader, quantise_int8, ties_inputs, to_float16
+from effsam3.data.synthetic.images import make_synthetic_sa1b
+from effsam3.data.transforms import normalise, resized_size, valid_mask
+from effsam3.errors import UserError
+from effsam3.hardware.accelerator import frozen_autocast, on_main
+from effsam3.losses.features import agreement_sums, feature_loss, relative_error, standardise
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.image.backbones import image_student
+from effsam3.models.image.student import StudentTrunk, load_timm_weights, resize_BCHW, student_config
+from effsam3.models.image.teacher import (
+    Neck,
+    Teacher,
+    check_features,
+    check_weights,
+    load_neck,
+    parameter_count,
+    to_map,
+)
+from effsam3.models.registry import chassis_facts
+from effsam3.recipe.rules import names_a_model
+from effsam3.stages.base import Stage, refuse_other_teacher, stored_facts, untied_note
+from effsam3.training.report import write_json
+
+DIVIDED_BY = {
+    "sa1b": "scripts/index_sa1b.py --val-fraction",
+    "folder": "data.held_out",
+    "synthetic": "their number, data.synthetic_images,",
+}
+SYNTHETIC_HELD_OUT = 0.2  # of the drawn images: they are few
+
+
+def ready_index(recipe, accelerator, say: Callable[[str], object] = print) -> Path:
+    """Return the index's path; for `data.source: folder` make it first, for `synthetic` the images, too, once.
+
+    `say` gets what is to be known of a folder of photographs: what was left out of the index, what has changed since.
+
+    Raises:
+        UserError: an index of something else stands there already, or synthetic images of another number or size.
+    """
+    on_main(accelerator, partial(_make_index, recipe, say))
+    return Path(recipe.data.index)
+
+
+def _make_index(recipe, say: Callable[[str], object]) -> None:
+    from effsam3.data.images.index import build_index
+
+    index = Path(recipe.data.index)
+    if recipe.data.source == "folder":
+        if news := ready_photographs(recipe.data.folder, index, recipe.data.held_out):
+            say(news)
+    if recipe.data.source == "synthetic":
+        made = {"images": recipe.data.synthetic_images, "side_px": recipe.data.synthetic_side_px}
+        stamp = index.parent / "synthetic.json"
+        if index.is_file() and not stamp.is_file():
+            raise UserError(
+                f"data.index: {index} is an index of real images; give data.source: synthetic another path, or set "
+                "data.source=sa1b to use it"
+            )
+        if not stamp.is_file():
+            make_synthetic_sa1b(index.parent / "images", made["images"], side_px=made["side_px"])
+            build_index([index.parent / "images"], index, SYNTHETIC_HELD_OUT, workers=1, progress=False)
+            write_json(stamp, made)
+        elif (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
+            raise UserError(
+                f"{index.parent} holds synthetic images made as {found}, the recipe asks for {made}; give data.index "
+                "another folder, or delete this one"
+            )
+
+
+def image_dataset(
+    recipe,
+    index: Path,
+    split: str,
+    image_size: int,
+    store: StoreReader | None = None,
+    most: int | None = None,
+    tied: bool = True,
+) -> ImageFeatures:
+    """The images of one split, the first `data.limit` and at most `most` of them, less those that embed skipped."""
+    limits = [limit for limit in (recipe.data.limit, most) if limit is not None]
+    rows = load_index(index, split, min(limits, default=None))
+    if store is not None and store.manifest.skipped:
+        skipped = {entry["key"] for entry in store.manifest.skipped}
+        keys = store_keys(rows, store.manifest.ties_inputs)
+        rows = rows.select([position for position, key in enumerate(keys) if key not in skipped])
+    return ImageFeatures(rows, index.parent, image_size, recipe.data.resize, store, tied)
+
+
+# What a store must say of its features before a student learns from them.
+FACTS = {"tap": str, "grid": int, "channels": int, "image_size": int, "resize": str, "teacher": dict}
+
+
+class ImageTeacherPass:
+    """What `embed` runs: the teacher over every image of the index, and what a record of the store is made of."""
+
+    def __init__(self, recipe, accelerator):
+        self.recipe, self.device = recipe, accelerator.device
+        self.teacher = make_teacher(recipe, accelerator)
+        self.channels = self.teacher.channels
+        self.max_unreadable = recipe.data.max_unreadable
+        self.less_room = "embed.dtype=int8 takes half, " if recipe.embed.dtype == "float16" else ""
+        index = ready_index(recipe, accelerator)
+        # Features may be wanted of photographs that are all in one split; training will ask for both.
+        present = set(load_index(index)["split"])
+        tied = ties_inputs(recipe.embed.to)
+        self.datasets = [
+            image_dataset(recipe, index, split, self.teacher.image_size, tied=tied)
+            for split in SPLITS
+            if split in present
+        ]
+        self.inputs = {INPUTS: "xxh3_64 of the image's bytes, at the end of its key"} if tied else {}
+        self.accelerator = accelerator
+
+    def fields(self) -> list[Field]:
+        """The record's fields: features, for int8 their scales, and on request the pixels they were made of."""
+        side, grid, channels = self.teacher.image_size, self.teacher.grid, self.teacher.channels
+        fields = [Field("features", self.recipe.embed.dtype, (channels, grid, grid))]
+        if self.recipe.embed.dtype == "int8":
+            fields.append(Field("scale", "float32", (channels,)))
+        if self.recipe.embed.pixels:
+            fields += [Field("pixels", "uint8", (3, side, side)), Field("sizes", "int32", (2,))]
+        return fields
+
+    def description(self) -> dict:
+        """What the manifest says about the features: they belong to this teacher and this preprocessing alone."""
+        teacher = self.teacher
+        return self.inputs | {
+            "kind": "image",
+            "tap": teacher.tap,
+            "grid": teacher.grid,
+            "channels": teacher.channels,
+            "payload": self.recipe.embed.dtype,
+            "image_size": teacher.image_size,
+            "resize": self.recipe.data.resize,
+            "normalisation": "x / 255, mean 0.5, std 0.5",
+            "precision": self.recipe.train.precision,
+            "teacher": {
+                "checkpoint": self.recipe.sam3.checkpoint,
+                "revision": self.recipe.sam3.revision,
+                "fingerprint": teacher.fingerprint,
+                "trunk_parameters": parameter_count(teacher.trunk),
+            },
+        }
+
+    def describe(self) -> dict[str, str]:
+        """Lines for the header of `embed`."""
+        facts = self.description()
+        images = sum(map(len, self.datasets))
+        total = images * sum(field.nbytes for field in self.fields())
+        return {
+            "teacher": f"{facts['teacher']['checkpoint']} {facts['tap']}  {facts['teacher']['trunk_parameters']:,} "
+            f"parameters, fingerprint {facts['teacher']['fingerprint'][:12]}",
+            "features": f"{facts['channels']} x {facts['grid']} x {facts['grid']} {facts['payload']}, from "
+            f"{facts['image_size']} px {facts['resize']}",
+            "data": f"{self.recipe.data.index}  {images:,} images, about {total / 1e9:.2f} GB",
+        }
+
+    def features(self, batch: dict, check: bool = False) -> Tensor:
+        """Run the teacher on a batch; `check` also asks the guard whether these can be SAM 3's features."""
+        pixels = normalise(batch["pixels"].to(self.device))
+        with frozen_autocast(self.accelerator, self.recipe.train.precision):
+            feat_BCGG = self.teacher(pixels)
+        readable = batch["sizes"][:, 0] > 0
+        if check and readable.any():
+            check_features(feat_BCGG[readable], pixels[readable])
+        return feat_BCGG
+
+    def record(self, batch: dict, place: int, feat_CGG: Tensor, key: str) -> dict:
+        """What the store keeps of one image of a batch."""
+        if self.recipe.embed.dtype == "float16":
+            record = {"features": to_float16(feat_CGG, key)}
+        else:
+            record = dict(zip(("features", "scale"), quantise_int8(feat_CGG, key), strict=True))
+        if self.recipe.embed.pixels:
+            record |= {"pixels": batch["pixels"][place], "sizes": batch["sizes"][place].int()}
+        return record
+
+    def stored(self, reader: StoreReader, dataset: ImageFeatures, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Read features (B, C, G, G) and valid mask (B, 1, G, G) of some images back; their sizes are the index's."""
+        rows = dataset.index.select(positions)
+        sizes = [
+            resized_size(height, width, dataset.image_size, dataset.resize)
+            for height, width in zip(rows["height"], rows["width"], strict=True)
+        ]
+        keys = [dataset.store_keys[position] for position in positions]
+        features = stored_features(reader.read(reader.positions(keys)))
+        return features, valid_mask(torch.tensor(sizes), self.teacher.image_size, self.teacher.grid)
+
+
+def make_teacher(recipe, accelerator) -> Teacher:
+    """Load the recipe's teacher onto the accelerator's device and let the guard look at its weights."""
+    sam3 = recipe.sam3
+    teacher = Teacher(chassis_folder(sam3.checkpoint, sam3.revision), recipe.embed.tap, recipe.embed.grid)
+    check_weights(teacher, sam3.checkpoint, sam3.fingerprint)
+    return teacher.to(accelerator.device)
+
+
+def make_student(recipe, channels: int, image_size: int, patch_size: int) -> StudentTrunk:
+    """Build the recipe's student for features of this width and images of this size, initialised as it says."""
+    sizes = {"hidden_size": channels, "image_size": image_size, "patch_size": patch_size}
+    config = student_config(recipe.student, recipe.head, recipe.student_image_size, **sizes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)  # every rank builds the same student
+        student = StudentTrunk(config)
+    if recipe.student_init != "random" and not names_a_model(recipe.student_init):
+        load_timm_weights(student, recipe.student_init, image_student(recipe.student, config.seen_size).timm_name)
+    return student
+
+
+def refuse_partial_maps(recipe, tap: str, grid: int) -> None:
+    """Refuse features that the neck cannot read, where the loss looks at what it makes of them.
+
+    Raises:
+        UserError: they are not the trunk's, or not on its own grid.
+    """
+    if recipe.loss.neck and (tap != "trunk" or grid != chassis_facts(recipe.sam3.checkpoint).grid):
+        raise UserError(
+            f"loss.neck compares what SAM 3's neck makes of whole trunk maps; these are {tap} features on a "
+            f"{grid}x{grid} grid. Embed with embed.tap=trunk and without embed.grid, or set loss.neck=0"
+        )
+
+
+class ImageStage(Stage):
+    """The training side: student, data, loss and validation."""
+
+    unit = "images"
+
+    def __init__(self, recipe, report, accelerator):
+        super().__init__(recipe, report, accelerator)
+        self.max_unreadable = recipe.data.max_unreadable
+        index = ready_index(recipe, accelerator, report.say)
+        facts = chassis_facts(recipe.sam3.checkpoint)
+        self.teacher: Teacher | None = None
+        if recipe.teacher == "online":
+            self.teacher = make_teacher(recipe, accelerator)
+            self.facts = {
+                "tap": recipe.embed.tap,
+                "grid": self.teacher.grid,
+                "channels": self.teacher.channels,
+                "image_size": self.teacher.image_size,
+                "resize": recipe.data.resize,
+                "teacher": {"checkpoint": recipe.sam3.checkpoint, "fingerprint": self.teacher.fingerprint},
+            }
+            store = None
+        else:
+            store = self._open_store()
+            self.facts = store.manifest.description
+        side = self.facts["image_size"]
+        self.train_data = image_dataset(recipe, index, "train", side, store)
+        self.val_data = image_dataset(recipe, index, "val", side, store, most=recipe.train.eval_samples)
+        if not len(self.train_data) or not len(self.val_data):
+            raise UserError(
+                f"data.index: {index} has {len(self.train_data)} training and {len(self.val_data)} held-out images; "
+                f"both are needed ({DIVIDED_BY[recipe.data.source]} divides them)"
+            )
+        self.train_size = len(self.train_data)
+        self.note = untied_note(store)
+        self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
+        student = make_student(recipe, self.facts["channels"], self.facts["image_size"], facts.patch_size)
+        self.set_student(student)
+        self.start = self.go_on()
+        self.neck = self._load_neck() if recipe.loss.neck else None
+
+    def _open_store(self) -> StoreReader:
+        recipe = self.recipe
+        store = StoreReader(recipe.embed.to)
+        facts = stored_facts(recipe, store, FACTS)
+        if recipe.data.resize != facts["resize"]:
+            raise StoreError(
+                f"the store at {recipe.embed.to} was made with resize={facts['resize']}, the recipe says data.resize="
+                f"{recipe.data.resize}; change data.resize, or embed again to another embed.to"
+            )
+        refuse_other_teacher(recipe, facts["teacher"])
+        return store
+
+    def _load_neck(self) -> Neck:
+        refuse_partial_maps(self.recipe, self.facts["tap"], self.facts["grid"])
+        return load_neck(chassis_folder(self.recipe.sam3.checkpoint, self.recipe.sam3.revision)).to(self.device)
+
+    def statistics_batches(self):
+        """A fixed sample of the training images, in batches."""
+        sample, size = statistics_sample(self.train_data.keys), self.recipe.embed.batch_size
+        chunks = [sample[start : start + size] for start in range(0, len(sample), size)]
+        return loader(self.train_data, chunks, self.recipe.data.workers, pin=False)
+
+    def describe(self) -> dict[str, str]:
+        """Lines for the run's header: what is learned, from what."""
+        seen = self.recipe.student_image_size or self.facts["image_size"]
+        row = image_student(self.recipe.student, seen)
+        replaced = chassis_facts(self.recipe.sam3.checkpoint).trunk_params
+        own = self.student_parameters
+        grid, channels = self.facts["grid"], self.facts["channels"]
+        source = "beside the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
+        lines = {
+            "student": f"{row.label} ({self.recipe.student}, head {self.recipe.head})  {own / 1e6:.2f} M parameters "
+            f"instead of {replaced / 1e6:.2f} M, sees {seen} px",
+            "teacher": f"{self.recipe.sam3.checkpoint} {self.facts['tap']}, {channels} x {grid} x {grid}, {source}",
+            "data": f"{self.recipe.data.index}  {len(self.train_data):,} images, {len(self.val_data):,} held out, "
+            f"{self.facts['image_size']} px {self.facts['resize']}",
+        }
+        return lines | self.start | self.note
+
+    def valid(self, batch: dict) -> Tensor:
+        """Valid mask (B, 1, G, G) on the device."""
+        return valid_mask(batch["sizes"], self.facts["image_size"], self.facts["grid"]).to(self.device)
+
+    def target(self, batch: dict) -> Tensor:
+        """The teacher's features (B, C, G, G), float32: read from the store or made here."""
+        if self.teacher is None:
+            fields = {
+                name: batch[name].to(self.device, non_blocking=True) for name in ("features", "scale") if name in batch
+            }
+            return stored_features(fields)
+        with frozen_autocast(self.accelerator, self.recipe.train.precision):
+            return self.teacher(self.pixels(batch))
+
+    def pixels(self, batch: dict) -> Tensor:
+        """Normalised pixels (B, 3, S, S) on the device."""
+        return normalise(batch["pixels"].to(self.device, non_blocking=True))
+
+    def predict(self, student, batch: dict) -> Tensor:
+        """The student's features at the targets' grid, (B, C, G, G)."""
+        with self.accelerator.autocast():
+            feat_BND = student(self.pixels(batch)).last_hidden_state
+        return resize_BCHW(to_map(feat_BND), (self.facts["grid"],) * 2)
+
+    def loss(self, student, batch: dict) -> dict[str, Tensor]:
+        """The weighted loss of a micro-batch and its named parts, all scalars."""
+        weights = self.recipe.loss
+        target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
+        parts = {}
+        if self.neck is not None:
+            parts["neck"] = relative_error(self.neck(pred), self.neck(target), valid)
+        if weights.channels == "mean":
+            pred, target = (standardise(feat, self.mean_C, self.deviation_C) for feat in (pred, target))
+        parts |= feature_loss(pred, target, valid, weights.channels)
+        total = sum(getattr(weights, name) * value for name, value in parts.items())
+        return {"loss": total, **parts}
+
+    @torch.no_grad()
+    def validate(self, student, batch: dict) -> dict[str, Tensor]:
+        """Sums of a batch for `summarise`: what `losses.agreement_sums` counts."""
+        target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
+        return agreement_sums(pred, target, valid, self.mean_C, self.deviation_C)

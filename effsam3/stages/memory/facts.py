@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes of stage 2, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from effsam3.recipe.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
+from effsam3.recipe.push import Push
+from effsam3.recipe.rules import (
+    FileName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    at_least_one,
+    each_once,
+    parquet,
+    share,
+)
+
+Mode = Literal["hybrid", "latents", "pooled", "dense"]
+TrackerPart = Literal["memory", "pointers", "prompts", "decoder", "neck", "trunk"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryData(Section):
+    """The videos, and how clips are drawn from them."""
+
+    source: Literal["sav", "synthetic"]  # synthetic: drawn shapes, never used unless asked for here
+    index: Annotated[str, parquet]  # what to read; scripts/index_sav.py makes it, or `synthetic` does
+    frames: Annotated[int, lambda value: "" if value > 1 else f"must be 2 or more, got {value}"] = 8  # of a clip
+    objects: PositiveInt = 3  # most objects of a clip; they are batched, and cost what frames cost
+    reverse: Annotated[float, share] = 0.5  # of the clips that run backwards
+    augment: bool = True  # flip, small affine and colour changes, alike over a clip
+    synthetic_videos: NonNegativeInt = 0  # how many to draw, both splits together; source synthetic only
+    synthetic_frames: PositiveInt = 48  # of a drawn video, at 24 per second
+    synthetic_side_px: PositiveInt = 128  # of a drawn video
+    limit: PositiveInt | None = None  # use only the first so many videos of each split; null: all
+    workers: NonNegativeInt = 8  # data loader processes per rank; 0: load in the main process
+    max_unreadable: NonNegativeInt = 100  # stop after more unreadable videos than this in one run
+
+    def check(self) -> Iterator[str]:
+        if self.source == "synthetic" and self.synthetic_videos == 0:
+            yield "synthetic_videos: source synthetic needs to know how many to draw; set it above 0"
+        if self.source != "synthetic" and self.synthetic_videos > 0:
+            yield (
+                f"synthetic_videos: {self.synthetic_videos} asked for, but source is {self.source}; "
+                "set data.source=synthetic or leave it 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryModel(Section):
+    """What the memory is made of. One set of weights serves every mode."""
+
+    mode: Mode = "hybrid"  # hybrid: pooled maps of the newest and the prompted frames, latents of the others
+    global_latents: PositiveInt = 64  # latents of a frame that read all of it
+    window_latents: PositiveInt = (
+        64  # latents of a frame that read a window each; a square whose root divides the grid
+    )
+    depth: PositiveInt = 2  # layers of the resampler
+    pool: PositiveInt = 2  # pooled maps keep the mean of so many by so many cells
+    hot_frames: NonNegativeInt = 1  # hybrid: most recent frames that keep their map
+    attention_layers: PositiveInt | None = None  # of the memory attention; null: as many as SAM 3's (4)
+    fuser_layers: PositiveInt | None = None  # of the memory encoder; null: as many as SAM 3's (2)
+    trains: Annotated[tuple[TrackerPart, ...], at_least_one, each_once] = ("memory",)  # all else is frozen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting(Section):
+    """How objects are prompted in a clip's first frame, and corrected later."""
+
+    mask: Annotated[float, share] = 0.5  # share of the objects that are given as masks
+    point: Annotated[float, share] = 0.25  # ... as one click inside
+    box: Annotated[float, share] = 0.25  # ... as a box whose corners are a little off
+    corrected_frames: NonNegativeInt = 0  # frames of a clip, the first among them, where clicks correct the prediction
+    clicks: PositiveInt = 7  # on each corrected frame
+
+    def check(self) -> Iterator[str]:
+        if abs(self.mask + self.point + self.box - 1) > 1e-6:
+            yield f"mask: mask, point and box are shares and add up to {self.mask + self.point + self.box:g}, not 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryLoss(Section):
+    """Weights of the terms of the loss; see effsam3/losses/masks.py for the formulas."""
+
+    focal: NonNegativeFloat = 20.0  # focal loss of the masks, SAM 2's published weight
+    dice: NonNegativeFloat = 1.0  # dice loss of the masks
+    iou: NonNegativeFloat = 1.0  # error of the predicted IoU
+    iou_error: Literal["absolute", "squared"] = "absolute"  # SAM 2's; squared, SAM's, lets an untrained head begin
+    presence: NonNegativeFloat = 1.0  # whether the object is in the frame
+    memory: NonNegativeFloat = 1.0  # squared error of the features after memory against the dense teacher's; 0: none
+    side_px: PositiveInt | None = None  # masks are compared at this size; null: the model's image size
+
+    def check(self) -> Iterator[str]:
+        if self.focal == self.dice == self.memory == 0:
+            yield "focal: focal, dice and memory are all 0; no mask would be learned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptim(Optim):
+    """AdamW; pretrained parts move more slowly than the resampler, which starts from nothing."""
+
+    pretrained_scale: PositiveFloat = 1.0  # learning rate of all but the resampler, as a multiple of `lr`
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryTrain(Train):
+    """The loop; samples are clips."""
+
+    trunk_batch: PositiveInt = 8  # frames per forward of the frozen trunk
+    objects_at_once: PositiveInt | None = None  # objects tracked together (with `recompute`); null: all
+    recompute: bool = False  # keep no activations but compute them again: less memory, about a third slower
+
+
+VideoBenchmark = Literal["sav", "davis"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEvaluate(Section):
+    """What the merged tracker is measured on: masks given in the first frame, tracked through the rest."""
+
+    videos: str | None = None  # folder in SA-V's, DAVIS', MOSE's or YouTube-VOS' layout; null: data's held-out videos
+    split: str | None = None  # a list of `videos`, such as val: SA-V's <split>.txt, DAVIS' ImageSets/2017; null: all
+    evaluator: VideoBenchmark = "sav"  # whose definition of J and F; they differ
+    modes: tuple[Mode, ...] = ()  # memory modes to measure besides the recipe's own
+    untrained: bool = False  # also measure the memory as it was before training
+    max_videos: PositiveInt = 50  # at most so many
+    appearing_later: bool = False  # also prompt objects that are not in the first frame, when they come
+    predictions: bool = False  # write all masks to eval/predictions, as the official evaluators read them
+    pictures: NonNegativeInt = 4  # videos to draw
+
+    def check(self) -> Iterator[str]:
+        if self.split is not None and self.videos is None:
+            yield f"split: {self.split!r} is a list in evaluate.videos, which is null; give that folder, or no split"
+        if self.evaluator == "davis" and self.appearing_later:
+            yield "appearing_later: DAVIS scores the objects of the first frame alone; use evaluator: sav, or false"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRecipe(StageRecipe):
+    """Stage 2, memory: the tracker learns to remember in far fewer tokens; all else stays as it is."""
+
+    launched = ("train", "merge", "evaluate")
+
+    stage: Literal["memory"]
+    name: FileName  # of the run folder, <train.runs>/<name>
+    hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
+    sam3: Sam3 = Sam3()  # the frozen chassis: SAM 3, or the merged model of a stage 1 student or release
+    data: MemoryData
+    memory: MemoryModel = MemoryModel()
+    prompts: Prompting = Prompting()
+    loss: MemoryLoss = MemoryLoss()
+    optim: MemoryOptim
+    train: MemoryTrain
+    evaluate: MemoryEvaluate = MemoryEvaluate()
+    merge: Merge = Merge()
+    push: Push = Push()
+
+    @property
+    def student(self) -> str:
+        """What the merged model calls the part."""
+        return f"{self.memory.mode} memory"
+
+    @property
+    def student_init(self) -> str:
+        """What it starts from."""
+        return "the chassis' memory"
+
+    def check(self) -> Iterator[str]:
+        yield from warmup_fits(self)
+        if self.prompts.corrected_frames > self.data.frames:
+            yield f"prompts.corrected_frames: {self.prompts.corrected_frames} of clips of {self.data.frames} frames"
+        if "memory" not in self.memory.trains:
+            yield f"memory.trains: {', '.join(self.memory.trains)} without memory, which the merged slot needs; add it"
+        if self.memory.mode == "dense" and self.memory.trains == ("memory",) and self.memory.attention_layers is None:
+            yield "memory.mode: dense with every layer is SAM 3's own memory; choose hybrid, latents or pooled"

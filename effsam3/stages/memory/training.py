@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2, memory: a tracker learns to remember in few tokens, beside a frozen one that remembers everything.
+
+Letters: B clips, T frames of a clip, N object slots of a clip, O objects of all clips, S image side in pixels, F
+corrected frames, K clicks on each of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from effsam3.checked_files import read_json
+from effsam3.data.synthetic.videos import make_synthetic_sav
+from effsam3.data.transforms import normalise
+from effsam3.data.videos.clips import VideoClips
+from effsam3.data.videos.index import build_index
+from effsam3.data.videos.sav import load_index
+from effsam3.errors import UserError
+from effsam3.hardware.accelerator import on_main
+from effsam3.losses.masks import object_weights
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import fingerprint, load_part, read_config, read_tensors
+from effsam3.models.image.teacher import parameter_count
+from effsam3.models.memory.attention import memory_tokens
+from effsam3.models.memory.config import EfficientTrackerConfig
+from effsam3.models.memory.prompts import draw_kind, draw_prompt
+from effsam3.models.memory.slot import MEMORY, tracker_config
+from effsam3.models.memory.student import TrackerStudent
+from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
+from effsam3.models.memory.training import Prompts, read_tracker_tensors
+from effsam3.stages.base import Stage
+from effsam3.training.report import table, write_json
+
+SYNTHETIC_HELD_OUT = 0.2  # of the drawn videos: they are few
+LOSSES = ("focal", "dice", "iou", "presence", "memory")
+
+
+def ready_index(recipe, accelerator) -> Path:
+    """Return the index's path; for `data.source: synthetic` draw videos and index them first, once.
+
+    Raises:
+        UserError: synthetic videos of another number or size stand there already, or an index of real ones.
+    """
+    if recipe.data.source == "synthetic":
+        on_main(accelerator, partial(_draw_videos, recipe.data))
+    return Path(recipe.data.index)
+
+
+def _draw_videos(data) -> None:
+    index = Path(data.index)
+    made = {
+        "videos": data.synthetic_videos,
+        "frames": data.synthetic_frames,
+        "side_px": data.synthetic_side_px,
+    }
+    stamp = index.parent / "synthetic.json"
+    if index.is_file() and not stamp.is_file():
+        raise UserError(
+            f"data.index: {index} is an index of real videos; give data.source: synthetic another path, or set "
+            "data.source=sav to use it"
+        )
+    if not stamp.is_file():
+        make_synthetic_sav(index.parent / "videos", **made)
+        build_index([index.parent / "videos"], index, SYNTHETIC_HELD_OUT, workers=1, progress=False)
+        write_json(stamp, made)
+    elif (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
+        raise UserError(
+            f"{index.parent} holds synthetic videos made as {found}, the recipe asks for {made}; give data.index "
+            "another folder, or delete this one"
+        )
+
+
+def make_loggers(recipe, folder: Path) -> tuple[EfficientTracker, EfficientTracker]:
+    """Build the tracker that learns and the dense one that teaches, from one chassis folder.
+
+    Raises:
+        UserError: the chassis' tracker has an efficient memory already.
+    """
+    own = read_config(folder).tracker_config
+    if isinstance(own, EfficientTrackerConfig):
+        raise UserError(
+            f"sam3.checkpoint: {folder} has an efficient memory already ({own.memory_mode}); the teacher must be a "
+            "SAM 3, or a stage 1 release, with SAM 3's own memory"
+        )
+    tensors = read_tracker_tensors(folder)
+    config = tracker_config(own, recipe.memory)
+    student = load_part(EfficientTracker, config, efficient_tracker_tensors(tensors, config, seed=recipe.train.seed))
+    dense = tracker_config(own, replace(recipe.memory, mode="dense", attention_layers=None, fuser_layers=None))
+    without_vision = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
+    teacher = load_part(
+        lambda config: EfficientTracker(config, remove_vision_encoder=True),
+        dense,
+        efficient_tracker_tensors(without_vision, dense, seed=recipe.train.seed),
+    )
+    return student.float(), teacher.float()
+
+
+def make_student(recipe, tracker: EfficientTracker, teacher: EfficientTracker) -> TrackerStudent:
+    """Take out of a tracker what the recipe trains."""
+    train, loss = recipe.train, recipe.loss
+    return TrackerStudent(
+        tracker,
+        recipe.memory.trains,
+        teacher,
+        {name: getattr(loss, name) for name in LOSSES},
+        loss.side_px or tracker.image_size,
+        loss.iou_error == "squared",
+        train.trunk_batch,
+        train.objects_at_once,
+        train.recompute,
+    )
+
+
+def keep_whole(student: TrackerStudent, accelerator) -> None:
+    """Under ZeRO-3, keep the student's weights whole on every rank: gathered together, never module by module.
+
+    Each rank runs the modules that its own prompts and objects need, in an order of its own, so that gathering one by
+    one would make ranks wait for each other for ever. Gradients and optimizer states stay divided, and are three
+    quarters of it.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        from deepspeed.runtime.zero import register_external_parameter
+
+        # Weights below this size stay where they have been gathered.
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = sys.maxsize
+        for parameter in student.parameters():
+            register_external_parameter(student, parameter)  # so that the first forward gathers all of them
+
+
+class MemoryStage(Stage):
+    """The training side: trackers, clips, prompts, loss and validation."""
+
+    metric = "val/j"
+    unit = "clips"
+    files = "videos"
+
+    def __init__(self, recipe, report, accelerator):
+        super().__init__(recipe, report, accelerator)
+        self.max_unreadable = recipe.data.max_unreadable
+        data, train = recipe.data, recipe.train
+        folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
+        # Before anything is made: a memory that does not fit fails here.
+        tracker, teacher = make_loggers(recipe, folder)
+        side = tracker.image_size
+        index = ready_index(recipe, accelerator)
+        rows = {split: load_index(index, split, data.limit) for split in ("train", "val")}
+        if not len(rows["train"]) or not len(rows["val"]):
+            raise UserError(
+                f"data.index: {index} has {len(rows['train'])} training and {len(rows['val'])} held-out videos; both "
+                "are needed (scripts/index_sav.py --val-fraction divides them)"
+            )
+        shape = dict(image_size=side, frames=data.frames, objects=data.objects)
+        self.train_data = VideoClips(
+            rows["train"], index.parent, **shape, reverse=data.reverse, augment=data.augment, seed=train.seed
+        )
+        held_out = rows["val"].select(range(min(train.eval_samples, len(rows["val"]))))
+        self.val_data = VideoClips(held_out, index.parent, **shape, reverse=0.0, augment=False, seed=train.seed)
+        self.train_size = len(self.train_data)
+        tracker, teacher = tracker.to(self.device), teacher.to(self.device)
+        self.student = make_student(recipe, tracker, teacher)
+        keep_whole(self.student, accelerator)
+        self.student_parameters = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
+        self.frozen_parameters = parameter_count(tracker) - self.student_parameters
+        self.config = tracker.config
+        self.lr_scales = {"": recipe.optim.pretrained_scale, "memory_resampler.": 1.0}
+        memory = {name: tensor for name, tensor in read_tensors(folder).items() if name.startswith(MEMORY)}
+        self.facts = {
+            "image_size": side,
+            "grid": tracker.config.grid,
+            "trains": list(recipe.memory.trains),
+            "teacher": {
+                "checkpoint": recipe.sam3.checkpoint,
+                "revision": recipe.sam3.revision,
+                "fingerprint": fingerprint(memory),
+            },
+        }
+
+    def describe(self) -> dict[str, str]:
+        """Lines for the run's header: what is learned, from what."""
+        data, config = self.recipe.data, self.config
+        dense = memory_tokens(self.student.teacher.config)
+        left_out = len(self.train_data.left_out) + len(self.val_data.left_out)
+        short = f", {left_out:,} left out (no clip of {data.frames} annotated frames)" if left_out else ""
+        slow = self.train_data.unseekable + self.val_data.unseekable
+        if slow:
+            short += (
+                f"; {slow:,} are decoded whole before a clip (the index does not know that seeks find their frames)"
+            )
+        return {
+            "student": f"{config.memory_mode} memory, {', '.join(self.recipe.memory.trains)}  "
+            f"{self.student_parameters / 1e6:.2f} M parameters learn, {self.frozen_parameters / 1e6:.2f} M are frozen",
+            "memory": f"{memory_tokens(config):,} tokens for a frame to read, {dense:,} when dense",
+            "teacher": f"{self.recipe.sam3.checkpoint}, dense memory",
+            "data": f"{data.index}  {len(self.train_data):,} videos, {len(self.val_data):,} held out{short}; clips of "
+            f"{data.frames} frames, at most {data.objects} objects, {self.facts['image_size']} px",
+        }
+
+    def train_batches(self, start: int, steps: int):
+        """This rank's micro-batches of clips from step `start` on; what is drawn at random depends on the clip's
+        number in the run alone."""
+        return self.divide(start, steps, numbered=True)
+
+    def samples(self, batch: dict) -> list[str]:
+        """Videos of a batch's clips, each with the number that the clip was drawn by."""
+        return [f"{key}, clip {number}" for key, number in zip(batch["keys"], batch["numbers"], strict=True)]
+
+    def inputs(self, batch: dict, shares: dict[str, float], corrected: tuple[int, ...] = ()) -> tuple:
+        """What the student's forward takes, on the device: pixels, masks, clips, weights, prompts.
+
+        A batch without any object (padding of the last one) keeps one empty slot of weight 0: every rank takes part in
+        every forward.
+        """
+        valid_BN = batch["valid"].clone()
+        empty = not valid_BN.any()
+        valid_BN[0, 0] |= empty
+        clip_O, slot_O = valid_BN.nonzero(as_tuple=True)
+        masks_OTSS = batch["masks"][clip_O, :, slot_O]
+        weight_O = object_weights(clip_O, len(valid_BN)) * (0.0 if empty else 1.0)
+        drawn = []
+        for clip, slot, mask_TSS in zip(clip_O.tolist(), slot_O.tolist(), masks_OTSS, strict=True):
+            rng = np.random.default_rng([self.recipe.train.seed, batch["numbers"][clip], slot])
+            kind = "mask" if empty else draw_kind(shares, rng)
+            points, labels = draw_prompt(mask_TSS[0], kind, rng)
+            chances_FK = torch.from_numpy(rng.random((len(corrected), self.recipe.prompts.clicks))).float()
+            drawn.append((points, labels, torch.tensor(kind == "mask"), chances_FK))
+        points, labels, by_mask, chances_OFK = (torch.stack(kind).to(self.device) for kind in zip(*drawn, strict=True))
+        prompts = Prompts(points, labels, by_mask, dict(zip(corrected, chances_OFK.unbind(1), strict=True)))
+        pixels = normalise(batch["pixels"].to(self.device, non_blocking=True))
+        return pixels, masks_OTSS.to(self.device), clip_O.to(self.device), weight_O.to(self.device), prompts
+
+    def corrected_frames(self, batch: dict) -> tuple[int, ...]:
+        """Which frames of a step's clips are corrected by clicks: the first, and others at random.
+
+        All clips of a step share them, because they are tracked together.
+        """
+        asked, data = self.recipe.prompts, self.recipe.data
+        if not asked.corrected_frames:
+            return ()
+        step = batch["numbers"][0] // self.recipe.train.global_batch_size
+        rng = np.random.default_rng([self.recipe.train.seed, step])
+        later = rng.choice(np.arange(1, data.frames), asked.corrected_frames - 1, replace=False)
+        return (0, *later.tolist())
+
+    def loss(self, student, batch: dict) -> dict[str, Tensor]:
+        """The weighted loss of a micro-batch and its named parts, all scalars."""
+        asked = self.recipe.prompts
+        shares = {"mask": asked.mask, "point": asked.point, "box": asked.box}
+        inputs = self.inputs(batch, shares, self.corrected_frames(batch))
+        with self.accelerator.autocast():
+            return student(*inputs)
+
+    @torch.no_grad()
+    def validate(self, student, batch: dict) -> dict[str, Tensor]:
+        """Sums of a batch for `summarise`: J of objects given by their mask in the first frame."""
+        inputs = self.inputs(batch, {"mask": 1.0, "point": 0.0, "box": 0.0})
+        counts_O = inputs[3] > 0
+        with self.accelerator.autocast():
+            j_OT = student(*inputs)["j"].double()
+        return {"j": j_OT[counts_O].sum(), "positions": counts_O.sum().double() * j_OT.shape[1]}
+
+    def conclude(self, start: dict[str, float], best: dict[str, float]) -> str:
+        """A table: the tracker beside itself as it began."""
+        rows = [
+            ["memory at the start", f"{start['val/j']:.4f}"],
+            [f"trained, step {best['step']}", f"{best['val/j']:.4f}"],
+        ]
+        return table(rows, ["held-out clips, masks given in the first frame", "J"])

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes of stage 1, text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from effsam3.errors import did_you_mean
+from effsam3.recipe.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
+from effsam3.recipe.push import Push
+from effsam3.recipe.rules import (
+    FileName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Section,
+    at_least_one,
+    context,
+    each_once,
+    share,
+    text_initialisation,
+    text_student_name,
+)
+
+RECAP_COLUMNS = ("re_caption", "org_caption", "mix")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData(Section):
+    """The captions: a caption set, lists of noun phrases, or a mix of both."""
+
+    # files: captions of your own; synthetic: made from a grammar, never used unless asked for here
+    source: Literal["recap", "files", "synthetic"]
+    # recap: folder of its parquet, or its Hub id; files: txt, json, jsonl, csv, tsv or parquet; null: phrases alone
+    captions: str | None = None
+    # Of the captions. recap: re_caption, org_caption or mix, one of the two by the row's key; files: any name.
+    column: str | None = None  # null: re_caption where there is one, else the one known name, such as caption or text
+    phrases: tuple[str, ...] = ()  # files of noun phrases: txt, json, jsonl, csv, tsv or parquet
+    phrase_column: str | None = None  # of the phrases; null: the one known name, such as phrase or text
+    phrase_share: Annotated[float, share] = 0.0  # of the samples that come from the phrases
+    context_length: Annotated[int, context] = 32  # most tokens of a text, start and end included; SAM 3 reads 32
+    streaming: bool = False  # read captions as they come, without an index; needs train.steps
+    held_out: Annotated[float, share] = 0.01  # of captions and phrases, chosen by their text
+    synthetic_captions: NonNegativeInt = 0  # how many to make; source synthetic only
+    limit: PositiveInt | None = None  # use only the first so many captions; null: all
+    workers: NonNegativeInt = 4  # data loader processes per rank; 0: load in the main process
+
+    def check(self) -> Iterator[str]:
+        if self.source == "synthetic" and self.synthetic_captions == 0:
+            yield "synthetic_captions: source synthetic needs to know how many to make; set it above 0"
+        if self.source != "synthetic" and self.synthetic_captions > 0:
+            yield (
+                f"synthetic_captions: {self.synthetic_captions} asked for, but source is {self.source}; "
+                "set data.source=synthetic or leave it 0"
+            )
+        if self.source != "files" and self.column not in (None, *RECAP_COLUMNS):
+            yield (
+                f"column: {self.column!r} is not one of {', '.join(RECAP_COLUMNS)}, which source {self.source} has"
+                f"{did_you_mean(self.column, RECAP_COLUMNS)}; for captions of your own set data.source=files"
+            )
+        if self.streaming and (self.captions is None or self.phrases):
+            yield "streaming: reads data.captions alone; set it false, or leave data.phrases out"
+        if self.captions is None and not self.phrases:
+            yield "captions: neither data.captions nor data.phrases is given; there is nothing to read"
+        if self.phrases and self.phrase_share == 0:
+            yield "phrase_share: data.phrases are given but their share is 0; set it above 0, 1 for phrases alone"
+        if not self.phrases and self.phrase_share > 0:
+            yield f"phrase_share: {self.phrase_share:g}, but there are no data.phrases"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEmbed(Section):
+    """The teacher's features, for `teacher: stored`."""
+
+    to: str = "data/teacher/sam3-text"  # store folder
+    batch_size: PositiveInt = 256  # captions per rank per teacher forward
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLoss(Section):
+    """Weights of the terms of the loss, per token."""
+
+    mse: NonNegativeFloat = 1.0  # mean squared error of standardised channels
+    cosine: NonNegativeFloat = 1.0  # 1 - cosine similarity
+    padding_mask: bool = True  # count valid tokens alone; false: padding too, as upstream's first runs did
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextEvaluate(Section):
+    """What the merged model's text features are measured on."""
+
+    benchmarks: Annotated[tuple[Literal["similarity", "speed"], ...], at_least_one, each_once] = (
+        "similarity",
+        "speed",
+    )
+    max_captions: PositiveInt = 2000  # held-out captions, and as many phrases
+    phrases: str | None = None  # file of noun phrases to measure on; null: the held-out ones of data.phrases
+    phrase_column: str | None = None  # of that file; null: the one known name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe(StageRecipe):
+    """Stage 1, text: a student learns the features of SAM 3's text encoder, then takes its place."""
+
+    stage: Literal["text"]
+    name: FileName  # of the run folder, <train.runs>/<name>
+    hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
+    student: Annotated[str, text_student_name]  # a row of effsam3/models/registry.py; see `effsam3 compare`
+    student_init: Annotated[str, text_initialisation] = "mobileclip"  # mobileclip, random, file or model folder
+    # What tokens see behind a short text: nothing, or a filling of id 0, as in EfficientSAM3 and its checkpoints.
+    student_padding: Literal["masked", "attended"] = "masked"
+    teacher: Literal["stored", "online"] = "online"  # online: costs less than reading stored targets
+    sam3: Sam3 = Sam3()
+    data: TextData
+    embed: TextEmbed = TextEmbed()
+    loss: TextLoss = TextLoss()
+    optim: Optim
+    train: Train
+    evaluate: TextEvaluate = TextEvaluate()
+    merge: Merge = Merge()
+    push: Push = Push()
+
+    def check(self) -> Iterator[str]:
+        yield from warmup_fits(self)
+        if self.data.streaming and self.train.steps is None:
+            yield "train.steps: a stream has no length; give steps instead of epochs"
+        if self.data.streaming and self.teacher == "stored":
+            yield "teacher: a stream cannot be stored; set teacher=online or data.streaming=false"

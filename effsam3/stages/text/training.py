@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1, text: a student learns the features of SAM 3's text encoder, token by token.
+
+Letters: B texts, L tokens, C channels of SAM 3's detector. Losses see token features as maps (B, C, 1, L).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from effsam3.checked_files import read_json
+from effsam3.data.captions.batches import CaptionBatches, Distinct, Head, as_map, valid_tokens
+from effsam3.data.captions.sources import open_captions
+from effsam3.data.captions.stream import stream_captions
+from effsam3.data.statistics import statistics_sample
+from effsam3.data.store.reader import INPUTS, Field, StoreError, StoreReader, ties_inputs, to_float16
+from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
+from effsam3.errors import UserError
+from effsam3.hardware.accelerator import frozen_autocast, on_main
+from effsam3.losses.features import agreement_sums, feature_loss, standardise
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import read_config
+from effsam3.models.image.teacher import parameter_count
+from effsam3.models.merging.slots import model_folder
+from effsam3.models.registry import text_student_row
+from effsam3.models.text.padding import padding_of
+from effsam3.models.text.student import TextTeacher, check_text_weights, check_tokens, text_student
+from effsam3.models.text.tokens import PAD_ID, PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
+from effsam3.models.text.weights import load_text_weights
+from effsam3.recipe.rules import names_a_model
+from effsam3.stages.base import Stage, refuse_other_teacher, stored_facts, untied_note
+from effsam3.training.report import write_json
+
+
+def ready_captions(recipe, accelerator):
+    """Open the recipe's captions, rank 0 first; for `data.source: synthetic` make them before, once.
+
+    Raises:
+        UserError: synthetic captions of another number stand there already, or no text is usable.
+    """
+    data = recipe.data
+    make_captions(recipe, accelerator)
+    with accelerator.main_process_first():
+        captions = open_captions(
+            data.captions,
+            data.column,
+            data.phrases,
+            data.phrase_share,
+            held_out=data.held_out,
+            limit=data.limit,
+            phrase_column=data.phrase_column,
+        )
+    return captions
+
+
+def make_captions(recipe, accelerator) -> None:
+    """For `data.source: synthetic` make up the recipe's captions, once.
+
+    Raises:
+        UserError: synthetic captions of another number, or real ones, stand there already.
+    """
+    if recipe.data.source == "synthetic":
+        on_main(accelerator, partial(_make_synthetic, recipe.data))
+
+
+def _make_synthetic(data) -> None:
+    made = {"captions": data.synthetic_captions}
+    for path in filter(None, (data.captions, *data.phrases)):
+        stamp = Path(path).with_suffix(".synthetic.json")
+        if stamp.is_file():
+            if (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
+                raise UserError(
+                    f"{path} holds synthetic captions made as {found}, the recipe asks for {made}; name another path, "
+                    "or delete this one"
+                )
+            continue
+        if Path(path).exists():
+            raise UserError(
+                f"{path} is there and was not made up; give data.source: synthetic another path, or set "
+                "data.source=recap to use it"
+            )
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        if path == data.captions:
+            make_synthetic_recap(Path(path), data.synthetic_captions)
+        else:
+            make_synthetic_phrases(Path(path), data.synthetic_captions)
+        write_json(stamp, made)
+
+
+def make_teacher(recipe, accelerator) -> TextTeacher:
+    """Load the recipe's teacher onto the accelerator's device and let the guard look at its weights."""
+    sam3 = recipe.sam3
+    teacher = TextTeacher(chassis_folder(sam3.checkpoint, sam3.revision))
+    check_text_weights(teacher, sam3.checkpoint, sam3.fingerprint)
+    if recipe.data.context_length > teacher.context_length:
+        raise UserError(
+            f"data.context_length is {recipe.data.context_length}, the teacher reads {teacher.context_length} tokens; "
+            f"set it to {teacher.context_length} or less"
+        )
+    return teacher.to(accelerator.device)
+
+
+def make_student(recipe, channels: int):
+    """Build the recipe's student, initialised as it says; returns it and the report on its weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)  # every rank builds the same student
+        # Always SAM 3's own length: transformers' processors pad every prompt to it, however short the training texts.
+        student = text_student(recipe.student, PROCESSOR_LENGTH, channels, recipe.student_padding)
+    if recipe.student_init == "random" or names_a_model(recipe.student_init):
+        return student, None
+    own = text_student_row(recipe.student).weights
+    return student, load_text_weights(student, own if recipe.student_init == "mobileclip" else recipe.student_init)
+
+
+class FirstOfStream:
+    """The first held-out texts of a stream, kept in memory."""
+
+    def __init__(self, recipe):
+        data, size = recipe.data, recipe.train.eval_samples
+        stream = stream_captions(data.captions, data.column, 1, 0, 1, 1, 0, held_out=data.held_out, split="val")
+        found = list(islice(stream, size))
+        self._keys, self._texts = ([one[part][0] for one in found] for part in (0, 1))
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def texts(self, positions) -> list[str]:
+        """The texts at these positions."""
+        return [self._texts[position] for position in positions]
+
+    def keys(self, positions) -> list[str]:
+        """Their keys."""
+        return [self._keys[position] for position in positions]
+
+
+class TextTeacherPass:
+    """What `embed` runs: the teacher over every different text, and what a record of the store is made of."""
+
+    def __init__(self, recipe, accelerator):
+        self.recipe, self.accelerator = recipe, accelerator
+        if recipe.data.streaming:
+            raise UserError("a stream has no end to embed; set data.streaming=false, or teacher=online and train")
+        self.teacher = make_teacher(recipe, accelerator)
+        self.channels = self.teacher.channels
+        self.max_unreadable = 0  # captions are checked when they are opened
+        self.less_room = ""
+        captions = ready_captions(recipe, accelerator)
+        self.datasets = [
+            CaptionBatches(Distinct(part), encoder(recipe)) for part in (captions.train, captions.val) if len(part)
+        ]
+
+    def fields(self) -> list[Field]:
+        """The record's fields: features of `context_length` tokens, zeros after the last, and how many are valid."""
+        shape = (self.recipe.data.context_length, self.channels)
+        return [Field("features", "float16", shape), Field("length", "int32", (1,))]
+
+    def description(self) -> dict:
+        """What the manifest says about the features: they belong to this teacher and this tokenizer alone."""
+        tied = {INPUTS: inputs()} if ties_inputs(self.recipe.embed.to) else {}
+        return tied | {
+            "kind": "text",
+            "tap": "text",
+            "channels": self.channels,
+            "context_length": self.recipe.data.context_length,
+            "payload": "float16",
+            "padding": f"id {PAD_ID}, masked",
+            "precision": self.recipe.train.precision,
+            "teacher": {
+                "checkpoint": self.recipe.sam3.checkpoint,
+                "revision": self.recipe.sam3.revision,
+                "fingerprint": self.teacher.fingerprint,
+                "parameters": parameter_count(self.teacher),
+            },
+        }
+
+    def describe(self) -> dict[str, str]:
+        """Lines for the header of `embed`."""
+        facts = self.description()
+        return {
+            "teacher": f"{facts['teacher']['checkpoint']} text encoder  {facts['teacher']['parameters']:,} "
+            f"parameters, fingerprint {facts['teacher']['fingerprint'][:12]}",
+            "features": f"{facts['context_length']} tokens x {facts['channels']} float16",
+            "data": f"{sum(map(len, self.datasets)):,} different texts",
+        }
+
+    def features(self, batch: dict, check: bool = False) -> Tensor:
+        """Run the teacher on a batch: (B, C, 1, L). `check` asks the guard whether these can be SAM 3's features."""
+        ids, mask = (batch[name].to(self.accelerator.device) for name in ("ids", "mask"))
+        with frozen_autocast(self.accelerator, self.recipe.train.precision):
+            tokens_BLC = self.teacher(ids, mask)
+        if check:
+            check_tokens(tokens_BLC, mask)
+        return as_map(tokens_BLC)
+
+    def record(self, batch: dict, place: int, feat_C1L: Tensor, key: str) -> dict:
+        """What the store keeps of one text."""
+        length = int(batch["mask"][place].sum())
+        features_LC = torch.zeros(self.recipe.data.context_length, self.channels)
+        features_LC[:length] = feat_C1L[:, 0, :length].T
+        return {"features": to_float16(features_LC, key), "length": torch.tensor([length], dtype=torch.int32)}
+
+    def stored(self, reader: StoreReader, dataset: CaptionBatches, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Read features (B, C, 1, L) and valid mask (B, 1, 1, L) of some texts back."""
+        record = reader.read(reader.positions([dataset.keys[position] for position in positions]))
+        features_BLC = record["features"].float()
+        valid_BL = torch.arange(features_BLC.shape[1]) < record["length"]
+        return as_map(features_BLC), valid_BL.float()[:, None, None]
+
+
+def encoder(recipe):
+    """Texts to padded ids and mask, cut to the recipe's context length; goes into data worker processes."""
+    return partial(Tokenizer().encode, context_length=recipe.data.context_length)
+
+
+def inputs() -> str:
+    """What ties a store's records to their texts: the key is the text's hash, the tokenizer makes ids of it."""
+    return f"hash of the text, tokenizer {tokenizer_fingerprint()}"
+
+
+class TextStage(Stage):
+    """The training side: student, data, loss and validation."""
+
+    unit = "texts"
+
+    def __init__(self, recipe, report, accelerator):
+        super().__init__(recipe, report, accelerator)
+        self.teacher, store = None, None
+        if recipe.teacher == "online":
+            self.teacher = make_teacher(recipe, accelerator)
+            made_by = {"checkpoint": recipe.sam3.checkpoint, "fingerprint": self.teacher.fingerprint}
+            self.facts = {"kind": "text", "tap": "text", "channels": self.teacher.channels, "teacher": made_by}
+        else:
+            store = StoreReader(recipe.embed.to)
+            self.facts = stored_facts(recipe, store, {"channels": int, "context_length": int, "teacher": dict})
+            refuse_other_teacher(recipe, self.facts["teacher"])
+            if self.facts["context_length"] != recipe.data.context_length:
+                raise UserError(
+                    f"the store at {recipe.embed.to} holds {self.facts['context_length']} tokens a text, the recipe "
+                    f"says data.context_length={recipe.data.context_length}; change it, or embed again to another "
+                    "embed.to"
+                )
+            if self.facts.get(INPUTS, inputs()) != inputs():
+                raise StoreError(
+                    f"the store at {recipe.embed.to} was made with another tokenizer ({self.facts[INPUTS]}, here "
+                    f"{inputs()}); embed again to another embed.to"
+                )
+        if recipe.data.streaming:
+            make_captions(recipe, accelerator)
+            self.captions = None
+            self.val_data = CaptionBatches(FirstOfStream(recipe), encoder(recipe))
+            self.train_size = 0
+        else:
+            self.captions = ready_captions(recipe, accelerator)
+            self.train_data = CaptionBatches(self.captions.train, encoder(recipe), store)
+            val = self.captions.val
+            self.val_data = CaptionBatches(Head(val, min(len(val), recipe.train.eval_samples)), encoder(recipe), store)
+            self.train_size = len(self.train_data)
+            if not self.train_size or not len(self.val_data):
+                raise UserError(
+                    f"{self.train_size} training and {len(self.val_data)} held-out texts; both are needed "
+                    "(data.held_out)"
+                )
+            if store is not None:  # now: a text that is missing would end the training when its turn comes
+                for texts in map(Distinct, (self.captions.train, val)):
+                    store.positions(texts.keys(range(len(texts))))
+        self.note = untied_note(store)
+        self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
+        student, self.loaded = make_student(recipe, self.facts["channels"])
+        self.set_student(student)
+        self.start = self.go_on()
+        if self.loaded is not None:  # every tensor by name: loaded, initialised or dropped, and why
+            report.write_json("student_init.json", asdict(self.loaded))
+
+    def go_on(self) -> dict[str, str]:
+        """As for every stage; says, too, when the model had another padding rule than the recipe."""
+        found = super().go_on()
+        if found:
+            config = read_config(model_folder(Path(self.recipe.student_init)))
+            if (theirs := padding_of(config.detector_config)) != self.recipe.student_padding:
+                found["weights"] += (
+                    f"; it learned with padding {theirs}, this run's is {self.recipe.student_padding}, so short texts "
+                    "begin with other features (student_padding)"
+                )
+        return found
+
+    def statistics_batches(self):
+        """The sample that a store's statistics are made of, in batches; of a stream, the held-out texts."""
+        streaming, size = self.recipe.data.streaming, self.recipe.embed.batch_size
+        texts = self.val_data if streaming else CaptionBatches(Distinct(self.captions.train), encoder(self.recipe))
+        sample = statistics_sample(texts.keys)
+        for start in range(0, len(sample), size):
+            yield texts.__getitems__(sample[start : start + size])
+
+    def valid(self, batch: dict) -> Tensor:
+        """1 where a token counts, (B, 1, 1, L) on the device."""
+        return valid_tokens(batch).to(self.device)
+
+    def describe(self) -> dict[str, str]:
+        """Lines for the run's header: what is learned, from what."""
+        row = text_student_row(self.recipe.student)
+        source = "beside the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
+        data = self.recipe.data.captions if self.captions is None else self.captions.summary()
+        lines = {
+            "student": f"{row.label} ({self.recipe.student})  {self.student_parameters / 1e6:.2f} M parameters, "
+            f"padding {self.recipe.student_padding}",
+            "teacher": f"{self.recipe.sam3.checkpoint} text encoder, {self.facts['channels']} channels a token, "
+            f"{source}",
+            "data": f"{data}, up to {self.recipe.data.context_length} tokens",
+        }
+        start = {"weights": str(self.loaded).replace("\n", "; ")} if self.loaded else self.start
+        return lines | start | self.note
+
+    def train_batches(self, start: int, steps: int):
+        """This rank's micro-batches from step `start` on."""
+        if not self.recipe.data.streaming:
+            return self.divide(start, steps, arrange=self.train_data.by_length)
+        return self._streamed(start)
+
+    def _streamed(self, start: int):
+        data, train, accelerator = self.recipe.data, self.recipe.train, self.accelerator
+        encode = encoder(self.recipe)
+        stream = stream_captions(
+            data.captions,
+            data.column,
+            train.global_batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            train.micro_batch_size,
+            train.seed,
+            start_step=start,
+            held_out=data.held_out,
+        )
+        for _, texts in stream:
+            ids, mask = encode(texts)
+            counts = torch.ones(len(texts), dtype=torch.bool)
+            yield {"ids": ids, "mask": mask, "counts": counts, "texts": texts, "unreadable": []}
+
+    def samples(self, batch: dict) -> list[str]:
+        """Keys of a batch's texts; a stream has none, so the texts themselves."""
+        if self.recipe.data.streaming:
+            return list(batch["texts"])
+        # Of these alone, every step: the dataset's own list has the keys of all texts, gigabytes of them.
+        return self.train_data.part.keys(batch["positions"].tolist())
+
+    def target(self, batch: dict) -> Tensor:
+        """The teacher's features (B, C, 1, L), float32: read from the store or made here, each different text once."""
+        if self.teacher is None:
+            return as_map(batch["features"].to(self.device).float())[..., : batch["ids"].shape[1]]
+        rows = torch.cat([batch["ids"], batch["mask"].long()], 1).to(self.device)
+        different, place_B = rows.unique(dim=0, return_inverse=True)
+        ids, mask = different.chunk(2, dim=1)
+        with frozen_autocast(self.accelerator, self.recipe.train.precision):
+            return as_map(self.teacher(ids, mask.bool())[place_B])
+
+    def predict(self, student, batch: dict) -> Tensor:
+        """The student's features (B, C, 1, L)."""
+        ids, mask = (batch[name].to(self.device, non_blocking=True) for name in ("ids", "mask"))
+        with self.accelerator.autocast():
+            return as_map(student(ids, mask))
+
+    def loss(self, student, batch: dict) -> dict[str, Tensor]:
+        """The weighted loss of a micro-batch and its named parts, all scalars."""
+        weights = self.recipe.loss
+        target, pred = self.target(batch), self.predict(student, batch)
+        valid = valid_tokens(batch, padding_too=not weights.padding_mask).to(self.device)
+        pred, target = (standardise(feat, self.mean_C, self.deviation_C) for feat in (pred, target))
+        parts = feature_loss(pred, target, valid, "mean")
+        total = sum(getattr(weights, name) * value for name, value in parts.items())
+        return {"loss": total, **parts}
+
+    @torch.no_grad()
+    def validate(self, student, batch: dict) -> dict[str, Tensor]:
+        """Sums of a batch for `summarise`: what `losses.agreement_sums` counts."""
+        target, pred = self.target(batch), self.predict(student, batch)
+        return agreement_sums(pred, target, valid_tokens(batch).to(self.device), self.mean_C, self.deviation_C)

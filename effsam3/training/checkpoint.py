@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: written whole or not at all, found again, thinned out.
+
+`checkpoints/step-000100/` holds `student.safetensors` (the weights to release: the moving average if there is one),
+`trained.safetensors` (the weights themselves where those are an average), `optimizer.safetensors` and `trainer.json`:
+whole tensors by name, so that a run saved under any layout goes on exactly under any other.
+`checkpoints/best-step-000100/` holds the weights to release alone. A folder without the suffix `.partial` is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from effsam3.errors import UserError
+from effsam3.tensor_files import read_safetensors
+from effsam3.training import optimizer_state
+
+STEP = re.compile(r"(best-)?step-(\d{6,})$")
+WEIGHTS = "student.safetensors"
+TRAINED = "trained.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+REMEDY = "delete this checkpoint to go on from the one before, or name another with --resume"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is not there or cannot be used."""
+
+
+def step_folder(checkpoints: Path, step: int, best: bool = False) -> Path:
+    """Return the folder name of a step."""
+    return checkpoints / f"{'best-' if best else ''}step-{step:06d}"
+
+
+def complete(checkpoints: Path, best: bool = False) -> list[Path]:
+    """Return the complete checkpoints (or the best ones), oldest first."""
+    found = []
+    for path in checkpoints.glob("*step-*"):
+        if (match := STEP.match(path.name)) and bool(match[1]) == best:
+            found.append((int(match[2]), path))
+    return [path for _, path in sorted(found)]
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """Return the newest complete checkpoint, None if there is none."""
+    found = complete(checkpoints)
+    return found[-1] if found else None
+
+
+def chosen(checkpoints: Path, which: str) -> Path:
+    """Return the checkpoint that `merge.checkpoint` names: `best`, `last` or a folder's name.
+
+    Raises:
+        CheckpointError: it does not exist; the message lists those that do.
+    """
+    names = [path.name for path in complete(checkpoints) + complete(checkpoints, best=True)]
+    if which == "best" and (found := complete(checkpoints, best=True)):
+        return found[-1]
+    if which in ("best", "last") and (last := latest(checkpoints)):
+        return last
+    if which in names:
+        return checkpoints / which
+    raise CheckpointError(
+        f"no checkpoint {which!r} in {checkpoints}; "
+        + (f"there are {', '.join(names)} (merge.checkpoint)" if names else "run `effsam3 train` first")
+    )
+
+
+def save(accelerator, student, optimizer, average, checkpoints: Path, trainer: dict, keep: int, is_best: bool) -> Path:
+    """Save a checkpoint, mark it best if it is, and drop all but the newest `keep`.
+
+    `average` is the student with averaged weights, None without averaging. Collective: every rank calls it and gives
+    its part; rank 0 alone writes, and all of them fail if it cannot.
+
+    Raises:
+        CheckpointError: the disk is full or the folder cannot be written; older checkpoints are as they were.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    folder = step_folder(checkpoints, trainer["step"])
+    weights = accelerator.get_state_dict(student)  # collective under ZeRO-3
+    moments = optimizer_state.gather(accelerator, student, optimizer)
+    problem = ""
+    if accelerator.is_main_process:
+        files = {WEIGHTS: weights, OPTIMIZER: moments}
+        if average is not None:
+            files |= {WEIGHTS: average.state_dict(), TRAINED: weights}
+        try:
+            _write(folder, files, trainer, is_best)
+            for old in complete(checkpoints)[:-keep]:
+                shutil.rmtree(old)
+        except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
+            problem = str(error)
+    (problem,) = broadcast_object_list([problem])  # else the others would wait for rank 0 until they time out
+    if problem:
+        raise CheckpointError(
+            f"{folder} could not be written ({problem}); make room or name another train.runs. The same command goes "
+            f"on from {latest(checkpoints) or 'the beginning'}"
+        )
+    return folder
+
+
+def _write(folder: Path, files: dict[str, dict], trainer: dict, is_best: bool) -> None:
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for name, tensors in files.items():
+            save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial / name)
+        (partial / "trainer.json").write_text(json.dumps(trainer, indent=1))
+        sync(partial)
+        if is_best:  # before the step itself, whose trainer.json names it
+            _keep_best(partial, folder.with_name(f"best-{folder.name}"))
+    except (OSError, SafetensorError):
+        for torn in folder.parent.glob("*.partial"):  # the room they take may be what others need
+            shutil.rmtree(torn)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)  # of the same step, from before a resume
+    partial.rename(folder)
+
+
+def sync(folder: Path) -> None:
+    """Bring a finished folder to the disk, readable for colleagues, before it gets its final name."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _keep_best(folder: Path, best: Path) -> None:
+    partial = best.with_name(best.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for name in (WEIGHTS, "trainer.json"):
+        shutil.copyfile(folder / name, partial / name)
+    sync(partial)
+    shutil.rmtree(best, ignore_errors=True)
+    partial.rename(best)
+    for old in complete(folder.parent, best=True):
+        if old != best:
+            shutil.rmtree(old)
+
+
+def read_weights(folder: Path) -> dict:
+    """Read a checkpoint's releasable weights, {name: tensor}.
+
+    Raises:
+        CheckpointError: the file is missing or cut short, or a tensor in it is not finite.
+    """
+    return read_safetensors(folder / WEIGHTS, "choose another merge.checkpoint", CheckpointError)
+
+
+def read_trained(folder: Path) -> tuple[dict, dict]:
+    """Read what a checkpoint goes on from: the weights as they were trained, and `optimizer_state.gather`'s tensors.
+
+    Raises:
+        CheckpointError: a file is missing or cut short.
+    """
+    trained = TRAINED if (folder / TRAINED).exists() else WEIGHTS
+    weights = read_safetensors(folder / trained, REMEDY, CheckpointError)
+    return weights, read_safetensors(folder / OPTIMIZER, REMEDY, CheckpointError)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""wandb and TensorBoard through accelerate; a missing login or network never stops or hangs a run."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlparse
+
+from effsam3.checked_files import read_json
+from effsam3.training.report import read_metrics, write_json
+
+CONNECT_TIMEOUT_S = 10
+WANDB_FILE = "wandb.json"  # in the run folder
+# `logged`: the last step of starts that came to their end, whose folders are `parts`.
+WANDB_FORM = {"id": str, "path": str, "inode": int, "logged": int, "parts": [str]}
+
+
+def wandb_obstacle() -> str:
+    """Say why wandb cannot be reached from here, empty if it can: no login, or no connection to its host.
+
+    Asked before wandb is started, because wandb itself retries for minutes and cannot be sent offline afterwards.
+    """
+    import wandb
+
+    url = urlparse(os.environ.get("WANDB_BASE_URL", wandb.Settings().base_url))
+    if not os.environ.get("WANDB_API_KEY"):
+        try:
+            logins = netrc.netrc()
+        except (FileNotFoundError, netrc.NetrcParseError):
+            return "no login"
+        if not any(logins.authenticators(host) for host in (url.hostname, "api.wandb.ai")):
+            return "no login"
+    try:
+        socket.create_connection((url.hostname, url.port or 443), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return f"{url.hostname} cannot be reached ({error})"
+    return ""
+
+
+class Loggers:
+    """The loggers of one run folder, over all its starts: one wandb run, one curve in TensorBoard.
+
+    Args:
+        names: `wandb`, `tensorboard`; none: nothing is tracked.
+    """
+
+    def __init__(self, accelerator, names: tuple[str, ...], folder: Path):
+        self.accelerator, self.names, self.folder = accelerator, names, folder
+        self.wandb_from = 0  # wandb has the steps before this one already
+        self.last = 0  # the last step that was logged
+
+    def start(self, project: str, name: str, config: dict, step: int) -> str:
+        """Start the loggers and return what to tell the user about them, empty if there is nothing to tell.
+
+        wandb that cannot be reached writes to the folder, to be uploaded later (`wandb sync`); an id or a key that it
+        refuses leaves the run without wandb. `WANDB_MODE` and `WANDB_RUN_ID`, where they are set, are obeyed.
+
+        Args:
+            step: the last step before this start, 0 at the beginning. What TensorBoard shows of later ones is of an
+                earlier start and is hidden. What wandb lacks of the steps before is logged anew from metrics.jsonl.
+        """
+        if not self.names or not self.accelerator.is_main_process:
+            return ""
+        flat = _flat(config)
+        options = {"tensorboard": {"purge_step": step + 1}}
+        obstacle = ""
+        if "wandb" in self.names:
+            if "WANDB_MODE" not in os.environ and (obstacle := wandb_obstacle()):
+                os.environ["WANDB_MODE"] = "offline"
+                os.environ.pop("WANDB_API_KEY", None)  # not needed offline, and wandb would judge it all the same
+            kept = wandb_run(self.folder)
+            set_torn_parts_aside(self.folder, kept)
+            options["wandb"] = {"name": name, "dir": str(self.folder), "id": kept["id"], "resume": "allow"}
+        note = self._init(project, options)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                self._catch_up(tracker, kept["logged"], step)
+            # TensorBoard's is a run of its own beside the curve, one for each time it is stored.
+            if tracker.name == "wandb" or step == 0:
+                tracker.store_init_configuration(flat)
+        if note:
+            return note
+        if obstacle:
+            synced = f"wandb sync {self.folder}/wandb/offline-run-*"
+            return f"wandb: {obstacle}; the run stays on disk, upload it with `{synced}`"
+        return ""
+
+    def _init(self, project: str, options: dict[str, dict]) -> str:
+        if "wandb" not in self.names:
+            self.accelerator.init_trackers(project, None, options)
+            return ""
+        from wandb.errors import Error
+
+        try:
+            self.accelerator.init_trackers(project, None, options)
+        except Error as error:
+            self.accelerator.log_with = [one for one in self.accelerator.log_with if str(one) != "wandb"]
+            self.accelerator.trackers.clear()
+            self.accelerator.init_trackers(project, None, options)
+            return (
+                f"wandb: {str(error).splitlines()[0]}; this run goes on without it, its numbers are in metrics.jsonl. "
+                f"Delete {self.folder / WANDB_FILE} if the id in it is to blame"
+            )
+        return ""
+
+    def _catch_up(self, tracker, logged: int, step: int) -> None:
+        """Log to wandb the steps up to `step` that it lacks: offline it loses what it has when the run is killed."""
+        self.wandb_from = max(logged + 1, tracker.run.step)  # online the server has counted
+        for line in read_metrics(self.folder / "metrics.jsonl"):
+            if self.wandb_from <= line["step"] <= step:
+                tracker.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+
+    def log(self, values: dict[str, float], step: int) -> str:
+        """Log numbers of a step; returns what to tell the user."""
+        notes, self.last = [], step
+        for tracker in tuple(self.accelerator.trackers):
+            if tracker.name != "wandb" or step >= self.wandb_from:
+                notes.append(self._try(tracker, lambda tracker=tracker: tracker.log(values, step=step)))
+        return "\n".join(filter(None, notes))
+
+    def finish(self) -> str:
+        """Close the loggers; returns what to tell the user."""
+        notes = []
+        for tracker in tuple(self.accelerator.trackers):
+            note = self._try(tracker, tracker.finish)
+            notes.append(note)
+            if tracker.name == "wandb" and not note:
+                kept = wandb_run(self.folder)
+                part = Path(tracker.run.dir).parent.name
+                logged = max(kept["logged"], self.last)
+                write_json(self.folder / WANDB_FILE, kept | {"logged": logged, "parts": [*kept["parts"], part]})
+        self.accelerator.trackers.clear()
+        return "\n".join(filter(None, notes))
+
+    def _try(self, tracker, call: Callable[[], None]) -> str:
+        """Call a tracker; wandb's own process may be gone, ended by a request to stop that all processes got."""
+        try:
+            call()
+        except ConnectionError as error:
+            self.accelerator.trackers.remove(tracker)
+            return (
+                f"{tracker.name}: its own process has ended ({error}); the numbers that it lacks are in metrics.jsonl"
+            )
+        return ""
+
+
+def wandb_run(folder: Path) -> dict:
+    """Return what is known of a run folder's wandb run, a new one where it has none; kept in the folder.
+
+    A copy of a run folder goes another way, so it gets an id of its own. A folder that was moved is known by its
+    number in the file system, one that came back from a backup by its path.
+    """
+    place = {"path": str(folder.resolve()), "inode": folder.stat().st_ino}
+    file, kept = folder / WANDB_FILE, None
+    if file.is_file():
+        kept = read_json(file, WANDB_FORM, "delete it to begin another wandb run")
+    if kept is None or not any(kept[key] == value for key, value in place.items()):
+        kept = {"id": secrets.token_hex(4), "logged": 0, "parts": []} | place
+        write_json(file, kept)
+    return kept | {"id": os.environ.get("WANDB_RUN_ID", kept["id"])}
+
+
+def set_torn_parts_aside(folder: Path, kept: dict) -> None:
+    """Rename what starts that were killed have left of an offline run, so that it is not uploaded.
+
+    wandb writes in blocks of 32 KiB, so the last ones are missing; all steps come again from metrics.jsonl.
+    """
+    for part in (folder / "wandb").glob(f"offline-run-*-{kept['id']}"):
+        if part.name not in kept["parts"] and not any(part.glob("*.synced")):
+            part.rename(part.with_name(f"torn-{part.name}"))
+
+
+def _flat(config: dict) -> dict[str, int | float | str]:
+    flat = {
+        f"{section}.{key}" if isinstance(values, dict) else section: value
+        for section, values in config.items()
+        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
+    }
+    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flat.items()}

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a run goes on from: its own newest checkpoint, another run's, or nowhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from effsam3.checked_files import read_json
+from effsam3.errors import UserError
+from effsam3.recipe.reader import differing_keys, load_recipe
+from effsam3.training import checkpoint
+
+AUTO, NEVER = "auto", "never"
+TRAINER_FORM = {
+    "step": int,
+    "best?": ({"step": int, str: float}, None),
+    "untrained?": ({str: float}, None),
+    "worse?": int,
+    "ended?": bool,
+}
+# What may differ between a run and its continuation: nothing here changes what is learned.
+SECTIONS_AFTER = ("evaluate.", "merge.", "push.")  # what is done with a trained student
+# A run that begins with another's checkpoint, or whose folder was moved, has another name.
+FREE_KEYS = ("name ", "hardware", "data.workers", "data.max_unreadable", "embed.batch_size", *SECTIONS_AFTER) + tuple(
+    f"train.{key}"
+    for key in (
+        "log_every",
+        "eval_every",
+        "save_every",
+        "keep_checkpoints",
+        "patience",
+        "not_finite",  # until the first NaN both are the same
+        "per_rank",
+        "find_micro_batch",
+        "loggers",
+        "trunk_batch",
+        "objects_at_once",
+        "recompute",
+        "wandb_project",
+        "runs",
+    )
+)
+
+
+def resumable(recipe, folder: Path, resume: str) -> Path | None:
+    """Return the checkpoint to go on from, None for a fresh run.
+
+    Args:
+        folder: the run's own.
+        resume: `auto`: its newest checkpoint, if there is one; `never`: begin, and refuse to where a run stands
+            already; else a checkpoint, or a run's folder, that it begins with as long as it has none of its own.
+
+    Raises:
+        UserError: there is no such checkpoint, it is of a recipe that would learn something else, or going on from it
+            would leave later ones behind.
+    """
+    own = checkpoint.latest(folder / "checkpoints")
+    if resume == NEVER and own is not None:
+        raise UserError(
+            f"{folder} holds a run that has reached step {_step(own)}, and --resume never begins anew; choose another "
+            "name, or delete the folder"
+        )
+    if resume in (AUTO, NEVER):
+        chosen = own
+    else:
+        chosen = _named(Path(resume))
+        if own is not None and chosen.resolve() != own.resolve():
+            if chosen.resolve().parent == own.resolve().parent:
+                raise UserError(
+                    f"{folder} has gone on to step {_step(own)} since {chosen.name}; give this run another name, or "
+                    "delete the later checkpoints"
+                )
+            chosen = own  # this run has begun already, such as before it was requeued
+    if chosen is None:
+        return None
+    home = chosen.parent.parent
+    is_own = home.resolve() == folder.resolve()
+    differing = [
+        key for key in differing_keys(load_recipe(home / "recipe.yaml"), recipe) if not key.startswith(FREE_KEYS)
+    ]
+    if differing:
+        remedy = "choose another name, or delete the folder" if is_own else "--resume needs the same recipe"
+        raise UserError(f"{home} holds a run of another recipe ({'; '.join(differing)}); {remedy}")
+    return chosen
+
+
+def read_trainer(folder: Path) -> dict:
+    """Read what the trainer had counted when it saved a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return read_json(folder / "trainer.json", TRAINER_FORM, checkpoint.REMEDY, checkpoint.CheckpointError)
+
+
+def _named(path: Path) -> Path:
+    """A checkpoint folder by its own path or by its run's."""
+    if (path / checkpoint.OPTIMIZER).is_file():
+        return path
+    if (newest := checkpoint.latest(path / "checkpoints")) is not None:
+        return newest
+    weights_alone = (path / checkpoint.WEIGHTS).is_file()
+    what = "holds weights alone, no optimizer state" if weights_alone else "is no checkpoint and no run with one"
+    raise UserError(f"--resume: {path} {what}; name a run's folder or one of its checkpoints/step-*, auto or never")
+
+
+def _step(folder: Path) -> int:
+    return read_trainer(folder)["step"]
