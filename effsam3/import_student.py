@@ -18,9 +18,10 @@ from transformers import Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.errors import UserError
 from effsam3.models.chassis.find import chassis_folder
-from effsam3.models.chassis.pickled import content_key, open_pickled
+from effsam3.models.chassis.pickled import open_pickled
 from effsam3.models.chassis.sam31 import refuse_sam31
 from effsam3.models.chassis.tensors import fingerprint, read_config, read_tensors, to_float32
+from effsam3.models.chassis.torch_file import content_key
 from effsam3.models.image.backbones import student_name
 from effsam3.models.keymaps.mobileclip import POSITIONS
 from effsam3.models.keymaps.sam3 import to_transformers

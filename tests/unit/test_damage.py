@@ -16,8 +16,9 @@ from effsam3 import cli, merge
 from effsam3.errors import UserError
 from effsam3.inspect_model import examine
 from effsam3.models.chassis.find import chassis_folder
-from effsam3.models.chassis.pickled import PickledError, content_key, open_pickled
+from effsam3.models.chassis.pickled import open_pickled
 from effsam3.models.chassis.tensors import load_part, map_tensors, read_config, read_tensors
+from effsam3.models.chassis.torch_file import content_key
 from effsam3.models.merging.slots import MergeError, first_chassis, read_card
 from effsam3.models.registry import chassis_facts
 from effsam3.recipe.reader import load_recipe
@@ -52,27 +53,21 @@ def refused_or(read, check) -> int:
 # ---- tensors
 
 
-@pytest.mark.parametrize("kind", ["zip", "records", "without checksums", "old"])
+@pytest.mark.parametrize("kind", ["zip", "records with right checksums", "old"])
 def test_files_of_torch_save(tmp_path, kind):
     rng, whole, path = np.random.default_rng(1), tmp_path / "whole.pt", tmp_path / "damaged.pt"
-    if kind == "without checksums":
-        torch.serialization.set_crc32_options(False)
-    try:
-        torch.save({"model": WEIGHTS, "epoch": 3}, whole, _use_new_zipfile_serialization=kind != "old")
-    finally:
-        torch.serialization.set_crc32_options(True)
+    torch.save({"model": WEIGHTS, "epoch": 3}, whole, _use_new_zipfile_serialization=kind != "old")
     same(open_pickled(whole).tensors, WEIGHTS)
 
-    def check(pickled):  # by then our reader has found nothing that torch could stumble over
-        content = torch.load(path, weights_only=True)
-        for entry in pickled.entry:
-            content = content[entry]
-        same(pickled.tensors, content)
+    def check(pickled):
+        if kind == "zip":  # the others have no checksum that tells
+            same(pickled.tensors, WEIGHTS)
+        str(pickled.tensors)
         content_key(path)
 
     refused = 0
     for _ in range(MUTATIONS):
-        if kind == "records":
+        if kind.startswith("records"):
             mutate_record(whole, path, rng)
         else:
             path.write_bytes(mutate_bytes(whole.read_bytes(), rng))
@@ -142,29 +137,6 @@ def test_tensors_that_cannot_be_weights(tmp_path, name, make, told):
             save_file(WEIGHTS | {name: tensor}, tmp_path / "student.safetensors")
             with pytest.raises(CheckpointError, match=f"student.safetensors: the tensor {name} {told}"):
                 read_weights(tmp_path)
-
-
-@pytest.mark.parametrize("part", ["data/0", "data.pkl", "version"])
-def test_records_that_lack_something_are_named(tmp_path, part):
-    import zipfile
-
-    torch.save(WEIGHTS, tmp_path / "whole.pt")
-    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "m.pt", "w") as out:
-        for name in whole.namelist():
-            content = whole.read(name)
-            out.writestr(name, content[:-4] if name.endswith(f"/{part}") else content)
-    expected = {
-        "data/0": "its tensors need 48 bytes of the record data/0, which has 44 bytes",
-        "data.pkl": "its pickle cannot be taken apart",
-        "version": "its format's version is b'', expected a number",
-    }
-    with pytest.raises(PickledError, match=expected[part]):
-        open_pickled(tmp_path / "m.pt")
-    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "m.pt", "w", 8) as out:
-        for name in whole.namelist():
-            out.writestr(name, whole.read(name))
-    with pytest.raises(PickledError, match="was packed again after torch.save wrote it"):
-        open_pickled(tmp_path / "m.pt")
 
 
 def test_a_nan_student_is_refused_for_the_reason_and_leaves_nothing(tmp_path):

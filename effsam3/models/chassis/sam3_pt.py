@@ -25,10 +25,11 @@ from effsam3.models import keymaps
 from effsam3.models.chassis.cache import kept_in_cache
 from effsam3.models.chassis.card import CARD, CARD_FORM
 from effsam3.models.chassis.config import config_from
-from effsam3.models.chassis.pickled import Pickled, content_key, open_pickled
+from effsam3.models.chassis.pickled import Pickled, open_pickled
 from effsam3.models.chassis.processor import processor
 from effsam3.models.chassis.sam31 import refuse_sam31
 from effsam3.models.chassis.tensors import EXTRAS_FILE, ChassisError, misfits, quiet_transformers, refuse_partial
+from effsam3.models.chassis.torch_file import content_key
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import to_transformers
 from effsam3.tensor_files import refuse_unusable

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from effsam3.errors import UserError
-from effsam3.models.chassis.pickled import PickledError, read_pickled
+from effsam3.models.chassis.pickled import PickledError, open_pickled
 from effsam3.models.image.backbones import build, build_trunk, feature_maps, image_student, trunk_tensors
 from effsam3.models.registry import FUSED_MAPS, FUSED_WIDTH
 from effsam3.tensor_files import TensorFileError, read_safetensors, refuse_unusable
@@ -233,7 +233,8 @@ def load_timm_weights(student: StudentTrunk, weights: str, timm_name: str | None
     name = timm_name or student.config.timm_name
     overlay = {}
     if weights != "imagenet":
-        _refuse_unusable_file(Path(weights), f"name weights of timm's {name}, or set student_init=imagenet or random")
+        # timm asks neither whether the file is whole nor whether its numbers are finite.
+        read_weights_file(Path(weights), f"name weights of timm's {name}, or set student_init=imagenet or random")
         overlay = {"pretrained_cfg_overlay": {"file": weights}}
     try:
         source = build(name, student.config.seen_size, pretrained=True, **overlay).state_dict()
@@ -253,17 +254,18 @@ def load_timm_weights(student: StudentTrunk, weights: str, timm_name: str | None
     student.trunk.load_state_dict(found)
 
 
-def _refuse_unusable_file(path: Path, remedy: str) -> None:
-    """Look at a file before timm reads it, which asks neither whether it is whole nor whether its numbers are finite.
+def read_weights_file(path: Path, remedy: str) -> dict[str, Tensor]:
+    """Read the tensors that a student starts from (.safetensors, or a file of `torch.save`), and check them.
 
     Raises:
         StudentError: it is not there, damaged, or its tensors cannot be weights.
     """
     try:
-        tensors = read_safetensors(path, remedy) if path.suffix == ".safetensors" else read_pickled(path)
+        tensors = read_safetensors(path, remedy) if path.suffix == ".safetensors" else open_pickled(path).tensors
         refuse_unusable(tensors, str(path), remedy)
     except (TensorFileError, PickledError) as error:
         raise StudentError(f"student_init: {error}") from error
+    return tensors
 
 
 AutoConfig.register(StudentTrunkConfig.model_type, StudentTrunkConfig)

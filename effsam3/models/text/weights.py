@@ -14,12 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from effsam3.models.chassis.torch_file import PickledError, load
-from effsam3.models.image.student import StudentError
+from effsam3.models.image.student import StudentError, read_weights_file
 from effsam3.models.keymaps import KeyMap, section
 from effsam3.models.keymaps.mobileclip import APPLE, HOLES, OPEN_CLIP, POSITIONS
 from effsam3.models.text.student import StudentText
-from effsam3.tensor_files import read_safetensors, refuse_unusable
 
 _LAYOUTS = {
     "text_encoder.embedding_layer.weight": KeyMap(
@@ -78,7 +76,7 @@ def load_text_weights(student: StudentText, weights: str) -> WeightsReport:
         StudentError: no such weights; or a tensor without a use, without a source, or of another shape.
         KeyMapError: a tensor of several parts that cannot be divided into them.
     """
-    source = _read(_find(weights))
+    source = read_weights_file(_find(weights), "fetch it again, or name other weights (student_init)")
     layout = next((layout for name, layout in _LAYOUTS.items() if name in source), None)
     if layout is None:
         raise StudentError(
@@ -154,18 +152,3 @@ def _find(weights: str) -> Path:
         f"student_init: there is no file {weights}, and it is neither an open_clip model with weights (MobileCLIP-S1) "
         "nor a file on the Hub (apple/MobileCLIP-S0/mobileclip_s0.pt)"
     )
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors; of pickles, nothing but tensors."""
-    remedy = "fetch it again, or name other weights (student_init)"
-    if path.suffix == ".safetensors":
-        return read_safetensors(path, remedy, StudentError)
-    try:
-        tensors = load(path)
-    except PickledError as error:
-        raise StudentError(f"student_init: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise StudentError(f"student_init: {path} does not hold a plain mapping of names to tensors")
-    refuse_unusable(tensors, f"student_init: {path}", remedy, StudentError)
-    return tensors
