@@ -15,7 +15,7 @@ REDUCE_BUCKET = 50_000_000
 # What of a layout file is a number, and what to do where the file is damaged.
 COUNTS = ("num_processes", "num_machines", "main_process_port")
 REMEDY = "write it again with `accelerate config --config_file`, or name another (hardware)"
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def layout_file(hardware: str) -> Path:
