@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from conftest import ENVIRONMENT, SMOKE, command, metrics, run
+from commands import ENVIRONMENT, SMOKE, command, metrics, run
 from PIL import Image
 from safetensors.torch import load_file
 

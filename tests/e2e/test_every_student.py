@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, SMOKE, metrics
+from commands import ENVIRONMENT, REPOSITORY, SMOKE, metrics
 from reload_students import OUTPUTS, inputs
 from safetensors.torch import load_file
 from test_embed import call

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics, run
+from commands import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics, run
 from test_trajectories import KEYS, wait_for
 
 from effsam3.data.images.sa1b import load_index

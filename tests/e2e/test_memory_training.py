@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, command, metrics, run
+from commands import ENVIRONMENT, REPOSITORY, command, metrics, run
 from PIL import Image
 from run_folders import image_run, text_run
 from safetensors.torch import load_file, save_file

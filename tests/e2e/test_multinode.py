@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics
+from commands import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics
 from test_trajectories import SHORT, assert_same, reference, wait_for  # noqa: F401
 
 NAMES = [f"effsam3-{os.getpid()}-{rank}" for rank in range(2)]

@@ -9,7 +9,7 @@ import textwrap
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, SMOKE
+from commands import REPOSITORY, SMOKE
 from PIL import Image
 from safetensors.torch import load_file
 from torchvision.transforms.v2 import functional

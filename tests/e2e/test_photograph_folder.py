@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
-from conftest import ENVIRONMENT, SMOKE, run
+from commands import ENVIRONMENT, SMOKE, run
 from PIL import Image
 
 from effsam3.data.images.photographs import ready_photographs

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, SMOKE, metrics, run
+from commands import ENVIRONMENT, REPOSITORY, SMOKE, metrics, run
 from PIL import Image
 from safetensors.torch import load_file
 

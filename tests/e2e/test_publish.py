@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
-from conftest import ENVIRONMENT, run
+from commands import ENVIRONMENT, run
 from fake_hub import FakeHub
 from PIL import Image
 from run_folders import merged_run

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY
+from commands import ENVIRONMENT, REPOSITORY
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 QUICK = ("show", "compare")

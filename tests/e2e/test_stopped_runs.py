@@ -7,18 +7,14 @@ Each ends with code 75 and everything saved, and the same command goes on to the
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics, run
+from commands import REPOSITORY, SMOKE, Family, command, metrics, run, step_of
 from safetensors.torch import load_file
 from wandb_files import read_wandb
 
@@ -32,47 +28,6 @@ SHORT = (
     "train.ema=0.5", "data.workers=2",
 )  # fmt: skip
 TRACKED = "train.loggers=[wandb, tensorboard]"
-PROMPTLY_S = 120  # two ranks and their launcher, on a busy machine
-
-
-class Family:
-    """A command in a session of its own, with all that it starts."""
-
-    def __init__(self, folder: Path, line: list[str]):
-        self.process = subprocess.Popen(
-            line, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-
-    def members(self) -> list[psutil.Process]:
-        me = psutil.Process(self.process.pid)
-        return [me, *me.children(recursive=True)]
-
-    def signal_group(self, number: int) -> None:
-        os.killpg(self.process.pid, number)
-
-    def signal_all(self, number: int) -> None:
-        """As systemd and Slurm do, which know every process: also those in sessions of their own, as wandb's."""
-        for member in self.members():
-            with suppress(psutil.NoSuchProcess):
-                member.send_signal(number)
-
-    def wait_until(self, condition) -> None:
-        while not condition():
-            assert self.process.poll() is None, f"ended too early\n{self.process.stdout.read()[-3000:]}"
-            time.sleep(0.002)
-
-    def end(self) -> str:
-        """Wait for the end, of all its processes, and return what was printed."""
-        members = self.members()
-        try:
-            printed = self.process.communicate(timeout=PROMPTLY_S)[0]
-            assert psutil.wait_procs(members, timeout=30)[1] == [], printed
-            return printed
-        finally:
-            for member in members:
-                with suppress(psutil.NoSuchProcess):
-                    member.kill()
 
 
 def line_of(layout: str, *arguments: str) -> list[str]:
@@ -82,11 +37,6 @@ def line_of(layout: str, *arguments: str) -> list[str]:
         accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         return [*accelerate, str(REPOSITORY / "scripts/train.py"), str(SMOKE), *arguments]
     return command("train", *arguments, launch=layout != "cpu")
-
-
-def step_of(folder: Path) -> int:
-    lines = metrics(folder) if (folder / "metrics.jsonl").is_file() else {}
-    return max(lines, default=0)
 
 
 def assert_same_weights(expected: Path, found: Path) -> None:

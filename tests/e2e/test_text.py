@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, REPOSITORY, command, metrics, run
+from commands import ENVIRONMENT, REPOSITORY, command, metrics, run
 from test_trajectories import KEYS, wait_for
 from transformers import Sam3LiteTextModel, Sam3TrackerVideoModel, Sam3VideoModel
 

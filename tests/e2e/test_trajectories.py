@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, command, metrics, run
+from commands import ENVIRONMENT, command, metrics, run
 from safetensors.torch import load_file
 
 STEPS = 8
