@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from effsam3 import stages
 from effsam3.data.loader import loader
 from effsam3.data.statistics import SAMPLE, FeatureStatistics, statistics_sample
 from effsam3.data.store.reader import (
@@ -31,7 +32,7 @@ from effsam3.data.store.reader import (
 from effsam3.errors import UserError
 from effsam3.files import free_bytes, gigabytes, refuse_full_disk
 from effsam3.hardware.accelerator import layout, make_accelerator, on_main, refuse_missing_gpu
-from effsam3.stages import make_teacher_pass, needs
+from effsam3.stages import needs
 from effsam3.stopping import STOP, STOPPED
 from effsam3.training.report import Report, refuse_unwritable
 
@@ -63,7 +64,7 @@ def run(recipe, check: int | None = None) -> None:
         on_main(accelerator, partial(refuse_unwritable, Path(recipe.embed.to), "embed.to"))
     on_main(accelerator, partial(refuse_unwritable, recipe.folder, "train.runs"))
     report = Report(recipe.folder, accelerator.is_main_process)
-    teacher_pass = make_teacher_pass(recipe, accelerator)
+    teacher_pass = stages.embedding(recipe.stage).TeacherPass(recipe, accelerator)
     if check is not None:
         return _check(recipe, teacher_pass, accelerator, report, check)
     root = Path(recipe.embed.to)

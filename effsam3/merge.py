@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from effsam3 import stages
 from effsam3.checked_files import read_json
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_config, read_tensors
@@ -23,18 +24,9 @@ from effsam3.models.merging.slots import (
     refuse_other_chassis,
 )
 from effsam3.recipe.reader import dump_recipe, load_recipe
-from effsam3.stages.run_parts import PARTS_OF_RUNS
 from effsam3.training import checkpoint
 from effsam3.training.report import Report, provenance, refuse_unwritable, write_text
 from effsam3.training.resume import read_trainer
-
-# What a run must say of the features that it learned, by the slot of its student.
-TEACHER_FORM = {"fingerprint?": str}
-FEATURES_FORM = {
-    "image": {"teacher": TEACHER_FORM, "tap": str, "channels": int, "image_size": int},
-    "text": {"teacher": TEACHER_FORM},
-    "memory": {"teacher": TEACHER_FORM},
-}
 
 
 def run(recipe) -> Path:
@@ -113,7 +105,8 @@ def part_of(slot: str, folder: Path, which: str, config) -> Part:
         return part_of_model(slot, folder)
     trained = trained_recipe(slot, folder)
     source = checkpoint.chosen(folder / "checkpoints", which)
-    form, remedy = {"features": FEATURES_FORM[slot]}, "restore it, or train again"
+    merging = stages.merging(slot)
+    form, remedy = {"features": merging.FEATURES_FORM}, "restore it, or train again"
     features = read_json(folder / "provenance.json", form, remedy, MergeError)["features"]
     teacher = {"checkpoint": trained.sam3.checkpoint, "revision": trained.sam3.revision}
     if "fingerprint" in features["teacher"]:  # an imported store names none
@@ -126,7 +119,7 @@ def part_of(slot: str, folder: Path, which: str, config) -> Part:
             "validation": read_trainer(source).get("best"),
         },
     }
-    return PARTS_OF_RUNS[slot](trained, features, checkpoint.read_weights(source), config, about)
+    return merging.part_of_run(trained, features, checkpoint.read_weights(source), config, about)
 
 
 def trained_recipe(slot: str, folder: Path):

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from effsam3 import stages
 from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
 from effsam3.errors import UserError
@@ -41,7 +42,7 @@ from effsam3.hardware.budget.estimates import (
 )
 from effsam3.models.merging.slots import refuse_other_student
 from effsam3.recipe.reader import accumulation, dump_recipe, total_steps, warmup_steps
-from effsam3.stages import make_stage, needs
+from effsam3.stages import needs
 from effsam3.stopping import STOP, STOPPED
 from effsam3.training import checkpoint, optimizer_state
 from effsam3.training.loggers import Loggers
@@ -86,7 +87,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     folder = report.folder
     last = resumable(recipe, folder, resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-    stage = make_stage(recipe, report, accelerator)
+    stage = stages.training(recipe.stage).STAGE(recipe, report, accelerator)
     on_main(accelerator, partial(needs.room_for_checkpoints, recipe, stage.student_parameters))
     if recipe.train.find_micro_batch and last is None:
         recipe = find_micro_batch.run(recipe, stage, accelerator, report)

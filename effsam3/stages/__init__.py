@@ -1,32 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages: the only place that reads a recipe and builds models and data from it.
 
-A stage is a module with a training side (`stages.base.Stage`) and a teacher pass for `embed`: `datasets`, `fields()`,
-`description()`, `describe()`, `features(batch)`, `record(...)` and `stored(...)`.
+A stage is a folder of the files that it needs, each imported only when it is asked for:
+
+- `facts.py`, light: its recipe.
+- `training.py`: STAGE, the class that `train` builds (`stages.base.Stage`).
+- `embedding.py`: TeacherPass, what `embed` runs: `datasets`, `fields()`, `description()`, `describe()`,
+  `features(batch)`, `record(...)` and `stored(...)`.
+- `merging.py`: FEATURES_FORM, what a run must say of the features that it learned, and `part_of_run`, what it has
+  learned as a part for its slot.
+- `measuring.py`: `benchmarks`, a generator of (name, result), and `tables` of all results.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-
-# stage -> classes of effsam3/stages/<stage>.py: the training side and, where features can be stored, the teacher pass
-CLASSES = {
-    "image": ("ImageStage", "ImageTeacherPass"),
-    "text": ("TextStage", "TextTeacherPass"),
-    "memory": ("MemoryStage",),
-}
+from types import ModuleType
 
 
-def make_stage(recipe, report, accelerator):
-    """Build the training side of the recipe's stage, on the accelerator's device."""
-    return _class_of(recipe.stage, 0)(recipe, report, accelerator)
+def training(stage: str) -> ModuleType:
+    """Return a stage's training.py."""
+    return import_module(f"effsam3.stages.{stage}.training")
 
 
-def make_teacher_pass(recipe, accelerator):
-    """Build what `embed` runs for the recipe's stage."""
-    return _class_of(recipe.stage, 1)(recipe, accelerator)
+def embedding(stage: str) -> ModuleType:
+    """Return a stage's embedding.py."""
+    return import_module(f"effsam3.stages.{stage}.embedding")
 
 
-def _class_of(stage: str, side: int):
-    # Imported when asked for: one stage's needs are not another's.
-    return getattr(import_module(f"effsam3.stages.{stage}.training"), CLASSES[stage][side])
+def merging(stage: str) -> ModuleType:
+    """Return a stage's merging.py."""
+    return import_module(f"effsam3.stages.{stage}.merging")
+
+
+def measuring(stage: str) -> ModuleType:
+    """Return a stage's measuring.py."""
+    return import_module(f"effsam3.stages.{stage}.measuring")

@@ -23,6 +23,7 @@ from effsam3.models.merging.slots import start_from
 from effsam3.recipe.rules import names_a_model
 from effsam3.training.report import table
 
+TEACHER_FORM = {"fingerprint?": str}  # what a run must say of its teacher, to be merged
 STATISTICS_FORM = {"mean": [float], "deviation": [float]}
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from effsam3 import stages
 from effsam3.benchmarks.measurable import measurable
 from effsam3.data.captions.text_files import read_texts
 from effsam3.data.images.sa1b import SPLITS, UnreadableImage, load_index, read_image
@@ -39,7 +40,6 @@ from effsam3.models.registry import chassis_facts
 from effsam3.publish.release import recipes_by_slot, refuse_unlicensed, sam_license
 from effsam3.recipe.reader import load_recipe
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.run_parts import PARTS_OF_RUNS
 from effsam3.training import checkpoint
 from effsam3.training.report import refuse_unwritable
 from effsam3.training.resume import AUTO, resumable
@@ -146,7 +146,7 @@ def whole_merge(recipe) -> str:
         channels = sizes.hidden_size if recipe.embed.tap == "trunk" else sizes.fpn_hidden_size
         facts = {"tap": recipe.embed.tap, "image_size": sizes.image_size, "channels": channels}
     about = {"origin": f"{recipe.name}, untrained", "facts": {}}
-    part = PARTS_OF_RUNS[recipe.stage](recipe, facts, _student_tensors(recipe), config, about)
+    part = stages.merging(recipe.stage).part_of_run(recipe, facts, _student_tensors(recipe), config, about)
     slots = inherited_slots(folder) | {part.slot: part.card()}
     rest = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(folder).items()}
     if "text" in inherited_slots(folder):  # a layout may compute with them

@@ -19,7 +19,7 @@ from effsam3.models.merging.combine import assign
 from effsam3.models.merging.slots import SLOTS, MergeError, part_of_model
 from effsam3.models.text.student import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.recipe.reader import load_recipe
-from effsam3.stages.run_parts import refuse_neck
+from effsam3.stages.image.merging import refuse_neck
 from effsam3.training.checkpoint import WEIGHTS, CheckpointError
 
 EXPECTED = {TRUNK + "head.weight": (2, 3), "detector_model.x": (4,), "tracker_neck.y": (5,)}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from effsam3 import stages
 from effsam3.errors import UserError
-from effsam3.stages import CLASSES, _class_of
 from effsam3.training import progress
 from effsam3.training.progress import METRIC, Progress, each_run, read_progress, run_folder
 from effsam3.training.report import read_lines
@@ -160,4 +160,4 @@ def test_of_several_what_is_no_run_is_left_out(tmp_path):
 
 
 def test_the_metrics_are_those_of_the_stages():
-    assert {stage: _class_of(stage, 0).metric for stage in CLASSES} == METRIC
+    assert {stage: stages.training(stage).STAGE.metric for stage in METRIC} == METRIC

@@ -19,8 +19,8 @@ from effsam3.benchmarks.vos import voc_palette, vos, vos_table, write_objects
 from effsam3.data.synthetic.videos import write_vos_layouts
 from effsam3.data.videos.vos import open_vos
 from effsam3.errors import UserError
-from effsam3.evaluate import memory_tables
 from effsam3.models.memory.tracker import EfficientTracker, EfficientTrackerConfig
+from effsam3.stages.memory.measuring import tables
 
 
 @pytest.fixture(scope="module")
@@ -238,8 +238,8 @@ def test_a_bad_video_is_named_and_the_rest_goes_on(tracker, tmp_path):
     assert [path.name for path in (tmp_path / "it").iterdir()] == ["discs"]
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["discs.png"]
     assert "Left out: 2 videos (torn, blank)." in vos_table(result)
-    assert "The first 3 of 9 videos" in memory_tables({"vos": result | {"available": 9}})[1]
-    assert len(memory_tables({"vos": result | {"available": 3}})) == 1
+    assert "The first 3 of 9 videos" in tables({"vos": result | {"available": 9}})[1]
+    assert len(tables({"vos": result | {"available": 3}})) == 1
     with pytest.raises(
         UserError, match="none of the 1 videos could be scored; the first: frame 3 of torn is not there"
     ):

@@ -136,7 +136,7 @@ def with_micro_batch(recipe: Any, size: int) -> Any:
 def run(recipe: Any, stage, accelerator, report) -> Any:
     """Return the recipe with the largest micro-batch that fits every rank; stage and accelerator are set to it.
 
-    Called between `make_stage` and `accelerator.prepare`. All ranks take the smallest of what they found.
+    Called between building the stage and `accelerator.prepare`. All ranks take the smallest of what they found.
 
     Raises:
         UserError: there is no GPU, or nothing fits.

@@ -16,12 +16,12 @@ from torch import Tensor
 from effsam3.checked_files import read_json
 from effsam3.data.images.features import ImageFeatures, store_keys, stored_features
 from effsam3.data.images.photographs import ready_photographs
-from effsam3.data.images.sa1b import SPLITS, load_index
+from effsam3.data.images.sa1b import load_index
 from effsam3.data.loader import loader
 from effsam3.data.statistics import statistics_sample
-from effsam3.data.store.reader import INPUTS, Field, StoreError, StoreReader, quantise_int8, ties_inputs, to_float16
+from effsam3.data.store.reader import StoreError, StoreReader
 from effsam3.data.synthetic.images import make_synthetic_sa1b
-from effsam3.data.transforms import normalise, resized_size, valid_mask
+from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import agreement_sums, feature_loss, relative_error, standardise
@@ -31,10 +31,8 @@ from effsam3.models.image.student import StudentTrunk, load_timm_weights, resize
 from effsam3.models.image.teacher import (
     Neck,
     Teacher,
-    check_features,
     check_weights,
     load_neck,
-    parameter_count,
     to_map,
 )
 from effsam3.models.registry import chassis_facts
@@ -109,103 +107,6 @@ def image_dataset(
 
 # What a store must say of its features before a student learns from them.
 FACTS = {"tap": str, "grid": int, "channels": int, "image_size": int, "resize": str, "teacher": dict}
-
-
-class ImageTeacherPass:
-    """What `embed` runs: the teacher over every image of the index, and what a record of the store is made of."""
-
-    def __init__(self, recipe, accelerator):
-        self.recipe, self.device = recipe, accelerator.device
-        self.teacher = make_teacher(recipe, accelerator)
-        self.channels = self.teacher.channels
-        self.max_unreadable = recipe.data.max_unreadable
-        self.less_room = "embed.dtype=int8 takes half, " if recipe.embed.dtype == "float16" else ""
-        index = ready_index(recipe, accelerator)
-        # Features may be wanted of photographs that are all in one split; training will ask for both.
-        present = set(load_index(index)["split"])
-        tied = ties_inputs(recipe.embed.to)
-        self.datasets = [
-            image_dataset(recipe, index, split, self.teacher.image_size, tied=tied)
-            for split in SPLITS
-            if split in present
-        ]
-        self.inputs = {INPUTS: "xxh3_64 of the image's bytes, at the end of its key"} if tied else {}
-        self.accelerator = accelerator
-
-    def fields(self) -> list[Field]:
-        """The record's fields: features, for int8 their scales, and on request the pixels they were made of."""
-        side, grid, channels = self.teacher.image_size, self.teacher.grid, self.teacher.channels
-        fields = [Field("features", self.recipe.embed.dtype, (channels, grid, grid))]
-        if self.recipe.embed.dtype == "int8":
-            fields.append(Field("scale", "float32", (channels,)))
-        if self.recipe.embed.pixels:
-            fields += [Field("pixels", "uint8", (3, side, side)), Field("sizes", "int32", (2,))]
-        return fields
-
-    def description(self) -> dict:
-        """What the manifest says about the features: they belong to this teacher and this preprocessing alone."""
-        teacher = self.teacher
-        return self.inputs | {
-            "kind": "image",
-            "tap": teacher.tap,
-            "grid": teacher.grid,
-            "channels": teacher.channels,
-            "payload": self.recipe.embed.dtype,
-            "image_size": teacher.image_size,
-            "resize": self.recipe.data.resize,
-            "normalisation": "x / 255, mean 0.5, std 0.5",
-            "precision": self.recipe.train.precision,
-            "teacher": {
-                "checkpoint": self.recipe.sam3.checkpoint,
-                "revision": self.recipe.sam3.revision,
-                "fingerprint": teacher.fingerprint,
-                "trunk_parameters": parameter_count(teacher.trunk),
-            },
-        }
-
-    def describe(self) -> dict[str, str]:
-        """Lines for the header of `embed`."""
-        facts = self.description()
-        images = sum(map(len, self.datasets))
-        total = images * sum(field.nbytes for field in self.fields())
-        return {
-            "teacher": f"{facts['teacher']['checkpoint']} {facts['tap']}  {facts['teacher']['trunk_parameters']:,} "
-            f"parameters, fingerprint {facts['teacher']['fingerprint'][:12]}",
-            "features": f"{facts['channels']} x {facts['grid']} x {facts['grid']} {facts['payload']}, from "
-            f"{facts['image_size']} px {facts['resize']}",
-            "data": f"{self.recipe.data.index}  {images:,} images, about {total / 1e9:.2f} GB",
-        }
-
-    def features(self, batch: dict, check: bool = False) -> Tensor:
-        """Run the teacher on a batch; `check` also asks the guard whether these can be SAM 3's features."""
-        pixels = normalise(batch["pixels"].to(self.device))
-        with frozen_autocast(self.accelerator, self.recipe.train.precision):
-            feat_BCGG = self.teacher(pixels)
-        readable = batch["sizes"][:, 0] > 0
-        if check and readable.any():
-            check_features(feat_BCGG[readable], pixels[readable])
-        return feat_BCGG
-
-    def record(self, batch: dict, place: int, feat_CGG: Tensor, key: str) -> dict:
-        """What the store keeps of one image of a batch."""
-        if self.recipe.embed.dtype == "float16":
-            record = {"features": to_float16(feat_CGG, key)}
-        else:
-            record = dict(zip(("features", "scale"), quantise_int8(feat_CGG, key), strict=True))
-        if self.recipe.embed.pixels:
-            record |= {"pixels": batch["pixels"][place], "sizes": batch["sizes"][place].int()}
-        return record
-
-    def stored(self, reader: StoreReader, dataset: ImageFeatures, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Read features (B, C, G, G) and valid mask (B, 1, G, G) of some images back; their sizes are the index's."""
-        rows = dataset.index.select(positions)
-        sizes = [
-            resized_size(height, width, dataset.image_size, dataset.resize)
-            for height, width in zip(rows["height"], rows["width"], strict=True)
-        ]
-        keys = [dataset.store_keys[position] for position in positions]
-        features = stored_features(reader.read(reader.positions(keys)))
-        return features, valid_mask(torch.tensor(sizes), self.teacher.image_size, self.teacher.grid)
 
 
 def make_teacher(recipe, accelerator) -> Teacher:
@@ -363,3 +264,6 @@ class ImageStage(Stage):
         """Sums of a batch for `summarise`: what `losses.agreement_sums` counts."""
         target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
         return agreement_sums(pred, target, valid, self.mean_C, self.deviation_C)
+
+
+STAGE = ImageStage  # what `train` builds

@@ -77,7 +77,7 @@ def _draw_videos(data) -> None:
         )
 
 
-def make_loggers(recipe, folder: Path) -> tuple[EfficientTracker, EfficientTracker]:
+def make_trackers(recipe, folder: Path) -> tuple[EfficientTracker, EfficientTracker]:
     """Build the tracker that learns and the dense one that teaches, from one chassis folder.
 
     Raises:
@@ -148,7 +148,7 @@ class MemoryStage(Stage):
         data, train = recipe.data, recipe.train
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
         # Before anything is made: a memory that does not fit fails here.
-        tracker, teacher = make_loggers(recipe, folder)
+        tracker, teacher = make_trackers(recipe, folder)
         side = tracker.image_size
         index = ready_index(recipe, accelerator)
         rows = {split: load_index(index, split, data.limit) for split in ("train", "val")}
@@ -273,3 +273,6 @@ class MemoryStage(Stage):
             [f"trained, step {best['step']}", f"{best['val/j']:.4f}"],
         ]
         return table(rows, ["held-out clips, masks given in the first frame", "J"])
+
+
+STAGE = MemoryStage  # what `train` builds

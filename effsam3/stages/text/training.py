@@ -19,19 +19,18 @@ from effsam3.data.captions.batches import CaptionBatches, Distinct, Head, as_map
 from effsam3.data.captions.sources import open_captions
 from effsam3.data.captions.stream import stream_captions
 from effsam3.data.statistics import statistics_sample
-from effsam3.data.store.reader import INPUTS, Field, StoreError, StoreReader, ties_inputs, to_float16
+from effsam3.data.store.reader import INPUTS, StoreError, StoreReader
 from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import agreement_sums, feature_loss, standardise
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_config
-from effsam3.models.image.teacher import parameter_count
 from effsam3.models.merging.slots import model_folder
 from effsam3.models.registry import text_student_row
 from effsam3.models.text.padding import padding_of
-from effsam3.models.text.student import TextTeacher, check_text_weights, check_tokens, text_student
-from effsam3.models.text.tokens import PAD_ID, PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
+from effsam3.models.text.student import TextTeacher, check_text_weights, text_student
+from effsam3.models.text.tokens import PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
 from effsam3.models.text.weights import load_text_weights
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.base import Stage, refuse_other_teacher, stored_facts, untied_note
@@ -137,80 +136,6 @@ class FirstOfStream:
     def keys(self, positions) -> list[str]:
         """Their keys."""
         return [self._keys[position] for position in positions]
-
-
-class TextTeacherPass:
-    """What `embed` runs: the teacher over every different text, and what a record of the store is made of."""
-
-    def __init__(self, recipe, accelerator):
-        self.recipe, self.accelerator = recipe, accelerator
-        if recipe.data.streaming:
-            raise UserError("a stream has no end to embed; set data.streaming=false, or teacher=online and train")
-        self.teacher = make_teacher(recipe, accelerator)
-        self.channels = self.teacher.channels
-        self.max_unreadable = 0  # captions are checked when they are opened
-        self.less_room = ""
-        captions = ready_captions(recipe, accelerator)
-        self.datasets = [
-            CaptionBatches(Distinct(part), encoder(recipe)) for part in (captions.train, captions.val) if len(part)
-        ]
-
-    def fields(self) -> list[Field]:
-        """The record's fields: features of `context_length` tokens, zeros after the last, and how many are valid."""
-        shape = (self.recipe.data.context_length, self.channels)
-        return [Field("features", "float16", shape), Field("length", "int32", (1,))]
-
-    def description(self) -> dict:
-        """What the manifest says about the features: they belong to this teacher and this tokenizer alone."""
-        tied = {INPUTS: inputs()} if ties_inputs(self.recipe.embed.to) else {}
-        return tied | {
-            "kind": "text",
-            "tap": "text",
-            "channels": self.channels,
-            "context_length": self.recipe.data.context_length,
-            "payload": "float16",
-            "padding": f"id {PAD_ID}, masked",
-            "precision": self.recipe.train.precision,
-            "teacher": {
-                "checkpoint": self.recipe.sam3.checkpoint,
-                "revision": self.recipe.sam3.revision,
-                "fingerprint": self.teacher.fingerprint,
-                "parameters": parameter_count(self.teacher),
-            },
-        }
-
-    def describe(self) -> dict[str, str]:
-        """Lines for the header of `embed`."""
-        facts = self.description()
-        return {
-            "teacher": f"{facts['teacher']['checkpoint']} text encoder  {facts['teacher']['parameters']:,} "
-            f"parameters, fingerprint {facts['teacher']['fingerprint'][:12]}",
-            "features": f"{facts['context_length']} tokens x {facts['channels']} float16",
-            "data": f"{sum(map(len, self.datasets)):,} different texts",
-        }
-
-    def features(self, batch: dict, check: bool = False) -> Tensor:
-        """Run the teacher on a batch: (B, C, 1, L). `check` asks the guard whether these can be SAM 3's features."""
-        ids, mask = (batch[name].to(self.accelerator.device) for name in ("ids", "mask"))
-        with frozen_autocast(self.accelerator, self.recipe.train.precision):
-            tokens_BLC = self.teacher(ids, mask)
-        if check:
-            check_tokens(tokens_BLC, mask)
-        return as_map(tokens_BLC)
-
-    def record(self, batch: dict, place: int, feat_C1L: Tensor, key: str) -> dict:
-        """What the store keeps of one text."""
-        length = int(batch["mask"][place].sum())
-        features_LC = torch.zeros(self.recipe.data.context_length, self.channels)
-        features_LC[:length] = feat_C1L[:, 0, :length].T
-        return {"features": to_float16(features_LC, key), "length": torch.tensor([length], dtype=torch.int32)}
-
-    def stored(self, reader: StoreReader, dataset: CaptionBatches, positions: list[int]) -> tuple[Tensor, Tensor]:
-        """Read features (B, C, 1, L) and valid mask (B, 1, 1, L) of some texts back."""
-        record = reader.read(reader.positions([dataset.keys[position] for position in positions]))
-        features_BLC = record["features"].float()
-        valid_BL = torch.arange(features_BLC.shape[1]) < record["length"]
-        return as_map(features_BLC), valid_BL.float()[:, None, None]
 
 
 def encoder(recipe):
@@ -379,3 +304,6 @@ class TextStage(Stage):
         """Sums of a batch for `summarise`: what `losses.agreement_sums` counts."""
         target, pred = self.target(batch), self.predict(student, batch)
         return agreement_sums(pred, target, valid_tokens(batch).to(self.device), self.mean_C, self.deviation_C)
+
+
+STAGE = TextStage  # what `train` builds

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1, image: the benchmarks of a merged vision trunk, and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from effsam3.benchmarks.fidelity import feature_fidelity
+from effsam3.benchmarks.masks import prompted_mask_quality
+from effsam3.benchmarks.measurable import measurable
+from effsam3.benchmarks.models import load_pair
+from effsam3.benchmarks.pictures.images import draw
+from effsam3.benchmarks.speed import speed
+from effsam3.data.images.features import ImageFeatures
+from effsam3.data.images.sa1b import load_index
+from effsam3.data.loader import loader
+from effsam3.data.sampler import sequential_batches
+from effsam3.models.chassis.tensors import elements
+from effsam3.models.chassis.tiny import MADE_UP
+from effsam3.stages.image.facts import ImageRecipe
+from effsam3.training.report import table
+
+
+def benchmarks(recipe: ImageRecipe, folder: Path, chassis: Path, merged: dict) -> Iterator[tuple[str, Any]]:
+    """Yield (name, result) as they are made, pictures last."""
+    index_path, asked = Path(recipe.data.index), recipe.evaluate
+    index = load_index(index_path, "val", recipe.data.limit)
+    measured, left_out = measurable(recipe)
+    yield "left out", left_out
+    pair = load_pair(chassis, folder / "merged")
+    rows = index.select(range(min(asked.max_images, len(index))))
+    images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
+    batches = sequential_batches(len(images), recipe.embed.batch_size, 0, 1)
+    held_out = loader(images, batches, recipe.data.workers, pin=False)
+    if not pair.mean_C.any():  # an imported student brings no statistics of the teacher's features
+        pair = pair.with_statistics(held_out)
+    if "fidelity" in measured:
+        yield "fidelity", feature_fidelity(pair, held_out)
+    if "masks" in measured:
+        yield (
+            "masks",
+            prompted_mask_quality(
+                pair, index, index_path.parent, asked.prompts, asked.max_images, asked.masks_per_image
+            ),
+        )
+    if "speed" in measured:
+        yield "speed", speed(pair, {"teacher": elements(chassis), "student": elements(folder / "merged")})
+    # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.
+    with_masks = "masks" in measured and merged["chassis"] not in MADE_UP
+    yield "pictures", draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
+
+
+def tables(results: dict) -> list[str]:
+    """The image benchmarks' results as Markdown."""
+    parts = []
+    if (fidelity := results.get("fidelity")) is not None:
+        rows = [
+            ["student", *(f"{fidelity[name]:.4f}" for name in ("cosine", "cosine_centred", "mse", "neck"))],
+            ["mean of the features", f"{fidelity['cosine_of_mean']:.4f}", "0.0000", "1.0000", "-"],
+        ]
+        header = [f"features, {fidelity['images']} held-out images", "cosine", "centred cosine", "mse", "neck error"]
+        parts.append(table(rows, header))
+    if (masks := results.get("masks")) is not None:
+        rows = []
+        for prompt in (prompt for prompt in ("box", "point") if prompt in masks):
+            for label, group in [
+                (prompt, masks[prompt]),
+                *((f"{prompt}, {s}", g) for s, g in masks[prompt]["by_size"].items()),
+            ]:
+                rows.append(
+                    [
+                        label,
+                        str(group["masks"]),
+                        *(f"{100 * group[name]:.1f}" for name in ("student", "teacher", "agreement")),
+                    ]
+                )
+        header = [f"masks, {masks['images']} images, mIoU in %", "masks", "student", "teacher", "student vs teacher"]
+        parts.append(table(rows, header))
+    if (timing := results.get("speed")) is not None:
+        rows = [
+            [
+                f"{name}, {timing['image_size'][name]} px",
+                f"{timing[name]['trunk_parameters'] / 1e6:.2f} M",
+                f"{timing[name]['trunk_ms']:.1f}",
+                f"{timing[name]['trunk_images_per_s']:.1f}",
+                f"{timing[name]['model_parameters'] / 1e6:.2f} M",
+                f"{timing[name]['model_ms']:.1f}",
+                f"{timing[name]['model_images_per_s']:.1f}",
+            ]
+            for name in ("teacher", "student")
+        ]
+        timed = (
+            "trunk_parameters",
+            "trunk_ms",
+            "trunk_images_per_s",
+            "model_parameters",
+            "model_ms",
+            "model_images_per_s",
+        )
+        rows.append(["gain", *(f"{timing['ratio'][name]:.2f}x" for name in timed)])
+        header = [
+            f"speed on {timing['device']}",
+            "trunk",
+            "ms",
+            f"images/s (x{timing['batch']})",
+            "whole model",
+            "ms",
+            "images/s",
+        ]
+        parts.append(table(rows, header))
+    return parts

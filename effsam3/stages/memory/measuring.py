@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 2, memory: the video benchmark of a merged tracker, and its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effsam3.benchmarks.vos import vos, vos_table, write_objects
+from effsam3.data.videos.sav import VIDEO_FPS, load_index
+from effsam3.data.videos.vos import SavFile, VosVideo, open_vos
+from effsam3.models.chassis.tensors import load_part, read_config
+from effsam3.models.inference.prompted import load_tracker
+from effsam3.models.memory.slot import tracker_config
+from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors, in_mode
+from effsam3.models.memory.training import read_tracker_tensors
+from effsam3.stages.memory.facts import MemoryRecipe
+
+
+def benchmarks(recipe: MemoryRecipe, folder: Path, chassis: Path, merged: dict) -> Iterator[tuple[str, Any]]:
+    """Yield (name, result) as they are made, pictures last."""
+    asked, data = recipe.evaluate, recipe.data
+    if asked.videos is not None:
+        videos = open_vos(asked.videos, split=asked.split)
+    else:
+        rows, root = load_index(Path(data.index), "val", data.limit), Path(data.index).parent
+        videos = [
+            VosVideo(row["key"], root / row["video_file"], SavFile(root / row["annotation_file"]), VIDEO_FPS)
+            for row in rows
+        ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trackers = {f"{merged['chassis']}, dense": load_tracker(chassis).to(device)}
+    student = load_tracker(folder / "merged").to(device)
+    if isinstance(student, EfficientTracker):
+        trackers |= {f"{student.config.memory_mode}, trained": student}
+        trackers |= {f"{mode}, same weights": in_mode(student, mode) for mode in asked.modes}
+        if asked.untrained:
+            config = tracker_config(read_config(chassis).tracker_config, recipe.memory)
+            start = efficient_tracker_tensors(read_tracker_tensors(chassis), config, seed=recipe.train.seed)
+            untrained = load_part(EfficientTracker, config, start).float().to(device)
+            trackers |= {f"{config.memory_mode}, untrained": untrained}
+    else:
+        trackers |= {"dense, trained": student}
+    result = vos(
+        trackers,
+        videos[: asked.max_videos],
+        asked.evaluator,
+        appearing_later=asked.appearing_later,
+        predictions=folder / "eval" / "predictions" if asked.predictions else None,
+        pictures=folder / "pictures",
+        max_pictures=asked.pictures,
+    )
+    result["available"] = len(videos)
+    write_objects(result, folder / "eval" / "objects.csv")
+    yield "vos", result
+    yield "pictures", sorted((folder / "pictures").glob("*.png"))
+
+
+def tables(results: dict) -> list[str]:
+    """The video benchmark's results as Markdown."""
+    result = results["vos"]
+    parts, tracked = [vos_table(result)], result["videos"] + len(result["failed"])
+    if tracked < result["available"]:
+        parts.append(f"The first {tracked} of {result['available']} videos (evaluate.max_videos).")
+    return parts

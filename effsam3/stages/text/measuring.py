@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage 1, text: the benchmarks of a merged text encoder, and their tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from effsam3.benchmarks.measurable import measurable
+from effsam3.benchmarks.text import load_text_features, plot_similarity, text_similarity, text_speed
+from effsam3.data.captions.sources import open_captions
+from effsam3.models.text.student import TextTeacher, fold_repmixer
+from effsam3.models.text.tokens import Tokenizer
+from effsam3.stages.text.facts import TextRecipe
+from effsam3.training.report import table
+
+
+def benchmarks(recipe: TextRecipe, folder: Path, chassis: Path, merged: dict) -> Iterator[tuple[str, Any]]:
+    """Yield (name, result) as they are made, pictures last."""
+    teacher, student = TextTeacher(chassis), load_text_features(folder / "merged")
+    asked, data = recipe.evaluate, recipe.data
+    measured, left_out = measurable(recipe)
+    yield "left out", left_out
+    if "similarity" in measured:
+        phrases, phrase_column = data.phrases, data.phrase_column
+        if asked.phrases is not None:
+            phrases, phrase_column = (asked.phrases,), asked.phrase_column
+        captions = open_captions(
+            data.captions,
+            data.column,
+            phrases,
+            data.phrase_share,
+            held_out=data.held_out,
+            limit=data.limit,
+            phrase_column=phrase_column,
+        )
+        encode = partial(Tokenizer().encode, context_length=data.context_length)
+        result = {}
+        for source in ("captions", "phrases"):
+            part = captions.only("val", source)
+            if len(part) > 1:
+                texts = part.texts(range(min(len(part), asked.max_captions)))
+                result[source] = text_similarity(teacher, student, encode, texts)
+        yield "similarity", result
+        picture = folder / "pictures" / "similarity.png"
+        picture.parent.mkdir(exist_ok=True)
+        plot_similarity(result, picture)
+    if "speed" in measured:
+        yield "speed", text_speed(teacher, fold_repmixer(student))
+    if "similarity" in measured:
+        yield "pictures", [picture]
+
+
+def tables(results: dict) -> list[str]:
+    """The text benchmarks' results as Markdown."""
+    parts = []
+    if (similarity := results.get("similarity")) is not None:
+        names = ("cosine", "cosine_centred", "pooled_cosine", "retrieval", "neighbour_agreement")
+        rows = [[name, str(one["texts"]), *(f"{one[key]:.4f}" for key in names)] for name, one in similarity.items()]
+        header = ["held-out texts", "texts", "cosine", "centred cosine", "pooled", "retrieval", "same neighbour"]
+        parts.append(table(rows, header))
+    if (timing := results.get("speed")) is not None:
+        timed = ("8_tokens_ms", "32_tokens_ms", "8_tokens_captions_per_s", "32_tokens_captions_per_s")
+        rows = [
+            [name, f"{timing[name]['parameters'] / 1e6:.2f} M", *(f"{timing[name][key]:.1f}" for key in timed)]
+            for name in ("teacher", "student")
+        ]
+        rows.append(["gain", *(f"{timing['ratio'][key]:.2f}x" for key in ("parameters", *timed))])
+        header = [
+            f"text on {timing['device']}",
+            "parameters",
+            "ms, 8 tokens",
+            "32 tokens",
+            "texts/s, 8 tokens",
+            "32 tokens",
+        ]
+        parts.append(table(rows, header))
+    return parts
