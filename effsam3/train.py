@@ -342,7 +342,7 @@ def announce(
     sizes: Sizes | None,
 ) -> None:
     """Print what the run is and what it will take, keep its recipe and provenance, start the loggers."""
-    epochs = f" = {steps * recipe.train.global_batch_size / stage.train_size:.1f} epochs" if stage.train_size else ""
+    epochs = f" = {steps * recipe.train.global_batch_size / stage.train_size:.1f} epochs"
     batch = (
         f"{recipe.train.global_batch_size} = {recipe.train.micro_batch_size} per device x {accelerator.num_processes} "
         f"x {micros} accumulated; {steps:,} steps{epochs}"

@@ -17,15 +17,8 @@ def without_annotations(recipe) -> str:
     )
 
 
-def without_texts(recipe) -> str:
-    """Why `similarity` cannot be measured; "" when it can."""
-    if not recipe.data.streaming:
-        return ""
-    return "held-out texts are read from disk; fetch captions and set data.streaming=false to measure it"
-
-
 # (stage, benchmark) -> what says why it cannot be measured
-WITHOUT = {("image", "masks"): without_annotations, ("text", "similarity"): without_texts}
+WITHOUT = {("image", "masks"): without_annotations}
 
 
 def measurable(recipe) -> tuple[tuple[str, ...], list[str]]:

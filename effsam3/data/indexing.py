@@ -52,7 +52,7 @@ def worker_pool(workers: int) -> Iterator[Callable[..., Future]]:
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process was killed, perhaps for want of memory; the finished parts are kept: "
-            "run the same command again to go on, with fewer --workers if memory is short"
+            "run the same command again to resume, with fewer workers if memory is short"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
@@ -95,12 +95,28 @@ def make_parts(
         futures = []
         for file, entries in missing.items():
             futures.append(submit(make_part, entries, *arguments, file))
-            futures[-1].add_done_callback(functools.partial(advance, bar, len(entries)))
+            futures[-1].add_done_callback(functools.partial(_advance, bar, len(entries)))
         for future in futures:
             future.result()
 
 
-def advance(bar, count: int, future: Future) -> None:
+def run_jobs(function: Callable, jobs: list[tuple], workers: int, unit: str, progress: bool = True) -> list:
+    """Call `function(*job)` for every job in worker processes, and return what it returns, in the jobs' order."""
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
+    with (
+        worker_pool(workers) as submit,
+        tqdm(total=len(jobs), desc=unit, mininterval=interval, disable=not progress) as bar,
+    ):
+        futures = []
+        for job in jobs:
+            futures.append(submit(function, *job))
+            futures[-1].add_done_callback(functools.partial(_advance, bar, 1))
+        return [future.result() for future in futures]
+
+
+def _advance(bar, count: int, future: Future) -> None:
     """Move a progress bar on by `count` when a job has ended well."""
     if not future.cancelled() and future.exception() is None:
         bar.update(count)

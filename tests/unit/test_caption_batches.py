@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from effsam3.data.captions.batches import CaptionBatches
-from effsam3.data.captions.stream import code_of, key_of
+from effsam3.data.captions.cleaning import code_of, key_of
 from effsam3.data.store.reader import Field, StoreError, StoreReader, StoreWriter, create_store, finish_store
 from effsam3.models.text.tokens import Tokenizer, pad, tokenizer_fingerprint
 

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions: what is read, cleaned and counted; the mix, the split and the stream are exact for every layout."""
+"""Captions: what is read, cleaned and counted; the mix and the split are exact for every layout."""
 
 import json
 import os
 import pickle
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +13,8 @@ import pytest
 import xxhash
 
 from effsam3.data.captions import sources as module
+from effsam3.data.captions.cleaning import clean, code_of
 from effsam3.data.captions.sources import open_captions
-from effsam3.data.captions.stream import clean, code_of, stream_captions
 from effsam3.data.sampler import StepSampler
 from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
@@ -248,10 +247,11 @@ def test_sources_and_shares_that_do_not_fit(recap, tmp_path):
         ((None, "mix", (tmp_path / "a.xlsx",), 1), "there is no file|must end in"),
     ):
         with pytest.raises(UserError, match=message):
-            open_captions(*arguments, cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob(".*")), "nothing half-done stays"
-    with pytest.raises(UserError, match="another place with cache_dir"):
-        open_captions(folder, "mix", (), 0, cache_dir=tmp_path / "empty.txt")
+            open_captions(*arguments)
+    assert not list(tmp_path.glob("**/.captions/.*")), "nothing half-done stays"
+    (tmp_path / "kinds" / ".captions").touch()
+    with pytest.raises(UserError, match="the place of clean copies, cannot be made"):
+        open_captions(str(tmp_path / "kinds/a.csv"), None, (), 0)
 
 
 # ---- clean copies
@@ -262,52 +262,43 @@ def test_files_are_read_once_and_again_when_they_change(tmp_path, monkeypatch):
     write(file, re_caption=["one", None], org_caption=["uno", "dos"])
     made = []
     make_copy = module._make_copy
-    monkeypatch.setattr(module, "_make_copy", lambda job: made.append((job[0], job[2])) or make_copy(job))
+    monkeypatch.setattr(module, "_make_copy", lambda *job: made.append((job[0], job[2])) or make_copy(*job))
 
-    def opened(column="re_caption", **options):
-        captions = open_captions(str(tmp_path / "d"), column, (), 0.0, held_out=0.0, **options)
+    def opened(column="re_caption"):
+        captions = open_captions(str(tmp_path / "d"), column, (), 0.0, held_out=0.0)
         return everything(captions.train), captions.report
 
     first = opened()
     assert opened() == first == (["one"], {"null": {"count": 1, "examples": ["a.parquet:2 None"]}})
     assert opened("org_caption")[0] == ["uno", "dos"]
-    assert opened(cache_dir=tmp_path / "elsewhere") == first
-    assert made == [(str(file), column) for column in ("re_caption", "org_caption", "re_caption")]
+    assert made == [(str(file), column) for column in ("re_caption", "org_caption")]
     assert {path.name for path in (tmp_path / "d").iterdir()} == {"a.parquet", ".captions"}
     size = file.stat().st_size
     write(file, re_caption=["two", None], org_caption=["uno", "dos"])
     os.utime(file, ns=(1, 1))
-    assert file.stat().st_size == size and opened()[0] == ["two"] and len(made) == 4
+    assert file.stat().st_size == size and opened()[0] == ["two"] and len(made) == 3
     # A copy without its report is one that was interrupted.
     for report in (tmp_path / "d" / ".captions").glob("*.json"):
         report.unlink()
-    assert opened()[0] == ["two"] and len(made) == 5
+    assert opened()[0] == ["two"] and len(made) == 4
 
 
 def test_processes_give_the_same(recap, tmp_path):
-    alone = open_captions(str(recap / "captions"), "mix", (), 0.0, cache_dir=tmp_path / "1")
-    together = open_captions(str(recap / "captions"), "mix", (), 0.0, cache_dir=tmp_path / "2", workers=2)
+    shutil.copytree(recap / "captions", tmp_path / "copy", ignore=shutil.ignore_patterns(".captions"))
+    alone = open_captions(str(recap / "captions"), "mix", (), 0.0)
+    together = open_captions(str(tmp_path / "copy"), "mix", (), 0.0, workers=2)
     assert everything(alone.train) == everything(together.train) and alone.report == together.report
 
 
 def test_limit_reads_no_more_files_than_it_needs(recap, tmp_path):
-    captions = open_captions(str(recap / "captions"), "re_caption", (), 0.0, 0.1, limit=2050, cache_dir=tmp_path)
+    shutil.copytree(recap / "captions", tmp_path / "copy", ignore=shutil.ignore_patterns(".captions"))
+    captions = open_captions(str(tmp_path / "copy"), "re_caption", (), 0.0, 0.1, limit=2050)
     first = sorted(raw(recap / "captions", "re_caption")[:2050])
     assert sorted(everything(captions.train) + everything(captions.val)) == first
-    assert len(list(tmp_path.glob("*.arrow"))) == 2
+    assert len(list(tmp_path.glob("copy/.captions/*.arrow"))) == 2
 
 
-def test_a_hub_id_without_a_hub(tmp_path):
-    with pytest.raises(UserError, match="no folder some/set here.*HF_HUB_OFFLINE is set"):
-        open_captions("some/set", "mix", (), 0.0, cache_dir=tmp_path)
-    code = "from effsam3.data.captions.sources import open_captions; open_captions('some/set', 'mix', (), 0.0)"
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert "HubError: captions: there is no folder some/set here" in done.stderr
-    assert "http://127.0.0.1:9 cannot be reached" in done.stderr and "HF_ENDPOINT" in done.stderr
-
-
-# ---- with the sampler, and as a stream
+# ---- with the sampler
 
 
 def test_every_layout_trains_on_the_same_texts_and_resumes_anywhere(recap):
@@ -327,71 +318,3 @@ def test_every_layout_trains_on_the_same_texts_and_resumes_anywhere(recap):
     whole = steps(1, 16, 0, 12)
     assert steps(2, 4, 0, 12) == steps(4, 4, 0, 12) == whole
     assert steps(2, 8, 7, 12) == whole[7:]
-
-
-def stream(recap, world, micro, number, start=0, **options):
-    """The first `number` steps, each as the texts of all ranks in the order of a single process."""
-    arguments = {"source": str(recap / "captions"), "column": "mix", "global_batch": 16, "seed": 5, "buffer": 300}
-    arguments |= options
-    ranks = [
-        iter(stream_captions(**arguments, rank=rank, world=world, micro_batch=micro, start_step=start))
-        for rank in range(world)
-    ]
-    steps = []
-    for _ in range(number):
-        step = []
-        for _ in range(16 // (world * micro)):
-            for rank in ranks:
-                keys, texts = next(rank)
-                assert len(texts) == micro and keys == [f"{code_of(text):016x}" for text in texts]
-                step += texts
-        steps.append(step)
-    return steps
-
-
-@pytest.mark.parametrize(("world", "micro"), [(1, 4), (2, 8), (2, 2), (4, 4)])
-def test_a_stream_is_the_same_for_every_layout(recap, world, micro):
-    assert stream(recap, world, micro, 20) == stream(recap, 1, 16, 20)
-
-
-def test_a_stream_resumes_at_the_exact_step_and_in_a_later_epoch(recap):
-    whole = stream(recap, 1, 16, 600)  # more than two epochs
-    for start in (1, 100, 255, 300, 560):
-        assert stream(recap, 2, 4, 20, start) == whole[start : start + 20]
-    assert stream(recap, 1, 16, 20, seed=6) != whole[:20]
-
-
-def test_a_stream_has_every_training_text_once_per_epoch_and_counts_the_rest(recap):
-    opened = open_captions(str(recap / "captions"), "mix", (), 0.0, held_out=0.1)
-    for split, part in (("train", opened.train), ("val", opened.val)):
-        reader = stream_captions(
-            str(recap / "captions"), "mix", 1, 0, 1, 1, seed=0, buffer=500, held_out=0.1, split=split
-        )
-        stream = iter(reader)
-        epochs = [[next(stream)[1][0] for _ in range(len(part))] for _ in range(2)]
-        assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(everything(part))
-        assert epochs[0] != epochs[1] and epochs[0] != everything(part)
-        next(stream)
-        assert {name: entry["count"] for name, entry in reader.report.items()} == {
-            name: entry["count"] for name, entry in opened.report.items()
-        }
-
-
-def test_a_stream_survives_bad_rows_and_names_what_it_cannot_read(tmp_path):
-    values = [b"one", None, b"\xff", b"", b"two"]
-    write(tmp_path / "a.parquet", re_caption=broken_strings(values))
-    write(tmp_path / "b.parquet", re_caption=pa.array([1, 2]))
-    reader = stream_captions(str(tmp_path), "re_caption", 2, 0, 1, 2, seed=0, buffer=10, held_out=0.0)
-    stream = iter(reader)
-    assert sorted(next(stream)[1]) == sorted(next(stream)[1]) == ["one", "two"]
-    assert {name: entry["count"] for name, entry in reader.report.items()} == {
-        "null": 1, "not_utf8": 1, "empty": 1, "not_text": 2,
-    }  # fmt: skip
-    with pytest.raises(UserError, match="no usable val caption"):
-        next(iter(stream_captions(str(tmp_path), "re_caption", 2, 0, 1, 2, seed=0, held_out=0.0, split="val")))
-    with pytest.raises(UserError, match="no column 'org_caption'"):
-        next(iter(stream_captions(str(tmp_path), "org_caption", 2, 0, 1, 2, seed=0)))
-    with pytest.raises(UserError, match="did you mean re_caption"):
-        next(iter(stream_captions(str(tmp_path), "recaption", 2, 0, 1, 2, seed=0)))
-    with pytest.raises(UserError, match="there is no nothing.parquet"):
-        stream_captions("nothing.parquet", "mix", 2, 0, 1, 2, seed=0)

@@ -14,11 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import pyarrow.parquet as parquet
 import pytest
 
 from effsam3.data.captions import fetch
-from effsam3.data.synthetic.captions import make_synthetic_recap
 from effsam3.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -277,44 +275,3 @@ def test_a_login_is_asked_for_and_used(tmp_path):
         assert code == 2 and "HTTP 401" in err and "HF_TOKEN" in err and "Traceback" not in err
         code, out, err = run(tmp_path, hub.url, HF_TOKEN="hf_secret")
         assert code == 0 and expected(hub, 1).items() <= there(tmp_path).items()
-
-
-READ_HUB = f"""
-from itertools import islice
-from effsam3.data.captions.stream import stream_captions
-from effsam3.data.captions.sources import open_captions
-from effsam3.errors import UserError
-
-opened = open_captions("{REPO}", "re_caption", (), 0.0, held_out=0.0, limit=30)
-print(*opened.train.texts(range(30)), sep="\\n")
-for rank in range(2):
-    for keys, texts in islice(stream_captions("{REPO}", "re_caption", 20, rank, 2, 10, 0, 50, held_out=0.0), 3):
-        print(*texts, sep="\\n")
-try:
-    open_captions("{REPO}", "re_caption", (), 0.0)
-except UserError as error:
-    print(error)
-"""
-
-
-def test_captions_and_streams_read_from_the_hub(tmp_path):
-    make_synthetic_recap(tmp_path / "made", 60)
-    data = (tmp_path / "made" / "train-00000-of-00001.parquet").read_bytes()
-    texts = parquet.read_table(tmp_path / "made")["re_caption"].to_pylist()
-    with Hub(
-        {"data/train_data/train-00000-of-00002.parquet": data, "data/train_data/train-00001-of-00002.parquet": data}
-    ).running() as hub:
-        done = subprocess.run(
-            [sys.executable, "-c", READ_HUB],
-            env=environment(tmp_path, hub.url),
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
-        assert done.returncode == 0, done.stderr
-        *lines, refused = done.stdout.splitlines()
-        assert lines[:30] == texts[:30]
-        assert len(lines) == 90 and set(lines[30:]) <= set(texts) and lines[30:60] != texts[:30]
-        assert "would be all 2 files of the Hub; set a limit, or fetch a part" in refused
-        # The second file was read for the stream only; the map-style view took one whole file into the Hub's cache.
-        assert len(list((tmp_path / "home").rglob("train-*.parquet"))) == 1

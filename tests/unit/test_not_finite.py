@@ -161,7 +161,6 @@ def test_naming_texts_does_not_list_all_keys():
             asked.append(list(positions))
             return [f"key-{position}" for position in positions]
 
-    recipe = SimpleNamespace(data=SimpleNamespace(streaming=False))
-    stage = SimpleNamespace(recipe=recipe, train_data=CaptionBatches(Part(), None))
+    stage = SimpleNamespace(train_data=CaptionBatches(Part(), None))
     assert TextStage.samples(stage, {"positions": torch.tensor([7, 3])}) == ["key-7", "key-3"]
     assert asked == [[7, 3]]

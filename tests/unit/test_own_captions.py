@@ -37,7 +37,7 @@ def caption_file(folder, kind):
         file.write_text("Datei;Beschreibung\n" + "".join(f"x.jpg;{text}\n" for text in CAPTIONS))
         return file, ("data.column=beschreibung",)
     parquet.write_table(pa.table({"TEXT": pa.array(CAPTIONS).dictionary_encode(), "n": range(len(CAPTIONS))}), file)
-    return file, ("data.streaming=true",)
+    return file, ()
 
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".parquet"])
@@ -57,13 +57,11 @@ def test_own_captions_are_trained_on_merged_and_measured(kind, tmp_path, capsys)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line["val/mse"] for line in lines if "val/mse" in line]
     assert losses[-1] < losses[0]
-    measure = () if kind != ".parquet" else ("data.streaming=false",)
-    assert main(["merge", recipe, *overrides]) == 0 and main(["evaluate", recipe, *overrides, *measure]) == 0
+    assert main(["merge", recipe, *overrides]) == 0 and main(["evaluate", recipe, *overrides]) == 0
     printed = capsys.readouterr().out
     assert f"padding {padding}" in printed
-    if kind != ".parquet":
-        column = {".txt": "", ".jsonl": " (Caption)", ".csv": " (Beschreibung)"}[kind]
-        assert f"captions{column}, " in printed
+    column = {".txt": "", ".jsonl": " (Caption)", ".csv": " (Beschreibung)", ".parquet": " (TEXT)"}[kind]
+    assert f"captions{column}, " in printed
     result = json.loads((run / "eval/similarity.json").read_text())["captions"]
     assert result["texts"] > 5 and 0 < result["cosine"] <= 1
     # What is merged computes what was trained, under the rule that it was trained with.

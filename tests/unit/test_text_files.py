@@ -237,7 +237,7 @@ def test_every_kind_is_captions_too(tmp_path):
         else:
             file.write_text(content[suffix], encoding="utf-8")
         for source in (file, folder, f"{folder}/*{suffix}"):
-            captions = open_captions(str(source), "note", (), 0.0, held_out=0.0, cache_dir=tmp_path / "cache")
+            captions = open_captions(str(source), "note", (), 0.0, held_out=0.0)
             assert captions.train.texts(range(len(captions.train))) == TEXTS
         column = "" if suffix in (".txt", ".json") else " (note)"
         assert captions.summary().startswith(f"6 captions{column}, 0 held out")

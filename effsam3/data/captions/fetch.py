@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from effsam3.checked_files import read_json
 from effsam3.data.images.sa1b import write_atomic
@@ -24,7 +24,6 @@ from effsam3.training.report import refuse_unwritable
 
 REPO = "UCSC-VLAA/Recap-DataComp-1B"
 FOLDER = "data/train_data"  # in the repository; preview rows are elsewhere
-HUB = "hf://datasets/"  # how a file of a Hub dataset is addressed
 FETCHED = "fetched.json"
 BLOCK = 8 << 20  # bytes per request, and what a kill can cost
 ATTEMPTS = 2  # downloads of a file that arrives damaged
@@ -102,28 +101,6 @@ def list_train_files(repo: str = REPO, revision: str | None = None) -> tuple[str
 def _is_train_file(path: str) -> bool:
     name = path.rsplit("/", 1)[-1]
     return name.startswith("train") and name.endswith(".parquet")
-
-
-def hub_files(repo: str) -> list[str]:
-    """Return the addresses of a Hub dataset's train files, `hf://datasets/...`. Raises HubError."""
-    try:
-        commit, files = list_train_files(repo)
-    except UserError as error:
-        raise type(error)(f"captions: there is no folder {repo} here, and as a dataset on the Hub: {error}") from error
-    return [f"{HUB}{repo}@{commit}/{file.path}" for file in files]
-
-
-@contextmanager
-def open_file(file: str) -> Iterator[BinaryIO]:
-    """Open a local path or an address of `hub_files` for reading, the latter block by block over the network."""
-    if not file.startswith(HUB):
-        with open(file, "rb") as opened:
-            yield opened
-        return
-    from huggingface_hub import HfFileSystem
-
-    with hub_errors(file), HfFileSystem().open(file.removeprefix("hf://"), "rb") as opened:
-        yield opened
 
 
 class Fetch:

@@ -8,10 +8,8 @@ what is not. From then on texts are memory-mapped by Hugging Face `datasets`, an
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -21,20 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from effsam3.checked_files import read_json
-from effsam3.data.captions.fetch import HUB, hub_errors, hub_files
-from effsam3.data.captions.stream import (
-    EXAMPLES,
-    caption_files,
-    clean_rows,
-    code_of,
-    count,
-    counted,
-    first_train_code,
-    key_of,
-)
-from effsam3.data.captions.text_files import ROWS, read_texts
+from effsam3.data.captions.cleaning import EXAMPLES, clean_rows, code_of, count, counted, first_train_code, key_of
+from effsam3.data.captions.text_files import ROWS, caption_files, read_texts
 from effsam3.data.images.sa1b import SPLITS, write_atomic
-from effsam3.data.indexing import start_worker
+from effsam3.data.indexing import run_jobs
 from effsam3.errors import UserError
 
 CACHE = ".captions"  # folder beside the files; may be deleted at any time
@@ -103,7 +91,7 @@ class Part:
         return result.tolist()
 
     def keys(self, positions: Sequence[int]) -> list[str]:
-        """Return the texts' keys, 16 hex digits each; equal texts have equal keys (see `caption_stream.code_of`)."""
+        """Return the texts' keys, 16 hex digits each; equal texts have equal keys (see `cleaning.code_of`)."""
         return [key_of(code) for code in self.codes(positions).tolist()]
 
     def codes(self, positions: Sequence[int]) -> np.ndarray:
@@ -123,7 +111,7 @@ class Captions:
     """What `open_captions` returns. A text is in `train` or in `val` and never in both, however it is capitalised.
 
     `report` counts what was left out or changed, {reason: {"count", "examples"}}: the reasons of
-    `caption_stream.clean`, and `duplicate` for phrases.
+    `cleaning.clean`, and `duplicate` for phrases.
     """
 
     train: Part
@@ -154,22 +142,19 @@ def open_captions(
     phrase_share: float,
     held_out: float = 0.01,
     limit: int | None = None,
-    cache_dir: str | Path | None = None,
     workers: int = 1,
     phrase_column: str | None = None,
 ) -> Captions:
     """Open captions and phrases for training.
 
     Args:
-        captions: folder, file or pattern of files as in `text_files.READERS`, or the Hub id of a data set like
-            Recap-DataComp-1B (needs `limit`); None: no captions.
+        captions: folder, file or pattern of files as in `text_files.READERS`; None: no captions.
         column: its name; `mix`: per row `re_caption` or `org_caption`; None: the one that is known to hold texts.
         phrases: lists of phrases, files of the same kinds; duplicates are dropped.
         phrase_share: how much of `train` and `val` is phrases, 0..1; 0 leaves them to `Captions.only`.
         held_out: share of the texts that is in `val` and never in `train`, by a hash of the text.
         limit: use only the first so many usable captions, both splits together.
-        cache_dir: where clean copies are kept; None: beside the files.
-        workers: processes for files that have no clean copy yet.
+        workers: processes that make the clean copies of files that have none yet.
         phrase_column: as `column`, of the lists of phrases.
 
     Raises:
@@ -178,7 +163,7 @@ def open_captions(
     share = _checked_share(captions, phrases, phrase_share)
     first_train = first_train_code(held_out)
     report: dict[str, dict] = {}
-    copies = _Copies(cache_dir, workers, report)
+    copies = _Copies(workers, report)
     caption_copies = [] if captions is None else _caption_copies(copies, captions, column, limit)
     phrase_copies = copies.of([str(file) for file in phrases], "phrases", phrase_column)
     sources = _texts(caption_copies, limit), _without_duplicates(_texts(phrase_copies), report)
@@ -210,33 +195,16 @@ def _checked_share(captions: str | None, phrases: Sequence[str], phrase_share: f
 
 
 def _caption_copies(copies: _Copies, captions: str, column: str | None, limit: int | None) -> list[Path]:
+    """Return the copies of the captions' files, of those only that a limit needs."""
     files = caption_files(captions)
-    if files is None:
-        files = hub_files(captions)
-        if limit is None:
-            raise UserError(
-                f"captions: {captions} would be all {len(files):,} files of the Hub; set a limit, or fetch a part: "
-                "python scripts/fetch_recap.py --out data/recap --fraction 0.01"
-            )
     if limit is None:
         return copies.of(files, "captions", column)
     found, usable = [], 0
     while files and usable < limit:
         file, *files = files
-        if file.startswith(HUB):
-            file = _downloaded(captions, file)
         found += copies.of([file], "captions", column)
         usable += _dataset(found[-1:]).num_rows
     return found
-
-
-def _downloaded(repo: str, address: str) -> str:
-    """Return a Hub file's path in huggingface_hub's own cache."""
-    from huggingface_hub import hf_hub_download
-
-    commit, path = address.removeprefix(f"{HUB}{repo}@").split("/", 1)
-    with hub_errors(repo):
-        return hf_hub_download(repo, path, repo_type="dataset", revision=commit)
 
 
 class _Copies:
@@ -245,8 +213,8 @@ class _Copies:
     Attributes: `report`, to which is added what they left out; `columns`, {source: the columns that were read}.
     """
 
-    def __init__(self, cache_dir: str | Path | None, workers: int, report: dict[str, dict]):
-        self.cache_dir, self.workers, self.report = cache_dir, workers, report
+    def __init__(self, workers: int, report: dict[str, dict]):
+        self.workers, self.report = workers, report
         self.columns: dict[str, set[str]] = {source: set() for source in SOURCES}
 
     def of(self, files: Sequence[str], source: str, column: str | None) -> list[Path]:
@@ -260,9 +228,8 @@ class _Copies:
                 raise UserError(f"{source}: there is no file {file}")
             state = path.stat()
             made_of = (VERSION, str(path.absolute()), state.st_size, state.st_mtime_ns, column)
-            folder = path.parent / CACHE if self.cache_dir is None else Path(self.cache_dir)
             stamp = xxhash.xxh3_64_hexdigest(repr(made_of).encode("utf-8", "surrogateescape"))
-            copies.append(folder / f"{path.name}.{stamp}.arrow")
+            copies.append(path.parent / CACHE / f"{path.name}.{stamp}.arrow")
             if not copies[-1].with_suffix(".json").is_file():
                 missing.append((file, source, column, copies[-1]))
         if missing:
@@ -276,35 +243,24 @@ class _Copies:
 
 
 def _make_copies(jobs: list[tuple[str, str, str | None, Path]], workers: int) -> None:
-    from tqdm import tqdm
-
     for folder in {copy.parent for *_, copy in jobs}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"{folder} cannot be made ({error}); give clean copies another place with cache_dir"
+                f"{folder}, the place of clean copies, cannot be made ({error}); link the files into a folder that "
+                "can be written"
             ) from error
-    with tqdm(total=len(jobs), unit="file", desc="captions", disable=None) as bar:
-        if min(workers, len(jobs)) == 1:
-            for job in jobs:
-                _make_copy(job)
-                bar.update()
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=start_worker) as pool:
-            for _ in pool.map(_make_copy, jobs):
-                bar.update()
+    run_jobs(_make_copy, jobs, min(workers, len(jobs)), "files of texts")
 
 
-def _make_copy(job: tuple[str, str, str | None, Path]) -> None:
+def _make_copy(file: str, source: str, column: str | None, copy: Path) -> None:
     """Write a file's usable texts with their codes, then its report, which says that the copy is whole.
 
     Several processes may do this at the same time: they write the same under names of their own.
     """
     import pyarrow
 
-    file, source, column, copy = job
     texts = read_texts(file, column, SOURCES[source])
     rows = clean_rows(texts.values, Path(file).name)
     report: dict[str, dict] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,6 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from effsam3.data.captions.fetch import HUB, open_file
 from effsam3.errors import UserError, did_you_mean
 
 # Recap-DataComp's columns that `mix` reads: per row one of the two captions, by a hash of `key`.
@@ -61,7 +61,7 @@ class Unusable:
 
 
 def read_texts(file: str, column: str | None = None, key: str = "data.column") -> TextColumn:
-    """Return one column of a file; a parquet may be `hf://`.
+    """Return one column of a file.
 
     Args:
         column: its name, or `mix` of Recap-DataComp; None: the one that is known to hold texts.
@@ -74,7 +74,7 @@ def read_texts(file: str, column: str | None = None, key: str = "data.column") -
     suffix = Path(file).suffix.lower()
     if suffix not in READERS:
         raise UserError(f"{file} must end in {', '.join(READERS)}")
-    if not file.startswith(HUB) and not Path(file).is_file():
+    if not Path(file).is_file():
         raise UserError(f"there is no file {file}")
     return READERS[suffix](file, column, key)
 
@@ -111,6 +111,53 @@ def _folded(name: str) -> str:
 
 def _is_known(name: str) -> bool:
     return _folded(name) in (*KNOWN, "re_caption")
+
+
+def caption_files(captions: str) -> list[str]:
+    """Return the files of a folder, a pattern or a file, sorted.
+
+    Of a folder they are the parquet files if it has any, else those of the one kind that it has. Hidden folders are
+    left out.
+
+    Raises:
+        UserError: there is nothing by that name, or a folder has files of several kinds.
+    """
+    path = Path(captions)
+    if path.is_dir():
+        files = _files_in(path)
+    elif glob.has_magic(captions):
+        files = sorted(glob.glob(captions, recursive=True))
+    elif path.is_file():
+        files = [captions]
+    else:
+        raise UserError(
+            f"captions: there is no {captions}; expected a folder, a file or a pattern of files "
+            f"({', '.join(READERS)}). Recap-DataComp-1B comes from the Hub by python scripts/fetch_recap.py --out "
+            "data/recap"
+        )
+    if not files:
+        raise UserError(
+            f"captions: {captions} has no {', '.join(READERS)}; get some: python scripts/fetch_recap.py --out {path}"
+        )
+    return files
+
+
+def _files_in(folder: Path) -> list[str]:
+    by_kind: dict[str, list[str]] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in READERS and file.is_file() and not _hidden(file.relative_to(folder)):
+            by_kind.setdefault(file.suffix.lower(), []).append(str(file))
+    if ".parquet" not in by_kind and len(by_kind) > 1:
+        kinds = ", ".join(f"{len(files)} {kind}" for kind, files in by_kind.items())
+        raise UserError(
+            f"captions: {folder} has files of several kinds ({kinds}); name one of them or a pattern, such as "
+            f"data.captions='{folder}/*{next(iter(by_kind))}'"
+        )
+    return by_kind.get(".parquet", next(iter(by_kind.values()), []))
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 # ---- text files
@@ -248,7 +295,7 @@ def _column(rest: Iterator[str], header_line: int, mark: str, place: int, width:
 def _read_parquet(file: str, column: str | None, key: str) -> TextColumn:
     import pyarrow.parquet as parquet
 
-    with whole_parquet(file), open_file(file) as opened:
+    with whole_parquet(file), open(file, "rb") as opened:
         schema = parquet.ParquetFile(opened).schema_arrow
     if column == "mix":
         if missing := [name for name in MIX if name not in schema.names]:
@@ -279,7 +326,7 @@ def whole_parquet(name: str) -> Iterator[None]:
     """Turn Arrow's errors into one that names the file."""
     import pyarrow
 
-    errors = (pyarrow.ArrowException, OSError)  # looked up now: a stream may be closed when the interpreter ends
+    errors = (pyarrow.ArrowException, OSError)  # looked up now: a generator may be closed when the interpreter ends
     try:
         yield
     except errors as error:
@@ -293,7 +340,7 @@ def _parquet_rows(file: str, names: tuple[str, ...]) -> Iterator[tuple]:
     """Yield the rows of some columns. Texts come as bytes, so that wrong UTF-8 is one bad row and not an exception."""
     import pyarrow.parquet as parquet
 
-    with whole_parquet(file), open_file(file) as opened:
+    with whole_parquet(file), open(file, "rb") as opened:
         for batch in parquet.ParquetFile(opened).iter_batches(ROWS, columns=list(names)):
             yield from zip(*(_values(batch.column(name)) for name in names), strict=True)
 

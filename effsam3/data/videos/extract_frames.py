@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
-import sys
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from effsam3.checked_files import read_json
 from effsam3.data.images.sa1b import Unreadable
-from effsam3.data.indexing import advance, worker_pool
+from effsam3.data.indexing import run_jobs
 from effsam3.data.videos.decoder import pictures_in_a_row
 from effsam3.data.videos.files import VIDEO_EXTENSIONS
 from effsam3.errors import UserError
@@ -45,18 +42,8 @@ def extract_frames(
     videos = list_videos(sources)
     _claim(out, {"every": every, "quality": quality})
     waiting = {name: path for name, path in videos.items() if not (out / name).is_dir()}
-    bad = []
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
-    with (
-        worker_pool(workers or os.cpu_count()) as submit,
-        tqdm(total=len(waiting), desc="videos", mininterval=interval, disable=not progress) as bar,
-    ):
-        futures = []
-        for name, path in waiting.items():
-            futures.append(submit(_extract, path, out / name, every, quality))
-            futures[-1].add_done_callback(functools.partial(advance, bar, 1))
-        for future in futures:
-            bad += future.result()
+    jobs = [(path, out / name, every, quality) for name, path in waiting.items()]
+    bad = sum(run_jobs(_extract, jobs, workers or os.cpu_count(), "videos", progress), [])
     return len(waiting) - len(bad), len(videos) - len(waiting), bad
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from effsam3.data.captions.batches import CaptionBatches, Distinct, as_map
 from effsam3.data.store.reader import INPUTS, Field, StoreReader, ties_inputs, to_float16
-from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.text.student import check_tokens
@@ -26,8 +25,6 @@ class TeacherPass:
 
     def __init__(self, recipe: TextRecipe, accelerator: Accelerator):
         self.recipe, self.accelerator = recipe, accelerator
-        if recipe.data.streaming:
-            raise UserError("a stream has no end to embed; set data.streaming=false, or teacher=online and train")
         self.teacher = make_teacher(recipe, accelerator)
         self.channels = self.teacher.channels
         self.max_unreadable = 0  # captions are checked when they are opened

@@ -33,7 +33,7 @@ class TextData(Section):
 
     # files: captions of your own; synthetic: made from a grammar, never used unless asked for here
     source: Literal["recap", "files", "synthetic"]
-    # recap: folder of its parquet, or its Hub id; files: txt, json, jsonl, csv, tsv or parquet; null: phrases alone
+    # recap: folder of its parquet; files: txt, json, jsonl, csv, tsv or parquet; null: phrases alone
     captions: str | None = None
     # Of the captions. recap: re_caption, org_caption or mix, one of the two by the row's key; files: any name.
     column: str | None = None  # null: re_caption where there is one, else the one known name, such as caption or text
@@ -41,11 +41,10 @@ class TextData(Section):
     phrase_column: str | None = None  # of the phrases; null: the one known name, such as phrase or text
     phrase_share: Annotated[float, share] = 0.0  # of the samples that come from the phrases
     context_length: Annotated[int, context] = 32  # most tokens of a text, start and end included; SAM 3 reads 32
-    streaming: bool = False  # read captions as they come, without an index; needs train.steps
     held_out: Annotated[float, share] = 0.01  # of captions and phrases, chosen by their text
     synthetic_captions: NonNegativeInt = 0  # how many to make; source synthetic only
     limit: PositiveInt | None = None  # use only the first so many captions; null: all
-    workers: NonNegativeInt = 4  # data loader processes per rank; 0: load in the main process
+    workers: NonNegativeInt = 4  # data loader processes per rank, and for the first reading; 0: the main process
 
     def check(self) -> Iterator[str]:
         if self.source == "synthetic" and self.synthetic_captions == 0:
@@ -60,8 +59,6 @@ class TextData(Section):
                 f"column: {self.column!r} is not one of {', '.join(RECAP_COLUMNS)}, which source {self.source} has"
                 f"{did_you_mean(self.column, RECAP_COLUMNS)}; for captions of your own set data.source=files"
             )
-        if self.streaming and (self.captions is None or self.phrases):
-            yield "streaming: reads data.captions alone; set it false, or leave data.phrases out"
         if self.captions is None and not self.phrases:
             yield "captions: neither data.captions nor data.phrases is given; there is nothing to read"
         if self.phrases and self.phrase_share == 0:
@@ -124,7 +121,3 @@ class TextRecipe(StageRecipe):
 
     def check(self) -> Iterator[str]:
         yield from warmup_fits(self)
-        if self.data.streaming and self.train.steps is None:
-            yield "train.steps: a stream has no length; give steps instead of epochs"
-        if self.data.streaming and self.teacher == "stored":
-            yield "teacher: a stream cannot be stored; set teacher=online or data.streaming=false"

@@ -34,6 +34,7 @@ def benchmarks(recipe: TextRecipe, folder: Path, chassis: Path, merged: dict) ->
             data.phrase_share,
             held_out=data.held_out,
             limit=data.limit,
+            workers=max(1, data.workers),
             phrase_column=phrase_column,
         )
         encode = partial(Tokenizer().encode, context_length=data.context_length)

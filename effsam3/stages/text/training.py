@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 from effsam3.checked_files import read_json
 from effsam3.data.captions.batches import CaptionBatches, Distinct, Head, as_map, valid_tokens
 from effsam3.data.captions.sources import open_captions
-from effsam3.data.captions.stream import stream_captions
 from effsam3.data.statistics import statistics_sample
 from effsam3.data.store.reader import INPUTS, StoreError, StoreReader
 from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
@@ -44,7 +42,8 @@ def ready_captions(recipe, accelerator):
         UserError: synthetic captions of another number stand there already, or no text is usable.
     """
     data = recipe.data
-    make_captions(recipe, accelerator)
+    if data.source == "synthetic":
+        on_main(accelerator, partial(_make_synthetic, data))
     with accelerator.main_process_first():
         captions = open_captions(
             data.captions,
@@ -53,19 +52,10 @@ def ready_captions(recipe, accelerator):
             data.phrase_share,
             held_out=data.held_out,
             limit=data.limit,
+            workers=max(1, data.workers),
             phrase_column=data.phrase_column,
         )
     return captions
-
-
-def make_captions(recipe, accelerator) -> None:
-    """For `data.source: synthetic` make up the recipe's captions, once.
-
-    Raises:
-        UserError: synthetic captions of another number, or real ones, stand there already.
-    """
-    if recipe.data.source == "synthetic":
-        on_main(accelerator, partial(_make_synthetic, recipe.data))
 
 
 def _make_synthetic(data) -> None:
@@ -117,27 +107,6 @@ def make_student(recipe, channels: int):
     return student, load_text_weights(student, own if recipe.student_init == "mobileclip" else recipe.student_init)
 
 
-class FirstOfStream:
-    """The first held-out texts of a stream, kept in memory."""
-
-    def __init__(self, recipe):
-        data, size = recipe.data, recipe.train.eval_samples
-        stream = stream_captions(data.captions, data.column, 1, 0, 1, 1, 0, held_out=data.held_out, split="val")
-        found = list(islice(stream, size))
-        self._keys, self._texts = ([one[part][0] for one in found] for part in (0, 1))
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def texts(self, positions) -> list[str]:
-        """The texts at these positions."""
-        return [self._texts[position] for position in positions]
-
-    def keys(self, positions) -> list[str]:
-        """Their keys."""
-        return [self._keys[position] for position in positions]
-
-
 def encoder(recipe):
     """Texts to padded ids and mask, cut to the recipe's context length; goes into data worker processes."""
     return partial(Tokenizer().encode, context_length=recipe.data.context_length)
@@ -175,25 +144,18 @@ class TextStage(Stage):
                     f"the store at {recipe.embed.to} was made with another tokenizer ({self.facts[INPUTS]}, here "
                     f"{inputs()}); embed again to another embed.to"
                 )
-        if recipe.data.streaming:
-            make_captions(recipe, accelerator)
-            self.captions = None
-            self.val_data = CaptionBatches(FirstOfStream(recipe), encoder(recipe))
-            self.train_size = 0
-        else:
-            self.captions = ready_captions(recipe, accelerator)
-            self.train_data = CaptionBatches(self.captions.train, encoder(recipe), store)
-            val = self.captions.val
-            self.val_data = CaptionBatches(Head(val, min(len(val), recipe.train.eval_samples)), encoder(recipe), store)
-            self.train_size = len(self.train_data)
-            if not self.train_size or not len(self.val_data):
-                raise UserError(
-                    f"{self.train_size} training and {len(self.val_data)} held-out texts; both are needed "
-                    "(data.held_out)"
-                )
-            if store is not None:  # now: a text that is missing would end the training when its turn comes
-                for texts in map(Distinct, (self.captions.train, val)):
-                    store.positions(texts.keys(range(len(texts))))
+        self.captions = ready_captions(recipe, accelerator)
+        self.train_data = CaptionBatches(self.captions.train, encoder(recipe), store)
+        val = self.captions.val
+        self.val_data = CaptionBatches(Head(val, min(len(val), recipe.train.eval_samples)), encoder(recipe), store)
+        self.train_size = len(self.train_data)
+        if not self.train_size or not len(self.val_data):
+            raise UserError(
+                f"{self.train_size} training and {len(self.val_data)} held-out texts; both are needed (data.held_out)"
+            )
+        if store is not None:  # now: a text that is missing would end the training when its turn comes
+            for texts in map(Distinct, (self.captions.train, val)):
+                store.positions(texts.keys(range(len(texts))))
         self.note = untied_note(store)
         self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
         student, self.loaded = make_student(recipe, self.facts["channels"])
@@ -215,9 +177,9 @@ class TextStage(Stage):
         return found
 
     def statistics_batches(self):
-        """The sample that a store's statistics are made of, in batches; of a stream, the held-out texts."""
-        streaming, size = self.recipe.data.streaming, self.recipe.embed.batch_size
-        texts = self.val_data if streaming else CaptionBatches(Distinct(self.captions.train), encoder(self.recipe))
+        """The sample that a store's statistics are made of, in batches."""
+        size = self.recipe.embed.batch_size
+        texts = CaptionBatches(Distinct(self.captions.train), encoder(self.recipe))
         sample = statistics_sample(texts.keys)
         for start in range(0, len(sample), size):
             yield texts.__getitems__(sample[start : start + size])
@@ -230,46 +192,22 @@ class TextStage(Stage):
         """Lines for the run's header: what is learned, from what."""
         row = text_student_row(self.recipe.student)
         source = "beside the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
-        data = self.recipe.data.captions if self.captions is None else self.captions.summary()
         lines = {
             "student": f"{row.label} ({self.recipe.student})  {self.student_parameters / 1e6:.2f} M parameters, "
             f"padding {self.recipe.student_padding}",
             "teacher": f"{self.recipe.sam3.checkpoint} text encoder, {self.facts['channels']} channels a token, "
             f"{source}",
-            "data": f"{data}, up to {self.recipe.data.context_length} tokens",
+            "data": f"{self.captions.summary()}, up to {self.recipe.data.context_length} tokens",
         }
         start = {"weights": str(self.loaded).replace("\n", "; ")} if self.loaded else self.start
         return lines | start | self.note
 
     def train_batches(self, start: int, steps: int):
         """This rank's micro-batches from step `start` on."""
-        if not self.recipe.data.streaming:
-            return self.divide(start, steps, arrange=self.train_data.by_length)
-        return self._streamed(start)
-
-    def _streamed(self, start: int):
-        data, train, accelerator = self.recipe.data, self.recipe.train, self.accelerator
-        encode = encoder(self.recipe)
-        stream = stream_captions(
-            data.captions,
-            data.column,
-            train.global_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            train.micro_batch_size,
-            train.seed,
-            start_step=start,
-            held_out=data.held_out,
-        )
-        for _, texts in stream:
-            ids, mask = encode(texts)
-            counts = torch.ones(len(texts), dtype=torch.bool)
-            yield {"ids": ids, "mask": mask, "counts": counts, "texts": texts, "unreadable": []}
+        return self.divide(start, steps, arrange=self.train_data.by_length)
 
     def samples(self, batch: dict) -> list[str]:
-        """Keys of a batch's texts; a stream has none, so the texts themselves."""
-        if self.recipe.data.streaming:
-            return list(batch["texts"])
+        """Keys of a batch's texts."""
         # Of these alone, every step: the dataset's own list has the keys of all texts, gigabytes of them.
         return self.train_data.part.keys(batch["positions"].tolist())
 
