@@ -11,6 +11,8 @@ from setuptools import find_packages, setup
 
 PACKAGE = Path(__file__).parent / "effsam3"
 VERSION = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"))[1]
+# Folders next to the package in a clone and inside it in a wheel; effsam3/shipped.py finds them in both.
+DATA = {"effsam3.recipes": "recipes", "effsam3.accelerate_configs": "accelerate_configs"}
 
 setup(
     name="effsam3",
@@ -18,7 +20,9 @@ setup(
     description="Distil SAM 3 into small students: recipes, training, merging, evaluation",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["effsam3", "effsam3.*"]),
+    packages=[*find_packages(include=["effsam3", "effsam3.*"]), *DATA],
+    package_dir=DATA,
+    package_data={name: ["**/*.yaml"] for name in DATA},
     entry_points={"console_scripts": ["effsam3=effsam3.cli:main"]},
     install_requires=[
         "accelerate>=1.10",

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
 from effsam3.hardware.accelerate_configs import (
-    REPOSITORY,
     layout_environment,
     layout_file,
     layout_kind,
@@ -184,19 +183,16 @@ def refuse_indivisible_batch(recipe, machines: Machines) -> None:
 def command_of(
     verb: str, hardware: str, arguments: Sequence[str], machines: Machines, log_dir: str | None = None
 ) -> list[str]:
-    """Return the command line that runs a verb's script on a layout and (resolved) machines.
+    """Return the command line that runs a verb on a layout and (resolved) machines.
 
     Raises:
-        UserError: there is no such layout, or effsam3 is installed without its repository.
+        UserError: there is no such layout.
     """
-    script = REPOSITORY / "scripts" / f"{verb}.py"
-    if not script.is_file():
-        raise UserError(f"{script} is not there; `effsam3 launch` needs a clone of the repository (pip install -e .)")
     file = layout_file(hardware)
     nodes, processes = machines.nodes, machines.nodes * machines.processes_per_node
     # One process needs no launcher, which would stand between it and the signals of a batch system.
     if not DISTRIBUTED[verb] or processes == 1:
-        return [sys.executable, _short(script), *arguments]
+        return [sys.executable, "-m", "effsam3", verb, *arguments]
     options = ["--config_file", _short(file)]
     if nodes > 1 or processes != layout_processes(file):
         options += ["--num_machines", str(nodes), "--num_processes", str(processes)]
@@ -208,7 +204,7 @@ def command_of(
         options += ["--main_process_port", str(machines.main_port)]
     if log_dir is not None:
         options += ["--tee", "3", "--log_dir", f"{log_dir}/node-{machines.node_rank}"]  # 3: stdout and stderr
-    return [sys.executable, "-m", LAUNCHER, *options, _short(script), *arguments]
+    return [sys.executable, "-m", LAUNCHER, *options, "--module", "effsam3", verb, *arguments]
 
 
 def _aside(command: list[str]) -> str:

@@ -42,13 +42,10 @@ def _own_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def clone(tmp_path, monkeypatch) -> Path:
-    """The working directory, with all that `effsam3 launch` wants of a clone, but no runs."""
-    from effsam3 import launch
-
-    for name in ("accelerate_configs", "recipes", "scripts"):
+def clone(tmp_path) -> Path:
+    """The working directory, with the recipes and accelerate configs of a clone, but no runs."""
+    for name in ("accelerate_configs", "recipes"):
         shutil.copytree(REPOSITORY / name, tmp_path / name)
-    monkeypatch.setattr(launch, "REPOSITORY", tmp_path)
     return tmp_path
 
 

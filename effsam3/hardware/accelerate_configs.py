@@ -9,22 +9,22 @@ import yaml
 
 from effsam3.checked_files import read_yaml
 from effsam3.errors import UserError, did_you_mean
+from effsam3.shipped import shipped
 
 # Elements that DeepSpeed reduces at a time; it allocates as many, however small the student.
 REDUCE_BUCKET = 50_000_000
 # What of a layout file is a number, and what to do where the file is damaged.
 COUNTS = ("num_processes", "num_machines", "main_process_port")
 REMEDY = "write it again with `accelerate config --config_file`, or name another (hardware)"
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def layout_file(hardware: str) -> Path:
-    """Return accelerate_configs/<hardware>.yaml of the working directory or, failing that, of the repository.
+    """Return accelerate_configs/<hardware>.yaml of the working directory or, failing that, the one shipped.
 
     Raises:
         UserError: neither has it.
     """
-    folders = [Path("accelerate_configs"), REPOSITORY / "accelerate_configs"]
+    folders = [Path("accelerate_configs"), shipped("accelerate_configs")]
     for folder in folders:
         if (folder / f"{hardware}.yaml").is_file():
             return folder / f"{hardware}.yaml"

@@ -18,6 +18,7 @@ import yaml
 from effsam3.errors import RecipeError, did_you_mean
 from effsam3.recipe.schemas import STAGES
 from effsam3.recipe.typed_yaml import Mapping, Mistake, Scalar, Tree, convert, parse, type_name
+from effsam3.shipped import nearest, recipe_file
 
 __all__ = [
     "RecipeError",
@@ -37,7 +38,8 @@ RECIPE = "recipe.yaml"  # in a run folder
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """Read a recipe, its parents and `section.key=value` overrides into the dataclass of its stage.
 
-    The folder of a run stands for the recipe in it, and for itself: a run that was moved or copied is one where it is.
+    A recipe that comes with the package goes by its short name, too, such as `stage1/image/es_rv_m`. The folder of a
+    run stands for the recipe in it, and for itself: a run that was moved or copied is one where it is.
 
     Mappings of a child merge into those of its parent, everything else replaces. A section with a mistake in one of
     its keys is not searched for contradictions between keys until that is mended.
@@ -50,7 +52,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     if (run / RECIPE).is_file():
         path = run / RECIPE
         overrides = [*_place(load_recipe(path), run), *overrides]
-    tree = _read(Path(path), problems, ())
+    tree = _read(recipe_file(path), problems, ())
     for override in overrides:
         tree = _merge(tree, _override(override, problems))
     recipe = None
@@ -195,8 +197,12 @@ def _read(path: Path, problems: list[str], children: tuple[Path, ...]) -> Mappin
     if parent is None:
         return tree
     if not isinstance(parent, Scalar) or parent.is_null:
-        raise RecipeError(f"inherits: expected the path of one recipe, relative to {path}, got {parent}")
-    return _merge(_read(path.parent / parent.text, problems, (*children, path.resolve())), tree)
+        raise RecipeError(
+            f"inherits: expected the path of one recipe, relative to {path}, or a short name, got {parent}"
+        )
+    beside = path.parent / parent.text
+    file = beside if beside.exists() else recipe_file(parent.text)
+    return _merge(_read(file if file.exists() else beside, problems, (*children, path.resolve())), tree)
 
 
 def _no_recipe(path: Path, children: tuple[Path, ...]) -> str:
@@ -211,10 +217,9 @@ def _no_recipe(path: Path, children: tuple[Path, ...]) -> str:
             f"; it belongs to the run {os.path.relpath(run)}, name that" if run else ", nor is it the folder of a run"
         )
         return f"{path} is a folder{wanted} without a recipe in it{meant}"
-    nearby = [*sorted(path.parent.glob("*.yaml")), *sorted(Path("recipes").rglob("*.yaml"))]
-    near = difflib.get_close_matches(path.stem, [file.stem for file in nearby], n=1)
-    meant = next((f"; did you mean {file}?" for file in nearby if file.stem in near), "")
-    return f"no recipe at {path}{wanted}{meant}"
+    near = nearest(path)
+    meant = f"did you mean {near}?" if near else "`effsam3 recipes` lists those that come with effsam3"
+    return f"no recipe at {path}{wanted}; {meant}"
 
 
 def _override(override: str, problems: list[str]) -> Mapping:

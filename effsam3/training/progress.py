@@ -18,6 +18,7 @@ from typing import TypeVar
 from effsam3.checked_files import read_json
 from effsam3.errors import UserError
 from effsam3.recipe.reader import load_recipe
+from effsam3.shipped import recipe_file
 from effsam3.stopping import is_alive
 from effsam3.training.report import write_json
 
@@ -150,7 +151,7 @@ def run_folder(run: str | Path) -> Path:
         UserError: there is no such folder, or nothing has been trained in it.
     """
     path = Path(run)
-    folder = path if path.is_dir() or path.suffix not in (".yaml", ".yml") else load_recipe(path).folder
+    folder = path if path.is_dir() or not recipe_file(path).is_file() else load_recipe(path).folder
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}; name one, such as runs/smoke-image, or the recipe of a run")
     if not any((folder / name).is_file() for name in (FILE, "metrics.jsonl")):

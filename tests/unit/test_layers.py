@@ -20,6 +20,7 @@ LAYERS = [
         "files",
         "checked_files",
         "stopping",
+        "shipped",
         "recipe",
         "hardware.accelerate_configs",
         "training.report",

@@ -69,7 +69,7 @@ def test_launch_merges_and_evaluates(monkeypatch, clone):
     monkeypatch.setattr(launcher, "_run", lambda command, environment: lines.append(command) or 0)
     assert main(["launch", "recipes/smoke/release.yaml"]) == 0
     assert lines == [
-        [sys.executable, f"scripts/{verb}.py", "recipes/smoke/release.yaml"] for verb in ("merge", "evaluate")
+        [sys.executable, "-m", "effsam3", verb, "recipes/smoke/release.yaml"] for verb in ("merge", "evaluate")
     ]
 
 

@@ -91,7 +91,7 @@ def test_what_a_person_reads(tmp_path):
         "saved     step-000050, best-step-000050",
         f"bad data  2 unreadable samples, {folder}/unreadable.jsonl names them",
         f"skipped   1 micro-batches, {folder}/skipped.jsonl names them",
-        f"loggers  {folder}/effsam3",
+        f"loggers   {folder}/effsam3",
         "next      wait, or stop it with `kill 42` on gpu-7: it saves first",
     ]
 
