@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY
+from commands import ENVIRONMENT, REPOSITORY
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 # Notes in FILE what a process opens below CLONE, except where the libraries are.
