@@ -294,8 +294,8 @@ def _meant(prefix: str, key: str, known: list[str]) -> str:
     if key == "inherits":
         return "; it belongs at the top of a file, beside stage and name"
     same = [name for name in known if word[name] == key]
-    for names in ([here] if not same else []) + [known]:
-        near = difflib.get_close_matches(key, [word[name] for name in names], n=1, cutoff=0.6)
+    for names, cutoff in [(here, 0.6)] * (not same) + [(known, 0.75)]:
+        near = difflib.get_close_matches(key, [word[name] for name in names], n=1, cutoff=cutoff)
         same = same or [name for name in names if word[name] in near]
     if same:
         return f"; did you mean {' or '.join(same)}?"

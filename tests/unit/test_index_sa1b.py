@@ -396,5 +396,3 @@ def test_the_scripts(flat, tmp_path):
     assert "30 images" in done.stdout and "index.report.json" in done.stdout and "30/30" in done.stderr
     wrong = run("index_sa1b.py", tmp_path / "none", "--out", tmp_path / "index.parquet")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: ") and "Traceback" not in wrong.stderr
-    done = run("reorg_sa1b.py", tars, tmp_path / "tree")
-    assert done.returncode == 0 and "images without json: 1" in done.stdout and "sa_30.jpg" in done.stdout, done.stderr
