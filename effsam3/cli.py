@@ -215,9 +215,9 @@ def refuse_dashes(argv: Sequence[str]) -> None:
     Raises:
         UserError: naming the right spelling.
     """
-    from effsam3.recipe.schemas import STAGES
+    from effsam3 import stages
 
-    sections = {field for stage in STAGES.values() for field in stage.__dataclass_fields__}
+    sections = {field for stage in stages.STAGES for field in stages.recipe_class(stage).__dataclass_fields__}
     for place, word in enumerate(argv):
         key, equals, value = word.lstrip("-").partition("=")
         if word.startswith("-") and key.split(".")[0] in sections:

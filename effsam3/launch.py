@@ -21,7 +21,9 @@ from effsam3.hardware.accelerate_configs import (
     layout_port,
     layout_processes,
 )
-from effsam3.recipe.reader import accumulation, load_recipe, refuse_verb
+from effsam3.recipe.common import StageRecipe
+from effsam3.recipe.derived import accumulation
+from effsam3.recipe.reader import load_recipe, refuse_verb
 from effsam3.stopping import LAUNCHED, STOP, STOPPED
 from effsam3.training.progress import read_progress
 from effsam3.training.report import refuse_unwritable
@@ -123,9 +125,8 @@ def launch(
     for verb in verbs:
         refuse_verb(recipe, verb)
     if not verbs:
-        # An online teacher runs beside the student: there is nothing to store.
-        verbs = [verb for verb in recipe.launched if verb != "embed" or recipe.teacher == "stored"]
-    refuse_unwritable(recipe.folder, "train.runs")
+        verbs = list(recipe.launched)
+    refuse_unwritable(recipe.folder, recipe.runs_key)
     if "embed" in verbs:
         refuse_unwritable(Path(recipe.embed.to), "embed.to")
     machines = machines.resolve(recipe.hardware)
@@ -167,7 +168,7 @@ def ask_for_needs(recipe_path: str, verbs: Sequence[str], overrides: Sequence[st
     ).returncode
 
 
-def refuse_indivisible_batch(recipe, machines: Machines) -> None:
+def refuse_indivisible_batch(recipe: StageRecipe, machines: Machines) -> None:
     """Refuse now what every rank would refuse after it has started.
 
     Raises:

@@ -11,21 +11,22 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from effsam3 import stages
 from effsam3.errors import UserError, did_you_mean
-from effsam3.training.progress import METRIC, each_run
+from effsam3.training.progress import each_run
 from effsam3.training.report import read_metrics, refuse_unwritable
 
 Curve = list[tuple[int, float]]  # (step, value)
 
 PREFIXES = ("", "train/", "val/", "perf/")  # tried in this order: `loss` is train/loss
 # What is drawn unless it is asked otherwise, as far as a run has it.
-DEFAULT = ("train/loss", *dict.fromkeys(METRIC.values()), "train/lr", "train/grad_norm", "perf/samples_per_s")
-DEFAULT += ("perf/data_wait", "perf/peak_gib")
+METRICS = sorted({metric for stage in stages.STAGES if (metric := stages.recipe_class(stage).metric)})
+DEFAULT = ("train/loss", *METRICS, "train/lr", "train/grad_norm", "perf/samples_per_s", "perf/data_wait")
+DEFAULT += ("perf/peak_gib",)
 PANELS = 6  # at most
 TITLES = {
     "train/loss": "training loss",
-    "val/cosine": "val/cosine, held out",
-    "val/j": "val/j, held out",
+    **{metric: f"{metric}, held out" for metric in METRICS},
     "train/lr": "learning rate",
     "train/grad_norm": "gradient norm",
     "perf/samples_per_s": "samples per second",

@@ -16,8 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from effsam3 import stages
 from effsam3.checked_files import read_yaml
-from effsam3.training.progress import METRIC, each_run, read_progress
+from effsam3.training.progress import each_run, read_progress
 from effsam3.training.report import duration, read_lines, read_metrics, table
 
 ALIVE = ("running", "silent")  # what `--watch` waits for
@@ -86,6 +87,8 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
     """
     progress = read_progress(folder)
     recipe = _read(folder / "recipe.yaml", RECIPE_FORM)
+    # Its plain values, as another version may have written them.
+    learned = stages.recipe_class(recipe["stage"]) if recipe.get("stage") in stages.STAGES else None
     lines = read_metrics(folder / "metrics.jsonl")
     trained = [line for line in lines if "train/loss" in line]
     last = trained[-1] if trained else {}
@@ -95,7 +98,7 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
         "run": str(folder),
         "name": recipe.get("name", folder.name),
         "stage": recipe.get("stage"),
-        "student": recipe.get("student", f"{recipe.get('memory', {}).get('mode')} memory" if recipe else None),
+        "student": learned.student_of(recipe) if learned else None,
         "step": lines[-1]["step"] if lines else 0,
         "steps": recipe.get("train", {}).get("steps"),
         **({name: last.get(key) for name, key in LATEST.items()}),
@@ -105,7 +108,7 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
             if name.startswith("train/") and name not in NOT_LOSSES
         },
         "loss_curve": _curve([line["train/loss"] for line in trained]),
-        **_validations(lines, METRIC.get(recipe.get("stage"))),
+        **_validations(lines, learned.metric if learned else None),
         "checkpoints": [path.name for path in saved],
         "best_checkpoint": best[-1].name if best else None,
         "unreadable": len({str(line.get("key")) for line in read_lines(folder / "unreadable.jsonl")}),

@@ -41,7 +41,8 @@ from effsam3.hardware.budget.estimates import (
     running_layout,
 )
 from effsam3.models.merging.slots import refuse_other_student
-from effsam3.recipe.reader import accumulation, dump_recipe, total_steps, warmup_steps
+from effsam3.recipe.derived import accumulation, total_steps, warmup_steps
+from effsam3.recipe.reader import dump_recipe
 from effsam3.stages import needs
 from effsam3.stopping import STOP, STOPPED
 from effsam3.training import checkpoint, optimizer_state
@@ -186,8 +187,8 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
         if due["eval_every"]:
             with window.paused():
                 values = validate(recipe, stage, accelerator, average or student, unreadable, done)
-            refuse_not_finite(values[stage.metric], done)
-            improved = state["best"] is None or values[stage.metric] > state["best"][stage.metric]
+            refuse_not_finite(values[recipe.metric], done)
+            improved = state["best"] is None or values[recipe.metric] > state["best"][recipe.metric]
             state["worse"] = 0 if improved else state["worse"] + 1
             if improved:
                 state["best"] = {"step": done, **values}

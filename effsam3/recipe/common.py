@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
     Decay,
     FileName,
@@ -106,18 +107,89 @@ class Merge(Section):
     allow_padding_mismatch: bool = False
 
 
-class StageRecipe(Section):
-    """A recipe of something that learns."""
+class Recipe(Section):
+    """A recipe, and what can be said of its stage without torch. RECIPE of every stage's facts.py is a subclass."""
 
-    launched = ("embed", "train", "merge", "evaluate")  # what `effsam3 launch` runs, in order
+    verbs: ClassVar[tuple[str, ...]]  # that `effsam3 launch` knows for this stage, in order
+    why_no_more: ClassVar[str] = ""  # why the stage lacks a verb, and what to do instead
+    runs_key: ClassVar[str]  # names the folder of run folders
+    replaces: ClassVar[str] = ""  # part of SAM 3 whose place the student takes; the slot has the stage's name
+    metric: ClassVar[str | None] = None  # the validation number to maximise: it chooses the best checkpoint
+    knobs: ClassVar[tuple[str, ...]] = ()  # keys that decide the device memory, the cheapest to change first
+
+    stage: str
+    name: str
+    hardware: str
+    sam3: Chassis
+    merge: Merge
+    push: Push
 
     @property
     def folder(self) -> Path:
         """The run folder."""
+        raise NotImplementedError
+
+    @property
+    def launched(self) -> tuple[str, ...]:
+        """The verbs that `effsam3 launch` runs when none is named, in order."""
+        return self.verbs
+
+    def sources(self) -> dict[str, Path]:
+        """Return what `merge` puts together: {slot: folder of a run or of a model}."""
+        raise NotImplementedError
+
+    def derived(self) -> dict[str, Callable[[], str]]:
+        """Return the lines that `show` adds: {title: what makes the line, or raises UserError if it is not known yet}.
+
+        A line is at hand at once: it takes neither torch nor a look at the data themselves.
+        """
+        return {}
+
+
+class StageRecipe(Recipe):
+    """A recipe of something that learns."""
+
+    verbs = ("train", "merge", "evaluate")
+    runs_key = "train.runs"
+
+    student: str
+    student_init: str
+    data: Section
+    loss: Section
+    optim: Optim
+    train: Train
+    evaluate: Section
+
+    @property
+    def folder(self) -> Path:
         return Path(self.train.runs) / self.name
 
+    def sources(self) -> dict[str, Path]:
+        return {self.stage: self.folder}
 
-def warmup_fits(recipe: object) -> Iterator[str]:
+    def student_line(self) -> str:
+        """Say how big the student is, for `show`."""
+        raise NotImplementedError
+
+    @classmethod
+    def student_of(cls, values: Mapping[str, Any]) -> str | None:
+        """Return the student that a recipe's plain YAML names, whichever version wrote it."""
+        return values.get("student")
+
+
+class FeatureRecipe(StageRecipe):
+    """A recipe of a student that learns a teacher's features: `embed` has stored them, or they are made beside it."""
+
+    verbs = ("embed", "train", "merge", "evaluate")
+
+    teacher: str  # stored or online
+
+    @property
+    def launched(self) -> tuple[str, ...]:
+        return self.verbs if self.teacher == "stored" else self.verbs[1:]
+
+
+def warmup_fits(recipe: StageRecipe) -> Iterator[str]:
     """Yield a sentence when the warm-up is as long as the training or longer."""
     for name in ("epochs", "steps"):
         warmup, length = getattr(recipe.optim, f"warmup_{name}"), getattr(recipe.train, name)

@@ -1,35 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strict reader of recipes: YAML to the dataclasses of effsam3/schema, and what follows from the numbers."""
+"""The strict reader of recipes: YAML to the dataclasses of every stage's facts.py."""
 
 from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
+from effsam3 import stages
 from effsam3.errors import RecipeError, did_you_mean
-from effsam3.recipe.schemas import STAGES
+from effsam3.recipe.common import Recipe
 from effsam3.recipe.typed_yaml import Mapping, Mistake, Scalar, Tree, convert, parse, type_name
 from effsam3.shipped import nearest, recipe_file
 
 __all__ = [
     "RecipeError",
-    "accumulation",
     "differing_keys",
     "dump_recipe",
     "flat",
     "load_recipe",
     "refuse_verb",
-    "total_steps",
-    "warmup_steps",
 ]
 COMMAND_LINE = "command line"
 RECIPE = "recipe.yaml"  # in a run folder
@@ -58,23 +54,23 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     recipe = None
     stage = tree.get("stage")
     if stage is None:
-        problems.append(f"stage is missing{did_you_mean('', STAGES)}")
-    elif not isinstance(stage, Scalar) or stage.text not in STAGES:
+        problems.append(f"stage is missing{did_you_mean('', stages.STAGES)}")
+    elif not isinstance(stage, Scalar) or stage.text not in stages.STAGES:
         text = stage.text if isinstance(stage, Scalar) else str(stage)
-        problems.append(f"stage: {text!r} is not a stage{did_you_mean(text, STAGES)} ({stage.where})")
+        problems.append(f"stage: {text!r} is not a stage{did_you_mean(text, stages.STAGES)} ({stage.where})")
     else:
-        recipe = _build(STAGES[stage.text], tree, "", problems, _keys(STAGES[stage.text]))
+        cls = stages.recipe_class(stage.text)
+        recipe = _build(cls, tree, "", problems, _keys(cls))
     if problems:
         raise RecipeError(f"{path}:" + "".join(f"\n  - {problem}" for problem in problems))
     return recipe
 
 
-def _place(recipe: Any, run: Path) -> list[str]:
+def _place(recipe: Recipe, run: Path) -> list[str]:
     """Return the overrides by which a recipe's run folder is `run`; none where it is."""
     if recipe.folder.resolve() == run.resolve():
         return []
-    runs = "runs" if recipe.stage == "release" else "train.runs"
-    return [f"name={json.dumps(run.resolve().name)}", f"{runs}={json.dumps(str(run.resolve().parent))}"]
+    return [f"name={json.dumps(run.resolve().name)}", f"{recipe.runs_key}={json.dumps(str(run.resolve().parent))}"]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -108,71 +104,17 @@ def differing_keys(a: Any, b: Any) -> list[str]:
     ]
 
 
-def refuse_verb(recipe: Any, verb: str) -> None:
+def refuse_verb(recipe: Recipe, verb: str) -> None:
     """Refuse a verb that the recipe's stage does not have.
 
     Raises:
-        RecipeError: the verb is `embed` or `train` and the stage has none.
+        RecipeError: the stage has none.
     """
-    if verb in ("embed", "train") and verb not in recipe.launched:
+    if verb not in (*recipe.verbs, "push", "show"):
         raise RecipeError(
-            f"{verb}: {recipe.name} is of stage {recipe.stage}, which knows {', '.join(recipe.launched)}, push and "
-            f"show; {REASONS[recipe.stage]}"
+            f"{verb}: {recipe.name} is of stage {recipe.stage}, which knows {', '.join(recipe.verbs)}, push and "
+            f"show; {recipe.why_no_more}"
         )
-
-
-# stage -> why it lacks a verb
-REASONS = {
-    "release": "it puts together what has been trained already: run this verb on the recipe of a part",
-    "memory": "its frozen trunk runs beside the student, because clips differ in every step: go on with train",
-}
-
-
-# ---- derived numbers
-
-
-def accumulation(recipe: Any, world_size: int) -> int:
-    """Return how many micro-batches each rank accumulates per optimizer step.
-
-    Raises:
-        RecipeError: the global batch is not a whole number of micro-batches on every rank.
-    """
-    batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
-    if batch % (micro * world_size):
-        raise RecipeError(
-            f"train.global_batch_size ({batch}) is not a multiple of micro_batch_size x world size "
-            f"({micro} x {world_size} = {micro * world_size}); change train.micro_batch_size or --num_processes"
-        )
-    return batch // (micro * world_size)
-
-
-def total_steps(recipe: Any, train_images: int) -> int:
-    """Return the optimizer steps of the whole training on so many images (what `data.limit` leaves)."""
-    if recipe.train.steps is not None:
-        return recipe.train.steps
-    return _steps(recipe.train.epochs, recipe, train_images)
-
-
-def warmup_steps(recipe: Any, train_images: int) -> int:
-    """Return the optimizer steps of warm-up.
-
-    Raises:
-        RecipeError: warm-up would take all of the training.
-    """
-    steps, total = recipe.optim.warmup_steps, total_steps(recipe, train_images)
-    if steps is None:
-        steps = _steps(recipe.optim.warmup_epochs, recipe, train_images)
-    if steps >= total:
-        raise RecipeError(
-            f"warm-up takes {steps} steps and the whole training {total} ({train_images} images); lower "
-            "optim.warmup_steps or optim.warmup_epochs, or train longer"
-        )
-    return steps
-
-
-def _steps(epochs: float, recipe: Any, train_images: int) -> int:
-    # Exact: in floats a product such as 0.7 x 10240 may round up to one step too many.
-    return math.ceil(Fraction(str(epochs)) * train_images / recipe.train.global_batch_size)
 
 
 # ---- files and overrides to one tree
@@ -252,8 +194,9 @@ def _build(cls: type, tree: Tree, prefix: str, problems: list[str], known: list[
         problems.append(f"{prefix[:-1]}: expected keys below it, got {tree} ({tree.where})")
         return None
     hints = get_type_hints(cls, include_extras=True)
+    names = [field.name for field in fields(cls)]
     for key, node in tree.items():
-        if key not in hints:
+        if key not in names:
             problems.append(f"unknown key {prefix}{key}{_meant(prefix, key, known)} ({node.where})")
     values, complete = {}, True
     for field in fields(cls):
@@ -281,8 +224,8 @@ def _build(cls: type, tree: Tree, prefix: str, problems: list[str], known: list[
 
 def _keys(cls: type, prefix: str = "") -> list[str]:
     """Return all dotted keys of a recipe class, sections among them."""
-    keys = []
-    for name, hint in get_type_hints(cls).items():
+    keys, hints = [], get_type_hints(cls)
+    for name, hint in ((field.name, hints[field.name]) for field in fields(cls)):
         keys += [prefix + name, *(_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [])]
     return keys
 

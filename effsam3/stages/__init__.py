@@ -3,7 +3,7 @@
 
 A stage is a folder of the files that it needs, each imported only when it is asked for:
 
-- `facts.py`, light: its recipe.
+- `facts.py`, light: RECIPE, the class of its recipes, which answers what needs no torch (`recipe.common.Recipe`).
 - `training.py`: STAGE, the class that `train` builds (`stages.base.Stage`).
 - `embedding.py`: TeacherPass, what `embed` runs: `datasets`, `fields()`, `description()`, `describe()`,
   `features(batch)`, `record(...)` and `stored(...)`.
@@ -16,6 +16,15 @@ from __future__ import annotations
 
 from importlib import import_module
 from types import ModuleType
+
+from effsam3.recipe.common import Recipe
+
+STAGES = ("image", "text", "memory", "release")
+
+
+def recipe_class(stage: str) -> type[Recipe]:
+    """Return the class of a stage's recipes."""
+    return import_module(f"effsam3.stages.{stage}.facts").RECIPE
 
 
 def training(stage: str) -> ModuleType:

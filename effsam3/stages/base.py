@@ -34,7 +34,6 @@ class Stage:
     `val_data`, and has `describe`, `loss`, `validate`, `target`, `valid` and `statistics_batches`.
     """
 
-    metric = "val/cosine"  # the validation number to maximise
     unit = "samples"
     files = "images"  # what samples are read from
     max_unreadable = 0

@@ -28,8 +28,6 @@ STATES = ("running", "stopped", "complete", "failed")  # what a run says; `true_
 # A run that says nothing for so many of its intervals, and at least so long (starting, validating and saving take
 # their time), is silent.
 SILENT_INTERVALS, SILENT_S = 10, 600
-# stage -> the validation number that chooses its best checkpoint, as `metric` of its class in effsam3/stages
-METRIC = {"image": "val/cosine", "text": "val/cosine", "memory": "val/j"}
 
 
 @dataclass(frozen=True, kw_only=True)

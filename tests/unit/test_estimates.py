@@ -22,7 +22,6 @@ from effsam3.hardware.accelerate_configs import REDUCE_BUCKET
 from effsam3.hardware.budget.dry_run import Ledger, cost, dry_stage, fused_attention
 from effsam3.hardware.budget.estimates import (
     GIB,
-    KNOBS,
     Layout,
     Sizes,
     advice,
@@ -344,7 +343,7 @@ def test_a_clip_with_fewer_frames_or_objects_takes_less():
 @pytest.mark.parametrize(("path", "keys"), [(IMAGE, []), (TEXT, []), (MEMORY, SHORT)])
 def test_the_knobs_are_keys_of_the_recipe(path, keys):
     recipe = load_recipe(path, keys)
-    assert set(KNOBS[recipe.stage]) <= set(flat(recipe))
+    assert set(recipe.knobs) <= set(flat(recipe))
 
 
 def test_out_of_memory_names_the_knobs_and_what_would_help():

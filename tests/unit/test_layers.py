@@ -25,10 +25,12 @@ LAYERS = [
         "hardware.accelerate_configs",
         "training.report",
         "training.progress",
+        "stages.__init__",
         "stages.image.facts",
         "stages.text.facts",
         "stages.memory.facts",
         "stages.release.facts",
+        "data.store.format",
         "models.registry",
         "models.chassis.sam31",
         "models.chassis.tiny",
@@ -99,6 +101,8 @@ def own_imports(file, files):
 def unit(module):
     """Return the entry of LAYERS that a module belongs to: itself, or the innermost folder that is listed."""
     listed = set().union(*LAYERS)
+    if f"{module}.__init__" in listed:
+        return f"{module}.__init__"
     while module and module not in listed:
         module = module.rpartition(".")[0]
     return module

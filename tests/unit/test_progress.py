@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from effsam3 import stages
 from effsam3.errors import UserError
 from effsam3.training import progress
-from effsam3.training.progress import METRIC, Progress, each_run, read_progress, run_folder
+from effsam3.training.progress import Progress, each_run, read_progress, run_folder
 from effsam3.training.report import read_lines
 
 ROOT = Path(__file__).parents[2]
@@ -157,7 +156,3 @@ def test_of_several_what_is_no_run_is_left_out(tmp_path):
         each_run(["nowhere"], Path)
     with pytest.raises(UserError, match="none of these is a run:\n  - .*nowhere.*\n  - .*neither"):
         each_run(["nowhere", "neither"], Path)
-
-
-def test_the_metrics_are_those_of_the_stages():
-    assert {stage: stages.training(stage).STAGE.metric for stage in METRIC} == METRIC

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from effsam3.checked_files import read_json
 from effsam3.errors import UserError
@@ -33,7 +32,7 @@ MANIFEST_FORM = {
     "statistics?": (dict, None),
     "shards": [{"file": str, "keys": str, "records": int, "stride": int, "offset?": int, "journal?": bool}],
 }
-DTYPES = ("float16", "float32", "int8", "uint8", "int32")
+DTYPES = {"float16": 2, "float32": 4, "int8": 1, "uint8": 1, "int32": 4}  # name -> bytes of an element
 
 
 class StoreError(UserError):
@@ -58,7 +57,14 @@ class Field:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype]
+
+
+def stride(fields: Iterable[Field]) -> int:
+    """Return the bytes from one record of these fields to the next: whole pages for images, cache lines for text."""
+    payload = sum(field.nbytes for field in fields)
+    unit = 4096 if payload >= 64 << 10 else 64
+    return -(-payload // unit) * unit
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,8 @@ class Manifest:
 
     @property
     def stride(self) -> int:
-        """Bytes from one record to the next: whole pages for images, cache lines for text."""
-        unit = 4096 if self.payload >= 64 << 10 else 64
-        return -(-self.payload // unit) * unit
+        """Bytes from one record to the next."""
+        return stride(self.fields)
 
     @property
     def header(self) -> str:

@@ -29,22 +29,6 @@ LIBRARIES = GIB  # the CUDA context, cuBLAS' and NCCL's own buffers: outside of 
 FREE = 0.1  # share of a device that fragmentation and kernels' workspaces may take
 DEVICES = {24: "RTX 4090, A10", 40: "A100 40 GB", 48: "L40S", 80: "A100, H100", 141: "H200", 180: "B200"}
 LESS = {"ddp": "zero2", "zero1": "zero2", "zero2": "zero3", "zero3": "zero3_offload"}  # what divides more
-# What decides the memory of a stage, the cheapest to change first.
-KNOBS = {
-    "image": ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck"),
-    "text": ("train.micro_batch_size", "hardware", "train.ema", "data.context_length", "teacher"),
-    "memory": (
-        "train.micro_batch_size",
-        "train.recompute",
-        "train.objects_at_once",
-        "train.trunk_batch",
-        "hardware",
-        "train.ema",
-        "loss.side_px",
-        "data.objects",
-        "data.frames",
-    ),
-}
 
 
 # ---- sizes and layouts
@@ -342,7 +326,7 @@ def explain_out_of_memory(recipe: Any, error: torch.OutOfMemoryError, device_gib
     """Return what to say of a device that was too small: the stage's knobs as they stand, and what would help."""
     values, sizes = flat(recipe), measure(recipe)
     found, device = estimate(recipe, sizes), device_bytes(device_gib)
-    knobs = ", ".join(f"{key}={values[key]}" for key in KNOBS[recipe.stage])
+    knobs = ", ".join(f"{key}={values[key]}" for key in recipe.knobs)
     # What the estimate calls enough was not: then the next smaller micro-batch is the first thing to try.
     if device is not None and not fits(found.total, device):
         lines = advice(recipe, sizes, device)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast
 from effsam3.hardware.budget.estimates import FP32, micro_batches, running_layout, states
-from effsam3.recipe.reader import accumulation, load_recipe
+from effsam3.recipe.derived import accumulation
+from effsam3.recipe.reader import load_recipe
 
 LOOKED_AT = 8  # micro-batches; of these the heaviest sample is tried, repeated
 

@@ -16,7 +16,7 @@ from effsam3.data.store.reader import INPUTS, Field, StoreReader, quantise_int8,
 from effsam3.data.transforms import normalise, resized_size, valid_mask
 from effsam3.hardware.accelerator import frozen_autocast
 from effsam3.models.image.teacher import check_features, parameter_count
-from effsam3.stages.image.facts import ImageRecipe
+from effsam3.stages.image.facts import ImageRecipe, record_fields
 from effsam3.stages.image.training import image_dataset, make_teacher, ready_index
 
 
@@ -42,14 +42,9 @@ class TeacherPass:
         self.accelerator = accelerator
 
     def fields(self) -> list[Field]:
-        """The record's fields: features, for int8 their scales, and on request the pixels they were made of."""
-        side, grid, channels = self.teacher.image_size, self.teacher.grid, self.teacher.channels
-        fields = [Field("features", self.recipe.embed.dtype, (channels, grid, grid))]
-        if self.recipe.embed.dtype == "int8":
-            fields.append(Field("scale", "float32", (channels,)))
-        if self.recipe.embed.pixels:
-            fields += [Field("pixels", "uint8", (3, side, side)), Field("sizes", "int32", (2,))]
-        return fields
+        """The record's fields."""
+        teacher = self.teacher
+        return record_fields(self.recipe.embed, teacher.channels, teacher.grid, teacher.image_size)
 
     def description(self) -> dict:
         """What the manifest says about the features: they belong to this teacher and this preprocessing alone."""

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError
 from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
-from effsam3.models.registry import SAM3, chassis_facts
-from effsam3.recipe.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
+from effsam3.models.registry import SAM3, chassis_facts, head_params
+from effsam3.recipe.common import FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
+from effsam3.recipe.derived import index_counts, total_steps, warmup_steps
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
     FileName,
@@ -104,8 +106,12 @@ class ImageEvaluate(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageRecipe(StageRecipe):
+class ImageRecipe(FeatureRecipe):
     """Stage 1, image: a student learns the output of SAM 3's ViT trunk, then takes its place."""
+
+    replaces = "vision trunk"
+    metric = "val/cosine"
+    knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck")
 
     stage: Literal["image"]  # the module of effsam3/stages that reads this recipe
     name: FileName  # of the run folder, <train.runs>/<name>
@@ -155,3 +161,90 @@ class ImageRecipe(StageRecipe):
             yield f"head: stride32 reads a map of stride 32, {coarsest}; set head=fused"
         if self.student_init == "imagenet" and not pretrained_cfg(row.timm_name).has_weights:
             yield f"student_init: timm has no weights of {row.timm_name}; set student_init=random, or name a file"
+
+    @property
+    def channels(self) -> int:
+        """Width of the features to learn.
+
+        Raises:
+            UserError: the sizes of the recipe's SAM 3 are not known.
+        """
+        facts = chassis_facts(self.sam3.checkpoint)
+        return facts.hidden_size if self.embed.tap == "trunk" else facts.fpn_hidden_size
+
+    def derived(self) -> dict[str, Callable[[], str]]:
+        return {
+            "images": self._images_line,
+            "length": self._length_line,
+            "student": self.student_line,
+            "store": self._store_line,
+        }
+
+    def _counts(self) -> dict[str, int]:
+        """Return how many images of each split are used, from the report beside the index.
+
+        Raises:
+            UserError: there is no report.
+        """
+        data = self.data
+        remedies = {
+            "synthetic": f"{data.synthetic_images} images will be drawn by embed or train",
+            "folder": f"the photographs in {data.folder} will be indexed by embed or train",
+            "sa1b": f"make it with: python scripts/index_sa1b.py FOLDER --out {data.index}",
+        }
+        counts = index_counts(data.index, "images", remedies[data.source])
+        return {split: min(count, data.limit or count) for split, count in counts.items()}
+
+    def _images_line(self) -> str:
+        counts = self._counts()
+        return f"{counts['train']:,} to learn from, {counts['val']:,} held out"
+
+    def _length_line(self) -> str:
+        images = self._counts()["train"]
+        steps, warmup = total_steps(self, images), warmup_steps(self, images)
+        epochs = steps * self.train.global_batch_size / images
+        return f"{steps:,} steps = {epochs:.1f} epochs, {warmup:,} steps of them warm-up"
+
+    def student_line(self) -> str:
+        facts = chassis_facts(self.sam3.checkpoint)
+        seen = self.student_image_size or facts.image_size
+        student = image_student(self.student, seen)
+        head = head_params(self.head, student.channels, self.channels)
+        total = student.trunk_params + head
+        saved = 100 * (1 - total / facts.trunk_params)
+        verdict = f"{abs(saved):.2f} % {'fewer' if saved > 0 else 'more'} than the {facts.trunk_params:,} they replace"
+        counts = f"{student.trunk_params:,} trunk + {head:,} {self.head} head = {total:,} parameters, {verdict}"
+        return counts if seen == facts.image_size else f"{counts}; sees {seen} px instead of {facts.image_size}"
+
+    def _store_line(self) -> str:
+        if self.teacher == "online":
+            return "none: the teacher runs beside the student"
+        facts = chassis_facts(self.sam3.checkpoint)
+        grid = self.embed.grid or facts.grid
+        size = stride(record_fields(self.embed, self.channels, grid, facts.image_size))
+        text = f"{size:,} bytes per image ({self.channels} x {grid} x {grid} {self.embed.dtype}"
+        text += " and pixels)" if self.embed.pixels else ")"
+        try:
+            total = size * sum(self._counts().values())
+        except UserError:
+            return text
+        return f"{text}, {total / 1e9:,.2f} GB in all"
+
+
+def record_fields(embed: ImageEmbed, channels: int, grid: int, side: int) -> list[Field]:
+    """Return the fields of an image's record: features, for int8 their scales, on request the pixels they are of.
+
+    Args:
+        channels: of the features.
+        grid: their rows and columns.
+        side: of the resized image, in pixels.
+    """
+    fields = [Field("features", embed.dtype, (channels, grid, grid))]
+    if embed.dtype == "int8":
+        fields.append(Field("scale", "float32", (channels,)))
+    if embed.pixels:
+        fields += [Field("pixels", "uint8", (3, side, side)), Field("sizes", "int32", (2,))]
+    return fields
+
+
+RECIPE = ImageRecipe

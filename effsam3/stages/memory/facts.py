@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Any, Literal
 
+from effsam3.models.memory.token_counts import CHANNELS, FRAMES, POINTERS, count_tokens
+from effsam3.models.registry import chassis_facts
 from effsam3.recipe.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
+from effsam3.recipe.derived import index_counts
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
     FileName,
@@ -146,7 +150,20 @@ class MemoryEvaluate(Section):
 class MemoryRecipe(StageRecipe):
     """Stage 2, memory: the tracker learns to remember in far fewer tokens; all else stays as it is."""
 
-    launched = ("train", "merge", "evaluate")
+    why_no_more = "its frozen trunk runs beside the student, because clips differ in every step: go on with train"
+    replaces = "video memory"
+    metric = "val/j"
+    knobs = (
+        "train.micro_batch_size",
+        "train.recompute",
+        "train.objects_at_once",
+        "train.trunk_batch",
+        "hardware",
+        "train.ema",
+        "loss.side_px",
+        "data.objects",
+        "data.frames",
+    )
 
     stage: Literal["memory"]
     name: FileName  # of the run folder, <train.runs>/<name>
@@ -180,3 +197,39 @@ class MemoryRecipe(StageRecipe):
             yield f"memory.trains: {', '.join(self.memory.trains)} without memory, which the merged slot needs; add it"
         if self.memory.mode == "dense" and self.memory.trains == ("memory",) and self.memory.attention_layers is None:
             yield "memory.mode: dense with every layer is SAM 3's own memory; choose hybrid, latents or pooled"
+
+    @classmethod
+    def student_of(cls, values: Mapping[str, Any]) -> str:
+        return f"{values.get('memory', {}).get('mode')} memory"
+
+    def derived(self) -> dict[str, Callable[[], str]]:
+        return {"videos": self._videos_line, "length": self._length_line, "memory": self.student_line}
+
+    def _videos_line(self) -> str:
+        data = self.data
+        clip = f"clips of {data.frames} frames, at most {data.objects} objects"
+        remedies = {
+            "synthetic": f"{data.synthetic_videos} videos will be drawn by train; {clip}",
+            "sav": f"make it with: python scripts/index_sav.py FOLDER --out {data.index}",
+        }
+        counts = index_counts(data.index, "videos", remedies[data.source])
+        return f"{counts['train']:,} to learn from, {counts['val']:,} held out; {clip}"
+
+    def _length_line(self) -> str:
+        return f"{self.train.steps:,} steps of {self.train.global_batch_size} clips" if self.train.steps else ""
+
+    def student_line(self) -> str:
+        asked, facts = self.memory, chassis_facts(self.sam3.checkpoint)
+        count = partial(
+            count_tokens,
+            grid=facts.grid,
+            pool=asked.pool,
+            latents=asked.global_latents + asked.window_latents,
+            hot_frames=asked.hot_frames,
+            pointer_tokens=facts.fpn_hidden_size // CHANNELS,
+        )
+        read = f"{count(asked.mode):,} tokens of {FRAMES} frames and {POINTERS} pointers"
+        return f"{asked.mode}: {read}, {count('dense'):,} when dense"
+
+
+RECIPE = MemoryRecipe

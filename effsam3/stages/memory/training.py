@@ -138,7 +138,6 @@ def keep_whole(student: TrackerStudent, accelerator) -> None:
 class MemoryStage(Stage):
     """The training side: trackers, clips, prompts, loss and validation."""
 
-    metric = "val/j"
     unit = "clips"
     files = "videos"
 

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from effsam3.recipe.common import Chassis, Merge
+from effsam3.checked_files import read_json
+from effsam3.errors import UserError
+from effsam3.recipe.common import Chassis, Merge, Recipe
 from effsam3.recipe.push import Push
+from effsam3.recipe.reader import load_recipe
 from effsam3.recipe.rules import FileName, Section
 
 
@@ -31,8 +35,12 @@ class Parts(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReleaseRecipe(Section):
+class ReleaseRecipe(Recipe):
     """A release: nothing is learned; parts are merged, measured together and published."""
+
+    verbs = ("merge", "evaluate")
+    why_no_more = "it puts together what has been trained already: run this verb on the recipe of a part"
+    runs_key = "runs"
 
     stage: Literal["release"]
     name: FileName  # of the release's folder, <runs>/<name>
@@ -43,9 +51,30 @@ class ReleaseRecipe(Section):
     merge: Merge = Merge()
     push: Push = Push()
 
-    launched = ("merge", "evaluate")  # what `effsam3 launch` runs, in order
-
     @property
     def folder(self) -> Path:
         """The release's folder, shaped like a run folder."""
         return Path(self.runs) / self.name
+
+    def sources(self) -> dict[str, Path]:
+        return self.parts.filled()
+
+    def derived(self) -> dict[str, Callable[[], str]]:
+        return {slot: partial(self._part_line, slot) for slot in vars(self.parts)}
+
+    def _part_line(self, slot: str) -> str:
+        """Say who fills a slot, as far as that run or model is there."""
+        folder = self.sources().get(slot)
+        if folder is None:
+            return "SAM 3's own"
+        if (folder / "recipe.yaml").is_file():
+            trained = load_recipe(folder / "recipe.yaml")
+            return f"{folder}: {trained.student}, {trained.student_line()}"
+        for made in (folder / "effsam3.json", folder / "merged" / "effsam3.json"):
+            if made.is_file():
+                slots = read_json(made, {"slots": {str: {"student": str}}}, "merge or import the model again")["slots"]
+                return f"{made.parent}: {slots[slot]['student'] if slot in slots else 'no student in this slot'}"
+        raise UserError(f"there is no run and no model in {folder}")
+
+
+RECIPE = ReleaseRecipe

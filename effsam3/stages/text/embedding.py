@@ -16,7 +16,7 @@ from effsam3.hardware.accelerator import frozen_autocast
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.text.student import check_tokens
 from effsam3.models.text.tokens import PAD_ID
-from effsam3.stages.text.facts import TextRecipe
+from effsam3.stages.text.facts import TextRecipe, record_fields
 from effsam3.stages.text.training import encoder, inputs, make_teacher, ready_captions
 
 
@@ -35,9 +35,8 @@ class TeacherPass:
         ]
 
     def fields(self) -> list[Field]:
-        """The record's fields: features of `context_length` tokens, zeros after the last, and how many are valid."""
-        shape = (self.recipe.data.context_length, self.channels)
-        return [Field("features", "float16", shape), Field("length", "int32", (1,))]
+        """The record's fields."""
+        return record_fields(self.recipe.data.context_length, self.channels)
 
     def description(self) -> dict:
         """What the manifest says about the features: they belong to this teacher and this tokenizer alone."""

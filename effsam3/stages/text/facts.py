@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from effsam3.errors import did_you_mean
-from effsam3.recipe.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
+from effsam3.data.store.format import Field, stride
+from effsam3.errors import UserError, did_you_mean
+from effsam3.models.registry import TEACHER, chassis_facts, text_student_row
+from effsam3.recipe.common import FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
     FileName,
@@ -24,6 +26,7 @@ from effsam3.recipe.rules import (
     text_student_name,
 )
 
+CONTEXT_LENGTH = 32  # positions of a text student: what transformers' SAM 3 processors pad every prompt to
 RECAP_COLUMNS = ("re_caption", "org_caption", "mix")
 
 
@@ -98,8 +101,12 @@ class TextEvaluate(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRecipe(StageRecipe):
+class TextRecipe(FeatureRecipe):
     """Stage 1, text: a student learns the features of SAM 3's text encoder, then takes its place."""
+
+    replaces = "text encoder"
+    metric = "val/cosine"
+    knobs = ("train.micro_batch_size", "hardware", "train.ema", "data.context_length", "teacher")
 
     stage: Literal["text"]
     name: FileName  # of the run folder, <train.runs>/<name>
@@ -121,3 +128,33 @@ class TextRecipe(StageRecipe):
 
     def check(self) -> Iterator[str]:
         yield from warmup_fits(self)
+
+    def derived(self) -> dict[str, Callable[[], str]]:
+        return {"length": self._length_line, "student": self.student_line, "store": self._store_line}
+
+    def _length_line(self) -> str:
+        if self.train.steps is None:
+            raise UserError("the captions are counted when they are opened; embed or train prints the steps")
+        return f"{self.train.steps:,} steps of {self.train.global_batch_size} texts"
+
+    def student_line(self) -> str:
+        row = text_student_row(self.student)
+        total = row.params(CONTEXT_LENGTH, chassis_facts(self.sam3.checkpoint).fpn_hidden_size)
+        text = f"{total:,} parameters with {CONTEXT_LENGTH} positions and the projector"
+        if self.sam3.checkpoint == "tiny":
+            return text
+        return f"{text}, {100 * (1 - total / TEACHER.text):.2f} % fewer than the {TEACHER.text:,} they replace"
+
+    def _store_line(self) -> str:
+        if self.teacher == "online":
+            return "none: the teacher runs beside the student"
+        channels, length = chassis_facts(self.sam3.checkpoint).fpn_hidden_size, self.data.context_length
+        return f"{stride(record_fields(length, channels)):,} bytes per text ({length} x {channels} float16)"
+
+
+def record_fields(length: int, channels: int) -> list[Field]:
+    """Return the fields of a text's record: features of `length` tokens, zeros after the last; how many are valid."""
+    return [Field("features", "float16", (length, channels)), Field("length", "int32", (1,))]
+
+
+RECIPE = TextRecipe
