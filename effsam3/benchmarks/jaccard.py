@@ -224,9 +224,6 @@ class SavScorer(_Scorer):
         return found
 
 
-SCORERS = {"davis": DavisScorer, "sav": SavScorer}
-
-
 def _score(frames: list[_Frame]) -> ObjectScore:
     j = statistics(np.array([frame.J for frame in frames]))
     f = statistics(np.array([frame.F for frame in frames]))

@@ -24,13 +24,11 @@ from PIL import Image
 from transformers import Sam3TrackerVideoModel
 
 from effsam3.benchmarks.jaccard import DavisScorer, ObjectScore, SavScorer, mean_scores, region_similarity
-from effsam3.benchmarks.pictures.videos import Animation, ContactSheet
+from effsam3.benchmarks.pictures.videos import ContactSheet
 from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
 from effsam3.data.videos.vos import HIGHEST_ID, VosVideo
 from effsam3.errors import UserError, did_you_mean
 from effsam3.training.report import table, write_text
-
-FPS = 24  # of a video that does not say
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,6 @@ def vos(
     predictions: Path | None = None,
     pictures: Path | None = None,
     max_pictures: int = 4,
-    animate: bool = False,
 ) -> dict:
     """Track and score the objects of `videos` with each of `trackers` ({name: model}).
 
@@ -100,7 +97,7 @@ def vos(
         appearing_later: also track objects that the video's first annotated frame does not show, each from the first
             annotated frame that does; otherwise they are only counted. DAVIS scores no such objects.
         predictions: a folder for the masks of all frames, `<tracker>/<video>/...` as the official evaluators read it.
-        pictures: a folder for contact sheets of the first `max_pictures` videos, and GIFs if `animate`.
+        pictures: a folder for contact sheets of the first `max_pictures` videos.
 
     Returns:
         `protocol`, `device`; `videos` scored; `failed` {video: reason}; `appearing_later`, the number of objects left
@@ -128,8 +125,6 @@ def vos(
                 keepers += [PredictionFolder(predictions / name, video, name, rules.overlap) for name in trackers]
             if pictures is not None and count < max_pictures:
                 keepers.append(ContactSheet(pictures / f"{video.name}.png", video.name, video.annotated))
-                if animate:
-                    keepers.append(Animation(pictures / f"{video.name}.gif", video.annotated, video.fps or FPS))
             found, later = _one_video(trackers, video, rules, appearing_later, keepers)
         except (UserError, OSError) as error:
             failed[video.name] = str(error)

@@ -17,9 +17,9 @@ from run_folders import image_run, text_run
 from safetensors.torch import load_file, save_file
 from test_trajectories import wait_for
 from transformers import AutoModel, Sam3TrackerVideoModel, Sam3VideoModel
+from vos_folders import write_vos_layouts
 
 from effsam3 import evaluate, merge
-from effsam3.data.synthetic.videos import write_vos_layouts
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import TRUNK, read_config, read_tensors
 from effsam3.models.memory.tracker import EfficientTracker

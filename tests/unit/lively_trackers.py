@@ -47,11 +47,11 @@ def lively_tracker(grid=GRID, seed=0, **changes):
     return model.requires_grad_(False)
 
 
-def efficient(reference, grid=GRID, layers=None, **changes):
+def efficient(reference, grid=GRID, **changes):
     """An efficient tracker that starts from the reference's weights."""
     config = EfficientTrackerConfig(**options(grid, **(LATENTS | changes)))
     model = EfficientTracker(config).eval().requires_grad_(False)
-    model.load_state_dict(efficient_tracker_tensors(reference.state_dict(), config, layers))
+    model.load_state_dict(efficient_tracker_tensors(reference.state_dict(), config))
     return model
 
 

@@ -7,7 +7,7 @@ from lively_trackers import MASKED, SIDE, efficient, lively_tracker, moving_vide
 from transformers import Sam3TrackerVideoInferenceSession
 
 from effsam3.models.chassis.tiny import WIDTH
-from effsam3.models.memory.attention import FrameMemory, memory_bytes
+from effsam3.models.memory.attention import FrameMemory
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +190,10 @@ def test_memory_stays_constant(mode, frames, objects):
     assert len({stored[frame] for frame in range(31, frames)}) == 1
     config = tracker.config
     # The first frame and the last two; other tracked frames in reach of the first or the last.
-    expected = 3 * memory_bytes(config, hot=True) + (6 + 5) * memory_bytes(config)
+    kept = {"map": config.map_tokens, "latents": 6}  # of a frame; in bfloat16
+    whole = sum(kept[what] for what in config.kept) * 2 * config.memory_encoder_output_channels
+    cold = 6 * 2 * config.memory_encoder_output_channels if mode == "hybrid" else whole
+    expected = 3 * whole + (6 + 5) * cold
     expected += (1 + 15 + 16) * 4 * (WIDTH + 1) + 2 * 4 * (4 * grid) ** 2  # pointers, scores; masks of two frames
     assert stored[frames - 1] == objects * expected
     for outputs in play.session.output_dict_per_obj.values():

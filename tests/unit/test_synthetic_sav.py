@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from effsam3.data.synthetic.videos import make_synthetic_sav, make_video, sav_record, write_vos_layouts
+from effsam3.data.synthetic.videos import make_synthetic_sav, make_video, sav_record
 from effsam3.data.videos.files import open_video
 from effsam3.data.videos.sav import parse_sav
 from effsam3.errors import UserError
@@ -28,7 +27,7 @@ def test_files_have_the_released_form(tmp_path):
         annotations = parse_sav((tmp_path / f"sav_{number:06d}_manual.json").read_bytes())
         annotations.check_masks()
         video = open_video(tmp_path / f"sav_{number:06d}.mp4")
-        assert annotations.video_id == f"sav_{number:06d}" and max(video.size) == 64 and video.fps == 24
+        assert annotations.video_id == f"sav_{number:06d}" and max(video.size) == 64
         assert annotations.frames == video.frames == 22 and (annotations.height, annotations.width) == video.size
         assert len(annotations.masklet) == 6 and annotations.objects == [0, 1, 2, 3]
         for annotated in range(6):
@@ -121,24 +120,3 @@ def test_more_videos_later_leave_the_first_as_they_are(tmp_path):
     for other in ({"seed": 1}, {"side_px": 64}, {"frames": 10}, {"objects": 1}):
         with pytest.raises(UserError, match="delete it or name another"):
             make_synthetic_sav(tmp_path / "a", 1, **(small | other))
-
-
-def test_vos_folders(tmp_path):
-    small = {"frames": 9, "side_px": 32, "objects": 3}
-    write_vos_layouts(tmp_path, 3, **small)
-    first = contents(tmp_path)
-    for top in ("davis/JPEGImages/480p", "davis/Annotations/480p", "sav_val/JPEGImages_24fps"):
-        assert sorted(path.name for path in (tmp_path / top / "sav_000003").iterdir())[-1].startswith("00008.")
-    assert (tmp_path / "davis/ImageSets/2017/val.txt").read_text() == "sav_000001\nsav_000002\nsav_000003\n"
-    truth = make_video(3, 9, 32, 3).masks
-    for index in (0, 4, 8):
-        for position in range(3):
-            png = tmp_path / f"sav_val/Annotations_6fps/sav_000003/{position:03d}/{index:05d}.png"
-            assert (np.array(Image.open(png)) == truth[index, position]).all()
-    image = Image.open(tmp_path / "davis/Annotations/480p/sav_000003/00003.png")
-    painted = (truth[3] * np.array([1, 2, 3])[:, None, None]).max(0)  # the last one has the pixel
-    assert image.mode == "P" and (np.array(image) == painted).all()
-    (tmp_path / "davis/Annotations/480p/sav_000002/00008.png").unlink()
-    (tmp_path / "davis/Annotations/480p/sav_000002").rename(tmp_path / "gone")
-    write_vos_layouts(tmp_path, 3, **small)
-    assert {name: data for name, data in contents(tmp_path).items() if not name.startswith("gone")} == first

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from disc_videos import SIZE, Video, sure_tracker
 from PIL import Image
+from vos_folders import write_vos_layouts
 
 from effsam3.benchmarks.jaccard import DavisScorer
 from effsam3.benchmarks.tracking import TrackedFrame
 from effsam3.benchmarks.vos import PredictionFolder, vos
-from effsam3.data.synthetic.videos import mp4_bytes, sav_record, write_vos_layouts
+from effsam3.data.synthetic.videos import mp4_bytes, sav_record
 from effsam3.data.videos.vos import FromOne, open_vos
 from effsam3.errors import UserError
 

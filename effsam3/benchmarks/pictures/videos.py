@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a tracked video: a contact sheet of a few frames, and an animated GIF.
+"""The picture of a tracked video: a contact sheet of a few frames.
 
-Both take annotated frames as they are tracked, and keep them at the size at which they show them. Filled areas are
-masks, lines the annotated outlines, one colour per object in all panels.
+It takes annotated frames as they are tracked, and keeps them at the size at which it shows them. Filled areas are
+masks, lines the annotated outlines, one colour per object in all rows.
 
 Letters: H W rows and columns of a picture, C colours (RGB).
 """
@@ -24,8 +24,6 @@ COLOURS = tuple(
 )
 CELL_WIDTH = 320  # pixels of a frame on the contact sheet
 COLUMNS = 6  # frames of a contact sheet
-PANEL_WIDTH = 360  # pixels of a tracker's panel in the GIF
-MOST_ANIMATED = 100  # frames of a GIF
 LINE, GAP = 22, 6  # pixels: a line of text, the space between frames
 INK, PALE, PAPER = (30, 32, 38), (120, 124, 134), (255, 255, 255)
 
@@ -126,39 +124,6 @@ class ContactSheet:
             draw.rectangle((left, top + 3, left + 13, top + 16), fill=tuple(colour_of(number).astype(int)))
             left = _write(draw, (left + 20, top), f"object {number}", 14) + 3 * GAP
         _write(draw, (left, top), "area: mask, line: annotated", 14, PALE)
-
-
-class Animation:
-    """A GIF of the annotated frames, trackers side by side."""
-
-    def __init__(self, path: Path, annotated: list[int], fps: float):
-        self.path, self.fps = path, fps
-        self.chosen = set(evenly(sorted(annotated), MOST_ANIMATED))
-        self.panels: list[tuple[int, Image.Image]] = []
-
-    def add(self, frame: TrackedFrame) -> None:
-        if frame.index not in self.chosen:
-            return
-        small = reduce(frame, PANEL_WIDTH)
-        height, width = small.image_HWC.shape[:2]
-        panel = Image.new("RGB", (len(small.masks) * (width + GAP) - GAP, height + LINE), PAPER)
-        draw = ImageDraw.Draw(panel)
-        for place, (name, masks) in enumerate(small.masks.items()):
-            _write(draw, (place * (width + GAP) + 4, 1), name, 14)
-            panel.paste(paint(small.image_HWC, masks, small.truths or {}), (place * (width + GAP), LINE))
-        self.panels.append((frame.index, panel.quantize(256, Image.Quantize.MAXCOVERAGE)))
-
-    def discard(self) -> None:
-        self.panels.clear()
-
-    def finish(self, scores: dict[str, dict[int, ObjectScore | None]]) -> None:
-        """Write the GIF; frames last as long as in the video."""
-        indexes = [index for index, _ in self.panels]
-        gaps = [later - earlier for earlier, later in zip(indexes, indexes[1:], strict=False)] or [1]
-        durations = [round(1000 * gap / self.fps) for gap in [*gaps, gaps[-1]]]
-        first, *others = [panel for _, panel in self.panels]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        first.save(self.path, save_all=True, append_images=others, duration=durations, loop=0)
 
 
 def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, ink=INK) -> int:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic SA-V: textured shapes that move, turn, grow, hide each other, leave and come back, with true masks.
 
-In the files of SA-V's training set (`sav_000001.mp4` at 24 frames/s, `sav_000001_manual.json` at 6), or in the folders
-of its validation set and of DAVIS. For smoke runs and tests, only where a recipe asks for it by name.
+In the files of SA-V's training set: `sav_000001.mp4` at 24 frames/s, `sav_000001_manual.json` at 6. For smoke runs
+and tests, only where a recipe asks for it by name.
 
 Letters: T frames, N objects, H W rows and columns. Lengths are in units of the video's longest side; y points down.
 """
@@ -12,12 +12,10 @@ from __future__ import annotations
 import colorsys
 import io
 import json
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from effsam3.data.images.sa1b import write_atomic
 from effsam3.data.videos.sav import FRAME_STRIDE, VIDEO_FPS
@@ -57,59 +55,14 @@ def make_synthetic_sav(
         write_atomic(json_file, json.dumps(sav_record(name, video.masks)).encode())
 
 
-def write_vos_layouts(
-    folder: str | Path, videos: int, frames: int = 48, side_px: int = 128, objects: int = 3, seed: int = 0
-) -> None:
-    """Write the same videos as `folder/sav_val` (a PNG for every object and fourth frame) and `folder/davis`.
-
-    DAVIS has one palette PNG for every frame; where objects overlap, the last one has the pixel.
-
-    Raises:
-        UserError: the folder holds videos made with other settings.
-    """
-    folder = Path(folder)
-    _claim(folder, {"frames": frames, "side_px": side_px, "objects": objects, "seed": seed})
-    names = [f"sav_{number:06d}" for number in range(1, videos + 1)]
-    for number, name in enumerate(names, 1):
-        if (folder / "davis" / "Annotations" / "480p" / name).exists():  # written last
-            continue
-        video = make_video(number, frames, side_px, objects, seed)
-        jpegs = {f"{index:05d}.jpg": _jpeg(image) for index, image in enumerate(video.frames)}
-        _write_folder(folder / "sav_val" / "JPEGImages_24fps" / name, jpegs)
-        masks = {
-            f"{position:03d}/{index:05d}.png": _png(Image.fromarray(mask_HW))
-            for index in range(0, frames, FRAME_STRIDE)
-            for position, mask_HW in enumerate(video.masks[index])
-        }
-        _write_folder(folder / "sav_val" / "Annotations_6fps" / name, masks)
-        _write_folder(folder / "davis" / "JPEGImages" / "480p" / name, jpegs)
-        indexed = {f"{index:05d}.png": _png(palette_image(masks)) for index, masks in enumerate(video.masks)}
-        _write_folder(folder / "davis" / "Annotations" / "480p" / name, indexed)
-    for path in (folder / "sav_val" / "sav_val.txt", folder / "davis" / "ImageSets" / "2017" / "val.txt"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, "".join(f"{name}\n" for name in names).encode())
-
-
-def palette_image(masks_NHW: np.ndarray) -> Image.Image:
-    """Return a palette image of masks: 0 is background, object n of the N has the value n + 1."""
-    ids_HW = np.zeros(masks_NHW.shape[1:], np.uint8)
-    for position, mask_HW in enumerate(masks_NHW):
-        ids_HW[mask_HW] = position + 1
-    image = Image.fromarray(ids_HW)
-    colours = np.random.default_rng(0).integers(64, 256, (256, 3), dtype=np.uint8)
-    colours[0] = 0
-    image.putpalette(colours.tobytes())
-    return image
-
-
-def mp4_bytes(frames_THW3: np.ndarray, fps: int = VIDEO_FPS) -> bytes:
+def mp4_bytes(frames_THW3: np.ndarray) -> bytes:
     """Encode uint8 RGB frames (T, H, W, 3), H and W even, as H.264 in MP4."""
     import av
 
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         options = {"crf": "16", "preset": "veryfast", "threads": "1"}  # one thread: the same bytes everywhere
-        stream = container.add_stream("libx264", rate=fps, options=options)
+        stream = container.add_stream("libx264", rate=VIDEO_FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames_THW3.shape[1:3], "yuv420p"
         for image_HW3 in frames_THW3:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image_HW3, format="rgb24")))
@@ -174,31 +127,6 @@ def _claim(folder: Path, settings: dict) -> None:
             f"{folder} holds synthetic videos of {file.read_text()}, not {text}; delete it or name another"
         )
     write_atomic(file, text.encode())
-
-
-def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
-    """Write a folder that is there whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    for stale in (temporary, folder):
-        if stale.exists():
-            shutil.rmtree(stale)
-    temporary.mkdir(parents=True)
-    for name, data in files.items():
-        (temporary / name).parent.mkdir(exist_ok=True)
-        (temporary / name).write_bytes(data)
-    temporary.rename(folder)
-
-
-def _jpeg(image_HW3: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image_HW3).save(file, "JPEG", quality=95)
-    return file.getvalue()
-
-
-def _png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return file.getvalue()
 
 
 # ---- scenes

@@ -47,14 +47,12 @@ class FrameTable:
             later one than the picture before it, so that frames can only be counted from the beginning.
         keys_K2: int64, presentation and decoding times of the packets that decoding can begin with, ascending.
         digests_T: uint64, of the pictures as RGB; None in a table that was listed from packets.
-        fps: frames per second, averaged over the file.
     """
 
     frames: int
     times_T: np.ndarray | None
     keys_K2: np.ndarray
     digests_T: np.ndarray | None
-    fps: float
 
     def keys_before(self, index: int) -> np.ndarray:
         """Return the rows of `keys_K2` that a frame can be decoded from, the nearest first."""
@@ -318,10 +316,6 @@ class Source:
             raise UnreadableVideo(self.path.name, "skewed", detail)
         return (a, b, c, d) if a and d or b and c else (1, 0, 0, 1)  # some files have a matrix of zeros
 
-    def average_rate(self) -> float:
-        """Frames per second as the file says it."""
-        return float(self.stream.average_rate or self.stream.guessed_rate or 0)
-
     def _truncated(self, detail: str) -> UnreadableVideo:
         place = (
             "at its beginning" if self._last_dts is None else f"{float(self._last_dts * self.stream.time_base):.3f} s"
@@ -365,13 +359,10 @@ def digest(picture_HW3: np.ndarray) -> int:
 def _table(source: Source, times: list[int | None], digests_T: np.ndarray | None) -> FrameTable:
     if not times:
         raise UnreadableVideo(source.path.name, "corrupt", "there is no picture in it")
-    fps, times_T = source.average_rate(), None
-    if None not in times and all(np.diff(times) > 0):
-        times_T = np.array(times, np.int64)
-        if len(times) > 1:
-            fps = float((len(times) - 1) / ((times[-1] - times[0]) * source.stream.time_base))
+    in_order = None not in times and all(np.diff(times) > 0)
+    times_T = np.array(times, np.int64) if in_order else None
     keys_K2 = np.array(sorted(source.keys), np.int64).reshape(-1, 2)
-    return FrameTable(len(times), times_T, keys_K2, digests_T, fps)
+    return FrameTable(len(times), times_T, keys_K2, digests_T)
 
 
 def _claimed_bytes(head: bytes) -> int | None:

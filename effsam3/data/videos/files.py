@@ -34,7 +34,6 @@ class VideoFile:
     Attributes:
         frames: how many frames there are; a header may claim more.
         size: (rows, columns) in pixels.
-        fps: frames per second, averaged over the file.
         numbers: the number of each frame, here 0 to frames - 1.
         names: the file name that each frame would have as an image, without its ending, such as 00012.
 
@@ -62,10 +61,6 @@ class VideoFile:
     @property
     def frames(self) -> int:
         return self._table.frames
-
-    @property
-    def fps(self) -> float:
-        return self._table.fps
 
     @property
     def numbers(self) -> Sequence[int]:
@@ -97,7 +92,7 @@ class VideoFile:
 
 
 def open_video(path: str | Path, seekable: bool = False) -> VideoFile | FrameFolder:
-    """Return a folder's images or a file's frames; both have `frames size fps numbers names read`.
+    """Return a folder's images or a file's frames; both have `frames size numbers names read`.
 
     `seekable`: of a file, see `VideoFile`.
 

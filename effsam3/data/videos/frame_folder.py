@@ -19,12 +19,10 @@ class FrameFolder:
     """The images of a folder, in the order of the numbers in their names, see `frame_numbers`.
 
     Attributes:
-        frames, size, fps: as `VideoFile`'s; images have no frame rate, so `fps` is None.
+        frames, size: as `VideoFile`'s.
         numbers: the numbers in the names, ascending; they may have gaps, see `missing_number`.
         names: the file names without their endings.
     """
-
-    fps = None
 
     def __init__(self, path: str | Path):
         """Raises UnreadableVideo when there is no such folder or no image in it, and UserError for its names."""

@@ -26,14 +26,13 @@ from effsam3.data.images.sa1b import PILLOW_FAULTS, UnreadableAnnotations
 from effsam3.data.videos.files import UnreadableVideo, VideoFile, open_video
 from effsam3.data.videos.frame_folder import FrameFolder
 from effsam3.data.videos.frame_numbers import UnclearNames, match_names, missing_number
-from effsam3.data.videos.sav import FRAME_STRIDE, KINDS, VIDEO_FPS, SavAnnotations, parse_sav
-from effsam3.errors import UserError, did_you_mean
+from effsam3.data.videos.sav import FRAME_STRIDE, KINDS, SavAnnotations, parse_sav
+from effsam3.errors import UserError
 
 VOID = 255  # in a palette or 8-bit grey PNG: neither object nor background; scored as background
 IGNORED = 10_000  # the same in a 16-bit one, as MOTS writes it, where ids are 1000 x class + object
 HIGHEST_ID = VOID - 1  # that such a PNG can hold
 MASK_TYPES = {"P": np.uint8, "L": np.uint8, "1": np.uint8, "I;16": np.int32, "I;16B": np.int32, "I": np.int32}
-LAYOUTS = ("sav", "davis", "sav_train")
 RESOLUTIONS = ("480p", "Full-Resolution")  # DAVIS' folders between JPEGImages and its videos; the first that is there
 
 
@@ -51,7 +50,6 @@ class VosVideo:
 
     Attributes:
         name: of the video.
-        fps: frames per second, None where the layout does not say.
         frames: how many there are.
         frame_names: the frames' file names without their endings; their masks have the same names. For a video file,
             the frames' numbers in five digits.
@@ -60,13 +58,13 @@ class VosVideo:
         annotated: the frames that have masks, ascending.
     """
 
-    def __init__(self, name: str, frames: Path, annotations: Annotations, fps: float | None = None):
-        self.name, self.fps = name, fps
+    def __init__(self, name: str, frames: Path, annotations: Annotations):
+        self.name = name
         self._frames, self._annotations = frames, annotations
 
     def numbered_from_one(self) -> VosVideo:
         """The same video with objects 1, 2 ..., those of the first annotated frame first, as DAVIS numbers them."""
-        return VosVideo(self.name, self._frames, FromOne(self._annotations), self.fps)
+        return VosVideo(self.name, self._frames, FromOne(self._annotations))
 
     @functools.cached_property
     def _video(self) -> VideoFile | FrameFolder:
@@ -122,31 +120,27 @@ class VosVideo:
         return masks
 
 
-def open_vos(root: str | Path, layout: str = "auto", split: str | None = None) -> list[VosVideo]:
+def open_vos(root: str | Path, split: str | None = None) -> list[VosVideo]:
     """Return the videos of a folder in order of their names.
 
     Args:
-        layout: one of LAYOUTS; `auto` goes by the folders that are there.
         split: a list of videos: <root>/<split>.txt, or DAVIS' ImageSets/2017/<split>.txt; None: all videos.
 
     Raises:
-        UserError: no such folder, layout or list, or no video.
+        UserError: no such folder or list, no layout that is known, or no video.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
-    if layout == "auto":
-        layout = _layout_of(root)
-    if layout not in LAYOUTS:
-        raise UserError(f"layout: there is no {layout!r}{did_you_mean(layout, (*LAYOUTS, 'auto'))}")
+    layout = _layout_of(root)
     if layout == "sav":
-        frames, masks, fps = root / "JPEGImages_24fps", root / "Annotations_6fps", VIDEO_FPS
+        frames, masks = root / "JPEGImages_24fps", root / "Annotations_6fps"
         videos = {path.name: (frames / path.name, ObjectFolders(path, frames / path.name)) for path in _folders(masks)}
     elif layout == "davis":
-        frames, masks, fps = _resolution(root / "JPEGImages"), _resolution(root / "Annotations"), None
+        frames, masks = _resolution(root / "JPEGImages"), _resolution(root / "Annotations")
         videos = {path.name: (frames / path.name, PaletteFrames(path, frames / path.name)) for path in _folders(masks)}
     else:
-        videos, fps = {}, VIDEO_FPS
+        videos = {}
         for kind in reversed(KINDS):  # manual ones replace automatic ones
             found = {}
             for path in sorted(root.rglob(f"*_{kind}.json")):
@@ -159,7 +153,7 @@ def open_vos(root: str | Path, layout: str = "auto", split: str | None = None) -
         videos = {name: videos[name] for name in _names(root, split, videos)}
     if not videos:
         raise UserError(f"no video with masks in {root}, layout {layout}")
-    return [VosVideo(name, *videos[name], fps) for name in sorted(videos)]
+    return [VosVideo(name, *videos[name]) for name in sorted(videos)]
 
 
 def _layout_of(root: Path) -> str:

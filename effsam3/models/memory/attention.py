@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Efficient memory: what is kept of a tracked frame, how a new frame attends to it, and what that costs.
+"""Efficient memory: what is kept of a tracked frame, how a new frame attends to it, and to how many tokens.
 
 SAM 3 keeps every cell of a frame's memory map as a token. Here a map may be pooled (EfficientTAM, arXiv 2411.18933)
 and a frame may be resampled to a few latents. The attention keeps the names and shapes of transformers'
@@ -130,9 +130,6 @@ class EfficientMemoryAttention(Sam3TrackerVideoMemoryAttention):
         return self.layer_norm(query_ONC).transpose(1, 2).unflatten(2, top_OCGG.shape[2:])
 
 
-# ---- what it costs
-
-
 def memory_tokens(config: EfficientTrackerConfig, frames: int = FRAMES, pointers: int = POINTERS) -> int:
     """Tokens that a frame attends to, for one object: see `count_tokens`."""
     return count_tokens(
@@ -145,25 +142,3 @@ def memory_tokens(config: EfficientTrackerConfig, frames: int = FRAMES, pointers
         frames=frames,
         pointers=pointers,
     )
-
-
-def memory_bytes(config: EfficientTrackerConfig, hot: bool = False) -> int:
-    """Bytes that a session stores of one frame for one object, in bfloat16; `hot`: while it also keeps its map."""
-    latents = config.memory_global_latents + config.memory_window_latents if config.keeps_latents else 0
-    mapped = config.map_tokens if hot or not config.keeps_latents else 0
-    return 2 * config.memory_encoder_output_channels * (mapped + latents)
-
-
-def attention_gflops(config: EfficientTrackerConfig, frames: int = FRAMES, pointers: int = POINTERS) -> float:
-    """GFLOP of the memory attention for one frame and object, a multiply-add counted as two.
-
-    Projections, products of queries, keys and values, and the MLP of every layer; norms and softmax are left out.
-    """
-    cells, width = config.grid**2, config.memory_attention_hidden_size
-    inner = width // config.memory_attention_downsample_rate
-    tokens = memory_tokens(config, frames, pointers)
-    own = 2 * cells * (4 * width * inner + 2 * cells * inner)
-    cross = 2 * cells * (2 * width * inner + 2 * tokens * inner)
-    cross += 2 * tokens * 2 * config.memory_encoder_output_channels * inner
-    mlp = 2 * cells * 2 * width * config.memory_attention_feed_forward_hidden_size
-    return config.memory_attention_num_layers * (own + cross + mlp) / 1e9

@@ -33,15 +33,6 @@ class EfficientTrackerConfig(Sam3TrackerVideoConfig):
     memory_resampler_depth: int = 2  # layers
     memory_hot_frames: int = 1  # hybrid: how many recent frames keep their map
 
-    def __post_init__(self, **unknown):
-        # Configs of earlier versions have this key. False was its default and is what is done now.
-        if unknown.pop("memory_rope_before_pool", False):
-            raise MemoryConfigError(
-                "memory_rope_before_pool: this model's keys are averaged after rotation, which is no longer computed; "
-                "without the key in config.json they are averaged before it, with other results: train it again"
-            )
-        super().__post_init__(**unknown)
-
     @property
     def grid(self) -> int:
         """Side of the tracker's feature grid, in cells."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 
 import torch
@@ -256,16 +256,13 @@ def in_mode(tracker: EfficientTracker, mode: str) -> EfficientTracker:
 
 
 def efficient_tracker_tensors(
-    tensors: Mapping[str, Tensor],
-    config: EfficientTrackerConfig,
-    layers: Sequence[int] | None = None,
-    seed: int = 0,
+    tensors: Mapping[str, Tensor], config: EfficientTrackerConfig, seed: int = 0
 ) -> dict[str, Tensor]:
     """Return the tensors of an `EfficientTracker` that starts from SAM 3's tracker.
 
-    `tensors` are named as in `Sam3TrackerVideoModel`; those of its vision encoder are passed through. `layers` are the
-    memory-attention layers to keep, by default spread evenly from the first to the last (0 and 3 for two of four).
-    Memory-fuser layers are the first ones, their hidden channels too. The resampler is new, drawn from `seed`.
+    `tensors` are named as in `Sam3TrackerVideoModel`; those of its vision encoder are passed through. The
+    memory-attention layers are spread evenly from the first to the last (0 and 3 for two of four). Memory-fuser layers
+    are the first ones, their hidden channels too. The resampler is new, drawn from `seed`.
 
     Raises:
         MemoryConfigError: fewer layers or channels than the config asks for, or a tensor is missing.
@@ -275,7 +272,7 @@ def efficient_tracker_tensors(
         resampler = make_resampler(config).state_dict(prefix=RESAMPLER)
     with torch.device("meta"):
         wanted = EfficientTracker(config, remove_vision_encoder=True).state_dict()
-    kept = kept_layers(tensors, config.memory_attention_num_layers, layers)
+    kept = kept_layers(tensors, config.memory_attention_num_layers)
     placed = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_encoder.")} | resampler
     for name, target in wanted.items():
         if name in resampler:
@@ -289,25 +286,18 @@ def efficient_tracker_tensors(
     return placed
 
 
-def kept_layers(tensors: Mapping[str, Tensor], count: int, layers: Sequence[int] | None) -> list[int]:
+def kept_layers(tensors: Mapping[str, Tensor], count: int) -> list[int]:
     """Return which of SAM 3's memory-attention layers become the `count` layers of the efficient tracker.
 
     Raises:
-        MemoryConfigError: there are fewer, or `layers` names another number of them or one that is not there.
+        MemoryConfigError: there are fewer.
     """
     there = 1 + max((int(match[1]) for name in tensors if (match := LAYER.fullmatch(name))), default=-1)
     if count > there:
         raise MemoryConfigError(
             f"memory_attention_num_layers: {count} layers asked for, SAM 3's tracker has {there}; ask for no more"
         )
-    if layers is None:
-        return [round(i * (there - 1) / max(count - 1, 1)) for i in range(count)]
-    if len(layers) != count or not all(0 <= layer < there for layer in layers):
-        raise MemoryConfigError(
-            f"layers: {list(layers)} cannot be the {count} memory-attention layers (memory_attention_num_layers); "
-            f"name {count} from 0 to {there - 1}"
-        )
-    return list(layers)
+    return [round(i * (there - 1) / max(count - 1, 1)) for i in range(count)]
 
 
 def cut(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from effsam3.benchmarks.vos import vos, vos_table, write_objects
-from effsam3.data.videos.sav import VIDEO_FPS, load_index
+from effsam3.data.videos.sav import load_index
 from effsam3.data.videos.vos import SavFile, VosVideo, open_vos
 from effsam3.models.chassis.tensors import load_part, read_config
 from effsam3.models.inference.prompted import load_tracker
@@ -28,8 +28,7 @@ def benchmarks(recipe: MemoryRecipe, folder: Path, chassis: Path, merged: dict) 
     else:
         rows, root = load_index(Path(data.index), "val", data.limit), Path(data.index).parent
         videos = [
-            VosVideo(row["key"], root / row["video_file"], SavFile(root / row["annotation_file"]), VIDEO_FPS)
-            for row in rows
+            VosVideo(row["key"], root / row["video_file"], SavFile(root / row["annotation_file"])) for row in rows
         ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trackers = {f"{merged['chassis']}, dense": load_tracker(chassis).to(device)}
