@@ -24,7 +24,7 @@ VERBS = {
     "evaluate": "measure the merged model against the teacher and the annotations, and draw pictures",
     "predict": "find or track things on an image or in a video by text, boxes or points",
     "push": "upload the merged model with its card, numbers and pictures to the Hugging Face Hub",
-    "launch": "run one verb, or all four in order, on the layout that the recipe's `hardware` names",
+    "launch": "run one verb, or all four in order, on the recipe's `hardware`",
     "import": "turn an EfficientSAM3 checkpoint into a model that can be evaluated, trained on and released",
     "compare": "print the parameter tables: SAM 3, every student, what each saves",
     "inspect": "say what a checkpoint is, who fills its slots, how big its parts are; loads nothing",
@@ -228,7 +228,7 @@ def refuse_dashes(argv: Sequence[str]) -> None:
 
 
 def _add_machines(parser: argparse.ArgumentParser) -> None:
-    """Add what `launch` is told of the machines; without any of it the layout's own numbers hold."""
+    """Add what `launch` is told of the machines; without any of it the hardware's own numbers hold."""
     group = parser.add_argument_group("several machines, and machines of another size (docs/cluster.md)")
     nodes = "number of machines; slurm: number and rank are those of the srun step that this is a task of"
     group.add_argument("--nodes", type=_nodes, metavar="N", help=nodes)
@@ -237,7 +237,7 @@ def _add_machines(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--main-address", metavar="HOST", help="name or IP address of node 0")
     group.add_argument("--main-port", type=int, metavar="P", help="a free port of node 0, the same on all nodes")
-    per_node = "such as 4 where the layout was written for machines of 8 GPUs"
+    per_node = "such as 4 where the hardware's config was written for machines of 8 GPUs"
     group.add_argument("--processes-per-node", type=_count, metavar="G", help=per_node)
     log_dir = "keep what each rank prints in a file of its own, below FOLDER/node-K"
     group.add_argument("--log-dir", metavar="FOLDER", help=log_dir)

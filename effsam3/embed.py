@@ -31,7 +31,7 @@ from effsam3.data.store.reader import (
 )
 from effsam3.errors import UserError
 from effsam3.files import free_bytes, gigabytes, refuse_full_disk
-from effsam3.hardware.accelerator import layout, make_accelerator, on_main, refuse_missing_gpu
+from effsam3.hardware.accelerator import describe_hardware, make_accelerator, on_main, refuse_missing_gpu
 from effsam3.stages import needs
 from effsam3.stopping import STOP, STOPPED
 from effsam3.training.report import Report, refuse_unwritable
@@ -69,7 +69,7 @@ def run(recipe, check: int | None = None) -> None:
         return _check(recipe, teacher_pass, accelerator, report, check)
     root = Path(recipe.embed.to)
     lines = on_main(accelerator, partial(open_store, recipe, root, teacher_pass, report))
-    report.header(f"embed   {recipe.name}   {layout(accelerator)}", lines)
+    report.header(f"embed   {recipe.name}   {describe_hardware(accelerator)}", lines)
     started = time.monotonic()
     with StoreWriter(root, accelerator.process_index) as writer:
         # Every rank writes as soon as it starts; what is done must be read before anyone adds to it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `launch`: run verbs of a recipe as processes, on the layout that its `hardware` names."""
+"""The verb `launch`: run verbs of a recipe as processes, on the recipe's `hardware`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
 from effsam3.hardware.accelerate_configs import (
-    layout_environment,
-    layout_file,
-    layout_kind,
-    layout_nodes,
-    layout_port,
-    layout_processes,
+    config_environment,
+    config_file,
+    config_kind,
+    config_nodes,
+    config_port,
+    config_processes,
 )
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.derived import accumulation
@@ -35,7 +35,7 @@ SLURM_STEP = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID")  #
 
 @dataclass(frozen=True)
 class Machines:
-    """What `launch` is told of the machines; `resolve` fills in what is None from the layout."""
+    """What `launch` is told of the machines; `resolve` fills in what is None from the hardware's config."""
 
     nodes: int | str | None = None  # `slurm`: number and rank are those of the job step
     node_rank: int | None = None  # of this machine, from 0
@@ -47,16 +47,16 @@ class Machines:
         """Return the machines with every number known.
 
         Raises:
-            UserError: the numbers contradict each other or the layout, or several nodes could not find each other.
+            UserError: the numbers contradict each other or the hardware, or several nodes could not find each other.
         """
-        file = layout_file(hardware)
-        nodes, rank = slurm_step() if self.nodes == "slurm" else (self.nodes or layout_nodes(file), 0)
-        port = layout_port(file) if self.main_port is None else self.main_port
-        per_node = self.processes_per_node or layout_processes(file) // layout_nodes(file)
-        if layout_kind(file) == "NO" and nodes * per_node > 1:
+        file = config_file(hardware)
+        nodes, rank = slurm_step() if self.nodes == "slurm" else (self.nodes or config_nodes(file), 0)
+        port = config_port(file) if self.main_port is None else self.main_port
+        per_node = self.processes_per_node or config_processes(file) // config_nodes(file)
+        if config_kind(file) == "NO" and nodes * per_node > 1:
             raise UserError(
                 f"hardware: {hardware} is one process, --nodes and --processes-per-node ask for {nodes} x {per_node}; "
-                "choose a layout of several, such as hardware=ddp"
+                "choose hardware of several, such as hardware=ddp"
             )
         if nodes > 1:
             example = f"--nodes {nodes} --node-rank 0 --main-address node-0.cluster --main-port 29500"
@@ -114,7 +114,7 @@ def launch(
     `log_dir` is a folder for what each rank prints, besides the console; `resume` is what `train` is told.
 
     Raises:
-        UserError: the recipe, the verb, the layout or the machines are wrong; nothing has been started then.
+        UserError: the recipe, the verb, the hardware or the machines are wrong; nothing has been started then.
     """
     verbs = [argument for argument in arguments[:1] if "=" not in argument]
     overrides = list(arguments[len(verbs) :])
@@ -145,7 +145,7 @@ def launch(
             continue
         print(f"+ {shlex.join(command)}", flush=True)
         before = read_progress(recipe.folder)
-        if code := _run(command, layout_environment(layout_file(recipe.hardware))):
+        if code := _run(command, config_environment(config_file(recipe.hardware))):
             # The launcher of several processes has one code of its own for every end. The file, which is compared
             # with itself because the clocks of two machines may differ, tells a saved run from a failed one. What was
             # asked to stop before it has said anything, or by a verb that keeps no such file, begins again.
@@ -184,24 +184,24 @@ def refuse_indivisible_batch(recipe: StageRecipe, machines: Machines) -> None:
 def command_of(
     verb: str, hardware: str, arguments: Sequence[str], machines: Machines, log_dir: str | None = None
 ) -> list[str]:
-    """Return the command line that runs a verb on a layout and (resolved) machines.
+    """Return the command line that runs a verb on hardware and (resolved) machines.
 
     Raises:
-        UserError: there is no such layout.
+        UserError: there is no such hardware.
     """
-    file = layout_file(hardware)
+    file = config_file(hardware)
     nodes, processes = machines.nodes, machines.nodes * machines.processes_per_node
     # One process needs no launcher, which would stand between it and the signals of a batch system.
     if not DISTRIBUTED[verb] or processes == 1:
         return [sys.executable, "-m", "effsam3", verb, *arguments]
     options = ["--config_file", _short(file)]
-    if nodes > 1 or processes != layout_processes(file):
+    if nodes > 1 or processes != config_processes(file):
         options += ["--num_machines", str(nodes), "--num_processes", str(processes)]
     if nodes > 1:
         options += ["--machine_rank", str(machines.node_rank), "--main_process_ip", machines.main_address]
-        if layout_kind(file) == "DEEPSPEED":  # its default is pdsh: node 0 starts the others through ssh
+        if config_kind(file) == "DEEPSPEED":  # its default is pdsh: node 0 starts the others through ssh
             options += ["--deepspeed_multinode_launcher", "standard"]
-    if machines.main_port != layout_port(file) or nodes > 1:
+    if machines.main_port != config_port(file) or nodes > 1:
         options += ["--main_process_port", str(machines.main_port)]
     if log_dir is not None:
         options += ["--tee", "3", "--log_dir", f"{log_dir}/node-{machines.node_rank}"]  # 3: stdout and stderr

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
-from effsam3.hardware.accelerate_configs import layout_file, layout_processes
+from effsam3.hardware.accelerate_configs import config_file, config_processes
 from effsam3.recipe.common import Recipe
 from effsam3.recipe.derived import accumulation
 from effsam3.recipe.reader import dump_recipe, flat
@@ -20,7 +20,7 @@ def show(recipe: Recipe, key: str | None = None) -> str:
     """Return the recipe as YAML followed by the derived numbers as YAML comments, or the value of one dotted key.
 
     Raises:
-        UserError: there is no such key, or a number cannot be derived because keys contradict the layout or the data.
+        UserError: there is no such key, or keys contradict the hardware or the data.
     """
     if key is not None:
         values = flat(recipe)
@@ -28,7 +28,7 @@ def show(recipe: Recipe, key: str | None = None) -> str:
             raise UserError(f"--key: the recipe has no {key}{did_you_mean(key, values)}")
         value = values[key]
         return " ".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else str(value)
-    derived = {"layout": partial(_layout, recipe)}
+    derived = {"hardware": partial(_hardware, recipe)}
     if "train" in recipe.verbs:
         derived["batch"] = partial(_batch, recipe)
     lines = [f"# {title:<9} {_known(line)}" for title, line in (derived | recipe.derived()).items()]
@@ -39,7 +39,7 @@ def budget(recipe: Recipe, device_gib: float | None = None) -> str:
     """Return what the training takes of a device's memory and of the disk as YAML comments.
 
     Raises:
-        UserError: there is no such layout, or `device_gib` is not above 0.
+        UserError: there is no such hardware, or `device_gib` is not above 0.
     """
     if device_gib is not None and not device_gib > 0:
         raise UserError(f"--device-gib: {device_gib:g} is not above 0")
@@ -62,13 +62,13 @@ def _known(line: Callable[[], str]) -> str:
         return f"unknown yet: {error}"
 
 
-def _layout(recipe: Recipe) -> str:
-    file = layout_file(recipe.hardware)
-    return f"{file}, processes: {layout_processes(file)}"
+def _hardware(recipe: Recipe) -> str:
+    file = config_file(recipe.hardware)
+    return f"{file}, processes: {config_processes(file)}"
 
 
 def _batch(recipe: Recipe) -> str:
-    processes = layout_processes(layout_file(recipe.hardware))
+    processes = config_processes(config_file(recipe.hardware))
     micros = accumulation(recipe, processes)
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     return f"{batch} = {micro} per process x {processes} (processes) x {micros} (accumulated)"

@@ -124,20 +124,25 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
             "step": progress.step,
             "steps": progress.steps,
             "samples_per_s": progress.samples_per_s or facts["samples_per_s"],
-            "layout": progress.layout,
+            "hardware": progress.hardware,
             "host": progress.host,
             "pid": progress.pid,
             "error": progress.error,
         }
     else:  # a run from before runs kept progress.json
         ended = saved and _read(saved[-1] / "trainer.json", {"ended?": bool}).get("ended")
-        provenance = _read(folder / "provenance.json", {"layout?": str})
+        provenance = _read(folder / "provenance.json", {"hardware?": str, "layout?": str})
         unknown = dict.fromkeys(("age_s", "host", "pid"))
         state = "complete" if ended else "unknown"
-        facts |= {"state": state, "layout": provenance.get("layout"), "error": "", **unknown}
-    speed, layout = facts["samples_per_s"], facts["layout"]
-    if facts["samples_per_s_per_device"] is None and speed and layout:
-        facts["samples_per_s_per_device"] = speed / int(layout.split(" x ")[0])
+        facts |= {
+            "state": state,
+            "hardware": provenance.get("hardware", provenance.get("layout")),
+            "error": "",
+            **unknown,
+        }
+    speed, hardware = facts["samples_per_s"], facts["hardware"]
+    if facts["samples_per_s_per_device"] is None and speed and hardware:
+        facts["samples_per_s_per_device"] = speed / int(hardware.split(" x ")[0])
     facts["eta_s"] = None
     if facts["state"] == "running" and speed:
         facts["eta_s"] = (progress.steps - progress.step) * progress.global_batch / speed
@@ -264,7 +269,7 @@ def _state_line(facts: dict[str, Any]) -> str:
     sign = "last sign " if facts["state"] in (*ALIVE, "killed") else ""  # the others said themselves that they end
     when = f", {sign}{duration(facts['age_s'])} ago" if facts["age_s"] is not None else ""
     error = f"\n{'':<9} {facts['error']}" if facts["error"] else ""
-    return f"{facts['state']}{when}; {facts['layout']}{process}{error}"
+    return f"{facts['state']}{when}; {facts['hardware']}{process}{error}"
 
 
 def _step_line(facts: dict[str, Any]) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `train`: one explicit loop for every stage and every layout.
+"""The verb `train`: one explicit loop for every stage, on any hardware.
 
 accelerate launch --config_file accelerate_configs/zero2.yaml scripts/train.py recipes/stage1/image/es_rv_m.yaml
 """
@@ -22,11 +22,11 @@ from effsam3 import stages
 from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
 from effsam3.errors import UserError
-from effsam3.hardware.accelerate_configs import layout_file, layout_processes
+from effsam3.hardware.accelerate_configs import config_file, config_processes
 from effsam3.hardware.accelerator import (
+    describe_hardware,
     frozen_autocast,
     launched_processes,
-    layout,
     make_accelerator,
     on_main,
     refuse_missing_gpu,
@@ -38,7 +38,7 @@ from effsam3.hardware.budget.estimates import (
     header_lines,
     measure,
     out_of_memory_explained,
-    running_layout,
+    running_hardware,
 )
 from effsam3.models.merging.slots import refuse_other_student
 from effsam3.recipe.derived import accumulation, total_steps, warmup_steps
@@ -59,8 +59,8 @@ def run(recipe, resume: str = AUTO) -> None:
     """Train the recipe's student; `resume` says where to go on from, see `resume.resumable`.
 
     Raises:
-        UserError: the run folder holds a run of another recipe, a batch cannot be divided over the layout, the loss is
-            not finite, or too many images are unreadable.
+        UserError: the run folder holds a run of another recipe, a batch cannot be divided over the processes, the
+            loss is not finite, or too many images are unreadable.
         SystemExit: code 75 after SIGTERM or SIGUSR1, with everything saved.
     """
     refuse_missing_gpu(recipe.hardware)
@@ -77,7 +77,8 @@ def run(recipe, resume: str = AUTO) -> None:
     )
     on_main(accelerator, partial(refuse_unwritable, folder, "train.runs"))
     report = Report(folder, accelerator.is_main_process)
-    progress = Progress(folder, accelerator.is_main_process, layout(accelerator), recipe.train.global_batch_size)
+    hardware = describe_hardware(accelerator)
+    progress = Progress(folder, accelerator.is_main_process, hardware, recipe.train.global_batch_size)
     with progress, worker_failures_explained(), out_of_memory_explained(recipe):
         learn(recipe, resume, accelerator, micros, report, progress)
 
@@ -110,7 +111,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
         weights, moments = checkpoint.read_trained(last)
         refuse_other_student(stage.student.state_dict(), weights, f"the recipe's student ({last})")
         optimizer_state.refuse_other_moments(stage.student, moments, f"{last / checkpoint.OPTIMIZER}")
-        stage.student.load_state_dict(weights)  # before a layout divides them
+        stage.student.load_state_dict(weights)  # before ZeRO-3 divides them
         if ema is not None:
             ema.module.load_state_dict(checkpoint.read_weights(last))
     student, optimizer = accelerator.prepare(stage.student.train(), optimizer)
@@ -351,11 +352,11 @@ def announce(
     resumed = f"   (going on from step {state['step']:,})" if state["step"] else ""
     lines = stage.describe() | {"batch": batch, "run": f"{report.folder}{resumed}"}
     if sizes is not None:
-        lines |= header_lines(recipe, running_layout(accelerator, recipe.hardware), sizes)
+        lines |= header_lines(recipe, running_hardware(accelerator, recipe.hardware), sizes)
     if accelerator.is_main_process and not state["ended"]:
         lines |= needs.header_lines(recipe, ("merge", "evaluate", "push"))
-    report.header(f"train    {recipe.name}   {layout(accelerator)}   {recipe.train.precision}", lines)
-    declared = layout_processes(layout_file(recipe.hardware))
+    report.header(f"train    {recipe.name}   {describe_hardware(accelerator)}   {recipe.train.precision}", lines)
+    declared = config_processes(config_file(recipe.hardware))
     if declared != accelerator.num_processes:
         report.say(
             f"the recipe names hardware: {recipe.hardware} ({declared} processes); on {accelerator.num_processes} it "
@@ -363,7 +364,7 @@ def announce(
         )
     if accelerator.is_main_process:
         write_text(report.folder / "recipe.yaml", dump_recipe(recipe))
-    facts = {"layout": layout(accelerator), "recipe": recipe.name, "features": stage.facts}
+    facts = {"hardware": describe_hardware(accelerator), "recipe": recipe.name, "features": stage.facts}
     made_by = provenance() | facts
     report.write_json("provenance.json", made_by)
     config = asdict(recipe) | {"provenance": made_by}

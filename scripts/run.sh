@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every verb of one recipe in order, on the layout that its `hardware` names:
+# Every verb of one recipe in order, on the hardware that it names:
 #   bash scripts/run.sh RECIPE [key=value ...]
 set -euo pipefail
 

@@ -20,7 +20,7 @@ PROMPTLY_S = 120  # two ranks and their launcher, on a busy machine
 
 
 def command(verb: str, *overrides: str, recipe: Path = SMOKE, launch: bool = False) -> list[str]:
-    """The command line of a verb: in one process, or, with `launch`, on the layout that the recipe names."""
+    """The command line of a verb: in one process, or, with `launch`, on the hardware that the recipe names."""
     module = [sys.executable, "-m", "effsam3.cli"]
     return [*module, *(["launch", str(recipe), verb] if launch else [verb, str(recipe)]), *overrides]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where accelerate's layouts lie and what each starts, read without accelerate."""
+"""Finds accelerate's configs and reads what each starts, without importing accelerate."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from effsam3.shipped import shipped
 
 # Elements that DeepSpeed reduces at a time; it allocates as many, however small the student.
 REDUCE_BUCKET = 50_000_000
-# What of a layout file is a number, and what to do where the file is damaged.
+# What of a config is a number, and what to do where the file is damaged.
 COUNTS = ("num_processes", "num_machines", "main_process_port")
 REMEDY = "write it again with `accelerate config --config_file`, or name another (hardware)"
 
 
-def layout_file(hardware: str) -> Path:
+def config_file(hardware: str) -> Path:
     """Return accelerate_configs/<hardware>.yaml of the working directory or, failing that, the one shipped.
 
     Raises:
@@ -32,17 +32,17 @@ def layout_file(hardware: str) -> Path:
     raise UserError(f"hardware: there is no accelerate_configs/{hardware}.yaml{did_you_mean(hardware, names)}")
 
 
-def layout_kind(file: Path) -> str:
-    """Return the layout's `distributed_type`: NO (one process), MULTI_GPU or DEEPSPEED."""
+def config_kind(file: Path) -> str:
+    """Return a config's `distributed_type`: NO (one process), MULTI_GPU or DEEPSPEED."""
     return _read(file)["distributed_type"]
 
 
-def layout_processes(file: Path) -> int:
-    """Return how many processes, over all machines, accelerate starts for a layout file.
+def config_processes(file: Path) -> int:
+    """Return how many processes, over all machines, accelerate starts for a config.
 
     Raises UserError where several processes are asked for and none is counted.
     """
-    if layout_kind(file) == "NO":
+    if config_kind(file) == "NO":
         return 1
     count = int(_read(file).get("num_processes", 0))
     if count < 1:
@@ -50,25 +50,25 @@ def layout_processes(file: Path) -> int:
     return count
 
 
-def layout_nodes(file: Path) -> int:
-    """Return over how many machines a layout file divides its processes."""
+def config_nodes(file: Path) -> int:
+    """Return over how many machines a config divides its processes."""
     return int(_read(file).get("num_machines", 1))
 
 
-def layout_port(file: Path) -> int:
+def config_port(file: Path) -> int:
     """Return the port on which the processes find each other; 0 is any free one."""
     return int(_read(file).get("main_process_port", 29500))  # accelerate's own default
 
 
-def layout_environment(file: Path) -> dict[str, str]:
+def config_environment(file: Path) -> dict[str, str]:
     """Return what accelerate's launcher would put into the environment of a single process: to stay on the CPU."""
     return {"ACCELERATE_USE_CPU": "true"} if _read(file).get("use_cpu") == "true" else {}
 
 
-def layout_on_cpu(file: Path) -> bool:
-    """Return whether a layout asks for no GPU, also where there are some."""
-    layout = _read(file)
-    return layout.get("use_cpu") == "true" or no_devices(layout.get("gpu_ids", ""))
+def config_on_cpu(file: Path) -> bool:
+    """Return whether a config asks for no GPU, even where there are some."""
+    config = _read(file)
+    return config.get("use_cpu") == "true" or no_devices(config.get("gpu_ids", ""))
 
 
 def no_devices(devices: str) -> bool:
@@ -77,8 +77,8 @@ def no_devices(devices: str) -> bool:
 
 
 def twin_on_cpu(hardware: str) -> str:
-    """Return the layout on CPUs that takes the place of another: the one with as many processes, or one process."""
-    twin = layout_file("cpu").with_name(f"{hardware}_cpu.yaml")
+    """Return the CPU config that takes the place of another: the one with as many processes, or one process."""
+    twin = config_file("cpu").with_name(f"{hardware}_cpu.yaml")
     return twin.stem if twin.is_file() else "cpu"
 
 

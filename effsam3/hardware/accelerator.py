@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One accelerator for every layout: a CPU, one GPU, DDP, DeepSpeed. The recipe's numbers go in before
+"""One accelerator for all hardware: a CPU, one GPU, DDP, DeepSpeed. The recipe's numbers go in before
 anything is built."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from effsam3.errors import RecipeError, UserError
-from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, layout_file, layout_on_cpu, no_devices, twin_on_cpu
+from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, config_file, config_on_cpu, no_devices, twin_on_cpu
 from effsam3.training.optimizer_state import zero_stage
 
 PRECISION = {"bf16": "bf16", "fp32": "no"}
@@ -31,10 +31,10 @@ def launched_processes() -> int:
 def refuse_missing_gpu(hardware: str) -> None:
     """Refuse to work on the CPU, a hundred times slower, where GPUs were asked for.
 
-    What counts is the layout that `accelerate launch` was given, else the recipe's.
+    The config that `accelerate launch` was given counts, else the recipe's.
 
     Raises:
-        RecipeError: the layout is for GPUs, and there is none.
+        RecipeError: the hardware has GPUs, and there is none.
     """
     if torch.cuda.is_available():
         return
@@ -44,7 +44,7 @@ def refuse_missing_gpu(hardware: str) -> None:
             return
         asked, other = "`accelerate launch` was told to use GPUs", "--config_file accelerate_configs/cpu.yaml"
     else:
-        if layout_on_cpu(layout_file(hardware)):
+        if config_on_cpu(config_file(hardware)):
             return
         asked, other = f"hardware: {hardware} is for GPUs", f"hardware={twin_on_cpu(hardware)}"
     raise RecipeError(
@@ -62,7 +62,7 @@ def make_accelerator(
     folder: str | None = None,
     timeout_s: int = 1800,
 ) -> Accelerator:
-    """Build the accelerator for the layout that `accelerate launch` has put into the environment.
+    """Build the accelerator for the hardware that `accelerate launch` has put into the environment.
 
     `clip_grad_norm`, `accumulation` and `micro_batch` reach DeepSpeed's own configuration: under DeepSpeed
     `clip_grad_norm_` only reads the norm, and an accumulation of its own would be another learning.
@@ -116,14 +116,14 @@ def _configure_deepspeed(
     autocast = {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
     config["torch_autocast"] = autocast
     # Else accelerate replaces an offloaded AdamW by DeepSpeed's own, which first compiles C++ on every machine, for
-    # minutes. Torch's takes 40 ms per step for 10 M parameters on one core, and every layout has the same one.
+    # minutes. Torch's takes 40 ms per step for 10 M parameters on one core, and all hardware has the same one.
     config["zero_force_ds_cpu_optimizer"] = False
     # accelerate has told transformers of it, which under ZeRO-3 would divide every frozen model that it builds.
     unset_hf_deepspeed_config()
 
 
 def frozen_autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
-    """The autocast context of a frozen teacher, the same in every layout.
+    """The autocast context of a frozen teacher, the same on all hardware.
 
     accelerate's own does nothing under DeepSpeed, whose engine autocasts the student alone.
     """
@@ -153,8 +153,8 @@ def on_main(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
     return result
 
 
-def layout(accelerator: Accelerator) -> str:
-    """Say in a few words what the run is on, such as `1 x cpu`, `2 x cpu, DDP`, `8 x NVIDIA H200, ZeRO-2`."""
+def describe_hardware(accelerator: Accelerator) -> str:
+    """Describe in a few words what the run is on, such as `1 x cpu`, `2 x cpu, DDP`, `8 x NVIDIA H200, ZeRO-2`."""
     device = torch.cuda.get_device_name(accelerator.device) if accelerator.device.type == "cuda" else "cpu"
     divided = f"ZeRO-{stage}" if (stage := zero_stage(accelerator)) else "DDP"
     return f"{accelerator.num_processes} x {device}{f', {divided}' if accelerator.num_processes > 1 or stage else ''}"

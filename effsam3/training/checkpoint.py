@@ -3,7 +3,7 @@
 
 `checkpoints/step-000100/` holds `student.safetensors` (the weights to release: the moving average if there is one),
 `trained.safetensors` (the weights themselves where those are an average), `optimizer.safetensors` and `trainer.json`:
-whole tensors by name, so that a run saved under any layout goes on exactly under any other.
+whole tensors by name, so that a run saved on any hardware resumes exactly on any other.
 `checkpoints/best-step-000100/` holds the weights to release alone. A folder without the suffix `.partial` is complete.
 """
 

@@ -58,7 +58,7 @@ class NotFinite:
                 file.write(json.dumps({"step": self.step, "micro_batch": len(self.losses) - 1, "ranks": named}) + "\n")
         self.losses[-1] = torch.zeros_like(self.losses[-1])
         del parts  # and its activations: there is no room for those of two
-        # Every layout wants a backward pass for every forward: a batch that is known to be harmless, times zero.
+        # DDP and DeepSpeed want a backward pass for every forward: a batch that is known to be harmless, times zero.
         parts = {name: 0 * value for name, value in self.stage.loss(student, self.usable).items()}
         _restore(student, buffers)
         return parts

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer and its learning rate as a pure function of the step, so that no layout can change it."""
+"""The optimizer and its learning rate as a pure function of the step, so that no hardware can change it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW's state in a form that every layout can write and read: each parameter's moments, whole, by its name.
+"""AdamW's state in a form that any hardware can write and read: each parameter's moments, whole, by its name.
 
-DeepSpeed divides the state among ranks in its own way at each stage; a checkpoint of one layout would be unreadable in
-another. Here a state saved under ZeRO-3 on 8 GPUs goes on under DDP on 2.
+DeepSpeed divides the state among ranks in its own way at each zero stage, so its own checkpoints only fit the hardware
+that wrote them. A state saved here under ZeRO-3 on 8 GPUs resumes under DDP on 2.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def refuse_other_moments(student: nn.Module, tensors: Mapping[str, Tensor], wher
 
 @contextmanager
 def whole(accelerator, student: nn.Module) -> Iterator[nn.Module]:
-    """Give the unwrapped student with whole weights on every rank, also where a layout divides them; collective."""
+    """Give the unwrapped student with whole weights on every rank, even where ZeRO-3 divides them; collective."""
     model = accelerator.unwrap_model(student)
     if zero_stage(accelerator) < 3:
         yield model

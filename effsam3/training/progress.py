@@ -43,7 +43,7 @@ class RunProgress:
     interval_s: float  # between the last two signs that told of different steps; 0: there was one only
     host: str
     pid: int  # of rank 0
-    layout: str  # such as "2 x cpu, DDP"
+    hardware: str  # such as "2 x cpu, DDP"
     global_batch: int  # samples per step
     samples_per_s: float | None  # the latest known
     error: str  # empty unless failed
@@ -68,9 +68,14 @@ class RunProgress:
 class Progress:
     """Keeps progress.json of a run folder up to date: the main rank writes, and whichever rank fails first."""
 
-    def __init__(self, folder: Path, is_main: bool, layout: str, global_batch: int):
-        """`layout` is such as "2 x cpu, DDP"; `global_batch` counts samples per optimizer step."""
-        self.path, self.is_main, self.layout, self.global_batch = Path(folder) / FILE, is_main, layout, global_batch
+    def __init__(self, folder: Path, is_main: bool, hardware: str, global_batch: int):
+        """`hardware` is such as "2 x cpu, DDP"; `global_batch` counts samples per optimizer step."""
+        self.path, self.is_main, self.hardware, self.global_batch = (
+            Path(folder) / FILE,
+            is_main,
+            hardware,
+            global_batch,
+        )
         self.started = time.time()
         self.last: RunProgress | None = None
         self.begun = False
@@ -114,7 +119,7 @@ class Progress:
             interval_s=interval_s,
             host=socket.gethostname(),
             pid=os.getpid(),
-            layout=self.layout,
+            hardware=self.hardware,
             global_batch=self.global_batch,
             samples_per_s=samples_per_s,
             error="",
@@ -124,7 +129,8 @@ class Progress:
 
 # What progress.json must hold, by the fields of RunProgress.
 _TYPES = {"str": str, "int": int, "float": float, "float | None": (float, None)}
-PROGRESS_FORM = {field.name: _TYPES[field.type] for field in fields(RunProgress)}
+PROGRESS_FORM = {field.name: _TYPES[field.type] for field in fields(RunProgress) if field.name != "hardware"}
+PROGRESS_FORM |= {"hardware?": str, "layout?": str}  # runs of before called their hardware a layout
 
 
 def read_progress(folder: str | Path) -> RunProgress | None:
@@ -139,7 +145,8 @@ def read_progress(folder: str | Path) -> RunProgress | None:
     found = read_json(path, PROGRESS_FORM, "delete it")
     if found["state"] not in STATES:
         raise UserError(f"{path} is damaged: {found['state'][:40]!r} is no state of a run; delete it")
-    return RunProgress(**{name: found[name] for name in PROGRESS_FORM})
+    hardware = found.get("hardware", found.get("layout", ""))
+    return RunProgress(**{name: found[name] for name in PROGRESS_FORM if name[-1] != "?"}, hardware=hardware)
 
 
 def run_folder(run: str | Path) -> Path:

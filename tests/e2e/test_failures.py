@@ -174,12 +174,12 @@ def disk(tmp_path) -> Iterator[Path | None]:
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("layout", ["cpu", "ddp_cpu"])
-def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(shared, whole, disk, tmp_path, layout):
+@pytest.mark.parametrize("hardware", ["cpu", "ddp_cpu"])
+def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(shared, whole, disk, tmp_path, hardware):
     folder, overrides = shared
     runs = disk or tmp_path / "disk"
     arguments, mine = ("train", *overrides, *SHORT, f"train.runs={runs}", "name=full"), runs / "full"
-    process = start(folder, *arguments, f"hardware={layout}", launch=layout != "cpu")
+    process = start(folder, *arguments, f"hardware={hardware}", launch=hardware != "cpu")
     wait_for_step(mine, 2, process)
     others = runs / "others"
     if disk is not None:  # somebody else fills it, but for less than a checkpoint's 17 MB
@@ -187,10 +187,10 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(shared, whole, disk, tm
             while shutil.disk_usage(disk).free > 5_000_000:
                 file.write(bytes(1_000_000))
     else:  # no file may grow beyond a limit instead: the same error in the same place
-        writer = psutil.Process(process.pid) if layout == "cpu" else rank_of(process, 0)
+        writer = psutil.Process(process.pid) if hardware == "cpu" else rank_of(process, 0)
         writer.rlimit(psutil.RLIMIT_FSIZE, (1_000_000, 1_000_000))
     printed = end(process, 180)
-    assert process.returncode == (2 if layout == "cpu" else 1), printed
+    assert process.returncode == (2 if hardware == "cpu" else 1), printed
     last = checkpoint.latest(mine / "checkpoints")
     assert "could not be written" in printed
     assert f"make room or name another train.runs. The same command goes on from {last}" in printed
@@ -297,19 +297,19 @@ def test_nan_is_left_out_and_named(shared, poisoned, skipped, whole):
     assert len(found) == STEPS
 
 
-@pytest.mark.parametrize("layout", ["ddp_cpu", "zero2_cpu"])
-def test_two_ranks_leave_out_the_same(shared, poisoned, skipped, layout):
+@pytest.mark.parametrize("hardware", ["ddp_cpu", "zero2_cpu"])
+def test_two_ranks_leave_out_the_same(shared, poisoned, skipped, hardware):
     """Micro-batches of two on two ranks are those of four on one."""
     folder, overrides = shared
     more = (
         poisoned[1],
         "train.not_finite=skip",
         "train.micro_batch_size=2",
-        f"hardware={layout}",
-        f"name=skip-{layout}",
+        f"hardware={hardware}",
+        f"name=skip-{hardware}",
     )
     run(folder, "train", *overrides, *SHORT, *more, launch=True)
-    assert_same(skipped, folder / f"runs/skip-{layout}", 1e-4)
+    assert_same(skipped, folder / f"runs/skip-{hardware}", 1e-4)
 
 
 # ---- data workers

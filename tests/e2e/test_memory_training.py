@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2, memory: every verb, the same learning in every layout, and the merged tracker in transformers."""
+"""Stage 2, memory: every verb, the same learning on any hardware, and the merged tracker in transformers."""
 
 from __future__ import annotations
 
@@ -82,12 +82,12 @@ def test_micro_batches_and_objects_in_turns(runs):
     assert_same(folder, "micro", 1e-4)
 
 
-@pytest.mark.parametrize("layout", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
-def test_two_processes(runs, layout):
+@pytest.mark.parametrize("hardware", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
+def test_two_processes(runs, hardware):
     folder, overrides = runs
-    more = ("train.micro_batch_size=2", f"hardware={layout}", f"name={layout}")
+    more = ("train.micro_batch_size=2", f"hardware={hardware}", f"name={hardware}")
     assert "2 x cpu" in run(folder, "train", *overrides, *more, recipe=MEMORY, launch=True)
-    assert_same(folder, layout, 1e-4)
+    assert_same(folder, hardware, 1e-4)
 
 
 def test_stopped_and_resumed(runs):

@@ -54,7 +54,7 @@ def test_the_student_learns(pipeline):
 def test_the_run_folder_explains_itself(pipeline):
     run_folder, _ = pipeline
     provenance = json.loads((run_folder / "provenance.json").read_text())
-    assert provenance["versions"]["torch"] and provenance["layout"].startswith("1 x cpu")
+    assert provenance["versions"]["torch"] and provenance["hardware"].startswith("1 x cpu")
     assert provenance["features"]["teacher"]["checkpoint"] == "tiny"
     assert sorted(path.name for path in (run_folder / "checkpoints").iterdir()) == [
         "best-step-000060",

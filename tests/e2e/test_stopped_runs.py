@@ -30,13 +30,13 @@ SHORT = (
 TRACKED = "train.loggers=[wandb, tensorboard]"
 
 
-def line_of(layout: str, *arguments: str) -> list[str]:
+def line_of(hardware: str, *arguments: str) -> list[str]:
     """The command line of a training; on ZeRO-2 by accelerate's own command, as the README has it."""
-    if layout == "zero2_cpu":
+    if hardware == "zero2_cpu":
         config = REPOSITORY / "accelerate_configs/zero2_cpu.yaml"
         accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         return [*accelerate, str(REPOSITORY / "scripts/train.py"), str(SMOKE), *arguments]
-    return command("train", *arguments, launch=layout != "cpu")
+    return command("train", *arguments, launch=hardware != "cpu")
 
 
 def assert_same_weights(expected: Path, found: Path) -> None:
@@ -48,51 +48,51 @@ def assert_same_weights(expected: Path, found: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(shared):
-    """Make the folder of a run on a layout that nothing happens to, once."""
+    """Make the folder of a run of some hardware that nothing happens to, once."""
     folder, overrides = shared
     made = {}
 
-    def of(layout: str) -> Path:
-        if layout not in made:
-            own = (*overrides, *SHORT, f"hardware={layout}", f"name=whole-{layout}")
-            run(folder, "train", *own, launch=layout != "cpu")
-            made[layout] = folder / f"runs/whole-{layout}"
-        return made[layout]
+    def of(hardware: str) -> Path:
+        if hardware not in made:
+            own = (*overrides, *SHORT, f"hardware={hardware}", f"name=whole-{hardware}")
+            run(folder, "train", *own, launch=hardware != "cpu")
+            made[hardware] = folder / f"runs/whole-{hardware}"
+        return made[hardware]
 
     return of
 
 
 @pytest.mark.parametrize(
-    ("layout", "how"),
+    ("hardware", "how"),
     [("cpu", "signal_all"), ("cpu", "signal_group"), ("ddp_cpu", "signal_all"), ("zero2_cpu", "signal_group")],
 )
-def test_stopped_at_random_moments(shared, whole, layout, how):
+def test_stopped_at_random_moments(shared, whole, hardware, how):
     folder, overrides = shared
-    name = f"random-{layout}-{how}"
+    name = f"random-{hardware}-{how}"
     mine = folder / "runs" / name
-    arguments = (*overrides, *SHORT, TRACKED, f"hardware={layout}", f"name={name}")
-    moments = random.Random(f"{layout} {how}")
+    arguments = (*overrides, *SHORT, TRACKED, f"hardware={hardware}", f"name={name}")
+    moments = random.Random(f"{hardware} {how}")
     saved = 0
     for number, steps in zip((signal.SIGTERM, signal.SIGUSR1), (2, 4), strict=True):
-        if layout == "zero2_cpu":
+        if hardware == "zero2_cpu":
             number = signal.SIGTERM  # of SIGUSR1 torch's launcher knows nothing
-        family = Family(folder, line_of(layout, *arguments))
+        family = Family(folder, line_of(hardware, *arguments))
         goal = saved + moments.randint(1, steps)
         family.wait_until(lambda goal=goal: step_of(mine) >= goal)
         time.sleep(moments.uniform(0, 0.5))
         getattr(family, how)(number)
         printed = family.end()
         # torch's launcher has one code for every end.
-        assert family.process.returncode == (1 if layout == "zero2_cpu" else 75), printed
+        assert family.process.returncode == (1 if hardware == "zero2_cpu" else 75), printed
         assert "memory" not in printed and "asked to stop: saved at step" in printed
         progress = read_progress(mine)
         assert (progress.state, progress.error) == ("stopped", "") and progress.step >= goal
         assert checkpoint.latest(mine / "checkpoints").name == f"step-{progress.step:06d}"
         saved = progress.step
-    family = Family(folder, line_of(layout, *arguments))
+    family = Family(folder, line_of(hardware, *arguments))
     printed = family.end()
     assert family.process.returncode == 0 and f"going on from step {saved}" in printed, printed
-    assert_same_weights(whole(layout), mine)
+    assert_same_weights(whole(hardware), mine)
     assert metrics(mine).keys() == set(range(1, STEPS + 1))
     assert_one_curve(mine)
 
@@ -163,12 +163,12 @@ def test_while_it_validates_or_saves(shared, whole, moment):
     assert_same_weights(whole("cpu"), mine)
 
 
-@pytest.mark.parametrize("layout", ["cpu", "ddp_cpu"])
-def test_ctrl_c_saves(shared, layout):
+@pytest.mark.parametrize("hardware", ["cpu", "ddp_cpu"])
+def test_ctrl_c_saves(shared, hardware):
     folder, overrides = shared
-    own = (*overrides, *SHORT, "train.steps=5000", "train.log_every=1", f"hardware={layout}")
-    family = Family(folder, line_of(layout, *own, f"name=once-{layout}"))
-    family.wait_until(lambda: step_of(folder / f"runs/once-{layout}") >= 1)
+    own = (*overrides, *SHORT, "train.steps=5000", "train.log_every=1", f"hardware={hardware}")
+    family = Family(folder, line_of(hardware, *own, f"name=once-{hardware}"))
+    family.wait_until(lambda: step_of(folder / f"runs/once-{hardware}") >= 1)
     family.signal_group(signal.SIGINT)
     printed = family.end()
     assert family.process.returncode == 75 and "Ctrl-C once more ends it at once" in printed, printed

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1, text: every verb, the same learning in every layout, and the merged model in plain transformers."""
+"""Stage 1, text: every verb, the same learning on any hardware, and the merged model in plain transformers."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def test_real_captions_are_never_overwritten(texts, tmp_path):
     assert (tmp_path / "phrases.txt").read_text() == "a dog\n"
 
 
-@pytest.mark.parametrize("layout", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
-def test_two_processes(texts, layout):
+@pytest.mark.parametrize("hardware", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
+def test_two_processes(texts, hardware):
     folder, overrides = texts
-    run(folder, "train", *overrides, *SHORT, f"hardware={layout}", f"name={layout}", recipe=TEXT, launch=True)
-    same(folder, layout, 1e-4)
+    run(folder, "train", *overrides, *SHORT, f"hardware={hardware}", f"name={hardware}", recipe=TEXT, launch=True)
+    same(folder, hardware, 1e-4)
 
 
 def test_killed_and_resumed_at_the_exact_sample(texts):

@@ -43,15 +43,15 @@ def test_micro_batch_times_accumulation(shared, reference, micro):
     assert_same(reference, metrics(folder / f"runs/micro-{micro}"), 1e-4)
 
 
-@pytest.mark.parametrize("layout", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero2_offload_cpu", "zero3_cpu"])
-def test_two_processes(shared, reference, layout):
+@pytest.mark.parametrize("hardware", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero2_offload_cpu", "zero3_cpu"])
+def test_two_processes(shared, reference, hardware):
     folder, overrides = shared
-    printed = run(folder, "train", *overrides, *SHORT, f"hardware={layout}", f"name={layout}", launch=True)
+    printed = run(folder, "train", *overrides, *SHORT, f"hardware={hardware}", f"name={hardware}", launch=True)
     assert "2 x cpu" in printed
-    assert_same(reference, metrics(folder / "runs" / layout), 1e-4)
+    assert_same(reference, metrics(folder / "runs" / hardware), 1e-4)
     # The held-out images are divided among the ranks: the same numbers all the same.
     for step, values in metrics(folder / "runs/reference", "val/cosine").items():
-        other = metrics(folder / "runs" / layout, "val/cosine")[step]
+        other = metrics(folder / "runs" / hardware, "val/cosine")[step]
         assert all(other[key] == pytest.approx(value, rel=1e-4) for key, value in values.items())
 
 
@@ -124,17 +124,17 @@ def test_interrupted_and_resumed(shared, reference, how):
     assert all((whole[key] == resumed[key]).all() for key in whole)
 
 
-@pytest.mark.parametrize(("saved", "step", "layout"), [
+@pytest.mark.parametrize(("saved", "step", "hardware"), [
     ("zero3_cpu", 2, "cpu"), ("zero2_offload_cpu", 4, "ddp_cpu"), ("reference", 4, "zero1_cpu"),
     ("zero1_cpu", 6, "zero2_offload_cpu"), ("ddp_cpu", 4, "zero3_cpu"),
 ])  # fmt: skip
-def test_goes_on_under_another_layout(shared, reference, saved, step, layout):
-    """Weights and optimizer state of any layout go on in any other, with any number of processes: the same steps."""
+def test_resumes_on_other_hardware(shared, reference, saved, step, hardware):
+    """A run saved on any hardware resumes on any other, with any number of processes: the same steps."""
     folder, overrides = shared
     checkpoint = folder / "runs" / saved / f"checkpoints/step-{step:06d}"
-    name = f"{saved}-{layout}"
-    arguments = (*overrides, *SHORT, f"name={name}", f"hardware={layout}", "--resume", str(checkpoint))
-    printed = run(folder, "train", *arguments, launch=layout != "cpu")
+    name = f"{saved}-{hardware}"
+    arguments = (*overrides, *SHORT, f"name={name}", f"hardware={hardware}", "--resume", str(checkpoint))
+    printed = run(folder, "train", *arguments, launch=hardware != "cpu")
     assert f"going on from step {step}" in printed
     found = metrics(folder / "runs" / name)
     assert_same({number: reference[number] for number in range(step + 1, STEPS + 1)}, found, 1e-4)

@@ -67,7 +67,7 @@ def test_a_stopped_run_resumes(trained):
     assert "1 x NVIDIA" in trained.stopped and "asked to stop: saved at step" in trained.stopped
     assert "going on from step" in trained.resumed
     assert metrics(trained.run).keys() == set(range(5, STEPS + 1, 5))
-    assert json.loads((trained.run / "provenance.json").read_text())["layout"].startswith("1 x NVIDIA")
+    assert json.loads((trained.run / "provenance.json").read_text())["hardware"].startswith("1 x NVIDIA")
 
 
 def test_the_loss_falls(trained):

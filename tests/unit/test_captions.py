@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captions: what is read, cleaned and counted; the mix and the split are exact for every layout."""
+"""Captions: what is read, cleaned and counted; the mix and the split are exact on any hardware."""
 
 import json
 import os
@@ -301,7 +301,7 @@ def test_limit_reads_no_more_files_than_it_needs(recap, tmp_path):
 # ---- with the sampler
 
 
-def test_every_layout_trains_on_the_same_texts_and_resumes_anywhere(recap):
+def test_any_hardware_trains_on_the_same_texts_and_resumes_anywhere(recap):
     part = open_captions(str(recap / "captions"), "mix", (recap / "phrases.txt",), 0.25).train
 
     def steps(world, micro, start, stop):

@@ -16,7 +16,7 @@ import effsam3
 from effsam3 import launch as launcher
 from effsam3.cli import VERBS, main
 from effsam3.errors import RecipeError, UserError
-from effsam3.hardware.accelerate_configs import layout_environment, layout_file
+from effsam3.hardware.accelerate_configs import config_environment, config_file
 from effsam3.recipe.reader import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -224,8 +224,8 @@ def commands(monkeypatch, clone):
 def test_one_process_needs_no_launcher_and_stays_on_the_cpu(commands):
     assert main(["launch", "recipes/smoke/image.yaml", "train"]) == 0
     assert commands.lines == [[sys.executable, "-m", "effsam3", "train", "recipes/smoke/image.yaml"]]
-    assert layout_environment(layout_file("cpu")) == {"ACCELERATE_USE_CPU": "true"}
-    assert layout_environment(layout_file("gpu")) == {}
+    assert config_environment(config_file("cpu")) == {"ACCELERATE_USE_CPU": "true"}
+    assert config_environment(config_file("gpu")) == {}
 
 
 def test_launch_runs_all_verbs_in_order(commands, capsys):
@@ -248,7 +248,7 @@ def test_launch_stops_at_the_first_failure(commands):
     assert len(commands.lines) == 2
 
 
-def test_launch_one_verb_on_the_overridden_layout(commands):
+def test_launch_one_verb_on_the_overridden_hardware(commands):
     assert main(["launch", SMOKE, "train", "hardware=ddp_cpu"]) == 0
     assert len(commands.lines) == 1
     assert "accelerate_configs/ddp_cpu.yaml" in commands.lines[0] and "train" in commands.lines[0]

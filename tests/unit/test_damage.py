@@ -218,7 +218,7 @@ def test_status_of_a_damaged_run(merged, tmp_path, name, capsys):
     if name == "progress.json":
         numbers = dict.fromkeys(("step", "steps", "first_step", "pid", "global_batch"), 4)
         times = dict.fromkeys(("started", "updated", "interval_s", "samples_per_s"), 1.5)
-        texts = {"state": "complete", "host": "here", "layout": "1 x cpu", "error": ""}
+        texts = {"state": "complete", "host": "here", "hardware": "1 x cpu", "error": ""}
         (run / name).write_text(json.dumps(numbers | times | texts))
     (path,) = run.glob("checkpoints/*step-*/trainer.json") if name == "trainer.json" else [run / name]
     rng, whole = np.random.default_rng(4), path.read_bytes()

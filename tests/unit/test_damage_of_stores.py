@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A store's manifest and a layout, damaged at random: an error that names the file, or what the file holds."""
+"""A store's manifest and an accelerate config, damaged at random: an error with the file's name, or its content."""
 
 import shutil
 
@@ -9,7 +9,7 @@ from mutations import mutate_bytes, mutate_json
 
 from effsam3.data.store.reader import Field, StoreReader, StoreWriter, create_store, finish_store
 from effsam3.errors import UserError
-from effsam3.hardware.accelerate_configs import layout_file, layout_on_cpu, layout_processes
+from effsam3.hardware.accelerate_configs import config_file, config_on_cpu, config_processes
 
 MUTATIONS = 200
 KEYS = [f"sa_{number}" for number in range(4)]
@@ -39,13 +39,13 @@ def test_manifests(tmp_path):
     assert refused > MUTATIONS / 10
 
 
-def test_layouts(tmp_path):
-    path = shutil.copy(layout_file("zero2_cpu"), tmp_path / "layout.yaml")
+def test_accelerate_configs(tmp_path):
+    path = shutil.copy(config_file("zero2_cpu"), tmp_path / "config.yaml")
     rng, whole, refused = np.random.default_rng(6), path.read_bytes(), 0
     for _ in range(MUTATIONS):
         path.write_bytes(mutate_bytes(whole, rng))
         try:
-            assert layout_processes(path) > 0 and layout_on_cpu(path) in (True, False)
+            assert config_processes(path) > 0 and config_on_cpu(path) in (True, False)
         except UserError as error:
             assert str(path) in str(error)
             refused += 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory before it hurts: dry runs against real ones, layouts by hand, verdicts, advice, an out-of-memory message."""
+"""Memory before it hurts: dry runs against real ones, hardware by hand, verdicts, advice, an out-of-memory message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from effsam3.hardware.accelerate_configs import REDUCE_BUCKET
 from effsam3.hardware.budget.dry_run import Ledger, cost, dry_stage, fused_attention
 from effsam3.hardware.budget.estimates import (
     GIB,
-    Layout,
+    Hardware,
     Sizes,
     advice,
     attempt,
@@ -35,9 +35,9 @@ from effsam3.hardware.budget.estimates import (
     micro_batches,
     other_changes,
     out_of_memory_explained,
-    read_layout,
+    read_hardware,
     resized,
-    running_layout,
+    running_hardware,
     states,
     table,
 )
@@ -176,7 +176,7 @@ def test_the_memory_keeps_what_real_tensors_would():
     assert held < 1.15 * reference
 
 
-# ---- layouts, by hand
+# ---- hardware, by hand
 
 
 @pytest.mark.parametrize(
@@ -191,17 +191,17 @@ def test_the_memory_keeps_what_real_tensors_would():
         (4, 3, (True, True), {"weights": 4000, "gradients": 0}, 5000),
     ],
 )
-def test_what_a_layout_keeps_of_a_thousand_parameters(processes, stage, offloads, expected, host):
+def test_what_hardware_keeps_of_a_thousand_parameters(processes, stage, offloads, expected, host):
     buckets = 0 if stage is None else 4 * REDUCE_BUCKET
-    device, moved = states(Layout("x", processes, stage, *offloads), 1000)
+    device, moved = states(Hardware("x", processes, stage, *offloads), 1000)
     assert device.pop("ZeRO's buckets", 0) == buckets
     assert (device, moved) == (expected, host)
 
 
-def test_layouts_are_read_from_their_files():
-    assert read_layout("zero3") == Layout("zero3", 8, 3, False, False)
-    assert read_layout("ddp_cpu").stage is None and not read_layout("ddp_cpu").has_gpu
-    assert read_layout("gpu").has_gpu and read_layout("gpu").processes == 1
+def test_hardware_is_read_from_their_files():
+    assert read_hardware("zero3") == Hardware("zero3", 8, 3, False, False)
+    assert read_hardware("ddp_cpu").zero_stage is None and not read_hardware("ddp_cpu").has_gpu
+    assert read_hardware("gpu").has_gpu and read_hardware("gpu").processes == 1
 
 
 def test_an_estimate_adds_up():
@@ -233,7 +233,7 @@ def test_the_largest_micro_batch_that_fits_is_advised():
     assert [line.endswith("too much by itself") for line in advice(recipe, sizes, GIB)] == [True]
 
 
-def test_where_no_micro_batch_helps_the_layout_is_named_next():
+def test_where_no_micro_batch_helps_the_hardware_is_named_next():
     """A student of a billion parameters: what counts is what is kept of it."""
     recipe = load_recipe(
         IMAGE, ["hardware=zero2", "train.global_batch_size=64", "train.ema=0.9", "train.precision=bf16"]
@@ -283,8 +283,8 @@ def test_show_refuses_a_device_without_memory_and_says_what_is_unknown(capsys):
 
 
 def test_the_header_has_one_line():
-    recipe, layout = load_recipe(IMAGE), read_layout("cpu")
-    line = header_lines(recipe, layout, Sizes(trained=1000, frozen=0, micro_batch=3 * GIB, flops=0))["memory"]
+    recipe, hardware = load_recipe(IMAGE), read_hardware("cpu")
+    line = header_lines(recipe, hardware, Sizes(trained=1000, frozen=0, micro_batch=3 * GIB, flops=0))["memory"]
     assert line.startswith("about 3.0 GiB") and "(micro-batch 3.0 GiB, " in line
     assert "\n" not in line
 
@@ -311,14 +311,14 @@ def test_a_run_on_a_gpu_is_announced_without_another_dry_run(tmp_path, monkeypat
     assert "dry_run" not in source and source.count("attempt(") == source.count("attempt(measure, recipe") == 1
 
 
-def test_a_run_is_on_the_layout_that_it_was_started_on():
+def test_a_run_is_on_the_hardware_that_it_was_started_on():
     def started(processes, plugin=None):
         return SimpleNamespace(num_processes=processes, state=SimpleNamespace(deepspeed_plugin=plugin))
 
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}
     plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": zero})
-    assert running_layout(started(4), "zero2") == Layout("zero2", 4, None, False, False)
-    assert running_layout(started(16, plugin), "ddp") == Layout("ddp", 16, 3, True, False)
+    assert running_hardware(started(4), "zero2") == Hardware("zero2", 4, None, False, False)
+    assert running_hardware(started(16, plugin), "ddp") == Hardware("ddp", 16, 3, True, False)
 
 
 @pytest.mark.parametrize("path", [IMAGE, TEXT, MEMORY])

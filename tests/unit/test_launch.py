@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `effsam3 launch` makes of a layout and of the machines it is told of, and the code that it ends with."""
+"""What `effsam3 launch` makes of the hardware and of the machines it is told of, and the code that it ends with."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 
 from effsam3 import launch as launcher
 from effsam3.cli import main
-from effsam3.hardware.accelerate_configs import layout_kind, layout_nodes, layout_port, layout_processes
+from effsam3.hardware.accelerate_configs import config_kind, config_nodes, config_port, config_processes
 from effsam3.launch import Machines, command_of
 
 ROOT = Path(__file__).parents[2]
@@ -52,20 +52,20 @@ def accelerate_sees(line):
     return _validate_launch_command(launch_command_parser().parse_args(line[start:]))[0]
 
 
-# ---- layouts
+# ---- hardware
 
 
-def test_what_the_layouts_say():
+def test_what_the_configs_say():
     folder = ROOT / "accelerate_configs"
     names = ("cpu", "ddp", "multinode_ddp", "multinode_zero2_cpu")
-    reads = (layout_kind, layout_nodes, layout_processes, layout_port)
+    reads = (config_kind, config_nodes, config_processes, config_port)
     assert {name: tuple(read(folder / f"{name}.yaml") for read in reads) for name in names} == {
         "cpu": ("NO", 1, 1, 29500),
         "ddp": ("MULTI_GPU", 1, 8, 29500),
         "multinode_ddp": ("MULTI_GPU", 2, 16, 29500),
         "multinode_zero2_cpu": ("DEEPSPEED", 2, 2, 29500),
     }
-    assert layout_port(folder / "ddp_cpu.yaml") == 0
+    assert config_port(folder / "ddp_cpu.yaml") == 0
 
 
 def test_twins_on_the_cpu_differ_in_machines_only():
@@ -80,7 +80,7 @@ def test_twins_on_the_cpu_differ_in_machines_only():
         assert len({json.dumps({k: v for k, v in one.items() if k not in machines}) for one in both}) == 1, twin
 
 
-def test_offloading_layouts_offload():
+def test_offloading_configs_offload():
     from accelerate.commands.config.config_args import load_config_from_file
 
     expected = {"zero2_offload": ("cpu", None), "zero2_offload_cpu": ("cpu", None), "zero3_offload": ("cpu", "cpu")}
@@ -92,7 +92,7 @@ def test_offloading_layouts_offload():
 # ---- command lines
 
 
-def test_without_flags_the_layout_says_it_all(started):
+def test_without_flags_the_config_says_it_all(started):
     assert main(["launch", RECIPE, "train", "hardware=zero2"]) == 0
     assert options_of(started.lines[0]) == {"config_file": "accelerate_configs/zero2.yaml"}
 
@@ -118,14 +118,14 @@ def test_four_nodes_of_four(started):
     assert seen.use_deepspeed and seen.deepspeed_multinode_launcher == "standard"
 
 
-def test_a_layout_of_two_nodes_needs_no_number(started):
+def test_a_config_of_two_nodes_needs_no_number(started):
     assert main(["launch", RECIPE, "train", "hardware=multinode_ddp", *FLAGS, "1"]) == 0
     seen = accelerate_sees(started.lines[0])
     assert (seen.num_machines, seen.num_processes, seen.machine_rank, seen.main_process_port) == (2, 16, 1, 29500)
     assert seen.multi_gpu
 
 
-def test_one_node_of_a_layout_of_two(started):
+def test_one_node_of_a_config_of_two(started):
     assert main(["launch", RECIPE, "train", "hardware=multinode_zero2", "--nodes", "1"]) == 0
     seen = accelerate_sees(started.lines[0])
     assert (seen.num_machines, seen.num_processes) == (1, 8)
@@ -191,7 +191,7 @@ def test_slurm_with_several_tasks_on_a_node(started, monkeypatch, capsys):
         ("hardware=zero2 --nodes 2 --node-rank 1 --main-address a --main-port 0", "2 nodes: --main-port 0"),
         ("hardware=ddp_cpu --nodes 2 --node-rank 1 --main-address a", "2 nodes: --main-port 0"),
         ("hardware=cpu --nodes 2 --node-rank 1 --main-address a", "cpu is one process, --nodes and --processes-per"),
-        ("hardware=gpu --processes-per-node 8", "ask for 1 x 8; choose a layout of several"),
+        ("hardware=gpu --processes-per-node 8", "ask for 1 x 8; choose hardware of several"),
         ("hardware=zero2 --processes-per-node 6", "which here is --nodes 1 x --processes-per-node 6"),
         ("hardware=zero2 --nodes slurm --main-address a", "SLURM_NODEID not set, so this was not started by srun"),
     ],

@@ -28,7 +28,7 @@ def no_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("hardware", FOR_GPUS)
-def test_layouts_for_gpus(hardware, monkeypatch):
+def test_hardware_of_gpus(hardware, monkeypatch):
     with pytest.raises(RecipeError, match=f"hardware: {hardware} is for GPUs, but torch .* finds none .* hardware="):
         refuse_missing_gpu(hardware)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -36,7 +36,7 @@ def test_layouts_for_gpus(hardware, monkeypatch):
 
 
 @pytest.mark.parametrize("hardware", FOR_CPUS)
-def test_layouts_for_cpus(hardware):
+def test_hardware_of_cpus(hardware):
     refuse_missing_gpu(hardware)
 
 
@@ -53,15 +53,15 @@ def test_every_verb_that_takes_hardware(verb, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("layout", "code"), [("gpu", 1), ("cpu", 0)])
-def test_by_accelerates_own_command(layout, code, tmp_path):
-    """Its layout counts, not the recipe's, which may name another one."""
-    other = {"gpu": "cpu", "cpu": "gpu"}[layout]
+@pytest.mark.parametrize(("hardware", "code"), [("gpu", 1), ("cpu", 0)])
+def test_by_accelerates_own_command(hardware, code, tmp_path):
+    """Its config counts, not the recipe's, which may name another one."""
+    other = {"gpu": "cpu", "cpu": "gpu"}[hardware]
     (tmp_path / "script.py").write_text(
         "from effsam3.hardware.accelerator import refuse_missing_gpu\n"
         f"refuse_missing_gpu({other!r})\nprint('it works')\n"
     )
-    config = ROOT / f"accelerate_configs/{layout}.yaml"
+    config = ROOT / f"accelerate_configs/{hardware}.yaml"
     line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}  # as on a machine without one
     done = subprocess.run([*line, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True)

@@ -33,7 +33,7 @@ def test_what_is_written_is_read(tmp_path, clock):
     found = read_progress(tmp_path)
     assert (found.state, found.step, found.steps, found.first_step) == ("running", 40, 200, 40)
     assert (found.started, found.updated, found.interval_s) == (1000.0, 1005.0, 0.0)
-    assert (found.pid, found.layout, found.global_batch, found.error) == (os.getpid(), "2 x cpu, DDP", 8, "")
+    assert (found.pid, found.hardware, found.global_batch, found.error) == (os.getpid(), "2 x cpu, DDP", 8, "")
     assert found.samples_per_s is None
     clock[0] = 1025.0
     run.update("running", 50, 200, samples_per_s=4.0)
@@ -42,6 +42,13 @@ def test_what_is_written_is_read(tmp_path, clock):
     found = read_progress(tmp_path)
     assert (found.interval_s, found.samples_per_s, found.first_step) == (20.0, 4.0, 40)
     assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
+
+
+def test_runs_of_before_called_their_hardware_a_layout(tmp_path):
+    Progress(tmp_path, True, "2 x cpu, DDP", 8).update("running", 1, 2)
+    path = tmp_path / "progress.json"
+    path.write_text(path.read_text().replace('"hardware"', '"layout"'))
+    assert read_progress(tmp_path).hardware == "2 x cpu, DDP"
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which samples a step sees must not depend on the layout, and every sample is seen once an epoch."""
+"""Which samples a step sees must not depend on the hardware, and every sample is seen once an epoch."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def seen(world, micro, start=0, stop=10, size=37, seed=3, global_batch=8):
 
 
 @pytest.mark.parametrize(("world", "micro"), [(1, 4), (1, 1), (2, 4), (2, 2), (4, 2), (8, 1)])
-def test_every_layout_sees_the_same_samples_in_the_same_step(world, micro):
+def test_any_hardware_sees_the_same_samples_in_the_same_step(world, micro):
     assert seen(world, micro) == seen(1, 8)
 
 

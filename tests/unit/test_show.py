@@ -52,7 +52,7 @@ def test_show_derives_numbers(tmp_path):
     report.write_text(json.dumps({"images": {"train": 100_000, "val": 11_000}}))
     recipe = load_recipe(ES_RV_M, [f"data.index={tmp_path}/photos.parquet"])
     rows = dict(line[2:].split(maxsplit=1) for line in show(recipe).splitlines() if line.startswith("#"))
-    assert rows["layout"].endswith("accelerate_configs/zero2.yaml, processes: 8")
+    assert rows["hardware"].endswith("accelerate_configs/zero2.yaml, processes: 8")
     assert rows["batch"] == "512 = 16 per process x 8 (processes) x 4 (accumulated)"
     assert rows["images"] == "100,000 to learn from, 11,000 held out"
     assert rows["length"] == "9,766 steps = 50.0 epochs, 977 steps of them warm-up"
@@ -73,7 +73,7 @@ def test_show_says_what_is_not_there_yet():
     assert "# store     none" in show(load_recipe(SMOKE, ["teacher=online"]))
 
 
-def test_show_refuses_a_batch_that_the_layout_cannot_divide(capsys):
+def test_show_refuses_a_batch_that_the_hardware_cannot_divide(capsys):
     assert main(["show", SMOKE, "hardware=zero2"]) == 2
     assert "(8) is not a multiple of micro_batch_size x world size (4 x 8 = 32)" in capsys.readouterr().err
 

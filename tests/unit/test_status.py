@@ -19,7 +19,7 @@ from effsam3.training.progress import Progress
 from effsam3.training.report import Report
 
 ROOT = Path(__file__).parents[2]
-LAYOUT = "2 x cpu, DDP"
+HARDWARE = "2 x cpu, DDP"
 
 
 def train(runs, name="r", state="running", steps_done=60, **more):
@@ -28,8 +28,8 @@ def train(runs, name="r", state="running", steps_done=60, **more):
     recipe = load_recipe(ROOT / "recipes/smoke/image.yaml", overrides)
     report = Report(recipe.folder)
     (recipe.folder / "recipe.yaml").write_text(dump_recipe(recipe))
-    report.write_json("provenance.json", {"layout": LAYOUT})
-    progress = Progress(recipe.folder, True, LAYOUT, 8)
+    report.write_json("provenance.json", {"hardware": HARDWARE})
+    progress = Progress(recipe.folder, True, HARDWARE, 8)
     report.metrics({"val/cosine": 0.01, "val/mse": 2.0}, 0)
     for step in range(10, steps_done + 1, 10):
         values = {"train/loss": 100 / step, "train/mse": 60 / step, "train/cosine": 40 / step, "train/lr": 1e-3}
@@ -103,10 +103,10 @@ def test_what_to_do_next(tmp_path):
     edit_progress(folder, state="failed", error="the disk is full")
     assert examine(folder)["next"] == f"mend what the error names, then {again}"
     text = as_text(examine(folder, now=0.0))
-    assert f"state     failed, 0 s ago; {LAYOUT}\n          the disk is full\n" in text
+    assert f"state     failed, 0 s ago; {HARDWARE}\n          the disk is full\n" in text
     edit_progress(folder, state="running", host=socket.gethostname(), pid=2**22 + 1)
     assert (examine(folder)["state"], examine(folder)["next"]) == ("killed", again)
-    assert f"state     killed, last sign 0 s ago; {LAYOUT}\n" in as_text(examine(folder, now=0.0))
+    assert f"state     killed, last sign 0 s ago; {HARDWARE}\n" in as_text(examine(folder, now=0.0))
     edit_progress(folder, host="gpu-7", pid=42, updated=1.0)
     assert examine(folder)["state"] == "silent"
     assert "see whether process 42 on gpu-7 still works" in examine(folder)["next"]
@@ -131,7 +131,7 @@ def test_a_run_from_before_progress_was_kept(tmp_path):
     folder = train(tmp_path, steps_done=120)
     (folder / "progress.json").unlink()
     facts = examine(folder)
-    assert (facts["state"], facts["step"], facts["steps"], facts["layout"]) == ("unknown", 120, 200, LAYOUT)
+    assert (facts["state"], facts["step"], facts["steps"], facts["hardware"]) == ("unknown", 120, 200, HARDWARE)
     assert (facts["samples_per_s_per_device"], facts["eta_s"]) == (8.0, None)
     assert "unknown: there is no progress.json" in as_text(facts)
     folder = train(tmp_path, "ended", steps_done=200)

@@ -269,9 +269,7 @@ MAKE = {"image": _image, "text": _text, "memory": _memory}
 class Cost:
     """What forward and backward of one micro-batch take."""
 
-    peak: (
-        int  # bytes that are held at once, the data included; not the trained weights' gradients, which the layout has
-    )
+    peak: int  # bytes held at once, data included, without the trained weights' gradients
     flops: int  # frozen parts included; what `recompute` does twice counts once
 
 

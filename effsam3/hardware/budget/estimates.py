@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a recipe takes of a device's memory and of the disk, before anything is loaded, and what to change if too much.
 
-A micro-batch's share is measured by a dry run of the stage's loss. What a layout keeps of weights, gradients and
+A micro-batch's share is measured by a dry run of the stage's loss. What the hardware keeps of weights, gradients and
 optimizer is counted as torch and DeepSpeed allocate it.
 """
 
@@ -18,7 +18,7 @@ import torch
 
 from effsam3.checked_files import read_yaml
 from effsam3.errors import UserError
-from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, REMEDY, layout_file, layout_processes
+from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, REMEDY, config_file, config_processes
 from effsam3.hardware.budget.dry_run import cost, dry_stage
 from effsam3.recipe.reader import flat
 
@@ -31,12 +31,12 @@ DEVICES = {24: "RTX 4090, A10", 40: "A100 40 GB", 48: "L40S", 80: "A100, H100", 
 LESS = {"ddp": "zero2", "zero1": "zero2", "zero2": "zero3", "zero3": "zero3_offload"}  # what divides more
 
 
-# ---- sizes and layouts
+# ---- sizes, and what they run on
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a recipe takes on any layout."""
+    """What a recipe takes on any hardware."""
 
     trained: int  # parameters
     frozen: int  # bytes
@@ -81,12 +81,12 @@ def resized(recipe: Any, sizes: Sizes, micro_batch: int) -> tuple[Any, Sizes]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Hardware:
     """What an accelerate_configs/<name>.yaml does with a student."""
 
     name: str
     processes: int
-    stage: int | None  # of ZeRO; None: without DeepSpeed
+    zero_stage: int | None  # None: without DeepSpeed
     offloads: bool  # optimizer state to main memory
     offloads_weights: bool
 
@@ -96,16 +96,16 @@ class Layout:
         return self.name != "cpu" and not self.name.endswith("_cpu")
 
 
-def read_layout(hardware: str) -> Layout:
-    """Read a layout file.
+def read_hardware(hardware: str) -> Hardware:
+    """Read an accelerate config.
 
     Raises:
-        UserError: there is no such layout.
+        UserError: there is no such hardware.
     """
-    file = layout_file(hardware)
+    file = config_file(hardware)
     config = read_yaml(file, {"deepspeed_config?": dict}, REMEDY).get("deepspeed_config", {})
     kept = [config.get(f"offload_{part}_device", "none") != "none" for part in ("optimizer", "param")]
-    return Layout(hardware, layout_processes(file), config.get("zero_stage"), *kept)
+    return Hardware(hardware, config_processes(file), config.get("zero_stage"), *kept)
 
 
 @dataclass(frozen=True)
@@ -123,42 +123,42 @@ class Estimate:
         return sum(self.device.values())
 
 
-def states(layout: Layout, trained: int) -> tuple[dict[str, int], int]:
+def states(hardware: Hardware, trained: int) -> tuple[dict[str, int], int]:
     """Return the bytes of weights, gradients and optimizer on one device, and of what is offloaded per process.
 
     ZeRO keeps another float32 copy of its part of the weights, although they are float32 already: counted in
     DeepSpeed 0.19 with torch_autocast, stage by stage.
     """
     P = trained * FP32
-    part = -(-P // layout.processes)
-    if layout.stage is None:
-        copies = P if layout.processes > 1 else 0  # DDP sends copies of the gradients
+    part = -(-P // hardware.processes)
+    if hardware.zero_stage is None:
+        copies = P if hardware.processes > 1 else 0  # DDP sends copies of the gradients
         return {"weights": P, "gradients": P + copies, "optimizer": 2 * P}, 0
-    divided = {"weights": P, "gradients": part if layout.stage > 1 else P, "optimizer": 3 * part}
+    divided = {"weights": P, "gradients": part if hardware.zero_stage > 1 else P, "optimizer": 3 * part}
     divided["ZeRO's buckets"] = REDUCE_BUCKET * FP32
-    if layout.stage == 3:  # weights are gathered for as long as a step needs them; here that is all of it
-        divided["weights"] += 0 if layout.offloads_weights else part
-    if not layout.offloads:
+    if hardware.zero_stage == 3:  # gathers on demand; assume the worst case, all at once
+        divided["weights"] += 0 if hardware.offloads_weights else part
+    if not hardware.offloads:
         return divided, 0
-    moved = divided.pop("optimizer") + part + (part if layout.offloads_weights else 0)
-    return divided | {"gradients": divided["gradients"] if layout.stage < 2 else 0}, moved
+    moved = divided.pop("optimizer") + part + (part if hardware.offloads_weights else 0)
+    return divided | {"gradients": divided["gradients"] if hardware.zero_stage < 2 else 0}, moved
 
 
 def checkpoint_bytes(recipe: Any, trained: int) -> int:
-    """Return the bytes of a checkpoint: weights and two moments whole, on every layout; averaged weights."""
+    """Return the bytes of a checkpoint: weights and two moments whole, on any hardware; averaged weights."""
     return (4 if recipe.train.ema else 3) * trained * FP32
 
 
-def estimate(recipe: Any, sizes: Sizes, layout: Layout | None = None) -> Estimate:
-    """Return what a recipe takes on its layout, or on another one."""
-    layout = layout or read_layout(recipe.hardware)
-    device, host = states(layout, sizes.trained)
+def estimate(recipe: Any, sizes: Sizes, hardware: Hardware | None = None) -> Estimate:
+    """Return what a recipe takes on its hardware, or on other hardware."""
+    hardware = hardware or read_hardware(recipe.hardware)
+    device, host = states(hardware, sizes.trained)
     P, train = sizes.trained * FP32, recipe.train
     if train.ema:
         device["averaged weights"] = P
     device["frozen parts"] = sizes.frozen
     device["micro-batch"] = sizes.micro_batch
-    device["CUDA, NCCL"] = LIBRARIES if layout.has_gpu else 0
+    device["CUDA, NCCL"] = LIBRARIES if hardware.has_gpu else 0
     checkpoint = checkpoint_bytes(recipe, sizes.trained)
     kept = checkpoint * train.keep_checkpoints + P  # the best one's weights
     return Estimate({name: size for name, size in device.items() if size}, host, checkpoint, kept)
@@ -187,11 +187,11 @@ def micro_batches(recipe: Any, processes: int) -> list[int]:
 
 def largest_micro_batch(recipe: Any, sizes: Sizes, device: int) -> tuple[str, int] | None:
     """Return the change to the largest smaller micro-batch that fits and what is taken then, None if none fits."""
-    layout, best = read_layout(recipe.hardware), None
-    smaller = [size for size in micro_batches(recipe, layout.processes) if size < recipe.train.micro_batch_size]
+    hardware, best = read_hardware(recipe.hardware), None
+    smaller = [size for size in micro_batches(recipe, hardware.processes) if size < recipe.train.micro_batch_size]
     while smaller:
         middle = len(smaller) // 2
-        total = estimate(*resized(recipe, sizes, smaller[middle]), layout).total
+        total = estimate(*resized(recipe, sizes, smaller[middle]), hardware).total
         if fits(total, device):
             best = (f"train.micro_batch_size={smaller[middle]}", total)
             smaller = smaller[middle + 1 :]
@@ -202,19 +202,19 @@ def largest_micro_batch(recipe: Any, sizes: Sizes, device: int) -> tuple[str, in
 
 def other_changes(recipe: Any, sizes: Sizes) -> Iterator[tuple[str, int]]:
     """Yield (key=value, bytes on a device then) of everything but the micro-batch, the cheapest to bear first."""
-    layout = read_layout(recipe.hardware)
+    hardware = read_hardware(recipe.hardware)
 
     def measured(text: str, **keys) -> tuple[str, int]:
         other = _with(recipe, **keys)
-        return text, estimate(other, measure(other), layout).total
+        return text, estimate(other, measure(other), hardware).total
 
     if recipe.stage == "memory" and not recipe.train.recompute:
         yield measured("train.recompute=true", recompute=True)
-    name, folder = recipe.hardware, layout_file(recipe.hardware).parent
+    name, folder = recipe.hardware, config_file(recipe.hardware).parent
     while (name := LESS.get(name)) is not None and (folder / f"{name}.yaml").is_file():
-        yield f"hardware={name}", estimate(recipe, sizes, read_layout(name)).total
+        yield f"hardware={name}", estimate(recipe, sizes, read_hardware(name)).total
     if recipe.train.ema:
-        yield "train.ema=0", estimate(_with(recipe, ema=0.0), sizes, layout).total
+        yield "train.ema=0", estimate(_with(recipe, ema=0.0), sizes, hardware).total
     if recipe.stage == "memory":
         train, data = recipe.train, recipe.data
         if train.recompute and train.objects_at_once != 1 and train.micro_batch_size * data.objects > 1:
@@ -226,7 +226,7 @@ def other_changes(recipe: Any, sizes: Sizes) -> Iterator[tuple[str, int]]:
         for key, (now, less, least) in fewer.items():
             if less >= least:
                 smaller = replace(sizes, micro_batch=sizes.micro_batch * less // now)
-                yield f"data.{key}={less}", estimate(recipe, smaller, layout).total
+                yield f"data.{key}={less}", estimate(recipe, smaller, hardware).total
 
 
 def advice(recipe: Any, sizes: Sizes, device: int, most: int = 2) -> list[str]:
@@ -244,8 +244,8 @@ def advice(recipe: Any, sizes: Sizes, device: int, most: int = 2) -> list[str]:
             break
     if found:
         return [f"{text} would take {_gib(total)}" for text, total in found]
-    layout = read_layout(recipe.hardware)
-    tried.append(("train.micro_batch_size=1", estimate(*resized(recipe, sizes, 1), layout).total))
+    hardware = read_hardware(recipe.hardware)
+    tried.append(("train.micro_batch_size=1", estimate(*resized(recipe, sizes, 1), hardware).total))
     least = sorted(tried, key=lambda change: change[1])[:most]
     return [f"{text} would take {_gib(total)}, too much by itself" for text, total in least]
 
@@ -258,11 +258,11 @@ def table(recipe: Any, device_gib: float | None = None) -> str:
     """Return the recipe's needs: a row for each part on one device, a verdict, the disk.
 
     Raises:
-        UserError: there is no such layout.
+        UserError: there is no such hardware.
     """
-    sizes, layout = measure(recipe), read_layout(recipe.hardware)
-    found, device = estimate(recipe, sizes, layout), device_bytes(device_gib)
-    on = "device" if layout.has_gpu else "process"
+    sizes, hardware = measure(recipe), read_hardware(recipe.hardware)
+    found, device = estimate(recipe, sizes, hardware), device_bytes(device_gib)
+    on = "device" if hardware.has_gpu else "process"
     lines = [f"device    about {_gib(found.total)} on each {on} of {recipe.hardware}"]
     lines += [f"          {_gib(size):>10}  {name}" for name, size in found.device.items() if size >= 1 << 20]
     if found.host:
@@ -272,7 +272,7 @@ def table(recipe: Any, device_gib: float | None = None) -> str:
         verdict = f"fits {_gib(device)}" if short <= 0 else f"does not fit {_gib(device)}: {_gib(short)} too much"
         lines.append(f"verdict   {verdict} ({FREE:.0%} left free for fragmentation)")
         lines += [f"          {line}" for line in advice(recipe, sizes, device)] if short > 0 else []
-    elif layout.has_gpu:
+    elif hardware.has_gpu:
         enough = next((size for size in DEVICES if fits(found.total, size * GIB)), None)
         named = f"{enough} GiB ({DEVICES[enough]}) are enough" if enough else "no common device is enough"
         lines.append(f"verdict   {named}; --device-gib N says whether N are, and what to change")
@@ -294,19 +294,19 @@ def attempt(estimate: Callable[[Any], Found], recipe: Any, otherwise: Found) -> 
         return otherwise
 
 
-def running_layout(accelerator: Any, hardware: str) -> Layout:
-    """Return the layout that a run has been started on, whatever its recipe names."""
+def running_hardware(accelerator: Any, hardware: str) -> Hardware:
+    """Return the hardware that a run has been started on, whatever its recipe names."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
-        return Layout(hardware, accelerator.num_processes, None, False, False)
+        return Hardware(hardware, accelerator.num_processes, None, False, False)
     zero = plugin.deepspeed_config["zero_optimization"]
     offloads = [zero.get(f"offload_{part}", {}).get("device", "none") != "none" for part in ("optimizer", "param")]
-    return Layout(hardware, accelerator.num_processes, plugin.zero_stage, *offloads)
+    return Hardware(hardware, accelerator.num_processes, plugin.zero_stage, *offloads)
 
 
-def header_lines(recipe: Any, layout: Layout, sizes: Sizes) -> dict[str, str]:
+def header_lines(recipe: Any, hardware: Hardware, sizes: Sizes) -> dict[str, str]:
     """Return one line for a run's header."""
-    found, device = estimate(recipe, sizes, layout), device_bytes()
+    found, device = estimate(recipe, sizes, hardware), device_bytes()
     of = "" if device is None else f" of {_gib(device)}"
     largest = sorted(found.device, key=found.device.get, reverse=True)[:2]
     parts = ", ".join(f"{name} {_gib(found.device[name])}" for name in largest)
@@ -314,10 +314,10 @@ def header_lines(recipe: Any, layout: Layout, sizes: Sizes) -> dict[str, str]:
 
 
 def _next_steps(recipe: Any, sizes: Sizes) -> Iterator[tuple[str, int]]:
-    layout = read_layout(recipe.hardware)
-    smaller = [size for size in micro_batches(recipe, layout.processes) if size < recipe.train.micro_batch_size]
+    hardware = read_hardware(recipe.hardware)
+    smaller = [size for size in micro_batches(recipe, hardware.processes) if size < recipe.train.micro_batch_size]
     if smaller:
-        total = estimate(*resized(recipe, sizes, smaller[-1]), layout).total
+        total = estimate(*resized(recipe, sizes, smaller[-1]), hardware).total
         yield f"train.micro_batch_size={smaller[-1]}", total
     yield from other_changes(recipe, sizes)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast
-from effsam3.hardware.budget.estimates import FP32, micro_batches, running_layout, states
+from effsam3.hardware.budget.estimates import FP32, micro_batches, running_hardware, states
 from effsam3.recipe.derived import accumulation
 from effsam3.recipe.reader import load_recipe
 
@@ -93,7 +93,7 @@ def untouched(student: nn.Module, device: torch.device):
 
 
 class Trial:
-    """One micro-batch forward and backward beside as much memory as the layout's gradients and optimizer will take."""
+    """One micro-batch forward and backward, next to as much memory as gradients and optimizer will take."""
 
     def __init__(self, stage, batch: dict[str, Any], sample: int, reserved: int):
         """`reserved` bytes are held while it runs."""
@@ -149,7 +149,7 @@ def run(recipe: Any, stage, accelerator, report) -> Any:
         )
     batch, sample = heaviest(list(islice(stage.train_batches(0, LOOKED_AT), LOOKED_AT)))
     trained = sum(parameter.numel() for parameter in stage.student.parameters() if parameter.requires_grad)
-    taken, _ = states(running_layout(accelerator, recipe.hardware), trained)
+    taken, _ = states(running_hardware(accelerator, recipe.hardware), trained)
     average = FP32 * trained if recipe.train.ema else 0
     # The weights stand on the device already, and the trial's backward makes gradients.
     trial = Trial(stage, batch, sample, max(sum(taken.values()) + average - 2 * FP32 * trained, 0))
