@@ -107,7 +107,7 @@ class Tracker:
 
 def test_no_step_twice_and_no_end_by_a_tracker_that_has_ended(tmp_path):
     wandb, board = Tracker("wandb"), Tracker("tensorboard")
-    accelerator = SimpleNamespace(loggers=[wandb, board])
+    accelerator = SimpleNamespace(trackers=[wandb, board])
     loggers = Loggers(accelerator, ("wandb", "tensorboard"), tmp_path)
     loggers.wandb_from = 8  # an earlier start logged seven
     assert [loggers.log({"train/loss": 1.0}, step) for step in (6, 7, 8)] == ["", "", ""]
