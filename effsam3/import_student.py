@@ -40,7 +40,7 @@ class ImportedError(UserError):
 
 
 def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool = False) -> Path | None:
-    """Write `to` (runs/<name of the file>/merged) in transformers' layout; returns it, or None after a dry run.
+    """Write `to` (runs/<name of the file>/merged) in transformers' format; returns it, or None after a dry run.
 
     `sam3` gives what the file lacks, as a recipe's `sam3.checkpoint` names it.
 
@@ -186,7 +186,7 @@ def completed(
 
 
 def on_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return float32 tensors, one that stands under two names in transformers' layout copied for the second."""
+    """Return float32 tensors, one that stands under two names in transformers' format copied for the second."""
     seen: set[int] = set()
     own = {}
     for name, tensor in tensors.items():

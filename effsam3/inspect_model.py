@@ -71,7 +71,7 @@ BUFFERS = re.compile(
     r"(running_mean|running_var|num_batches_tracked|feature_mean|feature_scale"
     r"|shared(_image)?_embedding\.positional_embedding)$"
 )
-EFFICIENTSAM3 = "EfficientSAM3's layout"
+EFFICIENTSAM3 = "EfficientSAM3's format"
 
 
 class InspectError(UserError):
@@ -101,7 +101,7 @@ def examine(path: str) -> dict[str, Any]:
     if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
         return run_folder(folder)
     if path in MADE_UP or any((place / "config.json").is_file() for place in (folder, folder / "merged")):
-        made_up = {"layout": "made up, random weights"} if path in MADE_UP else {}
+        made_up = {"format": "made up, random weights"} if path in MADE_UP else {}
         return model_folder(chassis_folder(path)) | {"path": path} | made_up
     if folder.exists() or folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
         what = "is no checkpoint" if folder.exists() else "does not exist"
@@ -113,13 +113,13 @@ def examine(path: str) -> dict[str, Any]:
 
 
 def model_folder(folder: Path) -> dict[str, Any]:
-    """Facts of a whole model in transformers' layout."""
+    """Facts of a whole model in transformers' format."""
     tensors = map_tensors(folder)
     card = read_card(folder) if (folder / CARD).exists() else {"slots": {}}
     beside = extras(folder)
     return {
         "path": str(folder),
-        "layout": "transformers folder",
+        "format": "transformers folder",
         "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         "chassis": card.get("chassis"),
         **_model(tensors, read_config(folder), card["slots"], beside),
@@ -127,7 +127,7 @@ def model_folder(folder: Path) -> dict[str, Any]:
 
 
 def pickled_file(path: Path) -> dict[str, Any]:
-    """Facts of a file that `torch.save` wrote, in SAM 3's own layout or EfficientSAM3's.
+    """Facts of a file that `torch.save` wrote, in SAM 3's own format or EfficientSAM3's.
 
     Raises:
         InspectError: it holds something else.
@@ -146,18 +146,18 @@ def pickled_file(path: Path) -> dict[str, Any]:
             return facts | _efficientsam3(file) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
         tensors, beside = to_transformers(pickled.tensors)
     except KeyMapError as error:
-        raise InspectError(f"{path} is neither in SAM 3's own layout nor in EfficientSAM3's: {error}") from error
+        raise InspectError(f"{path} is neither in SAM 3's own format nor in EfficientSAM3's: {error}") from error
     config, slots = config_of(pickled, path), own_card(pickled, path)["slots"]
-    return facts | {"layout": "SAM 3's own layout"} | _model(tensors, config, slots, beside)
+    return facts | {"format": "SAM 3's own format"} | _model(tensors, config, slots, beside)
 
 
 def _sam31(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Facts of SAM 3.1's layout, which is recognised and not used."""
+    """Facts of SAM 3.1's format, which is recognised and not used."""
     modules = {".".join(name.split(".")[:3]) + "." for name in tensors}
     prefixes = {module.removesuffix("."): (module,) for module in sorted(modules)}
     named = {f"{name}.": tensor for name, tensor in tensors.items()}
     return {
-        "layout": "SAM 3.1's own layout",
+        "format": "SAM 3.1's own format",
         "slots": {},
         "parts": _parts(named, prefixes),
         "fingerprints": {"file": fingerprint(tensors)},
@@ -165,7 +165,7 @@ def _sam31(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:
-    """Facts of EfficientSAM3's layout: a whole model, or students alone."""
+    """Facts of EfficientSAM3's format: a whole model, or students alone."""
     slots = {}
     if file.image:
         timm_name, _ = image_from_upstream(file.image)
@@ -177,7 +177,7 @@ def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:
     named = {TRUNK + key: tensor for key, tensor in file.image.items()}
     named |= {TEXT_ENCODER + key: tensor for key, tensor in file.text.items()}
     named |= to_transformers(file.rest)[0] | file.left_over
-    return {"layout": EFFICIENTSAM3, "slots": slots, "parts": _parts(named, PARTS | LEFT_OVER)}
+    return {"format": EFFICIENTSAM3, "slots": slots, "parts": _parts(named, PARTS | LEFT_OVER)}
 
 
 def training_checkpoint(folder: Path) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def training_checkpoint(folder: Path) -> dict[str, Any]:
     recipe = folder.parents[1] / "recipe.yaml"
     return {
         "path": str(folder),
-        "layout": "training checkpoint",
+        "format": "training checkpoint",
         "bytes": (folder / WEIGHTS).stat().st_size,
         "recipe": _recipe(recipe) if recipe.is_file() else None,
         "step": trainer["step"],
@@ -211,7 +211,7 @@ def run_folder(folder: Path) -> dict[str, Any]:
     merged = folder / "merged"
     return {
         "path": str(folder),
-        "layout": "run folder",
+        "format": "run folder",
         "recipe": _recipe(folder / "recipe.yaml"),
         "checkpoints": [path.name for path in complete(checkpoints) + complete(checkpoints, best=True)],
         "merged": model_folder(merged) if (merged / "config.json").is_file() else None,
@@ -316,8 +316,8 @@ DESCRIBED = {"image": _image, "text": _text_slot, "memory": _memory}
 
 def as_text(facts: dict[str, Any]) -> str:
     """The facts as aligned lines and a table."""
-    about = {"layout": facts["layout"] + (f", {facts['bytes'] / 1e6:,.2f} MB" if "bytes" in facts else "")}
-    about |= ABOUT.get(facts["layout"], _about_model)(facts)
+    about = {"format": facts["format"] + (f", {facts['bytes'] / 1e6:,.2f} MB" if "bytes" in facts else "")}
+    about |= ABOUT.get(facts["format"], _about_model)(facts)
     lines = [facts["path"], *(f"{name:<12} {text}" for name, text in about.items())]
     if "parts" in facts:
         lines += ["", _parts_table(facts["parts"]), ""]
@@ -350,7 +350,7 @@ def _about_checkpoint(facts: dict[str, Any]) -> dict[str, str]:
 
 def _about_model(facts: dict[str, Any]) -> dict[str, str]:
     about = {}
-    if facts["layout"] == EFFICIENTSAM3:
+    if facts["format"] == EFFICIENTSAM3:
         about["use"] = f"effsam3 import {facts['path']} makes a model of it"
     if "grid" in facts:
         side, patch, grid = (facts[key] for key in ("image_size", "patch_size", "grid"))
@@ -366,7 +366,7 @@ def _about_model(facts: dict[str, Any]) -> dict[str, str]:
         about["found"] += f"; beside it {', '.join(found['beside'])}" if found["beside"] else ""
     if facts.get("kept_beside"):
         about["extras"] = (
-            f"{len(facts['kept_beside'])} tensors of SAM 3's own layout that transformers has no place for"
+            f"{len(facts['kept_beside'])} tensors of SAM 3's own format that transformers has no place for"
         )
     return about | ({"problem": facts["problem"]} if facts.get("problem") else {})
 

@@ -194,7 +194,7 @@ def read_masks(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def model_folder(model: str) -> Path:
-    """The folder of MODEL in transformers' layout.
+    """The folder of MODEL in transformers' format.
 
     Raises:
         PredictError: there is none.

@@ -40,8 +40,8 @@ TRAINING = {
     "precision": "train.precision",
     "parts of the tracker": "memory.trains",
 }
-# The same model in other layouts: file -> whose names its tensors have
-OTHER_LAYOUTS = {"sam3.pt": "the original SAM 3's", "efficientsam3.pt": "EfficientSAM3's"}
+# The same model in other formats: file -> whose names its tensors have
+OTHER_FORMATS = {"sam3.pt": "the original SAM 3's", "efficientsam3.pt": "EfficientSAM3's"}
 # What a part learned from: data.source -> how the card calls it
 DATA = {"sa1b": "SA-1B", "folder": "own photographs", "sav": "SA-V", "synthetic": "made-up data"}
 PICTURES = 4  # how many are shown on the card; the others lie beside them
@@ -255,9 +255,9 @@ def _use(release: Release, repo: str, revision: str) -> str:
         "tracker": tracker,
     }
     blocks = [f"{title}:\n\n```python\n{code.substitute(names)}```" for title, code in BLOCKS.items()]
-    others = [f"`{file}`, {whose} names" for file, whose in OTHER_LAYOUTS.items() if (release.model / file).is_file()]
+    others = [f"`{file}`, {whose} names" for file, whose in OTHER_FORMATS.items() if (release.model / file).is_file()]
     if others:
-        blocks.append(f"The same model in other layouts: {'; '.join(others)}.")
+        blocks.append(f"The same model in other formats: {'; '.join(others)}.")
     return "\n\n".join([f"It needs `transformers` and the package `effsam3` {_package()}", *blocks])
 
 

@@ -98,7 +98,7 @@ class Train(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Section):
-    """Which weights become the released model, and in which layouts it is written."""
+    """Which weights become the released model, and in which formats it is written."""
 
     checkpoint: FileName = "best"  # `best`, `last`, or a folder of checkpoints/ such as step-000100
     # The transformers folder is written in any case; sam3: merged/sam3.pt; efficientsam3: merged/efficientsam3.pt.

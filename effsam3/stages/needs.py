@@ -135,7 +135,7 @@ def kept_checkpoint(recipe) -> None:
 
 
 def whole_merge(recipe) -> str:
-    """A whole SAM 3 that the student fits, layouts that hold it, room for them: a merge of untrained weights."""
+    """A whole SAM 3 that the student fits, formats that hold it, room for them: a merge of untrained weights."""
     folder = chassis_at_hand(recipe)
     if folder is None:
         return f"{recipe.sam3.checkpoint} is not on this machine; it will be fetched"
@@ -149,7 +149,7 @@ def whole_merge(recipe) -> str:
     part = stages.merging(recipe.stage).part_of_run(recipe, facts, _student_tensors(recipe), config, about)
     slots = inherited_slots(folder) | {part.slot: part.card()}
     rest = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(folder).items()}
-    if "text" in inherited_slots(folder):  # a layout may compute with them
+    if "text" in inherited_slots(folder):  # a format may compute with them
         rest |= {name: one for name, one in map_tensors(folder).items() if name.startswith(SLOTS["text"].owns)}
     merged = combine(config, {"chassis": rest}, [part])
     if "efficientsam3" in recipe.merge.formats and not recipe.merge.allow_padding_mismatch:

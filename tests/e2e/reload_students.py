@@ -34,7 +34,7 @@ def inputs(stage: str) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def reloaded(stage: str, folder: Path) -> Tensor:
-    """What the student of a folder in transformers' layout puts out."""
+    """What the student of a folder in transformers' format puts out."""
     detector = Sam3VideoModel.from_pretrained(folder).eval().detector_model
     if stage == "text":
         ids_BL, mask_BL = inputs(stage)

@@ -128,7 +128,7 @@ def test_videos_that_break_after_indexing_are_left_out_and_named(runs, tmp_path)
 
 @pytest.fixture(scope="module")
 def merged(runs) -> tuple[Path, str]:
-    """The reference's run folder, merged in both layouts and measured, and what was printed."""
+    """The reference's run folder, merged in both formats and measured, and what was printed."""
     folder, overrides = runs
     names = (*overrides, "name=reference", "evaluate.modes=[dense]", "evaluate.untrained=true")
     merge.run(load_recipe(MEMORY, [*names, "merge.formats=[transformers,sam3]"]))

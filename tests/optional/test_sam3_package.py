@@ -69,7 +69,7 @@ def original():
 
 @pytest.fixture(scope="module")
 def ours(original, tmp_path_factory) -> ConceptModel:
-    """The same weights as a folder in transformers' layout, loaded as `effsam3 predict` does."""
+    """The same weights as a folder in transformers' format, loaded as `effsam3 predict` does."""
     made_up = tiny_config().to_dict()
     detector, tracker = made_up["detector_config"], made_up["tracker_config"]
     for part in ("geometry_encoder_config", "detr_encoder_config", "detr_decoder_config", "mask_decoder_config"):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MobileCLIP's text tower in Apple's layout, written from its description, as a reference for tests."""
+"""MobileCLIP's text tower in Apple's format, written from its description, as a reference for tests."""
 
 import torch
 from torch import nn

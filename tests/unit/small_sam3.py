@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small SAM 3 in both layouts, with what transformers cannot hold made up."""
+"""A small SAM 3 in both formats, with what transformers cannot hold made up."""
 
 import torch
 

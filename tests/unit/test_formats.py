@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts of a merged model: what SAM 3's own file keeps, what EfficientSAM3's holds and what it cannot."""
+"""The formats of a merged model: what SAM 3's own file keeps, what EfficientSAM3's holds and what it cannot."""
 
 import json
 
@@ -26,7 +26,7 @@ LANGUAGE = "detector.backbone.language_backbone."
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """A sam3.pt in SAM 3's own layout, made of the tiny chassis with numbers in what transformers cannot hold."""
+    """A sam3.pt in SAM 3's own format, made of the tiny chassis with numbers in what transformers cannot hold."""
     folder = chassis_folder("tiny")
     config, tensors = read_config(folder), read_tensors(folder)
     trunk = config.detector_config.vision_config.backbone_config
@@ -55,7 +55,7 @@ def same_bits(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
 
 
-# ---- SAM 3's own layout
+# ---- SAM 3's own format
 
 
 def test_all_but_the_students_part_is_that_of_the_file_it_came_from(original, tmp_path, capsys):
@@ -136,7 +136,7 @@ def test_a_single_wrong_bit_is_noticed():
             verify("x.pt", wrong, tensors)
 
 
-# ---- EfficientSAM3's layout
+# ---- EfficientSAM3's format
 
 
 def test_efficientsam3_holds_the_published_head_alone(tmp_path, capsys):

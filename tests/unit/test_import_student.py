@@ -75,8 +75,8 @@ def prefixed(prefix, tensors):
 # ---- image students
 
 
-@pytest.mark.parametrize("layout", ["alone", "wrapped", "merged", "without detector", "saved after loading"])
-def test_an_image_student_gives_the_same_features(layout, image, rest, somewhere):
+@pytest.mark.parametrize("format", ["alone", "wrapped", "merged", "without detector", "saved after loading"])
+def test_an_image_student_gives_the_same_features(format, image, rest, somewhere):
     whole = prefixed(IMAGE_PREFIX, image) | rest
     bare = {name.removeprefix("detector."): tensor for name, tensor in whole.items()}
     content = {
@@ -87,7 +87,7 @@ def test_an_image_student_gives_the_same_features(layout, image, rest, somewhere
         "saved after loading": {
             re.sub(r"^tracker\.", "inst_interactive_predictor.model.", name): tensor for name, tensor in bare.items()
         },
-    }[layout]
+    }[format]
     folder = import_student.run(saved(somewhere, content), sam3="tiny")
     model, info = Sam3VideoModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())

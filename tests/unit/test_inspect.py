@@ -59,7 +59,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def original(folder):
-    """The tiny chassis in SAM 3's own layout."""
+    """The tiny chassis in SAM 3's own format."""
     trunk = read_config(folder).detector_config.vision_config.backbone_config
     return to_original(read_tensors(folder), {}, trunk)
 
@@ -194,7 +194,7 @@ def own_file(tensors, folder, slots=None, **others):
 
 def test_a_sam3_pt_is_the_folder_that_it_becomes(saved, original, folder):
     facts, wanted = examine(saved(own_file(original, folder, epoch=3))), examine(str(folder))
-    assert facts["layout"] == "SAM 3's own layout"
+    assert facts["format"] == "SAM 3's own format"
     for key in ("fingerprints", "parts", "slots", "grid"):
         assert facts[key] == wanted[key], key
     assert facts["found"] == {"entry": "model", "averaged": False, "beside": ["effsam3", "epoch"]}
@@ -231,8 +231,8 @@ def test_a_file_without_a_part_says_so(saved, original, folder):
     assert "geometry encoder" not in facts["parts"] and "missing: 42" in facts["problem"]
 
 
-@pytest.mark.parametrize("layout", ["alone", "merged", "with SAM 3's ViT", "saved after loading"])
-def test_efficientsam3_is_recognised(saved, original, layout):
+@pytest.mark.parametrize("format", ["alone", "merged", "with SAM 3's ViT", "saved after loading"])
+def test_efficientsam3_is_recognised(saved, original, format):
     image = StudentTrunk(StudentTrunkConfig(timm_name="repvit_m0_9", head="stride32", hidden_size=1024))
     text = text_student("mobileclip_s0", 32, 256)
     tensors = {name: tensor for name, tensor in text.state_dict().items() if not name.startswith("feature_")}
@@ -251,14 +251,14 @@ def test_efficientsam3_is_recognised(saved, original, layout):
             for name, tensor in merged.items()
         },
     }
-    path, whole = saved({"model": files[layout]}), layout != "alone"
+    path, whole = saved({"model": files[format]}), format != "alone"
     facts = examine(path)
-    assert facts["layout"] == "EfficientSAM3's layout"
+    assert facts["format"] == "EfficientSAM3's format"
     assert facts["slots"]["image"]["student"] == "repvit_m0_9"
     assert facts["parts"]["image trunk"]["parameters"] == sum(p.numel() for p in image.parameters())
     assert facts["parts"]["image trunk"]["tensors"] == len(image_names)
     assert ("text" in facts["slots"]) == whole == ("memory encoder" in facts["parts"])
-    assert ("SAM 3's own ViT, beside the student" in facts["parts"]) == (layout == "with SAM 3's ViT")
+    assert ("SAM 3's own ViT, beside the student" in facts["parts"]) == (format == "with SAM 3's ViT")
     assert "unknown" not in facts["parts"]
     if whole:
         assert facts["slots"]["text"]["student"] == "mobileclip_s0"
@@ -330,14 +330,14 @@ def test_json_has_the_same_facts(folder, capsys):
 
 def test_made_up_weights_are_called_so(capsys):
     assert main(["inspect", "tiny"]) == 0
-    assert capsys.readouterr().out.startswith("tiny\nlayout       made up, random weights, ")
+    assert capsys.readouterr().out.startswith("tiny\nformat       made up, random weights, ")
 
 
 def test_what_is_no_checkpoint(saved, tmp_path, capsys):
     for path, match in (
         (str(tmp_path), "is no checkpoint; expected"),
         ("/nowhere", "does not exist; expected"),
-        (saved({"a": torch.ones(1)}), r"neither in SAM 3's own layout nor in EfficientSAM3's: .*\(first: a\)"),
+        (saved({"a": torch.ones(1)}), r"neither in SAM 3's own format nor in EfficientSAM3's: .*\(first: a\)"),
     ):
         with pytest.raises(InspectError, match=match):
             inspect(path)

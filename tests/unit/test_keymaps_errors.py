@@ -82,7 +82,7 @@ def test_a_model_that_is_not_sam3s(tiny, change, complaint):
         to_original(tensors, beside, trunk_config(config))
 
 
-def test_layouts_are_not_mixed_up(tiny, original):
+def test_formats_are_not_mixed_up(tiny, original):
     config, tensors, beside = tiny
     with pytest.raises(KeyMapError, match=f"{len(tensors)} of {len(tensors)} tensors are not among SAM 3's own names"):
         to_transformers(tensors)

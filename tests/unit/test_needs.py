@@ -79,17 +79,17 @@ WRONG = {  # what is wrong: (stage, overrides, what is said)
         "merge: merge.checkpoint: step-000100 will be gone",
     ),
     "tap": ("image", ["embed.tap=neck"], "merge: this student learned tap=neck"),
-    "layout of a head": (
+    "format of a head": (
         "image",
         ["student=repvit_m0_9", "merge.formats=[efficientsam3]"],
         "merge: .*stride32",
     ),
-    "layout of a memory": (
+    "format of a memory": (
         "memory",
         ["merge.formats=[efficientsam3]"],
         "merge: merge.formats: EfficientSAM3's builder",
     ),
-    "layout of a text": (
+    "format of a text": (
         "text",
         ["merge.formats=[efficientsam3]"],
         "merge: merge.formats: the text student tiny_text_plain masks padding",

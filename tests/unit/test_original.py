@@ -55,7 +55,7 @@ def beside():
 
 @pytest.fixture(scope="module")
 def tensors(folder, beside):
-    """The tiny chassis in SAM 3's own layout."""
+    """The tiny chassis in SAM 3's own format."""
     trunk = read_config(folder).detector_config.vision_config.backbone_config
     return to_original(read_tensors(folder), beside, trunk)
 
@@ -131,7 +131,7 @@ def test_several_processes_convert_once(saved, tensors, cache, folder, capfd):
     with multiprocessing.get_context("fork").Pool(3) as pool:
         found = pool.map(_convert, [path] * 3, chunksize=1)
     assert len({place for place, _ in found}) == 1
-    assert capfd.readouterr().err.count("to transformers' layout, once") == 1
+    assert capfd.readouterr().err.count("to transformers' format, once") == 1
     assert_same(read_tensors(Path(found[0][0])), read_tensors(folder))
     assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
@@ -230,9 +230,9 @@ def without(tensors, part):
             lambda t: without(t, "geometry_encoder"),
             r"not a whole SAM 3 .*missing: 42 \(detector_model.geometry_encoder",
         ),
-        (lambda t: t | {"detector.extra": torch.ones(1)}, "not in SAM 3's own layout: 1 of .*detector.extra"),
+        (lambda t: t | {"detector.extra": torch.ones(1)}, "not in SAM 3's own format: 1 of .*detector.extra"),
         (lambda t: t | {"tracker.no_mem_embed": torch.ones(1, 1, 7)}, r"of another shape: 1 \(.*\(1, 1, 7\) for"),
-        (lambda t: {"encoder.weight": torch.ones(1)}, "not in SAM 3's own layout: 1 of 1 tensors"),
+        (lambda t: {"encoder.weight": torch.ones(1)}, "not in SAM 3's own format: 1 of 1 tensors"),
     ],
 )
 def test_what_is_not_a_whole_sam3(saved, tensors, cache, change, match):
@@ -284,7 +284,7 @@ def test_of_a_run_folder_it_is_the_merged_model(folder, tmp_path):
         (["student.safetensors", "trainer.json"], "a training checkpoint: a student without the rest"),
         (["optimizer.bin", "random_states_0.pkl", "model.safetensors"], "accelerate's training state"),
         (["sam3.pt", "readme.txt"], r"if .*sam3.pt is meant, name that file"),
-        (["readme.txt"], "has no config.json; expected a folder in transformers' layout"),
+        (["readme.txt"], "has no config.json; expected a folder in transformers' format"),
         ([], "has no config.json; expected"),
     ],
 )
@@ -314,7 +314,7 @@ def test_facts_of_a_file(saved):
     assert chassis_facts(saved(ONE, config=None)) == SAM3
 
 
-def test_the_made_up_chassis_is_in_both_layouts(folder):
+def test_the_made_up_chassis_is_in_both_formats(folder):
     held = read_tensors(folder, "tracker_model.")
     shared = held["shared_image_embedding.positional_embedding"]
     assert torch.equal(held["prompt_encoder.shared_embedding.positional_embedding"], shared)

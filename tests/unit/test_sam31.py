@@ -65,7 +65,7 @@ def test_every_command_says_what_it_is(names, tmp_path, capsys):
     assert kind in capsys.readouterr().out
     assert cli.main(["inspect", str(path)]) == 0
     told = capsys.readouterr().out
-    assert "SAM 3.1's own layout" in told and f"it {kind}" in told and "tracker.model" in told
+    assert "SAM 3.1's own format" in told and f"it {kind}" in told and "tracker.model" in told
     assert cli.main(["inspect", str(path), "--json"]) == 0
     assert kind in json.loads(capsys.readouterr().out)["problem"]
 

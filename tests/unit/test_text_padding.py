@@ -129,7 +129,7 @@ def test_parts_with_either_rule_replace_each_other(tmp_path):
         torch.testing.assert_close(student(ids, mask)[mask], wanted[mask], atol=1e-4, rtol=1e-4)
 
 
-# ---- EfficientSAM3's layout
+# ---- EfficientSAM3's format
 
 
 def from_file(folder):

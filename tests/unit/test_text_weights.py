@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MobileCLIP's weights in the text students: open_clip's own towers, and Apple's layout."""
+"""MobileCLIP's weights in the text students: open_clip's own towers, and Apple's format."""
 
 import open_clip
 import pytest
@@ -102,7 +102,7 @@ def check_report(report, student, tensors):
 
 
 @pytest.mark.parametrize("context_length", [77, 32])
-def test_apples_layout_with_repmixer(context_length, tmp_path):
+def test_apples_format_with_repmixer(context_length, tmp_path):
     tower, tensors = apple_tower()
     student = text_student("tiny_text", context_length, 256).eval()
     report = load_text_weights(student, saved(tensors, tmp_path / "mobileclip_s0.pt"))
@@ -111,7 +111,7 @@ def test_apples_layout_with_repmixer(context_length, tmp_path):
     assert f"first {context_length} of 77 rows" in str(report)
 
 
-def test_apples_layout_is_open_clips_by_another_name(tmp_path):
+def test_apples_format_is_open_clips_by_another_name(tmp_path):
     """An S1-like tower in Apple's names, which open_clip's own converter reads too."""
     tower, tensors = open_clip_tower("MobileCLIP-S1", width=32, heads=2, layers=2, output_dim=32)
     renamed = {}

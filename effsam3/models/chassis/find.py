@@ -24,16 +24,16 @@ from effsam3.training.checkpoint import WEIGHTS
 
 MADE_AS = "2"  # to be changed with what `_make` writes, so that no cache keeps the old
 ACCEPTED = (
-    "expected a folder in transformers' layout, a run folder that has been merged, a sam3.pt (.pt or .pth), a Hub id "
+    "expected a folder in transformers' format, a run folder that has been merged, a sam3.pt (.pt or .pth), a Hub id "
     "such as facebook/sam3, `tiny` or `random`"
 )
 
 
 def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
-    """Return a local folder with the checkpoint in transformers' layout.
+    """Return a local folder with the checkpoint in transformers' format.
 
     `tiny` and `random` are made once, from a fixed seed, under the cache folder; a `.pt` or `.pth` file in SAM 3's
-    own layout is converted there once. A Hub id is downloaded. Of a run folder it is the merged model.
+    own format is converted there once. A Hub id is downloaded. Of a run folder it is the merged model.
 
     Raises:
         ChassisError: no such folder or file, something else in it, or the Hub refuses it or is out of reach.
@@ -63,7 +63,7 @@ def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
 
 
 def _model_folder(folder: Path) -> Path:
-    """Return the folder in transformers' layout that a local folder is or holds.
+    """Return the folder in transformers' format that a local folder is or holds.
 
     Raises:
         ChassisError: it is something else; the message says what, if that is known.
@@ -127,7 +127,7 @@ def _make(name: str) -> Path:
             for parameter in model.parameters():
                 if not parameter.any() or not parameter.isfinite().all():
                     torch.nn.init.normal_(parameter, std=0.02)
-            # One tensor in SAM 3's own layout; transformers draws it twice.
+            # One tensor in SAM 3's own format; transformers draws it twice.
             shared = model.tracker_model.shared_image_embedding.positional_embedding
             model.tracker_model.prompt_encoder.shared_embedding.positional_embedding.copy_(shared)
         with quiet_transformers():

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 from effsam3.errors import ChassisError
 
-# In the original layout and in folders that others have converted.
+# In the original format and in folders that others have converted.
 NAMES = re.compile(r"(^|\.)(interactive_convs|propagation_convs)\.|(^|\.)tracker(_model)?\.(model\.|interactive_sam_)")
 HUB_NAME = re.compile(r"(^|/)sam-?3[._-]?1\b|sam3p1", re.IGNORECASE)
 STUDENT = ".vision_backbone.trunk.model.", ".language_backbone.projector."

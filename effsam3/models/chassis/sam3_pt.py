@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAM 3's own layout (`sam3.pt`) as a chassis: converted once into a folder in transformers' layout.
+"""SAM 3's own format (`sam3.pt`) as a chassis: converted once into a folder in transformers' format.
 
 A file that this project has written carries its config; without one, the sizes must be those of the published SAM 3.
 """
@@ -42,7 +42,7 @@ EFFICIENTSAM3 = ".trunk.model.backbone.model."  # in the names of EfficientSAM3'
 
 
 def converted(path: Path) -> Path:
-    """Return the cache's folder for a file in SAM 3's own layout, written if it is not there yet.
+    """Return the cache's folder for a file in SAM 3's own format, written if it is not there yet.
 
     The folder is named by the content of the file and of the tables that convert it, so neither goes stale.
 
@@ -63,14 +63,14 @@ def _write(path: Path, folder: Path) -> None:
     try:
         tensors, beside = to_transformers(pickled.tensors)
     except KeyMapError as error:
-        raise ChassisError(f"sam3.checkpoint: {path} is not in SAM 3's own layout: {error}") from error
+        raise ChassisError(f"sam3.checkpoint: {path} is not in SAM 3's own format: {error}") from error
     sizes = "" if OWN in pickled.aside else " of the published sizes, which it must be as it says no others"
     refuse_unusable(
         tensors | beside, f"sam3.checkpoint: {path}", "take another checkpoint, or fetch it again", ChassisError
     )
     refuse_misfit(tensors, config, f"sam3.checkpoint: {path} is not a whole SAM 3{sizes} (by transformers' names)")
     averaged = " (its averaged weights)" if pickled.is_average else ""
-    print(f"{path}{averaged}: to transformers' layout, once, in {folder.parent}", file=sys.stderr, flush=True)
+    print(f"{path}{averaged}: to transformers' format, once, in {folder.parent}", file=sys.stderr, flush=True)
     _save(tensors, folder)
     if beside:
         save_file({name: _for_file(tensor) for name, tensor in beside.items()}, folder / EXTRAS_FILE, {"format": "pt"})

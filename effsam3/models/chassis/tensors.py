@@ -23,7 +23,7 @@ TRUNK = "detector_model.vision_encoder.backbone."  # the slot `image`
 NECK = "detector_model.vision_encoder.neck."  # the detector's FPN; the tracker has its own, `tracker_neck.`
 SAM3_TRUNK_PARAMETERS = 446_236_672  # of facebook/sam3's ViT in transformers
 PICKLED = (".pt", ".pth")  # files that torch.save wrote
-# Beside model.safetensors: what SAM 3's own layout has and transformers has no place for, under SAM 3's names.
+# Beside model.safetensors: what SAM 3's own format has and transformers has no place for, under SAM 3's names.
 EXTRAS_FILE = "sam3_original.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 AGAIN = "fetch or merge it again"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of tensor names: one table per pair of layouts, read in both directions.
+"""Tables of tensor names: one table per pair of formats, read in both directions.
 
-A row is a template of the one layout's name, a template of the other's, and how the numbers change if they do:
+A row is a template of the one format's name, a template of the other's, and how the numbers change if they do:
 
     ("blocks.{n}.norm{1|2}.{wb}", "layers.{n}.layer_norm{1|2}.{wb}")      the same tensor under another name
     ("attn.qkv.{wb}", "attention.{q|k|v}_proj.{wb}")                      one tensor, and its thirds under three names
@@ -10,7 +10,7 @@ A row is a template of the one layout's name, a template of the other's, and how
 A hole in braces stands for the same in both names. It is a list of alternatives, or the name of an entry of `COMMON`
 or of the table's own `holes`: a regular expression, or {what stands in the first name: what in the second}. A
 hole that is in one of the names only lists the parts, in their order along the first dimension, of what is one tensor
-in the other layout; with `same`, each part is the whole tensor again.
+in the other format; with `same`, each part is the whole tensor again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class KeyMapError(UserError):
 
 
 def section(first: str, second: str, rows: Iterable[Row]) -> list[Row]:
-    """Return the rows with a prefix before each name of the first and of the second layout."""
+    """Return the rows with a prefix before each name of the first and of the second format."""
     return [(first + row[0], second + row[1], *row[2:]) for row in rows]
 
 
@@ -128,9 +128,9 @@ class Rule:
 class Direction:
     """A table read in one direction."""
 
-    def __init__(self, rules: Sequence[Rule], layout: str):
-        """`layout` says whose names these rules know."""
-        self.rules, self.layout = rules, layout
+    def __init__(self, rules: Sequence[Rule], whose: str):
+        """`whose` says whose names these rules know."""
+        self.rules, self.whose = rules, whose
 
     def matches(self, name: str) -> list[tuple[Rule, dict[str, str]]]:
         """Return the rules for a name with what stands in their holes; in a sound table never more than one."""
@@ -138,11 +138,11 @@ class Direction:
         return [(rule, pieces) for rule, pieces in found if pieces is not None]
 
     def targets(self, name: str) -> list[str]:
-        """Return what a name becomes in the other layout: nothing if it is unknown, several names if it is split."""
+        """Return what a name becomes in the other format: nothing if it is unknown, several names if it is split."""
         return [target for rule, pieces in self.matches(name) for target in rule.targets(pieces)]
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors under the other layout's names: views where that is possible.
+        """Return the tensors under the other format's names: views where that is possible.
 
         Raises:
             KeyMapError: a name that no rule knows, a part that is missing, or a shape that cannot be divided.
@@ -165,7 +165,7 @@ class Direction:
                 placed |= zip(targets, rule.split(name, tensor, len(targets)), strict=True)
         if unknown:
             raise KeyMapError(
-                f"{len(unknown)} of {len(tensors)} tensors are not among {self.layout} names (first: {unknown[0]}"
+                f"{len(unknown)} of {len(tensors)} tensors are not among {self.whose} names (first: {unknown[0]}"
                 f"{self._nearest(unknown[0])})"
             )
         return placed | {target: rule.gather(target, parts) for target, (rule, parts) in gathered.items()}
@@ -176,7 +176,7 @@ class Direction:
 
 
 class KeyMap:
-    """A table in both directions: `forward` takes the first layout's names to the second's, `backward` undoes it."""
+    """A table in both directions: `forward` takes the first format's names to the second's, `backward` undoes it."""
 
     def __init__(self, rows: Iterable[Row], holes: Mapping[str, Choices], first: str, second: str):
         """`first` and `second` say in messages whose names they are, such as `transformers'`."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SAM 3's own names (`sam3.pt`) and those of transformers' `Sam3VideoModel`, both ways.
 
-Students keep the names that they have in transformers' layout, below the module of SAM 3 whose place they take.
+Students keep the names that they have in transformers' format, below the module of SAM 3 whose place they take.
 """
 
 from __future__ import annotations
@@ -209,9 +209,9 @@ _STUDENT_TEXT = [
     (LANGUAGE + "text_encoder.{student_text}", MODEL_TEXT + "{student_text}"),
     (LANGUAGE + "text_projection.{wb}", "detector_model.text_projection.{wb}"),
 ]
-_LAYOUTS = {"first": "SAM 3's own", "second": "transformers' Sam3VideoModel's"}
-SAM3 = KeyMap(_SHARED + _SAM3_TEXT, HOLES, **_LAYOUTS)
-SAM3_STUDENT_TEXT = KeyMap(_SHARED + _STUDENT_TEXT, HOLES, **_LAYOUTS)
+_WHOSE = {"first": "SAM 3's own", "second": "transformers' Sam3VideoModel's"}
+SAM3 = KeyMap(_SHARED + _SAM3_TEXT, HOLES, **_WHOSE)
+SAM3_STUDENT_TEXT = KeyMap(_SHARED + _STUDENT_TEXT, HOLES, **_WHOSE)
 
 # What transformers has no place for.
 CLASS_ROW = TRUNK + "pos_embed.class_row"  # position of a class token that SAM 3 does not have: the first of the table

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts in which a merged model is written: a transformers folder and, on request, single files in it.
+"""The formats in which a merged model is written: a transformers folder and, on request, single files in it.
 
 model.safetensors    transformers' names; the master copy, always written
 sam3.pt              SAM 3's own names, a student's parts under theirs
@@ -140,7 +140,7 @@ def verify(where: str, written: dict[str, Tensor], tensors: dict[str, Tensor]) -
         raise MergeError(f"{where} does not read back as written: {len(wrong)} tensors differ (first: {wrong[0]})")
 
 
-# ---- SAM 3's own layout
+# ---- SAM 3's own format
 
 
 def own_trunk(config: Sam3VideoConfig) -> Sam3ViTConfig | None:
@@ -163,7 +163,7 @@ def sam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -> tuple[d
     return tensors, [note]
 
 
-# ---- EfficientSAM3's layout
+# ---- EfficientSAM3's format
 
 IMAGE_PREFIX = "detector.backbone.vision_backbone.trunk.model."
 TEXT_PREFIX = "detector.backbone.language_backbone."

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MobileCLIP's weights for the text students: every tensor of either side loaded, initialised or dropped by name.
 
-Two layouts are read: Apple's own (`text_encoder.*`, the only one with MobileCLIP-S0's convolutions) and open_clip's
+Two formats are read: Apple's own (`text_encoder.*`, the only one with MobileCLIP-S0's convolutions) and open_clip's
 (`text.*`).
 """
 
@@ -19,7 +19,7 @@ from effsam3.models.keymaps import KeyMap, section
 from effsam3.models.keymaps.mobileclip import APPLE, HOLES, OPEN_CLIP, POSITIONS
 from effsam3.models.text.student import StudentText
 
-_LAYOUTS = {
+_KEYMAPS = {
     "text_encoder.embedding_layer.weight": KeyMap(
         section("text_encoder.", "text_encoder.", APPLE), HOLES, first="Apple's", second="Sam3LiteText's"
     ),
@@ -77,10 +77,10 @@ def load_text_weights(student: StudentText, weights: str) -> WeightsReport:
         KeyMapError: a tensor of several parts that cannot be divided into them.
     """
     source = read_weights_file(_find(weights), "fetch it again, or name other weights (student_init)")
-    layout = next((layout for name, layout in _LAYOUTS.items() if name in source), None)
-    if layout is None:
+    keymap = next((keymap for name, keymap in _KEYMAPS.items() if name in source), None)
+    if keymap is None:
         raise StudentError(
-            f"student_init: {weights} is not a MobileCLIP checkpoint: neither {' nor '.join(_LAYOUTS)} is among its "
+            f"student_init: {weights} is not a MobileCLIP checkpoint: neither {' nor '.join(_KEYMAPS)} is among its "
             f"{len(source)} tensors (first: {', '.join(list(source)[:3])})"
         )
     state = student.state_dict()
@@ -90,7 +90,7 @@ def load_text_weights(student: StudentText, weights: str) -> WeightsReport:
         if reason is not None:
             dropped[name] = reason
             continue
-        offers = _convert(layout, name, tensor, student.context_length)
+        offers = _convert(keymap, name, tensor, student.context_length)
         if not offers:
             problems.append(f"{name} is unknown")
         for target, (value, origin) in offers.items():
@@ -113,12 +113,12 @@ def _first_match(table: list[tuple[str, str]], name: str) -> str | None:
     return next((reason for pattern, reason in table if re.fullmatch(pattern, name)), None)
 
 
-def _convert(layout: KeyMap, name: str, tensor: Tensor, positions: int) -> dict[str, tuple[Tensor, str]]:
+def _convert(keymap: KeyMap, name: str, tensor: Tensor, positions: int) -> dict[str, tuple[Tensor, str]]:
     """Return the student's tensors made of one of the source's, each with the words that say so; none if unknown."""
-    targets = layout.forward.targets(name)
+    targets = keymap.forward.targets(name)
     if not targets:
         return {}
-    values = layout.forward({name: tensor}).values()
+    values = keymap.forward({name: tensor}).values()
     if targets == ["text_encoder." + POSITIONS]:
         table = tensor.reshape(1, 1, -1, tensor.shape[-1])
         values, origins = [table[:, :, :positions]], [f"{name}, first {positions} of {table.shape[2]} rows"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A release as a user makes it: two runs, one model in three layouts, and every layout read back."""
+"""A release as a user makes it: two runs, one model in three formats, and every format read back."""
 
 from __future__ import annotations
 
