@@ -10,7 +10,7 @@ from effsam3.data.synthetic.videos import make_video
 from effsam3.data.videos.sav import FRAME_STRIDE
 
 
-def write_vos_layouts(folder: Path, videos: int, frames: int = 48, side_px: int = 128, objects: int = 3) -> None:
+def write_vos_trees(folder: Path, videos: int, frames: int = 48, side_px: int = 128, objects: int = 3) -> None:
     """Write the same videos as `folder/sav_val` (a PNG for every object and fourth frame) and `folder/davis`.
 
     DAVIS has one palette PNG for every frame; where objects overlap, the last one has the pixel.

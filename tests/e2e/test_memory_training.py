@@ -17,7 +17,7 @@ from run_folders import image_run, text_run
 from safetensors.torch import load_file, save_file
 from test_trajectories import wait_for
 from transformers import AutoModel, Sam3TrackerVideoModel, Sam3VideoModel
-from vos_folders import write_vos_layouts
+from vos_folders import write_vos_trees
 
 from effsam3 import evaluate, merge
 from effsam3.models.chassis.find import chassis_folder
@@ -191,13 +191,13 @@ def test_the_benchmark_measures_every_memory(runs, merged):
     assert (folder / "eval/summary.md").read_text().strip() in printed
 
 
-@pytest.mark.parametrize(("evaluator", "layout", "mask"), [
+@pytest.mark.parametrize(("evaluator", "tree", "mask"), [
     ("sav", "sav_val", "000/00004.png"), ("davis", "davis", "00003.png"),
 ])  # fmt: skip
-def test_videos_in_folders(runs, merged, tmp_path, evaluator, layout, mask):
+def test_videos_in_folders(runs, merged, tmp_path, evaluator, tree, mask):
     folder, overrides = runs
-    write_vos_layouts(tmp_path, 1, frames=12, side_px=48, objects=2)
-    own = [f"evaluate.videos={tmp_path}/{layout}", f"evaluate.evaluator={evaluator}", "evaluate.predictions=true"]
+    write_vos_trees(tmp_path, 1, frames=12, side_px=48, objects=2)
+    own = [f"evaluate.videos={tmp_path}/{tree}", f"evaluate.evaluator={evaluator}", "evaluate.predictions=true"]
     results = evaluate.run(load_recipe(MEMORY, [*overrides, "name=reference", *own]))
     assert results["vos"]["protocol"] == evaluator and results["vos"]["videos"] == 1
     predictions = folder / "runs/reference/eval/predictions/hybrid, trained/sav_000001"

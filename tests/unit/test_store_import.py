@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Import of upstream's shards, written here in their exact layout, and the command `effsam3 store`."""
+"""Import of upstream's shards, written here in their exact form, and the command `effsam3 store`."""
 
 import os
 

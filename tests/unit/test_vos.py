@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Benchmark videos in all layouts, against the masks they were written from; what is wrong with bad ones."""
+"""Benchmark videos in all folder trees, against the masks they were written from; what is wrong with bad ones."""
 
 import json
 import zlib
@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from vos_folders import palette_image, write_vos_layouts
+from vos_folders import palette_image, write_vos_trees
 
 from effsam3.data.images.sa1b import UnreadableAnnotations
 from effsam3.data.synthetic.videos import make_synthetic_sav, make_video, sav_record
@@ -21,7 +21,7 @@ SMALL = {"frames": 22, "side_px": 64, "objects": 3}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vos")
-    write_vos_layouts(folder, 3, **SMALL)
+    write_vos_trees(folder, 3, **SMALL)
     make_synthetic_sav(folder / "sav_train", 3, **SMALL)
     return folder
 
@@ -41,7 +41,7 @@ def write_davis(folder, name, ids_by_number, numbers, size=(8, 10), digits=5):
         save(folder / "Annotations" / name / f"{number:0{digits}d}.png", image)
 
 
-# ---- the same videos in three layouts
+# ---- the same videos in three folder trees
 
 
 @pytest.mark.parametrize(("name", "every"), [("sav_val", 4), ("davis", 1), ("sav_train", 4)])
@@ -80,10 +80,10 @@ def test_splits_choose_videos(root):
         open_vos(root / "davis", split="other")
 
 
-def test_folders_that_are_no_layout(root, tmp_path):
+def test_folders_that_are_no_tree(root, tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         open_vos(tmp_path / "gone")
-    with pytest.raises(UserError, match="no layout that is known"):
+    with pytest.raises(UserError, match="no known folder tree"):
         open_vos(tmp_path)
     (tmp_path / "Annotations").mkdir()
     with pytest.raises(UserError, match="no video with masks"):

@@ -11,7 +11,7 @@ from disc_videos import FRAMES, SIZE, Video, sure_tracker
 from PIL import Image
 from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerVideoProcessor
 from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
-from vos_folders import write_vos_layouts
+from vos_folders import write_vos_trees
 
 from effsam3.benchmarks.jaccard import DavisScorer, SavScorer
 from effsam3.benchmarks.pictures.videos import evenly
@@ -198,7 +198,7 @@ def test_scores_are_those_of_the_written_masks(tracker, efficient, tmp_path, pro
     assert float(rows[5]["F"]) == result["objects"][5]["F"]
 
 
-def test_predictions_are_in_the_official_layouts(tracker, tmp_path):
+def test_predictions_are_in_the_official_trees(tracker, tmp_path):
     vos({"it": tracker}, [Video()], "davis", predictions=tmp_path / "davis")
     vos({"it": tracker}, [Video(later=2)], "sav", appearing_later=True, predictions=tmp_path / "sav")
     names = [f"{index:05d}.png" for index in range(FRAMES)]
@@ -249,25 +249,25 @@ def test_a_bad_video_is_named_and_the_rest_goes_on(tracker, tmp_path):
 
 
 def test_videos_in_folders(tracker, tmp_path):
-    """The same two videos in both layouts; one of them has lost a frame."""
-    write_vos_layouts(tmp_path, 2, frames=9, side_px=64, objects=2)
-    for layout, annotated in (("sav_val", 3), ("davis", 9)):
-        videos = open_vos(tmp_path / layout)
-        lost = sorted((tmp_path / layout).rglob(f"JPEG*/**/{videos[1].name}/*.jpg"))[5]  # has no masks in SA-V
+    """The same two videos in both folder trees; one of them has lost a frame."""
+    write_vos_trees(tmp_path, 2, frames=9, side_px=64, objects=2)
+    for tree, annotated in (("sav_val", 3), ("davis", 9)):
+        videos = open_vos(tmp_path / tree)
+        lost = sorted((tmp_path / tree).rglob(f"JPEG*/**/{videos[1].name}/*.jpg"))[5]  # has no masks in SA-V
         lost.unlink()
-        result = vos({"it": tracker}, videos, layout.removesuffix("_val"), appearing_later=layout == "sav_val",
-                     predictions=tmp_path / "predictions" / layout)  # fmt: skip
+        result = vos({"it": tracker}, videos, tree.removesuffix("_val"), appearing_later=tree == "sav_val",
+                     predictions=tmp_path / "predictions" / tree)  # fmt: skip
         assert len(videos[0].annotated) == annotated and result["videos"] == 1
         assert list(result["failed"]) == [videos[1].name] and "frame 5 is not in" in result["failed"][videos[1].name]
         assert {row["video"] for row in result["objects"]} == {videos[0].name}
         assert {row["frames"] for row in result["objects"]} <= {annotated - 2, annotated - 3}
-        written = (tmp_path / "predictions" / layout / "it" / videos[0].name).rglob("*.png")
+        written = (tmp_path / "predictions" / tree / "it" / videos[0].name).rglob("*.png")
         assert len({path.name for path in written}) == 9
 
 
 def test_videos_that_a_server_scores_keep_their_predictions(tracker, tmp_path):
     """MOSE and YouTube-VOS publish the first masks of their valid splits only."""
-    write_vos_layouts(tmp_path, 1, frames=9, side_px=64, objects=2)
+    write_vos_trees(tmp_path, 1, frames=9, side_px=64, objects=2)
     for mask in sorted((tmp_path / "davis" / "Annotations").rglob("*.png"))[1:]:
         mask.unlink()
     with pytest.raises(UserError, match="none of the 1 videos has the masks.*the predictions are in .*predictions"):
@@ -278,7 +278,7 @@ def test_videos_that_a_server_scores_keep_their_predictions(tracker, tmp_path):
 
 def test_sav_scores_an_object_on_the_frames_that_have_its_mask(tracker, tmp_path):
     """As the official evaluator does, which lists the PNGs of every object's own folder."""
-    write_vos_layouts(tmp_path, 1, frames=21, side_px=64, objects=2)
+    write_vos_trees(tmp_path, 1, frames=21, side_px=64, objects=2)
     masks = next((tmp_path / "sav_val" / "Annotations_6fps").iterdir())
     for number in (8, 20):
         (masks / "001" / f"{number:05d}.png").unlink()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from disc_videos import SIZE, Video, sure_tracker
 from PIL import Image
-from vos_folders import write_vos_layouts
+from vos_folders import write_vos_trees
 
 from effsam3.benchmarks.jaccard import DavisScorer
 from effsam3.benchmarks.tracking import TrackedFrame
@@ -26,7 +26,7 @@ def tracker():
 
 def test_davis_numbers_the_objects_of_sav_from_one(tracker, tmp_path):
     """SA-V's first object is 0, which is background in DAVIS' PNGs."""
-    write_vos_layouts(tmp_path, 1, frames=13, side_px=64, objects=2)
+    write_vos_trees(tmp_path, 1, frames=13, side_px=64, objects=2)
     (video,) = open_vos(tmp_path / "sav_val")
     assert video.objects == [0, 1] and all(mask.any() for mask in video.masks(0).values())
     result = vos({"it": tracker}, [video], "davis", predictions=tmp_path / "predictions")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""List the images and annotations of SA-1B in any layout it is kept in, without opening an image.
+"""List the images and annotations of SA-1B in any folder tree it is kept in, without opening an image.
 
-Layouts: a folder of `sa_N.jpg` + `sa_N.json`, also in subfolders, also any photographs without JSON;
+Folder trees: a folder of `sa_N.jpg` + `sa_N.json`, also in subfolders, also any photographs without JSON;
 `images/{train,val}` + `annotations/{train,val}`; tars as released, alone or in folders.
 """
 

@@ -19,7 +19,7 @@ power failure can also lose, in any order, what the kernel had not yet put on di
 synced and then the journal, and repair reads that much of the end of each writer's last shard and cuts at the first
 record whose checksum is wrong.
 
-Reading and verifying are here, the format is in store_format.py, writing in store_writer.py; import all from here.
+Reading and verifying are here, the types on disk in format.py, writing in writer.py; import all from here.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Videos with masks of objects, as benchmarks of video object segmentation keep them.
 
-| layout | frames | masks |
+| folder tree | frames | masks |
 |---|---|---|
 | `sav` (SA-V val and test) | JPEGImages_24fps/<video>/00000.jpg | Annotations_6fps/<video>/<object>/00000.png |
 | `davis` (also MOSE, YouTube-VOS) | JPEGImages/[480p/]<video>/00000.jpg | Annotations/[480p/]<video>/00000.png |
@@ -107,10 +107,10 @@ class VosVideo:
     def masks(self, index: int) -> dict[int, np.ndarray]:
         """Return the masks of an annotated frame by object, bool (H, W), all False where an object is absent.
 
-        In the layout `sav`, an object without a PNG for this frame is not annotated on it and has no mask.
+        In the folder tree `sav`, an object without a PNG for this frame is not annotated on it and has no mask.
 
         Raises:
-            UnreadableAnnotations: damaged, of another size than the frames, or not masks of this layout.
+            UnreadableAnnotations: damaged, of another size than the frames, or not masks of this folder tree.
         """
         masks = self._annotations.masks(self._annotations.numbers[self.annotated.index(index)])
         other = {mask.shape for mask in masks.values()} - {self.size}
@@ -127,16 +127,16 @@ def open_vos(root: str | Path, split: str | None = None) -> list[VosVideo]:
         split: a list of videos: <root>/<split>.txt, or DAVIS' ImageSets/2017/<split>.txt; None: all videos.
 
     Raises:
-        UserError: no such folder or list, no layout that is known, or no video.
+        UserError: no such folder or list, no known folder tree, or no video.
     """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
-    layout = _layout_of(root)
-    if layout == "sav":
+    tree = _tree_of(root)
+    if tree == "sav":
         frames, masks = root / "JPEGImages_24fps", root / "Annotations_6fps"
         videos = {path.name: (frames / path.name, ObjectFolders(path, frames / path.name)) for path in _folders(masks)}
-    elif layout == "davis":
+    elif tree == "davis":
         frames, masks = _resolution(root / "JPEGImages"), _resolution(root / "Annotations")
         videos = {path.name: (frames / path.name, PaletteFrames(path, frames / path.name)) for path in _folders(masks)}
     else:
@@ -152,11 +152,11 @@ def open_vos(root: str | Path, split: str | None = None) -> list[VosVideo]:
     if split is not None:
         videos = {name: videos[name] for name in _names(root, split, videos)}
     if not videos:
-        raise UserError(f"no video with masks in {root}, layout {layout}")
+        raise UserError(f"no video with masks in {root}, folder tree {tree}")
     return [VosVideo(name, *videos[name]) for name in sorted(videos)]
 
 
-def _layout_of(root: Path) -> str:
+def _tree_of(root: Path) -> str:
     if (root / "Annotations_6fps").is_dir():
         return "sav"
     if (root / "Annotations").is_dir():
@@ -164,7 +164,7 @@ def _layout_of(root: Path) -> str:
     if any(next(root.rglob(f"*_{kind}.json"), None) for kind in KINDS):
         return "sav_train"
     raise UserError(
-        f"{root} has no layout that is known: Annotations_6fps (SA-V val and test), Annotations (DAVIS, MOSE, "
+        f"{root} has no known folder tree: Annotations_6fps (SA-V val and test), Annotations (DAVIS, MOSE, "
         "YouTube-VOS: the folder of one split), or files *_manual.json (SA-V train)"
     )
 

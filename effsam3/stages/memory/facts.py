@@ -129,7 +129,7 @@ VideoBenchmark = Literal["sav", "davis"]
 class MemoryEvaluate(Section):
     """What the merged tracker is measured on: masks given in the first frame, tracked through the rest."""
 
-    videos: str | None = None  # folder in SA-V's, DAVIS', MOSE's or YouTube-VOS' layout; null: data's held-out videos
+    videos: str | None = None  # a folder as SA-V, DAVIS, MOSE or YouTube-VOS has it; null: data's held-out videos
     split: str | None = None  # a list of `videos`, such as val: SA-V's <split>.txt, DAVIS' ImageSets/2017; null: all
     evaluator: VideoBenchmark = "sav"  # whose definition of J and F; they differ
     modes: tuple[Mode, ...] = ()  # memory modes to measure besides the recipe's own

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layouts SA-1B is kept in: all give the same rows; damaged tars are named."""
+"""The folder trees SA-1B is kept in: all give the same rows; damaged tars are named."""
 
 import json
 import shutil
@@ -57,7 +57,7 @@ def tars(flat):
     return folder
 
 
-def test_every_layout_gives_the_same_rows(flat, tars, tmp_path):
+def test_every_tree_gives_the_same_rows(flat, tars, tmp_path):
     for path in flat.glob("sa_*"):
         kind = "images" if path.suffix == ".jpg" else "annotations"
         folder = tmp_path / "tree" / kind / sa1b.split_of(path.stem, 0.1)
