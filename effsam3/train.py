@@ -159,13 +159,13 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
             # Dropout and drop path depend on where in the run they are drawn, not on what ran before.
             torch.manual_seed(sample_seed(recipe.train.seed, step, micro, accelerator.process_index))
             with accelerator.accumulate(student):
-                parts = finite.loss(student, batch)
-                accelerator.backward(parts["loss"])
+                terms = finite.loss(student, batch)
+                accelerator.backward(terms["loss"])
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(student.parameters(), optim.clip_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            window.add(parts)
+            window.add(terms)
         if ema is not None:
             with optimizer_state.whole(accelerator, student) as weights:
                 ema.update(weights, step=step + 1)

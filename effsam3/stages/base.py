@@ -65,7 +65,7 @@ class Stage:
         self.student = student
         self.student_parameters = parameter_count(student)  # now: ZeRO-3 leaves none to count
 
-    def go_on(self) -> dict[str, str]:
+    def initialise_from_model(self) -> dict[str, str]:
         """Start from the model that `student_init` names, if it names one; returns the header's line that says so."""
         model = self.recipe.student_init
         if not names_a_model(model):

@@ -62,9 +62,9 @@ class Window:
         yield
         self.started += time.perf_counter() - began
 
-    def add(self, parts: dict[str, torch.Tensor]) -> None:
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
         """Add a micro-batch's losses, without waiting for the device."""
-        for name, value in parts.items():
+        for name, value in terms.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach()
         self.micros += 1
 

@@ -39,14 +39,14 @@ class NotFinite:
         self.step, self.samples, self.losses = step, [], []
 
     def loss(self, student: nn.Module, batch: dict) -> dict[str, Tensor]:
-        """Return the stage's loss and parts of a micro-batch; of one left out, zeros that have gradients."""
+        """Return the stage's loss and terms of a micro-batch; of one left out, zeros that have gradients."""
         buffers = [buffer.clone() for buffer in student.buffers()] if self.skip else []
-        parts = self.stage.loss(student, batch)
+        terms = self.stage.loss(student, batch)
         self.samples.append(self.stage.samples(batch))
-        self.losses.append(parts["loss"].detach())
+        self.losses.append(terms["loss"].detach())
         if not self.skip or not self.bad():
             self.usable, self.in_a_row = batch if self.skip else None, 0
-            return parts
+            return terms
         named = self.name()
         self.in_a_row += 1
         if self.in_a_row > MOST_IN_A_ROW:
@@ -57,11 +57,11 @@ class NotFinite:
             with open(self.folder / SKIPPED, "a") as file:
                 file.write(json.dumps({"step": self.step, "micro_batch": len(self.losses) - 1, "ranks": named}) + "\n")
         self.losses[-1] = torch.zeros_like(self.losses[-1])
-        del parts  # and its activations: there is no room for those of two
+        del terms  # and its activations: there is no room for those of two
         # DDP and DeepSpeed want a backward pass for every forward: a batch that is known to be harmless, times zero.
-        parts = {name: 0 * value for name, value in self.stage.loss(student, self.usable).items()}
+        terms = {name: 0 * value for name, value in self.stage.loss(student, self.usable).items()}
         _restore(student, buffers)
-        return parts
+        return terms
 
     def bad(self) -> bool:
         """Whether the newest loss is not finite on any rank."""

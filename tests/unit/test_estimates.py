@@ -150,9 +150,9 @@ def test_the_memory_keeps_what_real_tensors_would():
     recipe = load_recipe(MEMORY, [*SHORT, "data.frames=2", "loss.memory=0"])
     dry = dry_stage(recipe, 1)
     with Ledger() as ledger, fused_attention(ledger):
-        parts = dry.stage.loss(dry.student.train(), dry.batch)
+        terms = dry.stage.loss(dry.student.train(), dry.batch)
     held = ledger.now
-    del parts
+    del terms
     real = dry_stage(recipe, 1)
     for module in (real.student.tracker, real.student):
         for owner in module.modules():

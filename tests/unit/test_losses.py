@@ -31,10 +31,10 @@ def loop(pred, target, valid, channels):
 
 @pytest.mark.parametrize("channels", ["mean", "sum"])
 def test_equals_the_plain_loop(maps, channels):
-    parts = feature_loss(*maps, channels)
+    terms = feature_loss(*maps, channels)
     mse, cosine = loop(*maps, channels)
-    torch.testing.assert_close(parts["mse"], mse)
-    torch.testing.assert_close(parts["cosine"], cosine)
+    torch.testing.assert_close(terms["mse"], mse)
+    torch.testing.assert_close(terms["cosine"], cosine)
 
 
 def test_sum_is_mean_times_channels(maps):

@@ -85,8 +85,8 @@ def test_stop_names_the_samples_of_the_step(finite, student, tmp_path, worst):
 
 def test_a_finite_step_goes_on(finite, student, tmp_path):
     found = finite(skip=False)
-    parts = learn(found, student, batch("good"), batch("other"))
-    assert found.count(torch.tensor(1.0)) == 0 and parts[0]["loss"] > 0
+    terms = learn(found, student, batch("good"), batch("other"))
+    assert found.count(torch.tensor(1.0)) == 0 and terms[0]["loss"] > 0
     found.refuse(0)
     assert not list(tmp_path.iterdir())
 
@@ -125,8 +125,8 @@ def test_the_next_step_is_whole_again(finite, student, tmp_path):
     found = finite(skip=True)
     learn(found, student, batch("good"), batch("bad", NAN))
     found.begin(8)
-    parts = learn(found, student, batch("worse", NAN), batch("good"))  # one of the step before takes its place
-    assert parts[0]["loss"] == 0 and parts[1]["loss"] > 0
+    terms = learn(found, student, batch("worse", NAN), batch("good"))  # one of the step before takes its place
+    assert terms[0]["loss"] == 0 and terms[1]["loss"] > 0
     lines = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [(line["step"], line["micro_batch"]) for line in lines] == [(7, 1), (8, 0)]
     assert lines[1]["ranks"] == [{"rank": 0, "loss": "nan", "samples": batch("worse")["names"]}]

@@ -92,7 +92,7 @@ class Distinct:
         return self.part.keys(self.places[list(positions)])
 
 
-class Head:
+class First:
     """The first texts of a part."""
 
     def __init__(self, part, size: int):

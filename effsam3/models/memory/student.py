@@ -78,7 +78,7 @@ class TrackerStudent(nn.Module):
         """Track every object through its clip.
 
         Returns:
-            In train mode `loss` and its named parts, scalars, each a sum over frames and a mean by `weight_O`. In eval
+            In train mode `loss` and its named terms, scalars, each a sum over frames and a mean by `weight_O`. In eval
             mode `j` (O, T-1), the mask's intersection over union in every frame but the first, 1 where both are empty.
         """
         # Every parameter has a gradient in every step, on every rank, whatever the prompts were. Made first, so that
@@ -107,24 +107,24 @@ class TrackerStudent(nn.Module):
                 results.append({"j": overlap(tracked, masks_NTSS)})
         if not self.training:
             return {"j": torch.cat([result["j"] for result in results])}
-        parts = {name: sum(result[name] for result in results) for name in results[0]}
-        total = sum(self.weights[name] * value for name, value in parts.items())
-        return {"loss": total + 0 * touched, **parts}
+        terms = {name: sum(result[name] for result in results) for name in results[0]}
+        total = sum(self.weights[name] * value for name, value in terms.items())
+        return {"loss": total + 0 * touched, **terms}
 
     def losses(self, tracked: list[Tracked], masks_NTSS: Tensor, weight_N: Tensor) -> dict[str, Tensor]:
-        """The named parts, summed over frames and over predictions, weighted over objects."""
+        """The named terms, summed over frames and over predictions, weighted over objects."""
         zero = weight_N.new_zeros(())
-        parts = {name: zero for name, weight in self.weights.items() if name != "memory" or weight}
+        terms = {name: zero for name, weight in self.weights.items() if name != "memory" or weight}
         for time, frame in enumerate(tracked):
             for part in frame.predictions:
                 logits, target = at_side(part.logits_NMLL, masks_NTSS[part.objects_N, time], self.side_px)
                 scores = (logits, part.iou_NM, part.presence_N, target, self.weights, self.squared_iou)
                 for name, value_N in mask_losses(*scores).items():
-                    parts[name] = parts[name] + (value_N * weight_N[part.objects_N]).sum()
+                    terms[name] = terms[name] + (value_N * weight_N[part.objects_N]).sum()
             if frame.teacher_OCGG is not None:
                 error = (frame.conditioned_OCGG.float() - frame.teacher_OCGG.float()).square().mean((1, 2, 3))
-                parts["memory"] = parts["memory"] + (error * weight_N).sum()
-        return parts
+                terms["memory"] = terms["memory"] + (error * weight_N).sum()
+        return terms
 
 
 def overlap(tracked: list[Tracked], masks_NTSS: Tensor) -> Tensor:

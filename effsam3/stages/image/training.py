@@ -180,7 +180,7 @@ class ImageStage(Stage):
         self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
         student = make_student(recipe, self.facts["channels"], self.facts["image_size"], facts.patch_size)
         self.set_student(student)
-        self.start = self.go_on()
+        self.start = self.initialise_from_model()
         self.neck = self._load_neck() if recipe.loss.neck else None
 
     def _open_store(self) -> StoreReader:
@@ -247,17 +247,17 @@ class ImageStage(Stage):
         return resize_BCHW(to_map(feat_BND), (self.facts["grid"],) * 2)
 
     def loss(self, student, batch: dict) -> dict[str, Tensor]:
-        """The weighted loss of a micro-batch and its named parts, all scalars."""
+        """The weighted loss of a micro-batch and its named terms, all scalars."""
         weights = self.recipe.loss
         target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
-        parts = {}
+        terms = {}
         if self.neck is not None:
-            parts["neck"] = relative_error(self.neck(pred), self.neck(target), valid)
+            terms["neck"] = relative_error(self.neck(pred), self.neck(target), valid)
         if weights.channels == "mean":
             pred, target = (standardise(feat, self.mean_C, self.deviation_C) for feat in (pred, target))
-        parts |= feature_loss(pred, target, valid, weights.channels)
-        total = sum(getattr(weights, name) * value for name, value in parts.items())
-        return {"loss": total, **parts}
+        terms |= feature_loss(pred, target, valid, weights.channels)
+        total = sum(getattr(weights, name) * value for name, value in terms.items())
+        return {"loss": total, **terms}
 
     @torch.no_grad()
     def validate(self, student, batch: dict) -> dict[str, Tensor]:

@@ -249,7 +249,7 @@ class MemoryStage(Stage):
         return (0, *later.tolist())
 
     def loss(self, student, batch: dict) -> dict[str, Tensor]:
-        """The weighted loss of a micro-batch and its named parts, all scalars."""
+        """The weighted loss of a micro-batch and its named terms, all scalars."""
         asked = self.recipe.prompts
         shares = {"mask": asked.mask, "point": asked.point, "box": asked.box}
         inputs = self.inputs(batch, shares, self.corrected_frames(batch))

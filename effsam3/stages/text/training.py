@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from effsam3.checked_files import read_json
-from effsam3.data.captions.batches import CaptionBatches, Distinct, Head, as_map, valid_tokens
+from effsam3.data.captions.batches import CaptionBatches, Distinct, First, as_map, valid_tokens
 from effsam3.data.captions.sources import open_captions
 from effsam3.data.statistics import statistics_sample
 from effsam3.data.store.reader import INPUTS, StoreError, StoreReader
@@ -147,7 +147,7 @@ class TextStage(Stage):
         self.captions = ready_captions(recipe, accelerator)
         self.train_data = CaptionBatches(self.captions.train, encoder(recipe), store)
         val = self.captions.val
-        self.val_data = CaptionBatches(Head(val, min(len(val), recipe.train.eval_samples)), encoder(recipe), store)
+        self.val_data = CaptionBatches(First(val, min(len(val), recipe.train.eval_samples)), encoder(recipe), store)
         self.train_size = len(self.train_data)
         if not self.train_size or not len(self.val_data):
             raise UserError(
@@ -160,13 +160,13 @@ class TextStage(Stage):
         self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
         student, self.loaded = make_student(recipe, self.facts["channels"])
         self.set_student(student)
-        self.start = self.go_on()
+        self.start = self.initialise_from_model()
         if self.loaded is not None:  # every tensor by name: loaded, initialised or dropped, and why
             report.write_json("student_init.json", asdict(self.loaded))
 
-    def go_on(self) -> dict[str, str]:
+    def initialise_from_model(self) -> dict[str, str]:
         """As for every stage; says, too, when the model had another padding rule than the recipe."""
-        found = super().go_on()
+        found = super().initialise_from_model()
         if found:
             config = read_config(model_folder(Path(self.recipe.student_init)))
             if (theirs := padding_of(config.detector_config)) != self.recipe.student_padding:
@@ -228,14 +228,14 @@ class TextStage(Stage):
             return as_map(student(ids, mask))
 
     def loss(self, student, batch: dict) -> dict[str, Tensor]:
-        """The weighted loss of a micro-batch and its named parts, all scalars."""
+        """The weighted loss of a micro-batch and its named terms, all scalars."""
         weights = self.recipe.loss
         target, pred = self.target(batch), self.predict(student, batch)
         valid = valid_tokens(batch, padding_too=not weights.padding_mask).to(self.device)
         pred, target = (standardise(feat, self.mean_C, self.deviation_C) for feat in (pred, target))
-        parts = feature_loss(pred, target, valid, "mean")
-        total = sum(getattr(weights, name) * value for name, value in parts.items())
-        return {"loss": total, **parts}
+        terms = feature_loss(pred, target, valid, "mean")
+        total = sum(getattr(weights, name) * value for name, value in terms.items())
+        return {"loss": total, **terms}
 
     @torch.no_grad()
     def validate(self, student, batch: dict) -> dict[str, Tensor]:
