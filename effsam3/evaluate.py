@@ -12,11 +12,12 @@ from effsam3.hardware.accelerator import refuse_missing_gpu
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.models.merging.slots import read_card
-from effsam3.publish.release import recipes_by_slot
+from effsam3.publish.release import unmeasured
+from effsam3.recipe.common import Recipe
 from effsam3.training.report import Report, provenance, write_json, write_text
 
 
-def run(recipe) -> dict:
+def run(recipe: Recipe) -> dict:
     """Run the recipe's benchmarks on held-out data; returns what it writes to `runs/<name>/eval`.
 
     A release runs the benchmarks of every part's own recipe on the release's model; their names begin with the slot's.
@@ -33,7 +34,7 @@ def run(recipe) -> dict:
         raise UserError(f"{folder}/merged is not there; run `effsam3 merge` first")
     # What was merged is what is measured, whatever has been changed in the recipe since.
     merged = read_card(folder / "merged", {"chassis": str, "revision": (str, None)})
-    asked, unmeasured = recipes_by_slot(recipe)
+    asked = recipe.learned()
     for slot in asked.keys() - merged["slots"].keys():
         raise UserError(
             f"{folder}/merged has no student in the slot {slot} (it has {', '.join(merged['slots']) or 'none'}); "
@@ -63,7 +64,7 @@ def run(recipe) -> dict:
     summary = summarise([*tables, *left_out], merged)
     write_text(folder / "eval" / "summary.md", summary + "\n")
     report.say(summary)
-    for line in unmeasured:
+    for line in unmeasured(recipe):
         report.say(f"\n{line}")
     if pictures:
         report.say(f"\n{len(pictures)} pictures in {folder / 'pictures'}")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import Sam3VideoConfig
+
 from effsam3 import stages
 from effsam3.checked_files import read_json
 from effsam3.models.chassis.find import chassis_folder
@@ -23,28 +25,28 @@ from effsam3.models.merging.slots import (
     part_of_model,
     refuse_other_chassis,
 )
+from effsam3.recipe.common import Recipe, StageRecipe
 from effsam3.recipe.reader import dump_recipe, load_recipe
 from effsam3.training import checkpoint
 from effsam3.training.report import Report, provenance, refuse_unwritable, write_text
 from effsam3.training.resume import read_trainer
 
 
-def run(recipe) -> Path:
+def run(recipe: Recipe) -> Path:
     """Write `runs/<name>/merged`, a whole SAM 3 with the students in place; returns the folder.
 
     Raises:
         MergeError: a part is missing or does not fit, or a tensor has no owner or two.
         CheckpointError: there is no such checkpoint.
     """
-    refuse_unwritable(recipe.folder, "train.runs")
-    sources = {recipe.stage: recipe.folder}
-    if recipe.stage == "release":
-        sources = recipe.parts.filled()
+    refuse_unwritable(recipe.folder, recipe.runs_key)
+    is_release = not isinstance(recipe, StageRecipe)
+    if is_release:
         refuse_other_run(recipe.folder)
     sam3 = recipe.sam3
     chassis = chassis_folder(sam3.checkpoint, sam3.revision)
     config = read_config(chassis)
-    parts = [part_of(slot, folder, recipe.merge.checkpoint, config) for slot, folder in sources.items()]
+    parts = [part_of(slot, folder, recipe.merge.checkpoint, config) for slot, folder in recipe.sources().items()]
     rest = read_tensors(chassis)
     for part in parts:
         refuse_other_chassis(part, rest, sam3.checkpoint, sam3.revision)
@@ -66,7 +68,7 @@ def run(recipe) -> Path:
         recipe.merge.formats,
         recipe.merge.allow_padding_mismatch,
     )
-    if recipe.stage == "release":
+    if is_release:
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
         report.write_json("provenance.json", provenance() | {"recipe": recipe.name, "slots": card["slots"]})
     origins = {part.slot: f"{part.student}, {part.origin}" for part in parts} | {"chassis": sam3.checkpoint}
@@ -85,16 +87,18 @@ def refuse_other_run(folder: Path) -> None:
     Raises:
         MergeError: the folder holds a run of another stage.
     """
-    if (folder / "recipe.yaml").is_file() and (stage := load_recipe(folder / "recipe.yaml").stage) != "release":
+    if not (folder / "recipe.yaml").is_file():
+        return
+    if isinstance(run := load_recipe(folder / "recipe.yaml"), StageRecipe):
         raise MergeError(
-            f"{folder} holds a run of stage {stage}, which a release would replace; give the release another name"
+            f"{folder} holds a run of stage {run.stage}, which a release would replace; give the release another name"
         )
 
 
 # ---- run folders to parts
 
 
-def part_of(slot: str, folder: Path, which: str, config) -> Part:
+def part_of(slot: str, folder: Path, which: str, config: Sam3VideoConfig) -> Part:
     """Return the student of a run folder, or of a merged or imported model; `config` is the chassis'.
 
     Raises:
@@ -122,7 +126,7 @@ def part_of(slot: str, folder: Path, which: str, config) -> Part:
     return merging.part_of_run(trained, features, checkpoint.read_weights(source), config, about)
 
 
-def trained_recipe(slot: str, folder: Path):
+def trained_recipe(slot: str, folder: Path) -> StageRecipe:
     """Return the recipe of the run that fills a slot.
 
     Raises:

@@ -13,6 +13,7 @@ from effsam3.errors import UserError
 from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.models.merging.slots import first_chassis, read_card
+from effsam3.recipe.common import Recipe
 from effsam3.recipe.reader import load_recipe
 
 SAM3 = "facebook/sam3"
@@ -116,28 +117,20 @@ def _began(provenance: dict) -> float:
         raise ReleaseError(f"provenance.started says no time ({error}); evaluate again") from error
 
 
-def recipes_by_slot(recipe) -> tuple[dict, list[str]]:
-    """Return {slot: the recipe that says how to measure it}, and a line for every part that has no recipe."""
-    if recipe.stage != "release":
-        return {recipe.stage: recipe}, []
-    found, unmeasured = {}, []
-    for slot, part in recipe.parts.filled().items():
-        if (part / "recipe.yaml").is_file():
-            found[slot] = load_recipe(part / "recipe.yaml")
-        else:
-            unmeasured.append(
-                f"parts.{slot}: {part} has no recipe.yaml that says what to measure it on; run `effsam3 evaluate` on "
-                f"a recipe of stage {slot} with name={recipe.name}"
-            )
-    return found, unmeasured
+def unmeasured(recipe: Recipe) -> list[str]:
+    """Return a line for every part that has no recipe which says how to measure it."""
+    learned = recipe.learned()
+    return [
+        f"parts.{slot}: {part} has no recipe.yaml that says what to measure it on; run `effsam3 evaluate` on a recipe "
+        f"of stage {slot} with name={recipe.name}"
+        for slot, part in recipe.sources().items()
+        if slot not in learned
+    ]
 
 
 def _recipe_files(folder: Path) -> dict[str, Path]:
     """Return {slot: file} of the recipes by which the students learned: the run's own, or the parts' of a release."""
-    recipe = load_recipe(folder / "recipe.yaml")
-    if recipe.stage != "release":
-        return {recipe.stage: folder / "recipe.yaml"}
-    files = {slot: part / "recipe.yaml" for slot, part in recipe.parts.filled().items()}
+    files = {slot: source / "recipe.yaml" for slot, source in load_recipe(folder).sources().items()}
     return {slot: file for slot, file in files.items() if file.is_file()}
 
 

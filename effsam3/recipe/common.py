@@ -138,6 +138,10 @@ class Recipe(Section):
         """Return what `merge` puts together: {slot: folder of a run or of a model}."""
         raise NotImplementedError
 
+    def learned(self) -> dict[str, StageRecipe]:
+        """Return {slot: recipe by which its student learned}, as far as they are known."""
+        raise NotImplementedError
+
     def derived(self) -> dict[str, Callable[[], str]]:
         """Return the lines that `show` adds: {title: what makes the line, or raises UserError if it is not known yet}.
 
@@ -166,6 +170,9 @@ class StageRecipe(Recipe):
 
     def sources(self) -> dict[str, Path]:
         return {self.stage: self.folder}
+
+    def learned(self) -> dict[str, StageRecipe]:
+        return {self.stage: self}
 
     def student_line(self) -> str:
         """Say how big the student is, for `show`."""

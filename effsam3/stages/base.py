@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effsam3.checked_files import mismatch, read_json
 from effsam3.data.loader import loader
@@ -20,6 +20,7 @@ from effsam3.errors import UserError
 from effsam3.hardware.accelerator import on_main
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.merging.slots import start_from
+from effsam3.recipe.common import FeatureRecipe
 from effsam3.recipe.rules import names_a_model
 from effsam3.training.report import table
 
@@ -68,9 +69,8 @@ class Stage:
     def initialise_from_model(self) -> dict[str, str]:
         """Start from the model that `student_init` names, if it names one; returns the header's line that says so."""
         model = self.recipe.student_init
-        if not names_a_model(model):
+        if not start_from_model(self.student, self.recipe):
             return {}
-        start_from(self.student, self.recipe.stage, Path(model))
         return {"weights": f"those of {model}, its last layer rescaled to this teacher's statistics"}
 
     def online_statistics(self) -> dict:
@@ -130,6 +130,18 @@ class Stage:
             [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in names)],
         ]
         return table(rows, [f"held-out {self.unit}", "cosine", "centred cosine", "mse"])
+
+
+def start_from_model(student: nn.Module, recipe: FeatureRecipe) -> bool:
+    """Give a new student the weights of the model that `student_init` names; returns whether it names one.
+
+    Raises:
+        MergeError: there is no such model, or another student in it.
+    """
+    if not names_a_model(recipe.student_init):
+        return False
+    start_from(student, recipe.stage, Path(recipe.student_init))
+    return True
 
 
 def untied_note(store: StoreReader | None) -> dict[str, str]:

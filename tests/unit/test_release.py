@@ -19,7 +19,7 @@ from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_config, read_tensors
 from effsam3.models.merging.slots import MergeError, part_of_model, start_from
 from effsam3.models.text.tokens import Tokenizer
-from effsam3.publish.release import recipes_by_slot
+from effsam3.publish.release import unmeasured
 from effsam3.recipe.reader import load_recipe
 from effsam3.show import show
 
@@ -202,10 +202,12 @@ def test_a_model_without_a_student_in_the_slot(release, tmp_path):
 
 
 def test_evaluate_takes_each_parts_own_recipe(release):
-    asked, unmeasured = recipes_by_slot(release_of(release))
-    assert {slot: recipe.name for slot, recipe in asked.items()} == {"image": "image", "text": "text"}
-    asked, unmeasured = recipes_by_slot(release_of(release, f"parts.text={release}/smoke-release/merged"))
-    assert list(asked) == ["image"] and "parts.text: " in unmeasured[0] and "name=smoke-release" in unmeasured[0]
+    recipe = release_of(release)
+    assert {slot: own.name for slot, own in recipe.learned().items()} == {"image": "image", "text": "text"}
+    assert unmeasured(recipe) == []
+    recipe = release_of(release, f"parts.text={release}/smoke-release/merged")
+    (line,) = unmeasured(recipe)
+    assert list(recipe.learned()) == ["image"] and "parts.text: " in line and "name=smoke-release" in line
 
 
 def test_evaluate_wants_the_student_that_it_measures(release):

@@ -9,18 +9,62 @@ from typing import Any
 
 from effsam3.benchmarks.fidelity import feature_fidelity
 from effsam3.benchmarks.masks import prompted_mask_quality
-from effsam3.benchmarks.measurable import measurable
 from effsam3.benchmarks.models import load_pair
 from effsam3.benchmarks.pictures.images import draw
 from effsam3.benchmarks.speed import speed
 from effsam3.data.images.features import ImageFeatures
-from effsam3.data.images.sa1b import load_index
+from effsam3.data.images.sa1b import UnreadableImage, load_index, read_image
 from effsam3.data.loader import loader
 from effsam3.data.sampler import sequential_batches
+from effsam3.errors import UserError
 from effsam3.models.chassis.tensors import elements
 from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.stages.image.facts import ImageRecipe
 from effsam3.training.report import table
+
+TRIED = 3  # held-out images that are opened before a training
+
+
+def measurable(recipe: ImageRecipe) -> tuple[tuple[str, ...], list[str]]:
+    """Return those of `evaluate.benchmarks` that the data allow, and a sentence for every other one.
+
+    Raises:
+        UserError: they allow none.
+    """
+    asked, index = recipe.evaluate.benchmarks, recipe.data.index
+    if "masks" not in asked or any(load_index(index, "val", recipe.data.limit)["num_masks"]):
+        return asked, []
+    sentence = (
+        f"The benchmark `masks` is left out: no held-out image of {index} has annotations to prompt with and to "
+        "compare with; index images with their JSON to measure it."
+    )
+    left = tuple(name for name in asked if name != "masks")
+    if not left:
+        raise UserError(f"evaluate.benchmarks: nothing is left to measure. {sentence}")
+    return left, [sentence]
+
+
+def something_to_measure(recipe: ImageRecipe) -> str:
+    """Something that can be measured; what cannot is named."""
+    return " ".join(measurable(recipe)[1]) if Path(recipe.data.index).is_file() else ""
+
+
+def photographs(recipe: ImageRecipe) -> None:
+    """Held-out photographs that can be read, although the store may have their pixels."""
+    index = Path(recipe.data.index)
+    if not index.is_file():
+        return
+    rows, reasons = load_index(index, "val", recipe.data.limit), []
+    for row in rows.select(range(min(TRIED, len(rows)))):
+        try:
+            read_image(row, index.parent)
+            return
+        except UnreadableImage as error:
+            reasons.append(str(error))
+    raise UserError(f"none of the first {len(reasons)} held-out images of {index} can be read: {reasons[0]}")
+
+
+NEEDS = (something_to_measure, photographs)
 
 
 def benchmarks(recipe: ImageRecipe, folder: Path, chassis: Path, merged: dict) -> Iterator[tuple[str, Any]]:

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+from transformers import Sam3VideoConfig
+
 from effsam3.models.merging.slots import SLOTS, MergeError, Part, image_part
+from effsam3.models.registry import chassis_facts
 from effsam3.stages.base import TEACHER_FORM
 from effsam3.stages.image.facts import ImageRecipe
+from effsam3.stages.image.training import untrained_tensors
 
 # What a run must say of the features that it learned.
 FEATURES_FORM = {"teacher": TEACHER_FORM, "tap": str, "channels": int, "image_size": int}
 
 
-def part_of_run(trained: ImageRecipe, features: dict, weights: dict, config, about: dict) -> Part:
+def part_of_run(trained: ImageRecipe, features: dict, weights: dict, config: Sam3VideoConfig, about: dict) -> Part:
     """The part of a run of stage `image`."""
     refuse_neck(features)
     if (side := SLOTS["image"].config_of(config).image_size) != features["image_size"]:
@@ -20,6 +24,13 @@ def part_of_run(trained: ImageRecipe, features: dict, weights: dict, config, abo
             "grids differ; put together what was trained against the same SAM 3"
         )
     return image_part(trained.student, trained.head, trained.student_image_size, weights, config, **about)
+
+
+def untrained_part(recipe: ImageRecipe, config: Sam3VideoConfig, about: dict) -> Part:
+    """Return the part that a run of the recipe will give, with the weights that it starts from."""
+    side = chassis_facts(recipe.sam3.checkpoint).image_size
+    features = {"tap": recipe.embed.tap, "image_size": side, "channels": recipe.channels}
+    return part_of_run(recipe, features, untrained_tensors(recipe), config, about)
 
 
 def refuse_neck(features: dict) -> None:

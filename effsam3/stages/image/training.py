@@ -16,7 +16,7 @@ from torch import Tensor
 from effsam3.checked_files import read_json
 from effsam3.data.images.features import ImageFeatures, store_keys, stored_features
 from effsam3.data.images.photographs import ready_photographs
-from effsam3.data.images.sa1b import load_index
+from effsam3.data.images.sa1b import SPLITS, load_index
 from effsam3.data.loader import loader
 from effsam3.data.statistics import statistics_sample
 from effsam3.data.store.reader import StoreError, StoreReader
@@ -37,7 +37,8 @@ from effsam3.models.image.teacher import (
 )
 from effsam3.models.registry import chassis_facts
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import Stage, refuse_other_teacher, stored_facts, untied_note
+from effsam3.stages.base import Stage, refuse_other_teacher, start_from_model, stored_facts, untied_note
+from effsam3.stages.image.facts import ImageRecipe
 from effsam3.training.report import write_json
 
 DIVIDED_BY = {
@@ -127,6 +128,41 @@ def make_student(recipe, channels: int, image_size: int, patch_size: int) -> Stu
     if recipe.student_init != "random" and not names_a_model(recipe.student_init):
         load_timm_weights(student, recipe.student_init, image_student(recipe.student, config.seen_size).timm_name)
     return student
+
+
+def untrained(recipe: ImageRecipe) -> StudentTrunk:
+    """Build the recipe's student by the published sizes of its SAM 3."""
+    facts = chassis_facts(recipe.sam3.checkpoint)
+    return make_student(recipe, recipe.channels, facts.image_size, facts.patch_size)
+
+
+def untrained_tensors(recipe: ImageRecipe) -> dict[str, Tensor]:
+    """Return the tensors of the student as it starts."""
+    return untrained(recipe).state_dict()
+
+
+def initial_weights(recipe: ImageRecipe) -> None:
+    """The student, and the weights that it starts from."""
+    start_from_model(untrained(recipe), recipe)
+
+
+def both_splits(recipe: ImageRecipe) -> None:
+    """Images to learn from and images held out; an index that is still to be made will have both."""
+    data = recipe.data
+    if data.source == "folder" and not Path(data.index).is_file() and not Path(data.folder).is_dir():
+        raise UserError(f"data.folder: there is no folder {data.folder}")
+    if data.source == "sa1b" or Path(data.index).is_file():
+        for split in SPLITS:
+            load_index(data.index, split, data.limit)
+
+
+def whole_maps(recipe: ImageRecipe) -> None:
+    """Features that `loss.neck` can be computed of."""
+    own = chassis_facts(recipe.sam3.checkpoint).grid if recipe.loss.neck else 0
+    refuse_partial_maps(recipe, recipe.embed.tap, recipe.embed.grid or own)
+
+
+NEEDS = (initial_weights, both_splits, whole_maps)
 
 
 def refuse_partial_maps(recipe, tap: str, grid: int) -> None:

@@ -20,6 +20,15 @@ from effsam3.models.memory.training import read_tracker_tensors
 from effsam3.stages.memory.facts import MemoryRecipe
 
 
+def videos_to_track(recipe: MemoryRecipe) -> None:
+    """The videos to measure on."""
+    if recipe.evaluate.videos is not None:
+        open_vos(recipe.evaluate.videos, split=recipe.evaluate.split)
+
+
+NEEDS = (videos_to_track,)
+
+
 def benchmarks(recipe: MemoryRecipe, folder: Path, chassis: Path, merged: dict) -> Iterator[tuple[str, Any]]:
     """Yield (name, result) as they are made, pictures last."""
     asked, data = recipe.evaluate, recipe.data

@@ -8,6 +8,8 @@ corrected frames, K clicks on each of them.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,11 +33,12 @@ from effsam3.models.image.teacher import parameter_count
 from effsam3.models.memory.attention import memory_tokens
 from effsam3.models.memory.config import EfficientTrackerConfig
 from effsam3.models.memory.prompts import draw_kind, draw_prompt
-from effsam3.models.memory.slot import MEMORY, tracker_config
+from effsam3.models.memory.slot import MEMORY, memory_config, tracker_config
 from effsam3.models.memory.student import TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
-from effsam3.models.memory.training import Prompts, read_tracker_tensors
+from effsam3.models.memory.training import PARTS, Prompts, read_tracker_tensors
 from effsam3.stages.base import Stage
+from effsam3.stages.memory.facts import MemoryRecipe
 from effsam3.training.report import table, write_json
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn videos: they are few
@@ -116,6 +119,23 @@ def make_student(recipe, tracker: EfficientTracker, teacher: EfficientTracker) -
         train.objects_at_once,
         train.recompute,
     )
+
+
+def trained_tensors(config: EfficientTrackerConfig, trains: Sequence[str]) -> dict[str, Tensor]:
+    """Return the tensors of the parts of a tracker that learn, without their values."""
+    with torch.device("meta"):
+        whole = EfficientTracker(deepcopy(config)).state_dict()
+    prefixes = tuple(prefix for part in trains for prefix in PARTS[part])
+    return {name: tensor for name, tensor in whole.items() if name.startswith(prefixes)}
+
+
+def untrained_tensors(recipe: MemoryRecipe) -> dict[str, Tensor]:
+    """Return the tensors of the student as it starts, without their values."""
+    folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
+    return trained_tensors(tracker_config(memory_config(read_config(folder)), recipe.memory), recipe.memory.trains)
+
+
+NEEDS = ()  # a training needs nothing that not every one needs
 
 
 def keep_whole(student: TrackerStudent, accelerator) -> None:

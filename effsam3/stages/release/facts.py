@@ -11,7 +11,7 @@ from typing import Literal
 
 from effsam3.checked_files import read_json
 from effsam3.errors import UserError
-from effsam3.recipe.common import Chassis, Merge, Recipe
+from effsam3.recipe.common import Chassis, Merge, Recipe, StageRecipe
 from effsam3.recipe.push import Push
 from effsam3.recipe.reader import load_recipe
 from effsam3.recipe.rules import FileName, Section
@@ -58,6 +58,10 @@ class ReleaseRecipe(Recipe):
 
     def sources(self) -> dict[str, Path]:
         return self.parts.filled()
+
+    def learned(self) -> dict[str, StageRecipe]:
+        files = {slot: folder / "recipe.yaml" for slot, folder in self.sources().items()}
+        return {slot: load_recipe(file) for slot, file in files.items() if file.is_file()}
 
     def derived(self) -> dict[str, Callable[[], str]]:
         return {slot: partial(self._part_line, slot) for slot in vars(self.parts)}

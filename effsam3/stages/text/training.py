@@ -25,13 +25,14 @@ from effsam3.losses.features import agreement_sums, feature_loss, standardise
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_config
 from effsam3.models.merging.slots import model_folder
-from effsam3.models.registry import text_student_row
+from effsam3.models.registry import chassis_facts, text_student_row
 from effsam3.models.text.padding import padding_of
-from effsam3.models.text.student import TextTeacher, check_text_weights, text_student
+from effsam3.models.text.student import StudentText, TextTeacher, check_text_weights, text_student
 from effsam3.models.text.tokens import PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
 from effsam3.models.text.weights import load_text_weights
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import Stage, refuse_other_teacher, stored_facts, untied_note
+from effsam3.stages.base import Stage, refuse_other_teacher, start_from_model, stored_facts, untied_note
+from effsam3.stages.text.facts import TextRecipe
 from effsam3.training.report import write_json
 
 
@@ -105,6 +106,24 @@ def make_student(recipe, channels: int):
         return student, None
     own = text_student_row(recipe.student).weights
     return student, load_text_weights(student, own if recipe.student_init == "mobileclip" else recipe.student_init)
+
+
+def untrained(recipe: TextRecipe) -> StudentText:
+    """Build the recipe's student by the published sizes of its SAM 3."""
+    return make_student(recipe, chassis_facts(recipe.sam3.checkpoint).fpn_hidden_size)[0]
+
+
+def untrained_tensors(recipe: TextRecipe) -> dict[str, Tensor]:
+    """Return the tensors of the student as it starts."""
+    return untrained(recipe).state_dict()
+
+
+def initial_weights(recipe: TextRecipe) -> None:
+    """The student, and the weights that it starts from."""
+    start_from_model(untrained(recipe), recipe)
+
+
+NEEDS = (initial_weights,)
 
 
 def encoder(recipe):
