@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
+
+from effsam3.errors import UserError, did_you_mean
 
 PACKAGE = Path(__file__).resolve().parent
 ENDINGS = (".yaml", ".yml")
+NAME = re.compile(r"^name: .*$", re.MULTILINE)
+PARENT = re.compile(r"^inherits: (\S+)$", re.MULTILINE)
 
 
 def shipped(name: str) -> Path:
@@ -46,3 +51,44 @@ def nearest(path: Path) -> str:
 
 def _short(path: Path) -> str:
     return (path.with_suffix("") if path.suffix in ENDINGS else path).as_posix().removeprefix("recipes/")
+
+
+def texts() -> dict[str, str]:
+    """Return the text of each shipped recipe by its short name, without those that are only there to be inherited."""
+    found = {name: file.read_text(encoding="utf-8") for name, file in short_names().items()}
+    return {name: text for name, text in found.items() if NAME.search(text)}
+
+
+def listing() -> str:
+    """Return a line per shipped recipe: its short name and the comment that it begins with."""
+    found = texts()
+    width = max(map(len, found))
+    return "\n".join(f"{name:<{width}}  {text.partition(chr(10))[0][2:]}" for name, text in found.items())
+
+
+def copy(name: str, file: str | None = None) -> str:
+    """Write a shipped recipe to a file of the user's own; returns what to do with it.
+
+    The copy has a name of its own, so that its run has a folder of its own, and its parent by short name.
+
+    Raises:
+        UserError: no such recipe comes with effsam3, or the file is there already.
+    """
+    found, short = texts(), _short(Path(name))
+    if short not in found:
+        raise UserError(f"no recipe called {name} comes with effsam3{did_you_mean(short, found)}")
+    path = Path(f"{short.rpartition('/')[2]}.yaml" if file is None else file)
+    own = path.with_suffix("").name
+    text = NAME.sub(f"name: {own}", found[short], count=1)
+    if parent := PARENT.search(text):
+        folder = shipped("recipes").resolve()
+        text = PARENT.sub(
+            f"inherits: {_short((folder / short / '..' / parent[1]).resolve().relative_to(folder))}", text
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "x", encoding="utf-8") as new:
+            new.write(text)
+    except FileExistsError as error:
+        raise UserError(f"{path} is there already; name another file: effsam3 recipes copy {short} FILE") from error
+    return f"{path} will run in runs/{own}; `effsam3 show {path}` prints its keys, `effsam3 launch {path}` runs it"

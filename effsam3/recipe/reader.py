@@ -29,6 +29,7 @@ __all__ = [
 ]
 COMMAND_LINE = "command line"
 RECIPE = "recipe.yaml"  # in a run folder
+RENAMED = {"export": "embed", "train.trackers": "train.loggers"}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
@@ -234,6 +235,8 @@ def _meant(prefix: str, key: str, known: list[str]) -> str:
     """Suggest for an unknown key: the same word in another section, then a near one here, then a near one anywhere."""
     word = {name: name.rpartition(".")[2] for name in known}
     here = [name for name in known if name.rpartition(".")[0] == prefix[:-1]]
+    if prefix + key in RENAMED:
+        return f"; it is called {RENAMED[prefix + key]} now"
     if key == "inherits":
         return "; it belongs at the top of a file, beside stage and name"
     same = [name for name in known if word[name] == key]

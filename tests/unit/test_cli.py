@@ -2,7 +2,9 @@
 """The command line: verbs, errors, `launch` as processes, the scripts."""
 
 import ast
+import inspect
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -14,10 +16,11 @@ import pytest
 
 import effsam3
 from effsam3 import launch as launcher
-from effsam3.cli import VERBS, main
+from effsam3.cli import main
 from effsam3.errors import RecipeError, UserError
 from effsam3.hardware.accelerate_configs import config_environment, config_file
 from effsam3.recipe.reader import dump_recipe, load_recipe
+from effsam3.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "recipes" / "smoke" / "image.yaml")
@@ -166,9 +169,36 @@ def test_help_and_version(capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as exited:
-        main([verb, "--help"])
+        main([*verb.split(), "--help"])
     assert exited.value.code == 0
     assert f"usage: effsam3 {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_arguments_of_a_verb_are_those_of_its_function(verb):
+    row = VERBS[verb]
+    names = {action.dest for action in row.parser(verb)._actions} - {"help", "overrides_by_option"}
+    given = ["the recipe"] if row.recipe == "loaded" else []
+    names -= {"recipe", "overrides"} if given else set()
+    inspect.signature(row.function()).bind(*given, **dict.fromkeys(names))
+
+
+def test_verbs_of_two_words(capsys):
+    assert main(["index"]) == 2
+    text = capsys.readouterr().out
+    assert main(["index", "--help"]) == 0
+    assert capsys.readouterr().out == text
+    assert "  index sa1b " in text and "  index sav " in text and "launch" not in text
+    assert main(["index", "sa1bb"]) == 2
+    assert capsys.readouterr().err == "error: no verb is called 'index sa1bb'; did you mean sa1b?\n"
+    assert main(["idnex", "sa1b"]) == 2
+    assert capsys.readouterr().err == "error: no verb is called 'idnex'; did you mean index?\n"
+
+
+def test_export_is_kept_for_devices(capsys):
+    assert main(["export", SMOKE]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "kept for devices" in said and "`effsam3 embed`" in said
 
 
 @pytest.mark.parametrize("verb", ["train", "merge", "evaluate"])
@@ -198,10 +228,10 @@ def test_wrong_options(argv, capsys):
     assert exited.value.code == 2
 
 
-def test_store_is_passed_on(monkeypatch):
+def test_the_number_of_a_function_is_the_exit_code(monkeypatch):
     from effsam3.data.store import tool as store_tool
 
-    monkeypatch.setattr(store_tool, "main", lambda argv: {"verify": 1}[argv[0]])
+    monkeypatch.setattr(store_tool, "verify", lambda root: {"somewhere": 1}[str(root)])
     assert main(["store", "verify", "somewhere"]) == 1
 
 
@@ -288,13 +318,18 @@ def test_requests_to_stop_are_passed_on():
     assert process.wait(timeout=30) == 7
 
 
-@pytest.mark.parametrize("verb", ["embed", "train", "merge", "evaluate"])
-def test_scripts_are_thin_and_show_a_command_that_exists(verb):
-    text = (ROOT / "scripts" / f"{verb}.py").read_text()
+SHIMS = sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "benchmark_store")
+
+
+@pytest.mark.parametrize("script", SHIMS)
+def test_scripts_are_thin_and_show_a_command_that_exists(script):
+    text = (ROOT / "scripts" / f"{script}.py").read_text()
     assert len(text.splitlines()) <= 15
-    command = shlex.split(ast.get_docstring(ast.parse(text)).splitlines()[-1])
-    assert f"scripts/{verb}.py" in command
-    files = [word for word in command if "/" in word]
+    command = ast.get_docstring(ast.parse(text)).splitlines()[-1].replace("[", "").replace("]", "")
+    assert f"scripts/{script}.py" in command
+    verb = re.search('main\\(verb="(.+)"\\)', text)[1]
+    assert verb in VERBS and verb.split()[0] == script.split("_")[0]
+    files = [word for word in shlex.split(command) if re.match("(accelerate_configs|recipes|scripts)/", word)]
     assert files and all((ROOT / word).is_file() for word in files)
 
 

@@ -55,7 +55,7 @@ LAYERS = [
         "plot",
         "launch",
     },
-    {"cli"},
+    {"cli", "verbs", "data_verbs", "verb"},
     {"__main__"},
 ]
 VERBS = LAYERS[3]
@@ -204,8 +204,10 @@ def test_the_lowest_layer_needs_only_python_and_yaml():
 
 
 def test_the_command_line_imports_verbs_only_when_they_run():
-    top = imports(PACKAGE / "cli.py", top_level_only=True)
-    assert {name.split(".")[1] for name in top if name.startswith("effsam3.")} <= {"errors", "stopping", "__version__"}
+    for file in ("cli.py", "verbs.py", "data_verbs.py", "verb.py"):
+        top = imports(PACKAGE / file, top_level_only=True)
+        light = {"errors", "stopping", "__version__", "verb", "verbs", "data_verbs"}
+        assert {name.split(".")[1] for name in top if name.startswith("effsam3.")} <= light
 
 
 def test_nobody_imports_forbidden_packages():

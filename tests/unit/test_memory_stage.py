@@ -203,7 +203,7 @@ def test_a_chassis_with_an_efficient_memory(overrides, tmp_path):
 
 def test_a_missing_index_says_how_it_is_made(overrides, tmp_path):
     index = tmp_path / "sav.parquet"
-    with pytest.raises(UserError, match=r"make it with: python scripts/index_sav.py FOLDER --out"):
+    with pytest.raises(UserError, match=r"make it with: effsam3 index sav FOLDER --out"):
         make(overrides, tmp_path, "data.source=sav", "data.synthetic_videos=0", f"data.index={index}")
 
 

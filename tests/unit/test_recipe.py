@@ -114,6 +114,15 @@ def test_inherits_takes_one_path(write, parent):
         load_recipe(write(f"inherits: {parent}\n", inherits=None))
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("export: {to: x}", "export; it is called embed"), ("train: {trackers: []}", "train.trackers; it is")],
+)
+def test_old_names_are_answered_with_the_new_ones(old, new, write):
+    with pytest.raises(RecipeError, match=f"unknown key {new}"):
+        load_recipe(write(f"{old}\n"))
+
+
 def test_missing_parent_is_named(write):
     with pytest.raises(RecipeError, match=r"bse.yaml \(inherited by recipe.yaml\); did you mean .*base.yaml"):
         load_recipe(write("", inherits=BASE.with_name("bse.yaml")))

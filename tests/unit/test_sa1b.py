@@ -288,7 +288,7 @@ def test_a_rebuilt_index_is_seen_at_once(indexed):
 def test_wrong_indexes_are_user_errors(indexed, tmp_path):
     import pyarrow
 
-    with pytest.raises(UserError, match=r"python scripts/index_sa1b.py .* --out .*none.parquet"):
+    with pytest.raises(UserError, match=r"effsam3 index sa1b .* --out .*none.parquet"):
         sa1b.load_index(tmp_path / "none.parquet")
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(UserError, match="not a parquet"):

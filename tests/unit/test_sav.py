@@ -155,7 +155,7 @@ def test_a_missing_frame_is_named(bars, tmp_path):
 
 def test_other_files_are_no_index(tmp_path):
     path = tmp_path / "index.parquet"
-    with pytest.raises(UserError, match="scripts/index_sav.py"):
+    with pytest.raises(UserError, match="effsam3 index sav"):
         load_index(path)
     path.write_text("text")
     with pytest.raises(UserError, match="not a parquet"):

@@ -67,7 +67,7 @@ def test_show_derives_numbers(tmp_path):
 
 def test_show_says_what_is_not_there_yet():
     text = show(load_recipe(ES_RV_M, ["data.index=nowhere/x.parquet", "sam3.checkpoint=someone/sam3"]))
-    command = "python scripts/index_sa1b.py FOLDER --out nowhere/x.parquet"
+    command = "effsam3 index sa1b FOLDER --out nowhere/x.parquet"
     assert f"# images    unknown yet: no nowhere/x.report.json; make it with: {command}" in text
     assert "# store     unknown yet: sam3.checkpoint: the sizes of 'someone/sam3' are not known" in text
     assert "# store     none" in show(load_recipe(SMOKE, ["teacher=online"]))

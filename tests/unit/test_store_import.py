@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from effsam3.data.store import tool as store_tool
+from effsam3.cli import main
 from effsam3.data.store.importing import import_upstream
 from effsam3.data.store.reader import (
     Field,
@@ -101,22 +101,20 @@ def test_command(tmp_path, capsys):
         out.skip("sa_9", "cut short")
     finish_store(tmp_path / "s", keys, {"mean": [0.5] * 8})
     path = tmp_path / "s" / "shard-00000-0000.bin"
-    assert store_tool.main(["show", str(tmp_path / "s")]) == 0
+    assert main(["store", "show", str(tmp_path / "s")]) == 0
     text = capsys.readouterr().out
     for part in ("finished", "records    9", "float16", "8 x 5 x 5", "400", "tap", "trunk", "mean", "sa_9: cut short"):
         assert part in text
-    assert store_tool.main(["verify", str(tmp_path / "s")]) == 0
+    assert main(["store", "verify", str(tmp_path / "s")]) == 0
     assert "9 of 9 records have the right checksum" in capsys.readouterr().out
     path.write_bytes(path.read_bytes()[::-1])
-    assert store_tool.main(["verify", str(tmp_path / "s")]) == 1
+    assert main(["store", "verify", str(tmp_path / "s")]) == 1
     assert "sa_0 in shard-00000-0000.bin: wrong checksum" in capsys.readouterr().out
 
     expected = write_upstream(tmp_path / "up", (6, 3, 3), [["a"]])
-    with pytest.raises(StoreError, match="--channels and --grid"):
-        store_tool.main(["import", str(tmp_path / "up"), str(tmp_path / "t")])
-    assert (
-        store_tool.main(["import", str(tmp_path / "up"), str(tmp_path / "t"), "--channels", "6", "--grid", "3"]) == 0
-    )
+    assert main(["store", "import", str(tmp_path / "up"), str(tmp_path / "t")]) == 2
+    assert "--channels and --grid" in capsys.readouterr().err
+    assert main(["store", "import", str(tmp_path / "up"), str(tmp_path / "t"), "--channels", "6", "--grid", "3"]) == 0
     text = capsys.readouterr().out
     assert "ImageNet-normalised" in text and "6 x 3 x 3" in text
     np.testing.assert_array_equal(StoreReader(tmp_path / "t").read([0])["features"][0], expected["a"])

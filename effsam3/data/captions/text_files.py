@@ -132,12 +132,12 @@ def caption_files(captions: str) -> list[str]:
     else:
         raise UserError(
             f"captions: there is no {captions}; expected a folder, a file or a pattern of files "
-            f"({', '.join(READERS)}). Recap-DataComp-1B comes from the Hub by python scripts/fetch_recap.py --out "
+            f"({', '.join(READERS)}). Recap-DataComp-1B comes from the Hub by effsam3 fetch recap --out "
             "data/recap"
         )
     if not files:
         raise UserError(
-            f"captions: {captions} has no {', '.join(READERS)}; get some: python scripts/fetch_recap.py --out {path}"
+            f"captions: {captions} has no {', '.join(READERS)}; get some: effsam3 fetch recap --out {path}"
         )
     return files
 
@@ -331,7 +331,7 @@ def whole_parquet(name: str) -> Iterator[None]:
         yield
     except errors as error:
         raise UserError(
-            f"{name} cannot be read ({error}); if a download was cut short, python scripts/fetch_recap.py --verify "
+            f"{name} cannot be read ({error}); if a download was cut short, effsam3 fetch recap --verify "
             "with the same --out fetches it again"
         ) from error
 

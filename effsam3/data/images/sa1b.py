@@ -145,7 +145,7 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
     from datasets import Dataset
 
     path = Path(path)
-    command = f"python scripts/index_sa1b.py FOLDER_OR_TARS --out {path}"
+    command = f"effsam3 index sa1b FOLDER_OR_TARS --out {path}"
     table = indexing.read_index(path, command)
     found = {field.name: str(field.type) for field in table.schema}
     wrong = [f"{name} ({kind}, found {found.get(name)})" for name, kind in COLUMNS.items() if found.get(name) != kind]

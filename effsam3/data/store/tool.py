@@ -8,38 +8,12 @@ effsam3 store import SOURCE PATH [--channels C --grid G]
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from effsam3.data.store.format import Field, Manifest, list_shards, open_manifest, remedy
+from effsam3.errors import UserError
 
 SHOWN = 10  # skipped images and bad records listed by name
-
-
-def main(argv: list[str]) -> int:
-    """Runs one subcommand; returns 1 when `verify` finds damage. Raises UserError for whoever prints it."""
-    parser = argparse.ArgumentParser(prog="effsam3 store", description="Show, verify or import an embedding store.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, help_text in (("show", "what a store holds"), ("verify", "read every record, compare its checksum")):
-        command = commands.add_parser(name, help=help_text)
-        command.add_argument("path", type=Path, help="folder of the store")
-        if name == "verify":
-            index_help = "also read every image of this index: are the features of these very bytes?"
-            command.add_argument("--index", type=Path, help=index_help)
-    importer = commands.add_parser("import", help="make upstream's rank*-values.bin readable without copying them")
-    importer.add_argument("source", type=Path, help="folder that upstream's exporter wrote")
-    importer.add_argument("path", type=Path, help="new folder for the manifest")
-    importer.add_argument("--channels", type=int, help="channels of a record, where its size is not a known one")
-    importer.add_argument("--grid", type=int, help="rows and columns of a record, given with --channels")
-    arguments = parser.parse_args(argv)
-    if arguments.command == "show":
-        return show(arguments.path)
-    if arguments.command == "verify":
-        damaged = verify(arguments.path)
-        return damaged if arguments.index is None else max(damaged, verify_images(arguments.path, arguments.index))
-    if (arguments.channels is None) != (arguments.grid is None):
-        importer.error("--channels and --grid go together")
-    return import_(arguments.source, arguments.path, arguments.channels, arguments.grid)
 
 
 def show(root: Path) -> int:
@@ -161,6 +135,8 @@ def import_(source: Path, root: Path, channels: int | None, grid: int | None) ->
     """Imports upstream's shards and shows the result."""
     from effsam3.data.store.importing import import_upstream
 
+    if (channels is None) != (grid is None):
+        raise UserError("--channels and --grid go together; give both, or neither")
     field = None if channels is None else Field("features", "float16", (channels, grid, grid))
     import_upstream(source, root, field)
     return show(root)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SA-V's training set as released (mp4, `*_manual.json`, `*_auto.json`), through the index of `scripts/index_sav.py`.
+"""SA-V's training set as released (mp4, `*_manual.json`, `*_auto.json`), through the index of `effsam3 index sav`.
 
 Videos have 24 frames a second, annotations 6: annotated frame k is video frame 4k. The index has one row per usable
 JSON (COLUMNS); its files are named relative to the parquet's own folder.
@@ -202,7 +202,7 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
     from datasets import Dataset
 
     path = Path(path)
-    command = f"python scripts/index_sav.py FOLDER --out {path}"
+    command = f"effsam3 index sav FOLDER --out {path}"
     table = indexing.read_index(path, command)
     asked = schema()
     for name in LATER.keys() - set(table.schema.names):

@@ -36,9 +36,7 @@ class ImageData(Section):
 
     # folder: photographs of your own; synthetic: drawn shapes, never used unless asked for here
     source: Literal["sa1b", "folder", "synthetic"]
-    index: Annotated[
-        str, parquet
-    ]  # what to read; scripts/index_sa1b.py makes it, `folder` and `synthetic` by themselves
+    index: Annotated[str, parquet]  # what to read; effsam3 index sa1b makes it, `folder` and `synthetic` by themselves
     folder: str | None = None  # source folder only: the photographs, in subfolders too; indexed on first use
     held_out: Annotated[float, below_one] = 0.1  # source folder only: share held out, by the images' content
     resize: Literal["square", "longest_side"] = "square"  # square is SAM 3's own; longest_side pads to a square

@@ -42,7 +42,7 @@ from effsam3.stages.image.facts import ImageRecipe
 from effsam3.training.report import write_json
 
 DIVIDED_BY = {
-    "sa1b": "scripts/index_sa1b.py --val-fraction",
+    "sa1b": "effsam3 index sa1b --val-fraction",
     "folder": "data.held_out",
     "synthetic": "their number, data.synthetic_images,",
 }

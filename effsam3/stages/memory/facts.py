@@ -35,7 +35,7 @@ class MemoryData(Section):
     """The videos, and how clips are drawn from them."""
 
     source: Literal["sav", "synthetic"]  # synthetic: drawn shapes, never used unless asked for here
-    index: Annotated[str, parquet]  # what to read; scripts/index_sav.py makes it, or `synthetic` does
+    index: Annotated[str, parquet]  # what to read; effsam3 index sav makes it, or `synthetic` does
     frames: Annotated[int, lambda value: "" if value > 1 else f"must be 2 or more, got {value}"] = 8  # of a clip
     objects: PositiveInt = 3  # most objects of a clip; they are batched, and cost what frames cost
     reverse: Annotated[float, share] = 0.5  # of the clips that run backwards

@@ -174,7 +174,7 @@ class MemoryStage(Stage):
         if not len(rows["train"]) or not len(rows["val"]):
             raise UserError(
                 f"data.index: {index} has {len(rows['train'])} training and {len(rows['val'])} held-out videos; both "
-                "are needed (scripts/index_sav.py --val-fraction divides them)"
+                "are needed (effsam3 index sav --val-fraction divides them)"
             )
         shape = dict(image_size=side, frames=data.frames, objects=data.objects)
         self.train_data = VideoClips(
