@@ -188,7 +188,7 @@ class ImageRecipe(FeatureRecipe):
         remedies = {
             "synthetic": f"{data.synthetic_images} images will be drawn by embed or train",
             "folder": f"the photographs in {data.folder} will be indexed by embed or train",
-            "sa1b": f"make it with: python scripts/index_sa1b.py FOLDER --out {data.index}",
+            "sa1b": f"make it with: effsam3 index sa1b FOLDER --out {data.index}",
         }
         counts = index_counts(data.index, "images", remedies[data.source])
         return {split: min(count, data.limit or count) for split, count in counts.items()}

@@ -210,7 +210,7 @@ class MemoryRecipe(StageRecipe):
         clip = f"clips of {data.frames} frames, at most {data.objects} objects"
         remedies = {
             "synthetic": f"{data.synthetic_videos} videos will be drawn by train; {clip}",
-            "sav": f"make it with: python scripts/index_sav.py FOLDER --out {data.index}",
+            "sav": f"make it with: effsam3 index sav FOLDER --out {data.index}",
         }
         counts = index_counts(data.index, "videos", remedies[data.source])
         return f"{counts['train']:,} to learn from, {counts['val']:,} held out; {clip}"
