@@ -104,13 +104,12 @@ DATA_VERBS = {
         [
             arg("--out", required=True, type=Path, help="folder for the parquet files"),
             arg("--fraction", type=float, default=0.01, help="of the train files (default 0.01)"),
-            arg("--repo", help="dataset on the Hub (default: Recap-DataComp-1B's)"),
+            arg("--repo", help="dataset on the Hub (default: Recap-DataComp-1B)"),
             arg("--revision", help="commit, branch or tag (default: the newest)"),
             arg("--verify", action="store_true", help="read the files that are there again, too"),
         ],
         more=": the first 1 % of its train files, about 9 million captions. The same command, or one with a larger "
-        "fraction, resumes. Every file's size and SHA-256 are compared with the Hub's. HF_ENDPOINT names a mirror, "
-        "HF_TOKEN (or `hf auth login`) a login.",
+        "fraction, keeps whole files. HF_ENDPOINT names a mirror, HF_TOKEN (or `hf auth login`) a login.",
     ),
     "extract frames": Verb(
         "extract frames of videos as JPEGs",
