@@ -52,5 +52,5 @@ setup(
         "wandb>=0.18",
         "xxhash>=3.4",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"]},
+    extras_require={"dev": ["jsonschema>=4.18", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"]},
 )

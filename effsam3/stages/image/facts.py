@@ -96,6 +96,7 @@ Prompt = Literal["box", "point"]
 class ImageEvaluate(Section):
     """What the merged model is measured on."""
 
+    # fidelity: features next to the teacher's; masks: mIoU of prompted masks; speed: of the trunks
     benchmarks: Annotated[tuple[Benchmark, ...], at_least_one, each_once] = ("fidelity", "masks", "speed")
     max_images: PositiveInt = 200  # held-out images per benchmark
     masks_per_image: PositiveInt = 8  # annotated masks prompted per image, at most
@@ -111,7 +112,7 @@ class ImageRecipe(FeatureRecipe):
     metric = "val/cosine"
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck")
 
-    stage: Literal["image"]  # the module of effsam3/stages that reads this recipe
+    stage: Literal["image"]  # the folder of effsam3/stages that reads this recipe
     name: FileName  # of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     # A row of effsam3/models/registry.py (see `effsam3 compare`), or timm/NAME, any backbone with feature maps

@@ -63,9 +63,8 @@ class MemoryModel(Section):
 
     mode: Mode = "hybrid"  # hybrid: pooled maps of the newest and the prompted frames, latents of the others
     global_latents: PositiveInt = 64  # latents of a frame that read all of it
-    window_latents: PositiveInt = (
-        64  # latents of a frame that read a window each; a square whose root divides the grid
-    )
+    # latents of a frame that read a window each; a square number whose root divides the grid
+    window_latents: PositiveInt = 64
     depth: PositiveInt = 2  # layers of the resampler
     pool: PositiveInt = 2  # pooled maps keep the mean of so many by so many cells
     hot_frames: NonNegativeInt = 1  # hybrid: most recent frames that keep their map
@@ -165,7 +164,7 @@ class MemoryRecipe(StageRecipe):
         "data.frames",
     )
 
-    stage: Literal["memory"]
+    stage: Literal["memory"]  # the folder of effsam3/stages that reads this recipe
     name: FileName  # of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     sam3: Sam3 = Sam3()  # the frozen chassis: SAM 3, or the merged model of a stage 1 student or release

@@ -21,9 +21,9 @@ from effsam3.recipe.rules import FileName, Section
 class Parts(Section):
     """Who fills which slot: a run folder, a merged or an imported model; null: SAM 3's own part stays."""
 
-    image: str | None = None
-    text: str | None = None
-    memory: str | None = None
+    image: str | None = None  # who fills the vision trunk
+    text: str | None = None  # who fills the text encoder
+    memory: str | None = None  # who fills the tracker's memory
 
     def filled(self) -> dict[str, Path]:
         """Return the slots that get a part: {slot: where it is}."""
@@ -42,7 +42,7 @@ class ReleaseRecipe(Recipe):
     why_no_more = "it puts together what has been trained already: run this verb on the recipe of a part"
     runs_key = "runs"
 
-    stage: Literal["release"]
+    stage: Literal["release"]  # the folder of effsam3/stages that reads this recipe
     name: FileName  # of the release's folder, <runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; what `evaluate` runs on
     runs: str = "runs"  # folder of run folders

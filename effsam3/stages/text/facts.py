@@ -91,6 +91,7 @@ class TextLoss(Section):
 class TextEvaluate(Section):
     """What the merged model's text features are measured on."""
 
+    # similarity: features next to the teacher's; speed: of the encoders
     benchmarks: Annotated[tuple[Literal["similarity", "speed"], ...], at_least_one, each_once] = (
         "similarity",
         "speed",
@@ -108,7 +109,7 @@ class TextRecipe(FeatureRecipe):
     metric = "val/cosine"
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "data.context_length", "teacher")
 
-    stage: Literal["text"]
+    stage: Literal["text"]  # the folder of effsam3/stages that reads this recipe
     name: FileName  # of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     student: Annotated[str, text_student_name]  # a row of effsam3/models/registry.py; see `effsam3 compare`
