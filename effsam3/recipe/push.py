@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Annotated
 
-from effsam3.recipe.rules import PositiveInt, Section
+from effsam3.recipe.rules import Section
 
 
 def repository(value: str) -> str:
@@ -29,4 +29,3 @@ class Push(Section):
     private: bool = True  # false: a repository that is made is public, and one that is public already is accepted
     revision: str = "main"  # branch to commit to; made when it is not there
     license: str | None = None  # file with the full text of the SAM License; null: the LICENSE beside the chassis
-    attempts: PositiveInt = 5  # per file while the Hub or the network fails, after waits of 1, 2, 4 ... 60 s

@@ -18,6 +18,7 @@ LAYERS = [
         "registration",
         "errors",
         "files",
+        "hub",
         "checked_files",
         "stopping",
         "shipped",

@@ -86,7 +86,7 @@ def test_what_arrives_is_what_lies_here(folder, hub, capsys):
         home = folder / name if (folder / name).is_file() else folder / "merged" / name
         assert files[name] == home.read_bytes(), name
     printed = capsys.readouterr().out
-    assert len(re.findall(r"^ +\d+/12 +[\d.]+ MB +[\d.]+ s  \S+$", printed, re.M)) == 12
+    assert len(re.findall(r"^ +[\d.]+ MB  \S+$", printed, re.M)) == 12 and "removed" not in printed
     assert printed.rstrip().endswith('model = transformers.Sam3VideoModel.from_pretrained("tester/model")')
     assert f"{hub.url}/tester/model\n" in printed
 
@@ -166,9 +166,9 @@ def test_what_is_missing_is_named(folder, hub, monkeypatch):
 @pytest.mark.parametrize(
     ("token", "repo", "message"),
     [
-        ("hf_wrong", "tester/model", "the Hub does not accept this token.+401"),
-        ("hf_read", "tester/model", "this token may not write to tester/model.+403"),
-        ("hf_write", "other/model", "may not write to other/model; use one with write access to other.+403"),
+        ("hf_wrong", "tester/model", "push to tester/model: .+ answers 401 .+this token is not accepted"),
+        ("hf_read", "tester/model", "push to tester/model: .+ answers 403 .+; a push takes a token with write"),
+        ("hf_write", "other/model", "push to other/model: .+ answers 403 .+ with write access to other"),
     ],
 )
 def test_a_token_that_may_not_is_named_before_anything_is_read(folder, hub, monkeypatch, token, repo, message):
@@ -183,14 +183,14 @@ def test_a_token_that_may_not_is_named_before_anything_is_read(folder, hub, monk
 def test_a_reader_of_somebodys_repository_may_not_write_there(folder, hub, monkeypatch):
     go(folder)
     monkeypatch.setenv("HF_TOKEN", "hf_read")
-    with pytest.raises(PushError, match="this token may not write to tester/model.+403"):
+    with pytest.raises(PushError, match="push to tester/model: .+ answers 403 .+this token may not do that"):
         go(folder)
 
 
 def test_without_a_network(folder, hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(PushError, match=r"making the repository: http://127.0.0.1:9 cannot be reached.+ConnectError"):
-        go(folder, "push.attempts=1")
+    with pytest.raises(PushError, match=r"http://127.0.0.1:9 cannot be reached .ConnectError.+HTTPS_PROXY"):
+        go(folder)
 
 
 def test_a_public_repository_is_not_written_to_in_private(folder, hub):
@@ -259,21 +259,13 @@ def test_names_are_those_that_the_hubs_client_accepts(name):
 # ---- when the Hub or the network fails
 
 
-def test_trouble_that_passes_is_waited_for(folder, hub, capsys):
-    hub.fail("/api/repos/create", "break")
+def test_a_push_that_fails_is_completed_by_the_next_one(folder, hub):
     hub.fail("/commit/", 503)
-    go(folder)
-    printed = capsys.readouterr().out
-    assert re.search(r"making the repository: \w+: .+; attempt 2 of 5 in 1 s", printed)
-    assert "commit: 503: made to fail; attempt 2 of 5 in 1 s" in printed
-    assert len(hub.repositories["tester/model"].commits) == 1
-
-
-def test_trouble_that_stays_ends_the_push_and_the_next_one_goes_on(folder, hub):
-    hub.fail("/commit/", 503, 503)
     before = content(folder)
-    with pytest.raises(PushError, match="commit: .+ cannot be reached or fails; run the same command again.+503"):
-        go(folder, "push.attempts=2")
+    with pytest.raises(
+        PushError, match="answers 503 .made to fail.: run the same command again later, what has arrived is kept"
+    ):
+        go(folder)
     assert hub.repositories["tester/model"].branches["main"].keys() == {".gitattributes"}
     assert content(folder) == before
     sent = len(hub.sent("PUT "))
@@ -281,15 +273,14 @@ def test_trouble_that_stays_ends_the_push_and_the_next_one_goes_on(folder, hub):
     assert len(hub.sent("PUT ")) == sent and EXPECTED < hub.repositories["tester/model"].branches["main"].keys()
 
 
-def test_what_will_not_pass_is_not_tried_again(folder, hub):
-    hub.fail("/blobs/", 403)  # storage refuses a signed address that has run out
-    with pytest.raises(PushError, match="pictures/one.png: .+403"):
+def test_the_file_that_is_refused_is_named(folder, hub):
+    hub.fail("/blobs/", *[403] * 9)  # storage refuses signed addresses that have run out
+    with pytest.raises(PushError, match="Error while uploading '(pictures/one.png|model.safetensors)'.+answers 403"):
         go(folder)
-    assert len(hub.sent("PUT ")) == 1
 
 
 def test_a_large_file_that_arrives_damaged_is_noticed(folder, hub):
     hub.fail("/verify", 422)
-    with pytest.raises(PushError, match="422: made to fail"):
+    with pytest.raises(PushError, match="answers 422 .made to fail"):
         go(folder)
     assert hub.repositories["tester/model"].commits == []

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from effsam3.errors import UserError
+from effsam3.hub import hub_errors
 from effsam3.training.report import refuse_unwritable
 
 REPO = "UCSC-VLAA/Recap-DataComp-1B"
@@ -40,26 +39,23 @@ def fetch(
         raise UserError(f"--fraction {fraction} must be above 0 and at most 1; 0.01 is 1 %")
     repo = repo or REPO
     refuse_unwritable(out, "--out")
-    with hub_errors(repo):
+    with hub_errors(repo, "or fetch on another machine and copy the folder", HubError):
         commit = HfApi().dataset_info(repo, revision=revision).sha
         found = HfApi().list_repo_tree(repo, FOLDER, revision=commit, repo_type="dataset")
         files = sorted((one for one in found if Path(one.path).match("train*.parquet")), key=lambda one: one.path)
-    wanted = files[: max(1, round(fraction * len(files)))]
-    if not wanted:
-        raise HubError(f"{repo} has no train*.parquet in {FOLDER}; the captions are in {REPO}")
-    size = sum(file.size for file in wanted)
-    print(f"wanted   {len(wanted)} of {len(files)} train files of {repo} at {commit[:12]}, {size / 1e9:.2f} GB")
-    with hub_errors(repo):
+        wanted = files[: max(1, round(fraction * len(files)))]
+        if not wanted:
+            raise HubError(f"{repo} has no train*.parquet in {FOLDER}; the captions are in {REPO}")
+        size = sum(file.size for file in wanted)
+        print(f"wanted   {len(wanted)} of {len(files)} train files of {repo} at {commit[:12]}, {size / 1e9:.2f} GB")
         if verify and out.is_dir():
-            for bad in (
-                HfApi().verify_repo_checksums(repo, repo_type="dataset", revision=commit, local_dir=out).mismatches
-            ):
+            checked = HfApi().verify_repo_checksums(repo, repo_type="dataset", revision=commit, local_dir=out)
+            for bad in checked.mismatches:
                 print(f"damaged  {bad['path']}")
                 (out / bad["path"]).unlink()
         _refuse_full_disk(out, sum(file.size for file in _missing(out, wanted)))
-        snapshot_download(
-            repo, repo_type="dataset", revision=commit, local_dir=out, allow_patterns=[file.path for file in wanted]
-        )
+        paths = [file.path for file in wanted]
+        snapshot_download(repo, repo_type="dataset", revision=commit, local_dir=out, allow_patterns=paths)
     if missing := _missing(out, wanted):  # huggingface_hub takes what is there where the Hub has gone meanwhile
         raise HubError(f"{len(missing)} files have not arrived (first: {missing[0].path}); run the same command again")
     print(f"have     {len(wanted)} of {len(wanted)} files in {out}")
@@ -78,36 +74,3 @@ def _refuse_full_disk(out: Path, needed: int) -> None:
             f"{needed / 1e9:.2f} GB are missing and {out} has {free / 1e9:.2f} GB free; make room, name another "
             "--out, or take a smaller --fraction"
         )
-
-
-@contextmanager
-def hub_errors(repo: str) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a HubError that says what is needed."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RemoteEntryNotFoundError,
-    )
-
-    try:
-        yield
-    except OfflineModeIsEnabled as error:
-        raise HubError(f"the Hub is needed for {repo}, but HF_HUB_OFFLINE is set; unset it") from error
-    except RemoteEntryNotFoundError as error:
-        raise HubError(f"{repo} has no {FOLDER} with train*.parquet; the captions are in {REPO}") from error
-    except HfHubHTTPError as error:
-        if error.response.status_code in (401, 403, 404):
-            raise HubError(
-                f"the Hub at {constants.ENDPOINT} does not give {repo} (HTTP {error.response.status_code}): check the "
-                "name, and log in (`hf auth login`, or a token that may read it in HF_TOKEN)"
-            ) from error
-        raise HubError(f"the Hub at {constants.ENDPOINT} failed ({error}); try again later") from error
-    except (HTTPError, ConnectionError, TimeoutError, LocalEntryNotFoundError) as error:
-        raise HubError(
-            f"the Hub at {constants.ENDPOINT} cannot be reached ({type(error).__name__}: {error}). Needed: network "
-            "access to it (a proxy goes into HTTPS_PROXY) or a mirror in HF_ENDPOINT; or fetch on another machine and "
-            "copy the folder. What is there can be used as it is"
-        ) from error

@@ -13,6 +13,7 @@ import torch
 import xxhash
 
 from effsam3.errors import ChassisError
+from effsam3.hub import hub_errors
 from effsam3.models.chassis.cache import kept_in_cache
 from effsam3.models.chassis.processor import processor
 from effsam3.models.chassis.sam3_pt import converted
@@ -94,20 +95,15 @@ def _model_folder(folder: Path) -> Path:
 def _download(repo_id: str, revision: str | None) -> Path:
     refuse_sam31_id(repo_id)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=["*.safetensors", "*.json", "merges.txt", "LICENSE*"]
-            )
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ChassisError(
-            f"sam3.checkpoint: {repo_id} is no folder here and cannot be had from the Hub ({type(error).__name__}: "
-            f"{error}). facebook/sam3 is gated: ask for access on its page, then `hf auth login`; or name a local "
-            "folder, or `tiny` for a trial"
-        ) from error
+    what = f"sam3.checkpoint: {repo_id} is no folder here and cannot be had from the Hub"
+    remedy = (
+        "facebook/sam3 is gated: ask for access on its page, then `hf auth login`; or name a local folder, or `tiny` "
+        "for a trial"
+    )
+    with hub_errors(what, remedy, ChassisError):
+        files = ["*.safetensors", "*.json", "merges.txt", "LICENSE*"]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
 
 
 def _make(name: str) -> Path:

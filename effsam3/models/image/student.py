@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 
 from effsam3.errors import UserError
+from effsam3.hub import hub_errors
 from effsam3.models.chassis.pickled import PickledError, open_pickled
 from effsam3.models.image.backbones import build, build_trunk, feature_maps, image_student, trunk_tensors
 from effsam3.models.registry import FUSED_MAPS, FUSED_WIDTH
@@ -228,21 +229,16 @@ def load_timm_weights(student: StudentTrunk, weights: str, timm_name: str | None
     Raises:
         StudentError: timm has no such weights, cannot fetch them, or they do not cover the trunk.
     """
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     name = timm_name or student.config.timm_name
     overlay = {}
     if weights != "imagenet":
         # timm asks neither whether the file is whole nor whether its numbers are finite.
         read_weights_file(Path(weights), f"name weights of timm's {name}, or set student_init=imagenet or random")
         overlay = {"pretrained_cfg_overlay": {"file": weights}}
-    try:
+    what = f"student_init: {weights} weights of {name} cannot be loaded"
+    remedy = "reach the Hub once so that they are cached, give a local weights file, or set student_init=random"
+    with hub_errors(what, remedy, StudentError):
         source = build(name, student.config.seen_size, pretrained=True, **overlay).state_dict()
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
-        raise StudentError(
-            f"student_init: {weights} weights of {name} cannot be loaded ({type(error).__name__}: {error}); reach the "
-            "Hub once so that they are cached, give a local weights file, or set student_init=random"
-        ) from error
     wanted = student.trunk.state_dict()
     found = trunk_tensors(wanted, source)
     wrong = [key for key, value in found.items() if value is None or value.shape != wanted[key].shape]

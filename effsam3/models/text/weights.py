@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from effsam3.hub import hub_errors
 from effsam3.models.image.student import StudentError, read_weights_file
 from effsam3.models.keymaps import KeyMap, section
 from effsam3.models.keymaps.mobileclip import APPLE, HOLES, OPEN_CLIP, POSITIONS
@@ -135,19 +136,14 @@ def _find(weights: str) -> Path:
         return Path(weights)
     import open_clip
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
+    remedy = "reach the Hub once so that it is cached, give a local file, or set student_init=random"
+    with hub_errors(f"student_init: {weights} cannot be had from the Hub", remedy, StudentError):
         if tags := open_clip.list_pretrained_tags_by_model(weights):
             return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(weights, tags[0])))
         if weights.count("/") >= 2:
             organisation, repository, file = weights.split("/", 2)
             return Path(hf_hub_download(f"{organisation}/{repository}", file))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise StudentError(
-            f"student_init: {weights} cannot be had from the Hub ({type(error).__name__}: {error}); reach the Hub "
-            "once so that it is cached, give a local file, or set student_init=random"
-        ) from error
     raise StudentError(
         f"student_init: there is no file {weights}, and it is neither an open_clip model with weights (MobileCLIP-S1) "
         "nor a file on the Hub (apple/MobileCLIP-S0/mobileclip_s0.pt)"
