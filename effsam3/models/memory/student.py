@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from effsam3.losses.masks import at_side, iou, mask_losses
+from effsam3.losses.memory import memory_loss
 from effsam3.models.memory.tracker import EfficientTracker
 from effsam3.models.memory.training import PARTS, UNUSED, Prompts, Tracked, encode_frames, track
 
@@ -122,8 +123,8 @@ class TrackerStudent(nn.Module):
                 for name, value_N in mask_losses(*scores).items():
                     terms[name] = terms[name] + (value_N * weight_N[part.objects_N]).sum()
             if frame.teacher_OCGG is not None:
-                error = (frame.conditioned_OCGG.float() - frame.teacher_OCGG.float()).square().mean((1, 2, 3))
-                terms["memory"] = terms["memory"] + (error * weight_N).sum()
+                value_O = memory_loss(frame.conditioned_OCGG, frame.teacher_OCGG)
+                terms["memory"] = terms["memory"] + (value_O * weight_N).sum()
         return terms
 
 
