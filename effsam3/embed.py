@@ -81,7 +81,7 @@ def run(recipe, check: int | None = None) -> None:
     counts = torch.tensor([embedded, int(STOP.asked)], device=accelerator.device)
     embedded, asked = accelerator.reduce(counts).tolist()
     if asked:
-        report.say(f"asked to stop: {embedded:,} records made now are kept; the same command goes on from there")
+        report.say(f"asked to stop: {embedded:,} records made now are kept; the same command resumes from there")
         sys.exit(STOPPED)
     on_main(accelerator, partial(close_store, root, teacher_pass, embedded, started, report))
 

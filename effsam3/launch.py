@@ -152,11 +152,11 @@ def launch(
             after = read_progress(recipe.folder) if verb == "train" else None
             state = after.state if after is not None and after != before else None
             if state == "stopped" or (STOP.asked and state != "failed"):
-                print(f"{verb} has stopped as it was asked to; the same command goes on{_aside(command)}", flush=True)
+                print(f"{verb} has stopped as it was asked to; the same command resumes{_aside(command)}", flush=True)
                 return STOPPED
             return code
         if STOP.asked and verb != verbs[-1]:
-            print(f"asked to stop after {verb}; the same command goes on", flush=True)
+            print(f"asked to stop after {verb}; the same command resumes", flush=True)
             return STOPPED
     return 0
 
@@ -223,7 +223,7 @@ def _run(command: list[str], environment: dict[str, str]) -> int:
 
     # Some batch systems signal this process only, and the run itself must hear it to save. Others signal all of them:
     # then the launcher of several processes hears it twice, and a third time would end its wait for the ranks.
-    # SIGUSR1 goes on as SIGTERM: that launcher forwards only the latter. Ctrl-C reaches everybody by itself.
+    # SIGUSR1 is passed on as SIGTERM: that launcher forwards only the latter. Ctrl-C reaches everybody by itself.
     def pass_on(number):
         nonlocal told
         if process is not None and number != signal.SIGINT and not told:

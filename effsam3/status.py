@@ -196,7 +196,7 @@ def _next(facts: dict[str, Any], folder: Path) -> str:
     if state == "silent":
         return (
             f"see whether process {facts['pid']} on {facts['host']} still works ({folder}/log.txt, the GPUs); if it "
-            "hangs, end it, and the same command goes on from what is saved"
+            "hangs, end it, and the same command resumes from what is saved"
         )
     if state == "complete":
         if not (folder / "merged" / "config.json").is_file():
@@ -205,7 +205,7 @@ def _next(facts: dict[str, Any], folder: Path) -> str:
             return f"effsam3 evaluate {folder}"
         return f"read {folder}/eval/summary.md; effsam3 push {folder} --dry-run"
     mend = {"failed": "mend what the error names, then ", "unknown": "if it does not run any more, "}.get(state, "")
-    start = f"goes on from {saved[-1]}" if saved else "starts anew, nothing is saved yet"
+    start = f"resumes from {saved[-1]}" if saved else "starts anew, nothing is saved yet"
     if not (folder / "recipe.yaml").is_file():
         return f"{mend}the same command {start}"
     return f"{mend}the same command, or `effsam3 launch {folder} train`, {start}"

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-STOPPED = os.EX_TEMPFAIL  # 75, the exit code: what was done is saved and the same command goes on
+STOPPED = os.EX_TEMPFAIL  # 75, the exit code: what was done is saved and the same command resumes
 IMPATIENCE_S = 1.0  # `timeout` and launchers send the same request twice at once; a person needs longer than this
 LAUNCHED = "EFFSAM3_LAUNCHED"  # number of the process of `effsam3 launch` that has started this one
 RANK = "TORCHELASTIC_RUN_ID"  # set by torch's launcher

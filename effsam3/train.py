@@ -56,7 +56,7 @@ from effsam3.training.resume import AUTO, read_trainer, resumable
 
 
 def run(recipe, resume: str = AUTO) -> None:
-    """Train the recipe's student; `resume` says where to go on from, see `resume.resumable`.
+    """Train the recipe's student; `resume` says where to resume from, see `resume.resumable`.
 
     Raises:
         UserError: the run folder holds a run of another recipe, a batch cannot be divided over the processes, the
@@ -283,7 +283,7 @@ def any_asked(accelerator) -> bool:
 def end_stopped(progress: Progress, report: Report, loggers: Loggers, step: int, steps: int) -> NoReturn:
     """End a run that is saved at a step because it was asked to."""
     progress.update("stopped", step, steps)
-    where = f"saved at step {step}; the same command goes on from there" if step else "nothing was learned yet"
+    where = f"saved at step {step}; the same command resumes from there" if step else "nothing was learned yet"
     report.say(f"asked to stop: {where}")
     finish(loggers, report)
     sys.exit(STOPPED)
@@ -349,7 +349,7 @@ def announce(
         f"{recipe.train.global_batch_size} = {recipe.train.micro_batch_size} per device x {accelerator.num_processes} "
         f"x {micros} accumulated; {steps:,} steps{epochs}"
     )
-    resumed = f"   (going on from step {state['step']:,})" if state["step"] else ""
+    resumed = f"   (resuming from step {state['step']:,})" if state["step"] else ""
     lines = stage.describe() | {"batch": batch, "run": f"{report.folder}{resumed}"}
     if sizes is not None:
         lines |= header_lines(recipe, running_hardware(accelerator, recipe.hardware), sizes)

@@ -112,7 +112,7 @@ def to_rle(segmentation, height: int, width: int) -> dict:
 def runs_of(rle: dict) -> np.ndarray:
     """Return the lengths of a compressed RLE's runs, int64, background first.
 
-    Six bits a character: 5 of a little-endian signed number, 1 for "goes on"; from the fourth number on, each is the
+    Six bits a character: 5 of a little-endian signed number, 1 for "continues"; from the fourth number on, each is the
     difference to the one two places earlier.
 
     Raises:
@@ -253,7 +253,7 @@ def _check_inside(name: str, xs: list[float], ys: list[float], height: int, widt
 def middle_of(runs: np.ndarray, height: int) -> list[float]:
     """Return [x, y] of a pixel of a mask, given as by `runs_of`: the middle of its longest vertical stretch."""
     ends = np.cumsum(runs)
-    cuts = np.union1d(ends, np.arange(0, ends[-1] + 1, height))  # a run may go on in the next column
+    cuts = np.union1d(ends, np.arange(0, ends[-1] + 1, height))  # a run may continue in the next column
     lengths = np.diff(cuts)
     inside = np.searchsorted(ends, cuts[:-1], side="right") % 2 == 1
     longest = np.argmax(lengths * inside)

@@ -26,7 +26,7 @@ STEP = re.compile(r"(best-)?step-(\d{6,})$")
 WEIGHTS = "student.safetensors"
 TRAINED = "trained.safetensors"
 OPTIMIZER = "optimizer.safetensors"
-REMEDY = "delete this checkpoint to go on from the one before, or name another with --resume"
+REMEDY = "delete this checkpoint to resume from the one before, or name another with --resume"
 
 
 class CheckpointError(UserError):
@@ -100,8 +100,8 @@ def save(accelerator, student, optimizer, average, checkpoints: Path, trainer: d
     (problem,) = broadcast_object_list([problem])  # else the others would wait for rank 0 until they time out
     if problem:
         raise CheckpointError(
-            f"{folder} could not be written ({problem}); make room or name another train.runs. The same command goes "
-            f"on from {latest(checkpoints) or 'the beginning'}"
+            f"{folder} could not be written ({problem}); make room or name another train.runs. The same command "
+            f"resumes from {latest(checkpoints) or 'the beginning'}"
         )
     return folder
 
@@ -157,7 +157,7 @@ def read_weights(folder: Path) -> dict:
 
 
 def read_trained(folder: Path) -> tuple[dict, dict]:
-    """Read what a checkpoint goes on from: the weights as they were trained, and `optimizer_state.gather`'s tensors.
+    """Read what a run resumes from: the weights as they were trained, and `optimizer_state.gather`'s tensors.
 
     Raises:
         CheckpointError: a file is missing or cut short.

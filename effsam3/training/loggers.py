@@ -103,7 +103,7 @@ class Loggers:
             self.accelerator.trackers.clear()
             self.accelerator.init_trackers(project, None, options)
             return (
-                f"wandb: {str(error).splitlines()[0]}; this run goes on without it, its numbers are in metrics.jsonl. "
+                f"wandb: {str(error).splitlines()[0]}; the run continues; all numbers are in metrics.jsonl. "
                 f"Delete {self.folder / WANDB_FILE} if the id in it is to blame"
             )
         return ""

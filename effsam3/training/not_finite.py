@@ -16,7 +16,7 @@ from effsam3.training.report import write_text
 
 FILE = "not_finite.json"  # of a run that stopped: the samples of the step
 MOST_IN_A_ROW = 10  # micro-batches that are left out one after the other
-SKIPPED = "skipped.jsonl"  # of a run that goes on: a line for every micro-batch left out
+SKIPPED = "skipped.jsonl"  # a line for every micro-batch left out
 
 
 class NotFinite:

@@ -74,7 +74,7 @@ def refuse_other_moments(student: nn.Module, tensors: Mapping[str, Tensor], wher
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name) or (name.startswith("exp_avg_sq/") and (tensor < 0).any()):
             raise UserError(
-                f"{where}: {name} is not the state of this student's optimizer; delete this checkpoint to go on from "
+                f"{where}: {name} is not the state of this student's optimizer; delete this checkpoint to resume from "
                 "the one before, or name another with --resume"
             )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run goes on from: its own newest checkpoint, another run's, or nowhere."""
+"""Where a run resumes: its own newest checkpoint, another run's, or nowhere."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FREE_KEYS = ("name ", "hardware", "data.workers", "data.max_unreadable", "embed.
 
 
 def resumable(recipe, folder: Path, resume: str) -> Path | None:
-    """Return the checkpoint to go on from, None for a fresh run.
+    """Return the checkpoint to resume from, None for a fresh run.
 
     Args:
         folder: the run's own.
@@ -51,7 +51,7 @@ def resumable(recipe, folder: Path, resume: str) -> Path | None:
             already; else a checkpoint, or a run's folder, that it begins with as long as it has none of its own.
 
     Raises:
-        UserError: there is no such checkpoint, it is of a recipe that would learn something else, or going on from it
+        UserError: there is no such checkpoint, it is of a recipe that would learn something else, or resuming from it
             would leave later ones behind.
     """
     own = checkpoint.latest(folder / "checkpoints")
@@ -67,8 +67,8 @@ def resumable(recipe, folder: Path, resume: str) -> Path | None:
         if own is not None and chosen.resolve() != own.resolve():
             if chosen.resolve().parent == own.resolve().parent:
                 raise UserError(
-                    f"{folder} has gone on to step {_step(own)} since {chosen.name}; give this run another name, or "
-                    "delete the later checkpoints"
+                    f"{folder} has since reached step {_step(own)}, past {chosen.name}; give this run another name, "
+                    "or delete the later checkpoints"
                 )
             chosen = own  # this run has begun already, such as before it was requeued
     if chosen is None:

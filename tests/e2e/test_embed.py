@@ -376,4 +376,4 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(own):
         r"embed.dtype=int8 takes half, data.limit=N takes fewer, teacher=online none; or name another disk with "
         "embed.to", done.stderr
     )  # fmt: skip
-    assert done.stdout.splitlines()[-1] == "manifest.json"  # which the next attempt goes on from
+    assert done.stdout.splitlines()[-1] == "manifest.json"  # which the next attempt resumes from

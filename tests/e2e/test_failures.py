@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs that something happens to: killed ranks and workers, full disks, damaged files, NaN, no network.
 
-Each ends promptly with a code and a line that says why, loses nothing that was saved, and goes on to the same numbers.
+Each ends promptly with a code and a line that says why, loses nothing that was saved, and resumes to the same numbers.
 """
 
 from __future__ import annotations
@@ -125,14 +125,14 @@ def test_a_rank_is_killed_then_both_are_stopped_then_they_finish(shared, whole):
     wait_for_step(mine, 4, process)
     process.terminate()
     printed = end(process, 180)
-    assert process.returncode == 75 and "going on from step" in printed, printed
+    assert process.returncode == 75 and "resuming from step" in printed, printed
     assert "asked to stop: saved at step" in printed
     assert json.loads((mine / "progress.json").read_text())["state"] == "stopped"
     stopped = checkpoint.latest(mine / "checkpoints")
     assert stopped.name < f"step-{STEPS:06d}"
 
     printed = run(folder, *arguments, launch=True)
-    assert f"going on from step {int(stopped.name[-6:])}" in printed
+    assert f"resuming from step {int(stopped.name[-6:])}" in printed
     assert_same(whole, mine, 1e-4)
 
 
@@ -158,7 +158,7 @@ def test_killed_while_it_writes_a_checkpoint(shared, whole):
     process.wait()
     before = checkpoint.latest(mine / "checkpoints")
     assert before.name < partial[0].name
-    assert f"going on from step {int(before.name[-6:])}" in run(folder, *arguments)
+    assert f"resuming from step {int(before.name[-6:])}" in run(folder, *arguments)
     assert_same(whole, mine, 1e-12)
     assert not list((mine / "checkpoints").glob("*.partial"))
 
@@ -175,7 +175,7 @@ def disk(tmp_path) -> Iterator[Path | None]:
 
 
 @pytest.mark.parametrize("hardware", ["cpu", "ddp_cpu"])
-def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(shared, whole, disk, tmp_path, hardware):
+def test_a_full_disk_ends_the_run_and_room_lets_it_resume(shared, whole, disk, tmp_path, hardware):
     folder, overrides = shared
     runs = disk or tmp_path / "disk"
     arguments, mine = ("train", *overrides, *SHORT, f"train.runs={runs}", "name=full"), runs / "full"
@@ -193,7 +193,7 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(shared, whole, disk, tm
     assert process.returncode == (2 if hardware == "cpu" else 1), printed
     last = checkpoint.latest(mine / "checkpoints")
     assert "could not be written" in printed
-    assert f"make room or name another train.runs. The same command goes on from {last}" in printed
+    assert f"make room or name another train.runs. The same command resumes from {last}" in printed
     assert last.name >= "step-000002" and not list((mine / "checkpoints").glob("*.partial"))
     for saved in checkpoint.complete(mine / "checkpoints"):
         checkpoint.read_trained(saved)
@@ -202,7 +202,7 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_go_on(shared, whole, disk, tm
 
     if disk is not None:
         others.unlink()
-    assert f"going on from step {int(last.name[-6:])}" in run(folder, *arguments)
+    assert f"resuming from step {int(last.name[-6:])}" in run(folder, *arguments)
     assert_same(whole, mine, 1e-4)
 
 
@@ -273,7 +273,7 @@ def test_nan_stops_the_run_and_names_the_sample(shared, poisoned):
     assert [one["samples"] for one in found["micro_batches"] if one["loss"] == "nan"] == [[key]]
     assert checkpoint.latest(mine / "checkpoints").name == "step-000001"
 
-    assert "going on from step 1" in run(folder, *arguments, "train.not_finite=skip")  # as it was told
+    assert "resuming from step 1" in run(folder, *arguments, "train.not_finite=skip")  # as it was told
     lines = [json.loads(line) for line in (mine / "skipped.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 2 and {sample for line in lines for sample in line["ranks"][0]["samples"]} == {key}
     assert len(metrics(mine)) == STEPS
@@ -337,7 +337,7 @@ def test_a_worker_that_hangs_for_a_while_and_one_that_is_killed(shared, whole):
     assert "is killed by signal: Killed. A worker without memory" in printed and "data.workers=0" in printed
     assert "Traceback" not in printed
     assert metrics(mine)[waiting]["perf/data_wait"] > 0.2 > metrics(mine)[1]["perf/data_wait"]
-    assert "going on from step" in run(folder, *arguments)
+    assert "resuming from step" in run(folder, *arguments)
     assert_same(whole, mine, 1e-12)
 
 
@@ -375,5 +375,5 @@ def test_stopped_and_resumed(shared, tmp_path):
     printed = end(process)
     assert process.returncode == 75, printed
     assert checkpoint.latest(tmp_path / "runs/stopped/checkpoints").name < f"step-{STEPS:06d}"
-    assert "going on from step" in run(folder, *arguments, "name=stopped", recipe=SMOKE)
+    assert "resuming from step" in run(folder, *arguments, "name=stopped", recipe=SMOKE)
     assert_same(tmp_path / "runs/whole", tmp_path / "runs/stopped", 1e-12)

@@ -147,7 +147,7 @@ def test_sbatch_zero2_is_stopped_requeued_and_goes_on(shared, reference, tmp_pat
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed + (logs / "node-0.log").read_text()
     assert (folder / "requeued").read_text() == f"{job}\n"
-    assert "going on from step" in (logs / "node-0.log").read_text()
+    assert "resuming from step" in (logs / "node-0.log").read_text()
     assert "2 x cpu, ZeRO-2" in (logs / "node-0.log").read_text()
     for rank in range(2):
         assert len(list((logs / f"node-{rank}").glob("*/attempt_0/0/stdout.log"))) == 2

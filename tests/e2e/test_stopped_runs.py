@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests to stop that every process of a run gets, as from systemd, Docker, Kubernetes, `timeout` and Slurm.
 
-Each ends with code 75 and everything saved, and the same command goes on to the same weights, bit for bit.
+Each ends with code 75 and everything saved, and the same command resumes to the same weights, bit for bit.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def test_stopped_at_random_moments(shared, whole, hardware, how):
         saved = progress.step
     family = Family(folder, line_of(hardware, *arguments))
     printed = family.end()
-    assert family.process.returncode == 0 and f"going on from step {saved}" in printed, printed
+    assert family.process.returncode == 0 and f"resuming from step {saved}" in printed, printed
     assert_same_weights(whole(hardware), mine)
     assert metrics(mine).keys() == set(range(1, STEPS + 1))
     assert_one_curve(mine)
@@ -126,7 +126,7 @@ def test_killed_without_a_warning_the_curves_are_one_all_the_same(shared):
     family.process.kill()
     family.end()
     assert checkpoint.latest(mine / "checkpoints").name in ("step-000003", "step-000004")
-    assert "going on from step" in run(folder, "train", *arguments)
+    assert "resuming from step" in run(folder, "train", *arguments)
     assert_one_curve(mine)
     assert len(list((mine / "wandb").glob("torn-*"))) == 1
 
@@ -159,7 +159,7 @@ def test_while_it_validates_or_saves(shared, whole, moment):
     printed = family.end()
     assert family.process.returncode == 75, printed
     assert not list((mine / "checkpoints").glob("*.partial"))
-    assert f"going on from step {read_progress(mine).step}" in run(folder, "train", *arguments)
+    assert f"resuming from step {read_progress(mine).step}" in run(folder, "train", *arguments)
     assert_same_weights(whole("cpu"), mine)
 
 
@@ -214,6 +214,6 @@ def test_an_evaluation_ends_at_once_and_begins_again(shared, whole, tmp_path):
     printed = family.end()
     assert family.process.returncode == 75, printed
     # torch's loader complains where it is ended while it starts its workers.
-    assert "the same command goes on" in printed and "Traceback" not in printed.split("Exception ignored")[0]
+    assert "the same command resumes" in printed and "Traceback" not in printed.split("Exception ignored")[0]
     run(folder, "evaluate", *own)
     assert json.loads((mine / "eval/fidelity.json").read_text())["images"] == 4

@@ -115,7 +115,7 @@ def test_interrupted_and_resumed(shared, reference, how):
     assert process.returncode == (75 if how == signal.SIGTERM else -signal.SIGKILL), printed
     assert not (checkpoints / f"step-{STEPS:06d}").is_dir()
     printed = run(folder, *arguments)
-    assert "going on from step" in printed
+    assert "resuming from step" in printed
     assert_same(reference, metrics(folder / "runs" / name), 1e-12)
     whole, resumed = (
         load_file(folder / "runs" / run_name / "checkpoints" / f"step-{STEPS:06d}" / "student.safetensors")
@@ -135,7 +135,7 @@ def test_resumes_on_other_hardware(shared, reference, saved, step, hardware):
     name = f"{saved}-{hardware}"
     arguments = (*overrides, *SHORT, f"name={name}", f"hardware={hardware}", "--resume", str(checkpoint))
     printed = run(folder, "train", *arguments, launch=hardware != "cpu")
-    assert f"going on from step {step}" in printed
+    assert f"resuming from step {step}" in printed
     found = metrics(folder / "runs" / name)
     assert_same({number: reference[number] for number in range(step + 1, STEPS + 1)}, found, 1e-4)
     # Of the averaged weights, which are saved and read too.

@@ -65,7 +65,7 @@ def trained(request, tmp_path_factory) -> Trained:
 
 def test_a_stopped_run_resumes(trained):
     assert "1 x NVIDIA" in trained.stopped and "asked to stop: saved at step" in trained.stopped
-    assert "going on from step" in trained.resumed
+    assert "resuming from step" in trained.resumed
     assert metrics(trained.run).keys() == set(range(5, STEPS + 1, 5))
     assert json.loads((trained.run / "provenance.json").read_text())["hardware"].startswith("1 x NVIDIA")
 

@@ -83,5 +83,5 @@ def test_zero2_is_the_same_learning(on_both):
     assert_same(reference, metrics(runs / "zero2"), 1e-4)
     saved = runs / "gpu/checkpoints/step-000003"
     printed = run_line(runs.parent, [*launcher, *asked(stage, "gpu", "name=moved"), "--resume", str(saved)])
-    assert "going on from step 3" in printed
+    assert "resuming from step 3" in printed
     assert_same({step: reference[step] for step in range(4, STEPS + 1)}, metrics(runs / "moved"), 1e-4)

@@ -81,7 +81,7 @@ def test_a_full_disk_loses_nothing(accelerator, tmp_path):
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of death
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
-        with pytest.raises(CheckpointError, match=r"could not be written \(.*goes on from .*step-000010"):
+        with pytest.raises(CheckpointError, match=r"could not be written \(.*resumes from .*step-000010"):
             save(accelerator, tmp_path, 20, model=nn.Linear(1000, 1000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

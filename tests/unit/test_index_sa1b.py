@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building the index: rows that say what the files are, every bad file named, a killed run that goes on."""
+"""Building the index: rows that say what the files are, every bad file named, a killed run that resumes."""
 
 import io
 import json

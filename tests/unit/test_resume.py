@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a run goes on from: auto, never or a path, and what is refused."""
+"""Where a run resumes: auto, never or a path, and what is refused."""
 
 import shutil
 from pathlib import Path
@@ -125,7 +125,7 @@ def test_its_own_newest_may_be_named_but_not_an_earlier_one(begin, monkeypatch):
     monkeypatch.chdir(folder.parent)
     newest = Path("mine/checkpoints/step-000020")
     assert resumable(recipe, folder, str(newest)).resolve() == folder / "checkpoints/step-000020"
-    with pytest.raises(UserError, match="has gone on to step 20 since step-000010; give this run another name"):
+    with pytest.raises(UserError, match="has since reached step 20, past step-000010; give this run another name"):
         resumable(recipe, folder, "mine/checkpoints/step-000010")
     with pytest.raises(UserError, match=r"\(train.seed 0 -> 1\); choose another name"):
         resumable(changed(recipe, "train.seed=1"), folder, str(newest))

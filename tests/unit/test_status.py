@@ -98,7 +98,7 @@ def test_what_a_person_reads(tmp_path):
 
 def test_what_to_do_next(tmp_path):
     folder = train(tmp_path, state="stopped")
-    again = f"the same command, or `effsam3 launch {folder} train`, goes on from step-000050"
+    again = f"the same command, or `effsam3 launch {folder} train`, resumes from step-000050"
     assert examine(folder)["next"] == again
     edit_progress(folder, state="failed", error="the disk is full")
     assert examine(folder)["next"] == f"mend what the error names, then {again}"

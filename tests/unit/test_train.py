@@ -23,7 +23,7 @@ def test_sync_batchnorm_keeps_names_and_parameters():
 
 
 def test_seeds_are_those_of_every_machine_and_differ():
-    """Against the numbers that an interrupted run needs again, whatever Python it goes on with."""
+    """Against the numbers that an interrupted run needs again, whatever Python it resumes with."""
     assert sample_seed(0, 0, 0, 0) == 15793235383387715774
     assert sample_seed(3, 1000, 2, 7) == 4940867430204434680
     places = [

@@ -23,7 +23,7 @@ NAMED = 3  # files named in a note
 def ready_photographs(folder: str, index: Path, held_out: float, workers: int | None = None) -> str:
     """Index `folder` into the parquet `index` unless that has been done; returns a line on what there is.
 
-    The index is kept as it is, so that a run that goes on learns from what it began with: files that are new, gone or
+    The index is kept as it is, so that a run that resumes learns from what it began with: files that are new, gone or
     of another size are named in the line instead.
 
     Raises:

@@ -272,7 +272,7 @@ def finish_store(root: str | Path, expected_keys: Iterable[str], statistics: dic
         expected=len(expected),
         records=len(stored),
         skipped=skipped,
-        # A store that grows keeps its first ones: what learned from it before, and goes on, learned by them.
+        # A store that grows keeps its first ones: a run that resumes has learned by them.
         statistics=manifest.statistics or statistics,
         shards=shards,
     )

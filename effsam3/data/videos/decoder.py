@@ -238,7 +238,7 @@ class Source:
         """Yield the packets from here to the end of the file, and an empty one at last.
 
         Raises:
-            UnreadableVideo: the file does not go on to its end.
+            UnreadableVideo: the file ends too early.
         """
         packets = self._container.demux(self.stream)
         while True:
@@ -263,7 +263,7 @@ class Source:
         """Yield the pictures from the next key packet on.
 
         Raises:
-            UnreadableVideo: a packet does not decode, or the file does not go on to its end.
+            UnreadableVideo: a packet does not decode, or the file ends too early.
         """
         begun = False
         for packet in self.packets():

@@ -122,7 +122,7 @@ class Trial:
 
 
 def kept(recipe: Any, folder: Path) -> Any:
-    """Return the recipe with the micro-batch that a run in `folder` has found before: it goes on with that one."""
+    """Return the recipe with the micro-batch that a run in `folder` has found before: it resumes with that one."""
     file = folder / "recipe.yaml"
     if not recipe.train.find_micro_batch or not (folder / "checkpoints").is_dir() or not file.is_file():
         return recipe

@@ -318,7 +318,7 @@ def cut(name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 class _Refusal(WeightRenaming):
-    """In the place of the renames, for other classes than `EfficientTracker`: they would go on with random weights."""
+    """Replaces the renames for any class but `EfficientTracker`, which would continue with random weights."""
 
     __slots__ = ()
 

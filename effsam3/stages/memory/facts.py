@@ -149,7 +149,7 @@ class MemoryEvaluate(Section):
 class MemoryRecipe(StageRecipe):
     """Stage 2, memory: the tracker learns to remember in far fewer tokens; all else stays as it is."""
 
-    why_no_more = "its frozen trunk runs beside the student, because clips differ in every step: go on with train"
+    why_no_more = "its frozen trunk runs beside the student, because clips differ in every step; continue with train"
     replaces = "video memory"
     metric = "val/j"
     knobs = (
