@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Sam3LiteTextTextConfig, Sam3VideoConfig
+from transformers import Sam3VideoConfig
 
+from effsam3 import stages
 from effsam3.checked_files import read_yaml
 from effsam3.errors import UserError
 from effsam3.models.chassis.card import CARD
@@ -32,9 +33,8 @@ from effsam3.models.keymaps.sam3 import to_transformers
 from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstream
 from effsam3.models.merging.efficientsam3 import UpstreamFile, divide
 from effsam3.models.merging.formats import extras
-from effsam3.models.merging.slots import read_card
-from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, TINY_TEXT_STUDENTS
-from effsam3.models.text.padding import padding_of
+from effsam3.models.merging.slots import SLOTS, read_card
+from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS
 from effsam3.models.text.student import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.tensor_files import refuse_unusable
 from effsam3.training.checkpoint import OPTIMIZER, WEIGHTS, complete, read_weights
@@ -241,8 +241,9 @@ def _model(tensors: Mapping[str, Tensor], config: Sam3VideoConfig, slots: dict, 
         "patch_size": backbone.patch_size,
         "grid": backbone.image_size // backbone.patch_size,
         "slots": {
-            slot: describe(config) | ({"from": slots[slot]["from"]} if slot in slots else {})
-            for slot, describe in DESCRIBED.items()
+            name: stages.merging(name).describe(slot.config_of(config))
+            | ({"from": slots[name]["from"]} if name in slots else {})
+            for name, slot in SLOTS.items()
         },
         "parts": _parts(tensors, PARTS),
         "kept_beside": sorted(beside),
@@ -266,49 +267,6 @@ def _parts(tensors: Mapping[str, Tensor], prefixes: Mapping[str, tuple[str, ...]
         if (kind := str(tensor.dtype).removeprefix("torch.")) not in part["types"]:
             part["types"].append(kind)
     return {title: parts[title] for title in [*prefixes, "unknown"] if title in parts}
-
-
-def _image(config: Sam3VideoConfig) -> dict[str, Any]:
-    backbone = config.detector_config.vision_config.backbone_config
-    if backbone.model_type != "effsam3_student_trunk":
-        return {
-            "student": None,
-            "is": f"SAM 3's own, {backbone.num_hidden_layers} layers, {backbone.hidden_size} channels",
-        }
-    name = student_name(backbone.timm_name)
-    called = f"{IMAGE_STUDENTS[name].label} ({name})" if name in IMAGE_STUDENTS else name
-    seen = "" if backbone.student_image_size is None else f", sees {backbone.student_image_size} px"
-    return {"student": name, "is": f"{called} with head {backbone.head}, {backbone.hidden_size} channels{seen}"}
-
-
-def _text_slot(config: Sam3VideoConfig) -> dict[str, Any]:
-    text = config.detector_config.text_config
-    size = f"{text.num_hidden_layers} layers, {text.max_position_embeddings} tokens"
-    if not isinstance(text, Sam3LiteTextTextConfig):
-        return {"student": None, "is": f"SAM 3's own, {size}"}
-    size += f", padding {padding_of(text)}"
-    rows = TEXT_STUDENTS | TINY_TEXT_STUDENTS
-    shape = ("hidden_size", "num_hidden_layers", "num_attention_heads", "use_repmixer_blocks")
-    found = (
-        (name, row.label)
-        for name, row in rows.items()
-        if all(getattr(row, key) == getattr(text, key) for key in shape)
-    )
-    name, label = next(found, (None, "LiteText of another size"))
-    return {"student": name, "is": f"{label} ({name}), {size}" if name else f"{label}, {size}"}
-
-
-def _memory(config: Sam3VideoConfig) -> dict[str, Any]:
-    tracker = config.tracker_config
-    size = f"{tracker.num_maskmem} frames, {tracker.memory_attention_num_layers} layers"
-    if tracker.model_type != "effsam3_tracker_video":
-        return {"mode": "dense", "is": f"SAM 3's own, {size}"}
-    latents = f"{tracker.memory_global_latents} + {tracker.memory_window_latents} latents, pool {tracker.memory_pool}"
-    return {"mode": tracker.memory_mode, "is": f"efficient, {tracker.memory_mode}, {latents}, {size}"}
-
-
-# slot -> who stands in it
-DESCRIBED = {"image": _image, "text": _text_slot, "memory": _memory}
 
 
 # ---- for people

@@ -14,19 +14,15 @@ from string import Template
 import torch
 import yaml
 
-from effsam3 import __version__
+from effsam3 import __version__, stages
 from effsam3.models.chassis.tensors import read_config
 from effsam3.models.chassis.tiny import MADE_UP
-from effsam3.models.image.backbones import image_student
 from effsam3.models.merging.slots import SLOTS
-from effsam3.models.registry import TEXT_STUDENTS
-from effsam3.models.text.padding import padding_of
 from effsam3.publish.release import SAM3, SAM_LICENSE_URL, Release
 from effsam3.recipe.reader import dump_recipe, flat
+from effsam3.stages.base import CardEntry
 from effsam3.training.report import source, table
 
-# slot -> the part of SAM 3 that a student there replaces
-REPLACED = {"image": "vision trunk", "text": "text encoder", "memory": "video memory"}
 # How a part learned: title -> key of its recipe
 TRAINING = {
     "teacher": "sam3.checkpoint",
@@ -74,7 +70,7 @@ def metadata(release: Release) -> dict:
 
 
 def _introduction(release: Release) -> str:
-    replaced = " and ".join(f"the {REPLACED[slot]}" for slot in release.merged["slots"])
+    replaced = " and ".join(f"the {stages.recipe_class(slot).replaces}" for slot in release.merged["slots"])
     rest = (
         f"in which students have taken the place of {replaced}. It takes text, boxes, points and masks as prompts, on "
         "images and in videos. Made with effsam3."
@@ -88,34 +84,22 @@ def _introduction(release: Release) -> str:
 
 
 def _slots(release: Release) -> str:
-    rows = []
+    rows, entries = [], _entries(release)
     for slot in SLOTS:
-        row = [f"`{slot}`", REPLACED[slot], "not replaced", ""]
-        if slot in release.merged["slots"]:
-            filled = release.merged["slots"][slot]
-            row[2:] = [_student(release, slot), f"`{filled['from']}`"]
+        row = [f"`{slot}`", stages.recipe_class(slot).replaces, "not replaced", ""]
+        if slot in entries:
+            row[2:] = [entries[slot].called, f"`{release.merged['slots'][slot]['from']}`"]
         rows.append(row)
     return table(rows, ["slot", "part of SAM 3", "replaced by", "from"], text_columns=4)
 
 
-def _student(release: Release, slot: str) -> str:
-    """How the card calls a student: its published label and source, where it has them, beside its name."""
-    name, row = release.merged["slots"][slot]["student"], _row(release, slot)
-    called = f"`{name}`" if row is None else f"{row.label} (`{name}`; {row.source})"
-    if slot == "image" and (config := _image_config(release)).student_image_size is not None:
-        called += f", which sees {config.student_image_size} px of the {config.image_size}"
-    return called
-
-
-def _image_config(release: Release):
-    return SLOTS["image"].config_of(read_config(release.model))
-
-
-def _row(release: Release, slot: str):
-    name = release.merged["slots"][slot]["student"]
-    if slot == "image":
-        return image_student(name, _image_config(release).seen_size)
-    return TEXT_STUDENTS.get(name) if slot == "text" else None
+def _entries(release: Release) -> dict[str, CardEntry]:
+    """What every student's stage says of it."""
+    config = read_config(release.model)
+    return {
+        slot: stages.merging(slot).card(filled, SLOTS[slot].config_of(config), release.model)
+        for slot, filled in release.merged["slots"].items()
+    }
 
 
 def _parameters(release: Release) -> str:
@@ -124,7 +108,8 @@ def _parameters(release: Release) -> str:
     if original is not None:
         columns["SAM 3" if release.has_sam3 else "chassis"] = parameters(original)
     rows = []
-    for key, title in {**REPLACED, "rest": "everything else", "total": "**whole model**"}.items():
+    replaced = {slot: stages.recipe_class(slot).replaces for slot in SLOTS}
+    for key, title in {**replaced, "rest": "everything else", "total": "**whole model**"}.items():
         counts = [column[key] for column in columns.values()]
         if counts[-1]:  # a slot that this SAM 3 has
             saved = [f"{100 * (1 - counts[0] / counts[1]):.2f} %"] if len(counts) == 2 else []
@@ -328,26 +313,8 @@ def _limitations(release: Release) -> str:
             points.append(f"The student in the slot `{slot}` learned from made-up data and has seen nothing real.")
         if "data.context_length" in values:
             points.append(f"Prompts were learned up to {values['data.context_length']} tokens.")
-    if "text" in release.merged["slots"]:
-        points += _padding(release)
-    if "image" in release.merged["slots"]:
-        points.append("Detector and tracker both read the image student's features: where those fail, all prompts do.")
+    points += [limit for entry in _entries(release).values() for limit in entry.limits]
     return "\n".join(f"- {point}" for point in points)
-
-
-def _padding(release: Release) -> list[str]:
-    """What the text student's padding rule asks of whoever uses it."""
-    if padding_of(read_config(release.model).detector_config) == "attended":
-        return [
-            "Texts attend to their padding, as EfficientSAM3's do. transformers' own classes mask it and do not load "
-            "this model: `AttendedLiteTextModel` of effsam3 does."
-        ]
-    if (release.model / "efficientsam3.pt").is_file():
-        return [
-            "The text student masks padding, EfficientSAM3 lets texts attend to it: `efficientsam3.pt` gives short "
-            "texts other features than this model does."
-        ]
-    return []
 
 
 def licence(release: Release) -> str:
@@ -361,25 +328,4 @@ def licence(release: Release) -> str:
             if release.license_file is not None
             else "**Its full text must accompany them and has still to be added here:** `LICENSE` is a notice only."
         )
-    return "\n\n".join([text, *filter(None, (_origin(release, slot) for slot in release.merged["slots"]))])
-
-
-def _origin(release: Release, slot: str) -> str:
-    """Whose weights a slot's student began with; nothing to say of random ones."""
-    filled = release.merged["slots"][slot]
-    row = _row(release, slot)
-    research = f"MobileCLIP's weights ({row.source}) are for research purposes only" if slot == "text" and row else ""
-    start = filled.get("student_init")
-    if start == "random" or slot == "memory":  # which begins with the chassis' own, copied, cut and pooled
-        return ""
-    if start == "mobileclip":
-        return f"**For research only.** The text student began with MobileCLIP's. {research}, and so is this model."
-    if start == "imagenet":
-        return f"The image student began with timm's pretrained weights of `{row.timm_name}` ({row.source})."
-    text = f"The student in the slot `{slot}` "
-    text += (
-        f"comes from `{filled['from']}`, and whose weights it began with is not known."
-        if start is None
-        else f"began with weights of `{Path(start).name}`, whose licence holds for it, too."
-    )
-    return f"{text} {research}, and so is a student that descends from them." if research else text
+    return "\n\n".join([text, *filter(None, (entry.origin for entry in _entries(release).values()))])

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -130,6 +130,28 @@ class Stage:
             [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in names)],
         ]
         return table(rows, [f"held-out {self.unit}", "cosine", "centred cosine", "mse"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardEntry:
+    """What the model card says of a student in its slot."""
+
+    called: str  # its published label and source, where it has them, beside its name
+    origin: str = ""  # whose weights it began with; nothing to say of random ones
+    limits: tuple[str, ...] = ()
+
+
+def began_with(slot: str, filled: dict) -> str:
+    """Say whose weights a student began with, of those that are no one's in particular.
+
+    `filled` is what the model's effsam3.json says of the slot.
+    """
+    start, student = filled.get("student_init"), f"The student in the slot `{slot}`"
+    if start == "random":
+        return ""
+    if start is None:
+        return f"{student} comes from `{filled['from']}`, and whose weights it began with is not known."
+    return f"{student} began with weights of `{Path(start).name}`, whose licence holds for it, too."
 
 
 def start_from_model(student: nn.Module, recipe: FeatureRecipe) -> bool:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.cli import main
-from effsam3.inspect_model import BUFFERS, DESCRIBED, PARTS, InspectError, examine, inspect
+from effsam3.inspect_model import BUFFERS, PARTS, InspectError, examine, inspect
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import PickledError
 from effsam3.models.chassis.tensors import (
@@ -33,6 +33,7 @@ from effsam3.models.memory.tracker import EfficientTrackerConfig
 from effsam3.models.registry import IMAGE_STUDENTS, TEACHER, TEXT_STUDENTS, TINY_TEXT_STUDENTS
 from effsam3.models.text.student import TextTeacher, lite_text_config, lite_text_detector_config, text_student
 from effsam3.recipe.reader import dump_recipe, load_recipe
+from effsam3.stages.text.merging import describe
 from effsam3.training.checkpoint import CheckpointError, read_weights
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke" / "image.yaml"
@@ -138,7 +139,7 @@ def test_text_students_are_recognised(folder, name):
     assert {key for key in student.state_dict() if not BUFFERS.search(key)} == dict(student.named_parameters()).keys()
     config = read_config(folder)
     config.detector_config = lite_text_detector_config(config.detector_config, lite_text_config(name, 32))
-    assert DESCRIBED["text"](config)["student"] == name
+    assert describe(config.detector_config.text_config)["student"] == name
 
 
 def test_students_and_where_they_come_from(merged):

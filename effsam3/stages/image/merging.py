@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
-from transformers import Sam3VideoConfig
+from pathlib import Path
+from typing import Any
 
+from transformers import PreTrainedConfig, Sam3VideoConfig
+
+from effsam3.models.image.backbones import image_student, student_name
 from effsam3.models.merging.slots import SLOTS, MergeError, Part, image_part
-from effsam3.models.registry import chassis_facts
-from effsam3.stages.base import TEACHER_FORM
+from effsam3.models.registry import IMAGE_STUDENTS, chassis_facts
+from effsam3.stages.base import TEACHER_FORM, CardEntry, began_with
 from effsam3.stages.image.facts import ImageRecipe
 from effsam3.stages.image.training import untrained_tensors
 
@@ -46,3 +50,29 @@ def refuse_neck(features: dict) -> None:
             "the tracker's; neck features cannot be turned back into them. Embed and train with embed.tap=trunk to "
             "merge"
         )
+
+
+def describe(config: PreTrainedConfig) -> dict[str, Any]:
+    """Say who fills the slot with this config: `student`, None for SAM 3's own, and for people `is`."""
+    if config.model_type != "effsam3_student_trunk":
+        return {
+            "student": None,
+            "is": f"SAM 3's own, {config.num_hidden_layers} layers, {config.hidden_size} channels",
+        }
+    name = student_name(config.timm_name)
+    called = f"{IMAGE_STUDENTS[name].label} ({name})" if name in IMAGE_STUDENTS else name
+    seen = "" if config.student_image_size is None else f", sees {config.student_image_size} px"
+    return {"student": name, "is": f"{called} with head {config.head}, {config.hidden_size} channels{seen}"}
+
+
+def card(filled: dict, config: PreTrainedConfig, model: Path) -> CardEntry:
+    """Return what the model card says of the student; `filled` is what `model`'s effsam3.json says of the slot."""
+    row = image_student(filled["student"], config.seen_size)
+    called = f"{row.label} (`{filled['student']}`; {row.source})"
+    if config.student_image_size is not None:
+        called += f", which sees {config.student_image_size} px of the {config.image_size}"
+    origin = began_with("image", filled)
+    if filled.get("student_init") == "imagenet":
+        origin = f"The image student began with timm's pretrained weights of `{row.timm_name}` ({row.source})."
+    limit = "Detector and tracker both read the image student's features: where those fail, all prompts do."
+    return CardEntry(called=called, origin=origin, limits=(limit,))

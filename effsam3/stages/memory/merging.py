@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from transformers import Sam3VideoConfig
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, Sam3VideoConfig
 
 from effsam3.models.memory.slot import memory_config, memory_tensors, owned_by, tracker_config
 from effsam3.models.merging.slots import Part, refuse_other_student
-from effsam3.stages.base import TEACHER_FORM
+from effsam3.stages.base import TEACHER_FORM, CardEntry
 from effsam3.stages.memory.facts import MemoryRecipe
 from effsam3.stages.memory.training import trained_tensors, untrained_tensors
 
@@ -32,3 +35,17 @@ def part_of_run(trained: MemoryRecipe, features: dict, weights: dict, config: Sa
 def untrained_part(recipe: MemoryRecipe, config: Sam3VideoConfig, about: dict) -> Part:
     """Return the part that a run of the recipe will give, with the weights that it starts from."""
     return part_of_run(recipe, {}, untrained_tensors(recipe), config, about)
+
+
+def describe(config: PreTrainedConfig) -> dict[str, Any]:
+    """Say who fills the slot with this config: its `mode`, and for people `is`."""
+    size = f"{config.num_maskmem} frames, {config.memory_attention_num_layers} layers"
+    if config.model_type != "effsam3_tracker_video":
+        return {"mode": "dense", "is": f"SAM 3's own, {size}"}
+    latents = f"{config.memory_global_latents} + {config.memory_window_latents} latents, pool {config.memory_pool}"
+    return {"mode": config.memory_mode, "is": f"efficient, {config.memory_mode}, {latents}, {size}"}
+
+
+def card(filled: dict, config: PreTrainedConfig, model: Path) -> CardEntry:
+    """Return what the model card says of the student; `filled` is what `model`'s effsam3.json says of the slot."""
+    return CardEntry(called=f"`{filled['student']}`")  # it begins with the chassis' own memory, copied, cut and pooled
