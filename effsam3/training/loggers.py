@@ -77,12 +77,12 @@ class Loggers:
             set_torn_parts_aside(self.folder, kept)
             options["wandb"] = {"name": name, "dir": str(self.folder), "id": kept["id"], "resume": "allow"}
         note = self._init(project, options)
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "wandb":
-                self._catch_up(tracker, kept["logged"], step)
+        for logger in self.accelerator.trackers:
+            if logger.name == "wandb":
+                self._catch_up(logger, kept["logged"], step)
             # TensorBoard's is a run of its own beside the curve, one for each time it is stored.
-            if tracker.name == "wandb" or step == 0:
-                tracker.store_init_configuration(flat)
+            if logger.name == "wandb" or step == 0:
+                logger.store_init_configuration(flat)
         if note:
             return note
         if obstacle:
@@ -108,43 +108,43 @@ class Loggers:
             )
         return ""
 
-    def _catch_up(self, tracker, logged: int, step: int) -> None:
+    def _catch_up(self, logger, logged: int, step: int) -> None:
         """Log to wandb the steps up to `step` that it lacks: offline it loses what it has when the run is killed."""
-        self.wandb_from = max(logged + 1, tracker.run.step)  # online the server has counted
+        self.wandb_from = max(logged + 1, logger.run.step)  # online the server has counted
         for line in read_metrics(self.folder / "metrics.jsonl"):
             if self.wandb_from <= line["step"] <= step:
-                tracker.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
+                logger.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
 
     def log(self, values: dict[str, float], step: int) -> str:
         """Log numbers of a step; returns what to tell the user."""
         notes, self.last = [], step
-        for tracker in tuple(self.accelerator.trackers):
-            if tracker.name != "wandb" or step >= self.wandb_from:
-                notes.append(self._try(tracker, lambda tracker=tracker: tracker.log(values, step=step)))
+        for logger in tuple(self.accelerator.trackers):
+            if logger.name != "wandb" or step >= self.wandb_from:
+                notes.append(self._try(logger, lambda logger=logger: logger.log(values, step=step)))
         return "\n".join(filter(None, notes))
 
     def finish(self) -> str:
         """Close the loggers; returns what to tell the user."""
         notes = []
-        for tracker in tuple(self.accelerator.trackers):
-            note = self._try(tracker, tracker.finish)
+        for logger in tuple(self.accelerator.trackers):
+            note = self._try(logger, logger.finish)
             notes.append(note)
-            if tracker.name == "wandb" and not note:
+            if logger.name == "wandb" and not note:
                 kept = wandb_run(self.folder)
-                part = Path(tracker.run.dir).parent.name
+                part = Path(logger.run.dir).parent.name
                 logged = max(kept["logged"], self.last)
                 write_json(self.folder / WANDB_FILE, kept | {"logged": logged, "parts": [*kept["parts"], part]})
         self.accelerator.trackers.clear()
         return "\n".join(filter(None, notes))
 
-    def _try(self, tracker, call: Callable[[], None]) -> str:
-        """Call a tracker; wandb's own process may be gone, ended by a request to stop that all processes got."""
+    def _try(self, logger, call: Callable[[], None]) -> str:
+        """Call a logger; wandb's own process may be gone, ended by a request to stop that all processes got."""
         try:
             call()
         except ConnectionError as error:
-            self.accelerator.trackers.remove(tracker)
+            self.accelerator.trackers.remove(logger)
             return (
-                f"{tracker.name}: its own process has ended ({error}); the numbers that it lacks are in metrics.jsonl"
+                f"{logger.name}: its own process has ended ({error}); the numbers that it lacks are in metrics.jsonl"
             )
         return ""
 

@@ -91,7 +91,7 @@ def test_killed_and_resumed_with_another_number_of_processes(shared, own):
     repair_store(folder / "teacher")
     saved = set(StoreReader(folder / "teacher", allow_unfinished=True).keys)
     assert 0 < len(saved) < len(reference), "the kill came too late to prove anything"
-    with pytest.raises(StoreError, match="run embed again"):
+    with pytest.raises(StoreError, match="run `effsam3 embed` again"):
         call("train", overrides, *SHORT)
     before = {path.name: path.read_bytes() for path in folder.glob("teacher/*.bin")}
     call("embed", overrides)
@@ -298,7 +298,7 @@ def test_a_replaced_image_is_named_and_it_alone_is_made_anew(own, capsys):
     for verb, options in (("train", {}), ("embed", {"check": 2})):
         with pytest.raises(StoreError, match="other bytes under the same name") as error:
             call(verb, overrides, *SHORT, **options)
-        assert trained in str(error.value) and "Run embed" in str(error.value)
+        assert trained in str(error.value) and "Run `effsam3 embed`" in str(error.value)
     assert not (folder / "runs/smoke-image/checkpoints").exists()
     assert store_tool(["verify", str(folder / "teacher"), "--index", str(folder / "data/index.parquet")]) == 1
     assert f"{held_out}: replaced since" in capsys.readouterr().out

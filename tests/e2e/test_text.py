@@ -69,7 +69,11 @@ def test_stored_features_give_the_same_trajectory(texts):
     drawn = phrases.read_text()
     phrases.write_text(drawn.replace("\n", " and a kite\n", 1))
     printed = run(folder, "train", *another, recipe=TEXT, code=2)
-    assert "lacks 1 of" in printed and "Run embed" in printed and not (folder / "runs/another/checkpoints").exists()
+    assert (
+        "lacks 1 of" in printed
+        and "Run `effsam3 embed`" in printed
+        and not (folder / "runs/another/checkpoints").exists()
+    )
     assert "1 made now" in run(folder, "embed", *overrides, "teacher=stored", recipe=TEXT)
     phrases.write_text(drawn)  # which the other tests read, too
 

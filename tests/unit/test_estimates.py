@@ -284,7 +284,7 @@ def test_show_refuses_a_device_without_memory_and_says_what_is_unknown(capsys):
 
 def test_the_header_has_one_line():
     recipe, hardware = load_recipe(IMAGE), read_hardware("cpu")
-    line = header_lines(recipe, hardware, Sizes(trained=1000, frozen=0, micro_batch=3 * GIB, flops=0))["memory"]
+    line = header_lines(recipe, hardware, Sizes(trained=1000, frozen=0, micro_batch=3 * GIB, flops=0))["budget"]
     assert line.startswith("about 3.0 GiB") and "(micro-batch 3.0 GiB, " in line
     assert "\n" not in line
 
@@ -306,7 +306,7 @@ def test_a_run_on_a_gpu_is_announced_without_another_dry_run(tmp_path, monkeypat
     loggers = SimpleNamespace(start=lambda *started: "")
     state = {"step": 0, "ended": True}
     announce(recipe, stage, accelerator, Report(tmp_path, True), loggers, 10, 2, state, sizes)
-    assert "\nmemory   about 1.1 GiB" in capsys.readouterr().out
+    assert "\nbudget   about 1.1 GiB" in capsys.readouterr().out
     source = inspect.getsource(train)
     assert "dry_run" not in source and source.count("attempt(") == source.count("attempt(measure, recipe") == 1
 

@@ -99,7 +99,7 @@ def test_positions_are_exact_among_many_keys(tmp_path):
     reader = StoreReader(tmp_path)
     order = np.random.default_rng(0).permutation(5000)
     np.testing.assert_array_equal(reader.positions([keys[i] for i in order]), order)
-    with pytest.raises(StoreError, match=r"lacks 2 of 3 keys: k1, k2\. Run embed"):
+    with pytest.raises(StoreError, match=r"lacks 2 of 3 keys: k1, k2\. Run `effsam3 embed`"):
         reader.positions(["k1", keys[0], "k2"])
 
 
@@ -175,7 +175,7 @@ def test_wrong_manifest_is_named_and_never_repaired_with(tmp_path, finish):
 def test_unfinished_store_says_how_far_it_is(tmp_path):
     make(tmp_path, finish=False)
     create_store(tmp_path, FIELDS, {"tap": "trunk", "grid": 5}, expected=200)
-    with pytest.raises(StoreError, match="10 of 200 records; run embed again"):
+    with pytest.raises(StoreError, match="10 of 200 records; run `effsam3 embed` again"):
         StoreReader(tmp_path)
     assert len(StoreReader(tmp_path, allow_unfinished=True)) == 10
 

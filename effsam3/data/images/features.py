@@ -28,7 +28,7 @@ class ImageFeatures(Dataset):
         folder: what the rows' files are relative to.
         image_size: S.
         resize: `square` or `longest_side`, see `transforms.resize_image`.
-        store: the teacher's features; None gives images alone (embed, or a teacher that runs beside the student).
+        store: the teacher's features; None gives images only (teacher pass, online teacher).
         tied: whether `store_keys` end in the digest of the image's bytes; with a store, it knows.
 
     Raises StoreError naming the images that the store has no features of, or only those of another image of that name.

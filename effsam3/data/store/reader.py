@@ -111,7 +111,7 @@ class StoreReader:
         if not (manifest.finished or allow_unfinished):
             total = "" if manifest.expected is None else f" of {manifest.expected}"
             raise StoreError(
-                f"{root} is unfinished: {len(keys)}{total} records; run embed again, it writes only what is missing"
+                f"{root} is unfinished: {len(keys)}{total} records; run `effsam3 embed` again, it only writes the rest"
             )
         check_sizes(self.root, manifest, self._shards)
         # A key that two shards hold (upstream's sampler repeats images) counts where it comes first.
@@ -163,7 +163,7 @@ class StoreReader:
                     f"Of {len(replaced)} of them it has features of other bytes under the same name (replaced since "
                     f"it was made): {_first(replaced)}. "
                 )
-            raise StoreError(said + "Run embed for this data: it writes only what is missing")
+            raise StoreError(said + "Run `effsam3 embed` for this data: it writes only what is missing")
         return found
 
     def replaced(self, missing: Sequence[str]) -> list[str]:

@@ -22,7 +22,9 @@ def show(root: Path) -> int:
     shards = list_shards(root, manifest)
     stored = sum(shard.records for shard in shards)
     size = sum((root / shard.file).stat().st_size for shard in shards if (root / shard.file).exists())
-    state = "finished" if manifest.finished else "unfinished: run embed again, it writes only what is missing"
+    state = (
+        "finished" if manifest.finished else "unfinished: run `effsam3 embed` again, it writes only what is missing"
+    )
     total = "" if manifest.finished or manifest.expected is None else f" of {manifest.expected:,}"
     print(f"{root}  ({state})")
     print(f"records    {manifest.records if manifest.finished else stored:,}{total}")

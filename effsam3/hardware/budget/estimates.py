@@ -310,7 +310,7 @@ def header_lines(recipe: Any, hardware: Hardware, sizes: Sizes) -> dict[str, str
     of = "" if device is None else f" of {_gib(device)}"
     largest = sorted(found.device, key=found.device.get, reverse=True)[:2]
     parts = ", ".join(f"{name} {_gib(found.device[name])}" for name in largest)
-    return {"memory": f"about {_gib(found.total)}{of} ({parts}); a checkpoint takes {_gib(found.checkpoint)}"}
+    return {"budget": f"about {_gib(found.total)}{of} ({parts}); a checkpoint takes {_gib(found.checkpoint)}"}
 
 
 def _next_steps(recipe: Any, sizes: Sizes) -> Iterator[tuple[str, int]]:

@@ -187,8 +187,8 @@ class ImageRecipe(FeatureRecipe):
         """
         data = self.data
         remedies = {
-            "synthetic": f"{data.synthetic_images} images will be drawn by embed or train",
-            "folder": f"the photographs in {data.folder} will be indexed by embed or train",
+            "synthetic": f"{data.synthetic_images} images will be drawn by `embed` or `train`",
+            "folder": f"the photographs in {data.folder} will be indexed by `embed` or `train`",
             "sa1b": f"make it with: effsam3 index sa1b FOLDER --out {data.index}",
         }
         counts = index_counts(data.index, "images", remedies[data.source])

@@ -96,7 +96,7 @@ def image_dataset(
     most: int | None = None,
     tied: bool = True,
 ) -> ImageFeatures:
-    """The images of one split, the first `data.limit` and at most `most` of them, less those that embed skipped."""
+    """The first `data.limit` (at most `most`) images of one split, without those that the teacher pass skipped."""
     limits = [limit for limit in (recipe.data.limit, most) if limit is not None]
     rows = load_index(index, split, min(limits, default=None))
     if store is not None and store.manifest.skipped:
@@ -174,7 +174,7 @@ def refuse_partial_maps(recipe, tap: str, grid: int) -> None:
     if recipe.loss.neck and (tap != "trunk" or grid != chassis_facts(recipe.sam3.checkpoint).grid):
         raise UserError(
             f"loss.neck compares what SAM 3's neck makes of whole trunk maps; these are {tap} features on a "
-            f"{grid}x{grid} grid. Embed with embed.tap=trunk and without embed.grid, or set loss.neck=0"
+            f"{grid}x{grid} grid. Save features with embed.tap=trunk and without embed.grid, or set loss.neck=0"
         )
 
 

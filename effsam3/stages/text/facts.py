@@ -135,7 +135,7 @@ class TextRecipe(FeatureRecipe):
 
     def _length_line(self) -> str:
         if self.train.steps is None:
-            raise UserError("the captions are counted when they are opened; embed or train prints the steps")
+            raise UserError("the captions are counted when they are opened; `embed` or `train` prints the steps")
         return f"{self.train.steps:,} steps of {self.train.global_batch_size} texts"
 
     def student_line(self) -> str:
