@@ -25,10 +25,11 @@ from transformers import Sam3TrackerVideoModel
 
 from effsam3.benchmarks.jaccard import DavisScorer, ObjectScore, SavScorer, mean_scores, region_similarity
 from effsam3.benchmarks.pictures.videos import ContactSheet
+from effsam3.benchmarks.tables import Column, percent, result_table
 from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
 from effsam3.data.videos.vos import HIGHEST_ID, VosVideo
 from effsam3.errors import UserError, did_you_mean
-from effsam3.training.report import table, write_text
+from effsam3.training.report import write_text
 
 
 @dataclass(frozen=True)
@@ -275,31 +276,17 @@ def vos_table(result: dict) -> str:
     """A result of `vos` as a Markdown table, a row for each tracker, and a line on what is missing from it."""
     trackers = result["trackers"]
     first = next(iter(trackers))
-    rows = [
-        [
-            name,
-            *(f"{100 * one[key]:.1f}" for key in ("J&F", "J", "F", "agreement")),
-            f"{one['frames_per_s']:.1f}",
-            str(one["memory_tokens"]),
-            f"{one['bytes_per_object'] / 2**20:.2f}",
-            f"{one['bytes_per_object_frame'] / 2**10:.1f}",
-        ]
-        for name, one in trackers.items()
+    columns: list[Column] = [
+        *((key, key, percent) for key in ("J&F", "J", "F")),
+        (f"J with {first}", "agreement", percent),
+        ("frames/s", "frames_per_s", "{:.1f}".format),
+        ("memory tokens", "memory_tokens", str),
+        ("MiB per object", "bytes_per_object", lambda size: f"{size / 2**20:.2f}"),
+        ("KiB per object and frame", "bytes_per_object_frame", lambda size: f"{size / 2**10:.1f}"),
     ]
-    header = [
-        f"{result['protocol']}, {result['videos']} videos, {trackers[first]['objects']} objects, {result['device']}",
-        *(
-            "J&F",
-            "J",
-            "F",
-            f"J with {first}",
-            "frames/s",
-            "memory tokens",
-            "MiB per object",
-            "KiB per object and frame",
-        ),
-    ]
-    lines = [table(rows, header)]
+    objects = trackers[first]["objects"]
+    title = f"{result['protocol']}, {result['videos']} videos, {objects} objects, {result['device']}"
+    lines = [result_table(title, trackers, columns)]
     if result["failed"]:
         lines.append(f"Left out: {len(result['failed'])} videos ({', '.join(result['failed'])}).")
     if result["appearing_later"]:

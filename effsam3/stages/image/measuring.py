@@ -12,6 +12,7 @@ from effsam3.benchmarks.masks import prompted_mask_quality
 from effsam3.benchmarks.models import load_pair
 from effsam3.benchmarks.pictures.images import draw
 from effsam3.benchmarks.speed import speed
+from effsam3.benchmarks.tables import Column, millions, percent, result_table, speed_table
 from effsam3.data.images.features import ImageFeatures
 from effsam3.data.images.sa1b import UnreadableImage, load_index, read_image
 from effsam3.data.loader import loader
@@ -20,7 +21,6 @@ from effsam3.errors import UserError
 from effsam3.models.chassis.tensors import elements
 from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.stages.image.facts import ImageRecipe
-from effsam3.training.report import table
 
 TRIED = 3  # held-out images that are opened before a training
 
@@ -96,62 +96,43 @@ def benchmarks(recipe: ImageRecipe, folder: Path, chassis: Path, merged: dict) -
     yield "pictures", draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
 
 
+FIDELITY: list[Column] = [
+    ("cosine", "cosine", "{:.4f}".format),
+    ("centred cosine", "cosine_centred", "{:.4f}".format),
+    ("mse", "mse", "{:.4f}".format),
+    ("neck error", "neck", "{:.4f}".format),
+]
+MASKS: list[Column] = [
+    ("masks", "masks", str),
+    ("student", "student", percent),
+    ("teacher", "teacher", percent),
+    ("student vs teacher", "agreement", percent),
+]
+
+
 def tables(results: dict) -> list[str]:
     """The image benchmarks' results as Markdown."""
     parts = []
     if (fidelity := results.get("fidelity")) is not None:
-        rows = [
-            ["student", *(f"{fidelity[name]:.4f}" for name in ("cosine", "cosine_centred", "mse", "neck"))],
-            ["mean of the features", f"{fidelity['cosine_of_mean']:.4f}", "0.0000", "1.0000", "-"],
-        ]
-        header = [f"features, {fidelity['images']} held-out images", "cosine", "centred cosine", "mse", "neck error"]
-        parts.append(table(rows, header))
+        mean = {"cosine": fidelity["cosine_of_mean"], "cosine_centred": 0.0, "mse": 1.0}
+        rows = {"student": fidelity, "mean of the features": mean}
+        parts.append(result_table(f"features, {fidelity['images']} held-out images", rows, FIDELITY))
     if (masks := results.get("masks")) is not None:
-        rows = []
-        for prompt in (prompt for prompt in ("box", "point") if prompt in masks):
-            for label, group in [
-                (prompt, masks[prompt]),
-                *((f"{prompt}, {s}", g) for s, g in masks[prompt]["by_size"].items()),
-            ]:
-                rows.append(
-                    [
-                        label,
-                        str(group["masks"]),
-                        *(f"{100 * group[name]:.1f}" for name in ("student", "teacher", "agreement")),
-                    ]
-                )
-        header = [f"masks, {masks['images']} images, mIoU in %", "masks", "student", "teacher", "student vs teacher"]
-        parts.append(table(rows, header))
+        rows = {}
+        for prompt in ("box", "point"):
+            if prompt in masks:
+                rows[prompt] = masks[prompt]
+                rows |= {f"{prompt}, {size}": group for size, group in masks[prompt]["by_size"].items()}
+        parts.append(result_table(f"masks, {masks['images']} images, mIoU in %", rows, MASKS))
     if (timing := results.get("speed")) is not None:
-        rows = [
-            [
-                f"{name}, {timing['image_size'][name]} px",
-                f"{timing[name]['trunk_parameters'] / 1e6:.2f} M",
-                f"{timing[name]['trunk_ms']:.1f}",
-                f"{timing[name]['trunk_images_per_s']:.1f}",
-                f"{timing[name]['model_parameters'] / 1e6:.2f} M",
-                f"{timing[name]['model_ms']:.1f}",
-                f"{timing[name]['model_images_per_s']:.1f}",
-            ]
-            for name in ("teacher", "student")
+        columns: list[Column] = [
+            ("trunk", "trunk_parameters", millions),
+            ("ms", "trunk_ms", "{:.1f}".format),
+            (f"images/s (x{timing['batch']})", "trunk_images_per_s", "{:.1f}".format),
+            ("whole model", "model_parameters", millions),
+            ("ms", "model_ms", "{:.1f}".format),
+            ("images/s", "model_images_per_s", "{:.1f}".format),
         ]
-        timed = (
-            "trunk_parameters",
-            "trunk_ms",
-            "trunk_images_per_s",
-            "model_parameters",
-            "model_ms",
-            "model_images_per_s",
-        )
-        rows.append(["gain", *(f"{timing['ratio'][name]:.2f}x" for name in timed)])
-        header = [
-            f"speed on {timing['device']}",
-            "trunk",
-            "ms",
-            f"images/s (x{timing['batch']})",
-            "whole model",
-            "ms",
-            "images/s",
-        ]
-        parts.append(table(rows, header))
+        labels = {name: f"{name}, {timing['image_size'][name]} px" for name in ("teacher", "student")}
+        parts.append(speed_table(f"speed on {timing['device']}", timing, labels, columns))
     return parts

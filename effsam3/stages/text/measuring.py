@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from effsam3.benchmarks.tables import Column, millions, result_table, speed_table
 from effsam3.benchmarks.text import load_text_features, plot_similarity, text_similarity, text_speed
 from effsam3.data.captions.sources import open_captions
 from effsam3.data.captions.text_files import read_texts
@@ -16,7 +17,6 @@ from effsam3.errors import UserError
 from effsam3.models.text.student import TextTeacher, fold_repmixer
 from effsam3.models.text.tokens import Tokenizer
 from effsam3.stages.text.facts import TextRecipe
-from effsam3.training.report import table
 
 
 def phrase_list(recipe: TextRecipe) -> None:
@@ -66,28 +66,29 @@ def benchmarks(recipe: TextRecipe, folder: Path, chassis: Path, merged: dict) ->
         yield "pictures", [picture]
 
 
+SIMILARITY: list[Column] = [
+    ("texts", "texts", str),
+    ("cosine", "cosine", "{:.4f}".format),
+    ("centred cosine", "cosine_centred", "{:.4f}".format),
+    ("pooled", "pooled_cosine", "{:.4f}".format),
+    ("retrieval", "retrieval", "{:.4f}".format),
+    ("same neighbour", "neighbour_agreement", "{:.4f}".format),
+]
+SPEED: list[Column] = [
+    ("parameters", "parameters", millions),
+    ("ms, 8 tokens", "8_tokens_ms", "{:.1f}".format),
+    ("32 tokens", "32_tokens_ms", "{:.1f}".format),
+    ("texts/s, 8 tokens", "8_tokens_captions_per_s", "{:.1f}".format),
+    ("32 tokens", "32_tokens_captions_per_s", "{:.1f}".format),
+]
+
+
 def tables(results: dict) -> list[str]:
     """The text benchmarks' results as Markdown."""
     parts = []
     if (similarity := results.get("similarity")) is not None:
-        names = ("cosine", "cosine_centred", "pooled_cosine", "retrieval", "neighbour_agreement")
-        rows = [[name, str(one["texts"]), *(f"{one[key]:.4f}" for key in names)] for name, one in similarity.items()]
-        header = ["held-out texts", "texts", "cosine", "centred cosine", "pooled", "retrieval", "same neighbour"]
-        parts.append(table(rows, header))
+        parts.append(result_table("held-out texts", similarity, SIMILARITY))
     if (timing := results.get("speed")) is not None:
-        timed = ("8_tokens_ms", "32_tokens_ms", "8_tokens_captions_per_s", "32_tokens_captions_per_s")
-        rows = [
-            [name, f"{timing[name]['parameters'] / 1e6:.2f} M", *(f"{timing[name][key]:.1f}" for key in timed)]
-            for name in ("teacher", "student")
-        ]
-        rows.append(["gain", *(f"{timing['ratio'][key]:.2f}x" for key in ("parameters", *timed))])
-        header = [
-            f"text on {timing['device']}",
-            "parameters",
-            "ms, 8 tokens",
-            "32 tokens",
-            "texts/s, 8 tokens",
-            "32 tokens",
-        ]
-        parts.append(table(rows, header))
+        labels = {"teacher": "teacher", "student": "student"}
+        parts.append(speed_table(f"text on {timing['device']}", timing, labels, SPEED))
     return parts
