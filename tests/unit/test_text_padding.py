@@ -15,14 +15,13 @@ from effsam3.cli import main
 from effsam3.errors import ChassisError
 from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.find import chassis_folder
-from effsam3.models.chassis.tensors import read_config, read_tensors
+from effsam3.models.chassis.tensors import read_config
 from effsam3.models.inference import concepts
 from effsam3.models.keymaps.upstream import text_to_upstream
 from effsam3.models.merging.formats import TEXT_PREFIX
 from effsam3.models.merging.slots import start_from
 from effsam3.models.registry import TINY_TEXT_STUDENTS
 from effsam3.models.text.padding import RULES, AttendedLiteTextModel, padding_of
-from effsam3.models.text.padding_disagreement import PROMPTS, disagreement
 from effsam3.models.text.tokens import PROCESSOR_LENGTH, Tokenizer, pad
 from effsam3.publish.card import model_card
 from effsam3.publish.release import read_release
@@ -146,10 +145,10 @@ def test_efficientsam3_computes_what_an_attended_student_does(student, tmp_path,
     wanted = own_features(student, "attended")
     torch.testing.assert_close(from_file(folder)[mask], wanted[mask], atol=1e-4, rtol=0)
     printed = capsys.readouterr().out
-    assert "build_efficientsam3_image_model(" in printed and "off by" not in printed
+    assert "build_efficientsam3_image_model(" in printed and "it has other features" not in printed
 
 
-def test_a_masked_student_is_refused_with_the_difference_and_written_with_a_yes(tmp_path, capsys):
+def test_a_masked_student_is_refused_and_written_with_a_yes(tmp_path, capsys):
     run = text_run(tmp_path)
     assert main(["merge", str(run / "recipe.yaml"), "--format", "efficientsam3"]) == 2
     message = capsys.readouterr().err
@@ -158,19 +157,14 @@ def test_a_masked_student_is_refused_with_the_difference_and_written_with_a_yes(
     folder = merge.run(
         load_recipe(run / "recipe.yaml", ["merge.formats=[efficientsam3]", "merge.allow_padding_mismatch=true"])
     )
-    printed = capsys.readouterr().out
-    # The same number by the reference: over all valid tokens of the prompts, what EfficientSAM3 makes of the file.
-    ids, mask = Tokenizer().encode(list(PROMPTS), PROCESSOR_LENGTH)
-    assert mask.sum(1).min() == 3 and mask.sum(1).max() == 32 and len(set(mask.sum(1).tolist())) == len(PROMPTS) - 1
-    rows = [row[valid].tolist() for row, valid in zip(ids, mask, strict=True)]
-    tensors = torch.load(folder / "efficientsam3.pt", weights_only=True)["model"]
-    own = {name.removeprefix(TEXT_PREFIX): t for name, t in tensors.items() if name.startswith(TEXT_PREFIX)}
-    theirs, ours = upstream_text(own, zero_padded(rows)[1], heads=2)[mask], masked_features(folder, ids, mask)[mask]
-    wanted = f"off by {float((theirs - ours).norm() / ours.norm()):.1%} (cosine"
-    assert wanted in message and wanted in printed and f"over {len(PROMPTS)} prompts of 3 to 32 tokens" in printed
-    config, tensors = read_config(folder).detector_config.text_config, read_tensors(folder, "detector_model.")
-    found = disagreement(config, {name: t for name, t in tensors.items() if name.startswith("text_")})
-    assert found.worst_prompt in PROMPTS and found.worst_error >= found.relative_error > 0.01 and found.cosine < 1
+    warning = "it has other features for every text of less than 32 tokens"
+    assert warning in message and warning in capsys.readouterr().out
+    # So it is: by the reference, EfficientSAM3 makes other features of short texts, and the same of a full one.
+    ids, mask = pad(ROWS)
+    theirs, ours = from_file(folder), masked_features(folder, ids, mask)
+    for row, valid in enumerate(mask):
+        apart = (theirs[row] - ours[row])[valid].norm() / ours[row][valid].norm()
+        assert (apart > 0.01) == (valid.sum() < 32), (row, apart)
 
 
 def test_an_image_student_alone_asks_for_no_yes(tmp_path):

@@ -37,7 +37,6 @@ from effsam3.models.merging.combine import Merged
 from effsam3.models.merging.slots import SLOTS, MergeError
 from effsam3.models.registry import TEXT_STUDENTS
 from effsam3.models.text.padding import padding_of
-from effsam3.models.text.padding_disagreement import disagreement
 from effsam3.models.text.student import DETECTOR
 from effsam3.tensor_files import read_safetensors, refuse_unusable
 from effsam3.training import checkpoint
@@ -193,8 +192,8 @@ def padding_mismatch(merged: Merged, slots: dict) -> str | None:
     if "text" not in slots or padding_of(config) == "attended":
         return None
     return (
-        f"the text student {slots['text']['student']} masks padding, EfficientSAM3 lets texts attend to it: "
-        f"{disagreement(config, text_tensors(merged))}"
+        f"the text student {slots['text']['student']} masks padding, EfficientSAM3 lets texts attend to it: there it "
+        f"has other features for every text of less than {config.max_position_embeddings} tokens"
     )
 
 
@@ -202,7 +201,7 @@ def refuse_other_padding(merged: Merged, slots: dict) -> None:
     """Refuse to write EfficientSAM3's file of a text student that computes other features there.
 
     Raises:
-        MergeError: it does; the message says by how much.
+        MergeError: it does.
     """
     if mismatch := padding_mismatch(merged, slots):
         raise MergeError(
