@@ -276,7 +276,7 @@ def test_integers_and_layers_without_end_are_refused_before_they_are_built(tmp_p
         layer = torch.nn.Linear
     whole_numbers = {"weight": torch.ones(2, 2, dtype=torch.int64), "bias": torch.ones(2)}
     with pytest.raises(UserError, match="not floating point: 1 .weight torch.int64"):
-        load_part(lambda config: layer(2, 2), None, whole_numbers)
+        load_part(layer(2, 2), whole_numbers)
 
 
 def test_moments_of_another_student_are_refused():

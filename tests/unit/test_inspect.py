@@ -162,8 +162,8 @@ def test_students_and_where_they_come_from(merged):
 
 def test_fingerprints_are_those_that_recipes_and_stores_have(folder):
     found = examine(str(folder))["fingerprints"]
-    assert found["trunk"] == Teacher(folder).fingerprint
-    assert found["text"] == TextTeacher(folder).fingerprint
+    assert found["trunk"] == Teacher.from_folder(folder).fingerprint
+    assert found["text"] == TextTeacher.from_folder(folder).fingerprint
     assert found["model"] == fingerprint(read_tensors(folder))
 
 

@@ -115,7 +115,7 @@ def whole():
     tensors = {name: tensor for name, tensor in read_tensors(chassis).items() if not name.startswith("tracker_model.")}
     tracker = efficient_tracker_tensors(read_tensors(chassis, "tracker_model."), config.tracker_config)
     tensors |= {f"tracker_model.{name}": tensor for name, tensor in tracker.items()}
-    return load_part(Sam3VideoModel, config, {name: tensor.clone() for name, tensor in tensors.items()})
+    return load_part(Sam3VideoModel(config), {name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def read_back(model_class, folder):

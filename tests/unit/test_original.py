@@ -208,10 +208,10 @@ def test_half_precision_becomes_float32(saved, tensors, folder, tmp_path):
     pixels = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[49406, 320, 1929, 49407]])
     for tap in ("trunk", "neck"):
-        ours, theirs = Teacher(converted, tap), Teacher(half, tap)
+        ours, theirs = Teacher.from_folder(converted, tap), Teacher.from_folder(half, tap)
         assert ours.fingerprint == theirs.fingerprint
         torch.testing.assert_close(ours(pixels), theirs(pixels), rtol=1e-4, atol=1e-5)
-    ours, theirs = TextTeacher(converted), TextTeacher(half)
+    ours, theirs = TextTeacher.from_folder(converted), TextTeacher.from_folder(half)
     assert ours.fingerprint == theirs.fingerprint
     torch.testing.assert_close(ours(ids, ids > 0), theirs(ids, ids > 0), rtol=1e-4, atol=1e-5)
 

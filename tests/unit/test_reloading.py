@@ -62,5 +62,5 @@ def test_the_chassis(filled_memory):
     folder = chassis_folder("tiny")
     for model in (Sam3VideoModel.from_pretrained(folder), load_tracker(folder)):
         assert_as_built(model, type(model)(deepcopy(model.config)))
-    encoder = TextTeacher(folder).text_encoder
+    encoder = TextTeacher.from_folder(folder).text_encoder
     assert_as_built(encoder, type(encoder)(encoder.config))

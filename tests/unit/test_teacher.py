@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Sam3Model, Sam3VideoModel, Sam3VideoProc
 
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import TRUNK, ChassisError, fingerprint, read_tensors
-from effsam3.models.image.teacher import Teacher, check_features, check_weights, explained_by_pixels, load_neck
+from effsam3.models.image.teacher import Neck, Teacher, check_features, check_weights, explained_by_pixels
 from effsam3.models.registry import chassis_facts
 
 
@@ -47,26 +47,28 @@ def test_the_tap_is_the_trunk_of_transformers_own_model(folder, pixels):
     vision = Sam3Model.from_pretrained(folder).vision_encoder.eval()
     with torch.no_grad():
         reference = vision(pixels)
-    trunk = Teacher(folder)(pixels)
+    trunk = Teacher.from_folder(folder)(pixels)
     assert torch.equal(trunk.flatten(2).transpose(1, 2), reference.last_hidden_state)
-    assert torch.equal(Teacher(folder, "neck")(pixels), reference.fpn_hidden_states[2])
+    assert torch.equal(Teacher.from_folder(folder, "neck")(pixels), reference.fpn_hidden_states[2])
 
 
 def test_the_neck_alone_equals_the_tap(folder, pixels):
-    assert torch.equal(load_neck(folder)(Teacher(folder)(pixels)), Teacher(folder, "neck")(pixels))
+    assert torch.equal(
+        Neck.from_folder(folder)(Teacher.from_folder(folder)(pixels)), Teacher.from_folder(folder, "neck")(pixels)
+    )
 
 
 def test_a_smaller_grid_is_the_resized_map(folder, pixels):
-    small, full = Teacher(folder, grid=8)(pixels), Teacher(folder)(pixels)
+    small, full = Teacher.from_folder(folder, grid=8)(pixels), Teacher.from_folder(folder)(pixels)
     torch.testing.assert_close(
         small, F.interpolate(full, (8, 8), mode="bilinear", align_corners=False, antialias=True)
     )
     with pytest.raises(ChassisError, match="embed.grid is 17"):
-        Teacher(folder, grid=17)
+        Teacher.from_folder(folder, grid=17)
 
 
 def test_frozen_and_always_in_eval_mode(folder):
-    teacher = Teacher(folder).train()
+    teacher = Teacher.from_folder(folder).train()
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
@@ -87,7 +89,7 @@ def test_processor_and_tokenizer_come_with_it(folder):
 
 
 def test_real_features_pass_the_guard(folder, pixels):
-    teacher = Teacher(folder)
+    teacher = Teacher.from_folder(folder)
     check_weights(teacher, "tiny")
     check_weights(teacher, "tiny", teacher.fingerprint)
     check_features(teacher(pixels), pixels)
@@ -103,13 +105,13 @@ def test_a_resized_image_is_refused(pixels, antialias):
 
 
 def test_features_that_ignore_the_image_are_refused(folder, pixels):
-    feat = Teacher(folder)(pixels)
+    feat = Teacher.from_folder(folder)(pixels)
     with pytest.raises(ChassisError, match="same features"):
         check_features(feat[:1].expand_as(feat).clone(), pixels)
 
 
 def test_features_that_are_not_finite_are_refused(folder, pixels):
-    feat = Teacher(folder)(pixels)
+    feat = Teacher.from_folder(folder)(pixels)
     feat[0, 0, 0, 0] = float("nan")
     with pytest.raises(ChassisError, match="not finite"):
         check_features(feat, pixels)
@@ -125,32 +127,32 @@ def test_explained_by_pixels_is_r2():
 
 def test_wrong_size_is_refused(folder):
     with pytest.raises(ChassisError, match="446,236,672"):
-        check_weights(Teacher(folder), "facebook/sam3")
+        check_weights(Teacher.from_folder(folder), "facebook/sam3")
 
 
 def test_wrong_fingerprint_is_refused(folder):
     with pytest.raises(ChassisError, match="the recipe asks for 0123"):
-        check_weights(Teacher(folder), "tiny", "0123")
+        check_weights(Teacher.from_folder(folder), "tiny", "0123")
 
 
 def test_constant_weights_are_refused(copy):
     name = TRUNK + "layers.0.mlp.fc1.weight"
     spoiled = copy(lambda tensors: tensors.update({name: torch.zeros_like(tensors[name])}))
     with pytest.raises(ChassisError, match="layers.0.mlp.fc1.weight is constant"):
-        check_weights(Teacher(spoiled), str(spoiled))
+        check_weights(Teacher.from_folder(spoiled), str(spoiled))
 
 
 def test_a_missing_tensor_is_named(copy):
     spoiled = copy(lambda tensors: tensors.pop(TRUNK + "layers.1.mlp.fc1.weight"))
     with pytest.raises(ChassisError, match="missing: 1 .layers.1.mlp.fc1.weight"):
-        Teacher(spoiled)
+        Teacher.from_folder(spoiled)
 
 
 def test_a_tensor_of_another_shape_is_named(copy):
     name = TRUNK + "layer_norm.weight"
     spoiled = copy(lambda tensors: tensors.update({name: torch.ones(7)}))
     with pytest.raises(ChassisError, match="of another shape: 1 .*layer_norm.weight"):
-        Teacher(spoiled)
+        Teacher.from_folder(spoiled)
 
 
 def test_another_model_is_refused(copy):
@@ -158,7 +160,7 @@ def test_another_model_is_refused(copy):
     config = json.loads((spoiled / "config.json").read_text())
     (spoiled / "config.json").write_text(json.dumps(config | {"model_type": "sam2"}))
     with pytest.raises(ChassisError, match="'sam2'"):
-        Teacher(spoiled)
+        Teacher.from_folder(spoiled)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "sam3"])
@@ -185,4 +187,4 @@ def test_chassis_facts_are_those_of_the_config(folder):
     with torch.device("meta"):
         trunk = Sam3VideoModel.config_class.from_pretrained(folder).detector_config.vision_config.backbone_config
     assert (facts.image_size, facts.hidden_size) == (trunk.image_size, trunk.hidden_size)
-    assert facts.trunk_params == sum(parameter.numel() for parameter in Teacher(folder).trunk.parameters())
+    assert facts.trunk_params == sum(parameter.numel() for parameter in Teacher.from_folder(folder).trunk.parameters())

@@ -38,7 +38,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def teacher(folder):
-    return TextTeacher(folder)
+    return TextTeacher.from_folder(folder)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def merged(request, folder, tmp_path_factory):
     } | {DETECTOR + name: tensor for name, tensor in to_lite_text_tensors(student).items()}
     target = tmp_path_factory.mktemp("merged")
     with quiet_transformers():
-        load_part(Sam3VideoModel, config, tensors).save_pretrained(target, save_original_format=False)
+        load_part(Sam3VideoModel(config), tensors).save_pretrained(target, save_original_format=False)
     return student, target
 
 

@@ -39,7 +39,7 @@ def folder():
 
 @pytest.fixture(scope="module")
 def teacher(folder):
-    return TextTeacher(folder)
+    return TextTeacher.from_folder(folder)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_the_teacher_does_not_see_padding(teacher, batch):
 
 
 def test_the_teacher_is_frozen_and_always_in_eval_mode(folder):
-    teacher = TextTeacher(folder).train()
+    teacher = TextTeacher.from_folder(folder).train()
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
@@ -132,7 +132,7 @@ def test_the_guard_refuses(teacher, batch):
 
 def test_the_guard_refuses_spoiled_tensors(spoil, teacher):
     name = TEXT_PROJECTION + "weight"
-    spoiled = TextTeacher(spoil(lambda tensors: tensors.update({name: torch.zeros_like(tensors[name])})))
+    spoiled = TextTeacher.from_folder(spoil(lambda tensors: tensors.update({name: torch.zeros_like(tensors[name])})))
     assert spoiled.fingerprint != teacher.fingerprint
     with pytest.raises(ChassisError, match="text_projection.weight is constant"):
         check_text_weights(spoiled, "tiny")
@@ -141,13 +141,15 @@ def test_the_guard_refuses_spoiled_tensors(spoil, teacher):
 def test_tensors_that_are_no_numbers_are_named(spoil):
     name = TEXT_PROJECTION + "weight"
     with pytest.raises(ChassisError, match="text_projection.weight has NaN"):
-        TextTeacher(spoil(lambda tensors: tensors.update({name: torch.full_like(tensors[name], float("nan"))})))
+        TextTeacher.from_folder(
+            spoil(lambda tensors: tensors.update({name: torch.full_like(tensors[name], float("nan"))}))
+        )
 
 
 def test_a_missing_tensor_is_named(spoil):
     name = "text_model.encoder.layers.1.mlp.fc1.weight"
     with pytest.raises(ChassisError, match="missing: 1 .*layers.1.mlp.fc1.weight"):
-        TextTeacher(spoil(lambda tensors: tensors.pop(TEXT_ENCODER + name)))
+        TextTeacher.from_folder(spoil(lambda tensors: tensors.pop(TEXT_ENCODER + name)))
 
 
 # The students
@@ -215,7 +217,7 @@ def merged(request, folder, tmp_path_factory):
         for name, tensor in read_tensors(folder).items()
         if not name.startswith((TEXT_ENCODER, TEXT_PROJECTION))
     } | {DETECTOR + name: tensor for name, tensor in to_lite_text_tensors(student).items()}
-    model = load_part(Sam3VideoModel, config, dict(tensors))
+    model = load_part(Sam3VideoModel(config), dict(tensors))
     target = tmp_path_factory.mktemp("merged")
     with quiet_transformers():
         model.save_pretrained(target, save_original_format=False)
@@ -269,7 +271,7 @@ def test_a_text_finds_masks_and_only_the_text_has_changed(merged, folder):
 
 def test_a_merged_model_is_no_teacher(merged):
     with pytest.raises(ChassisError, match="'sam3_lite_text_text_model', a student already"):
-        TextTeacher(merged[2])
+        TextTeacher.from_folder(merged[2])
 
 
 def test_the_statistics_become_part_of_the_projection(batch):

@@ -68,11 +68,8 @@ def make_tracker(tensors, mode, vision=True):
     own.pop("model_type")
     config = EfficientTrackerConfig(**own, memory_mode=mode)
     given = {name: tensor for name, tensor in tensors.items() if vision or not name.startswith("vision_encoder.")}
-    return load_part(
-        lambda config: EfficientTracker(config, remove_vision_encoder=not vision),
-        config,
-        efficient_tracker_tensors(given, config),
-    )
+    tracker = EfficientTracker(config, remove_vision_encoder=not vision)
+    return load_part(tracker, efficient_tracker_tensors(given, config))
 
 
 def make_student(tensors, mode="hybrid", parts=("memory",), **options):
@@ -100,7 +97,7 @@ def inputs(prompts=None):
 def test_tracks_what_transformers_session_tracks(tensors):
     pixels, masks = shapes()
     own = read_config(chassis_folder("tiny")).tracker_config
-    reference = load_part(Sam3TrackerVideoModel, own, tensors)
+    reference = load_part(Sam3TrackerVideoModel(own), tensors)
     session = Sam3TrackerVideoInferenceSession(video=pixels, video_height=S, video_width=S, dtype=torch.float32)
     for o in range(3):
         session.obj_id_to_idx(o)

@@ -172,9 +172,6 @@ def _config(checkpoint: str) -> Any:
 
 
 def _image(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
-    from transformers import Sam3ViTModel
-    from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
-
     from effsam3.models.image.teacher import Neck, Teacher
     from effsam3.stages.image.training import ImageStage, make_student
 
@@ -186,16 +183,12 @@ def _image(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
         student = make_student(replace(recipe, student_init="random"), channels, side, facts.patch_size)
         if recipe.teacher == "online" or recipe.loss.neck:
             config = _config(recipe.sam3.checkpoint).detector_config.vision_config
-            whole = Sam3VisionNeck(config)
-            neck = Neck(whole, config.scale_factors.index(1.0))
+            neck = Neck(config) if recipe.loss.neck else None
         if recipe.teacher == "online":
-            teacher = Teacher.__new__(Teacher)
-            nn.Module.__init__(teacher)
-            teacher.trunk, teacher.neck = Sam3ViTModel(config.backbone_config), neck if tap == "neck" else None
-            teacher.grid = grid
-            frozen.append(_empty(fake, teacher.eval().requires_grad_(False)))
+            teacher = Teacher(config, tap, recipe.embed.grid)
+            frozen.append(_empty(fake, teacher))
     if recipe.loss.neck:
-        frozen.append(_empty(fake, neck.eval().requires_grad_(False)))
+        frozen.append(_empty(fake, neck))
     with fake:
         statistics = {"mean_C": torch.zeros(channels), "deviation_C": torch.ones(channels)}
         batch = {"pixels": torch.zeros(samples, 3, side, side, dtype=torch.uint8)}
@@ -205,15 +198,11 @@ def _image(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
             batch |= {"scale": torch.zeros(samples, channels)} if int8 else {}
     batch["sizes"] = torch.full((samples, 2), side)
     facts = {"grid": grid, "image_size": side}
-    stage = _stage(
-        ImageStage, recipe, facts=facts, teacher=teacher, neck=neck if recipe.loss.neck else None, **statistics
-    )
+    stage = _stage(ImageStage, recipe, facts=facts, teacher=teacher, neck=neck, **statistics)
     return Dry(stage, _empty(fake, student), frozen, batch)
 
 
 def _text(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
-    from transformers import CLIPTextModelWithProjection
-
     from effsam3.models.text.student import TextTeacher
     from effsam3.stages.text.training import TextStage, make_student
 
@@ -222,12 +211,9 @@ def _text(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
     with torch.device("meta"):
         student, _ = make_student(replace(recipe, student_init="random"), channels)
         if recipe.teacher == "online":
-            config = _config(recipe.sam3.checkpoint).detector_config.text_config
-            teacher = TextTeacher.__new__(TextTeacher)
-            nn.Module.__init__(teacher)
-            teacher.text_encoder = CLIPTextModelWithProjection(config)
-            teacher.text_projection = nn.Linear(config.hidden_size, channels)
-            frozen.append(_empty(fake, teacher.eval().requires_grad_(False)))
+            config = _config(recipe.sam3.checkpoint).detector_config
+            teacher = TextTeacher(config)
+            frozen.append(_empty(fake, teacher))
     with fake:
         statistics = {"mean_C": torch.zeros(channels), "deviation_C": torch.ones(channels)}
         features = torch.zeros(samples, length, channels, dtype=torch.float16)

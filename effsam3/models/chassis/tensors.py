@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import xxhash
@@ -19,6 +20,7 @@ from effsam3.errors import ChassisError
 from effsam3.models.chassis.sam31 import refuse_sam31
 from effsam3.tensor_files import open_safetensors, refuse_unusable, tensor_of
 
+Part = TypeVar("Part", bound=torch.nn.Module)
 TRUNK = "detector_model.vision_encoder.backbone."  # the slot `image`
 NECK = "detector_model.vision_encoder.neck."  # the detector's FPN; the tracker has its own, `tracker_neck.`
 SAM3_TRUNK_PARAMETERS = 446_236_672  # of facebook/sam3's ViT in transformers
@@ -183,15 +185,14 @@ def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_part(model_class, config, tensors: dict[str, torch.Tensor]):
-    """Build `model_class(config)` with exactly these weights, in eval mode and frozen.
+def load_part(model: Part, tensors: dict[str, torch.Tensor]) -> Part:
+    """Give a model exactly these weights and return it, in eval mode and frozen.
 
     Raises:
         ChassisError: a tensor is missing, left over or of another shape; the message names the first ones.
     """
-    model = model_class(config)
     info = misfits(model.state_dict(), tensors)
-    refuse_partial(info, f"the checkpoint's tensors do not fit {model_class.__name__} as its config.json says")
+    refuse_partial(info, f"the checkpoint's tensors do not fit {type(model).__name__} as its config.json says")
     # Not `from_pretrained`, which under ZeRO-3 divides a frozen model among the ranks; assigned, so that the tensors
     # keep their types and stay where they are mapped.
     model.load_state_dict(tensors, assign=True)

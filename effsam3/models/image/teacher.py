@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import Sam3VisionConfig, Sam3ViTModel
+from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
 
 from effsam3.models.chassis.tensors import (
     NECK,
@@ -35,15 +37,36 @@ class Teacher(nn.Module):
     trunk's own grid (256 channels). A smaller `grid` shrinks either, bilinear and antialiased.
     """
 
-    def __init__(self, folder: Path, tap: str = "trunk", grid: int | None = None):
-        """Load from a chassis folder.
+    def __init__(self, config: Sam3VisionConfig, tap: str = "trunk", grid: int | None = None):
+        """Build it from a SAM 3's sizes, without its weights.
+
+        Raises:
+            ChassisError: `grid` is finer than the teacher's.
+        """
+        super().__init__()
+        trunk = config.backbone_config
+        self.image_size = trunk.image_size
+        own_grid = trunk.image_size // trunk.patch_size
+        self.grid = own_grid if grid is None else grid
+        if self.grid > own_grid:
+            raise ChassisError(
+                f"embed.grid is {grid}, finer than the teacher's {own_grid}x{own_grid}; choose at most {own_grid}, or "
+                "leave it out"
+            )
+        self.tap = tap
+        self.trunk = Sam3ViTModel(trunk)
+        self.neck = Neck(config) if tap == "neck" else None
+        self.channels = trunk.hidden_size if tap == "trunk" else config.fpn_hidden_size
+        self.fingerprint = ""  # of the trunk's weights, once it has them
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_folder(cls, folder: Path, tap: str = "trunk", grid: int | None = None) -> Teacher:
+        """Load it from a chassis folder.
 
         Raises:
             ChassisError: the folder's trunk is not SAM 3's ViT, is incomplete, or `grid` is finer than the teacher's.
         """
-        super().__init__()
-        from transformers import Sam3ViTModel
-
         config = read_config(folder).detector_config.vision_config
         if config.backbone_config.model_type != "sam3_vit_model":
             raise ChassisError(
@@ -51,20 +74,12 @@ class Teacher(nn.Module):
                 "already; the teacher must be SAM 3 itself (backbone 'sam3_vit_model')"
             )
         tensors = read_tensors(folder, TRUNK)
-        self.fingerprint = fingerprint(tensors)
-        self.image_size = config.backbone_config.image_size
-        self.own_grid = self.image_size // config.backbone_config.patch_size
-        self.grid = self.own_grid if grid is None else grid
-        if self.grid > self.own_grid:
-            raise ChassisError(
-                f"embed.grid is {grid}, finer than the teacher's {self.own_grid}x{self.own_grid}; choose at most "
-                f"{self.own_grid}, or leave it out"
-            )
-        self.tap = tap
-        self.trunk = load_part(Sam3ViTModel, config.backbone_config, tensors).float()
-        self.neck = load_neck(folder) if tap == "neck" else None
-        self.channels = config.backbone_config.hidden_size if tap == "trunk" else config.fpn_hidden_size
-        self.eval().requires_grad_(False)
+        teacher = cls(config, tap, grid)
+        load_part(teacher.trunk, tensors).float()
+        if teacher.neck is not None:
+            teacher.neck.load(folder)
+        teacher.fingerprint = fingerprint(tensors)
+        return teacher
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode whatever the loop around says."""
@@ -82,22 +97,30 @@ class Teacher(nn.Module):
 class Neck(nn.Module):
     """SAM 3's frozen FPN, reduced to the level that keeps the trunk's grid: (B, 1024, G, G) to (B, 256, G, G)."""
 
-    def __init__(self, neck: nn.Module, level: int):
+    def __init__(self, config: Sam3VisionConfig):
+        """Build it from a SAM 3's sizes, without its weights."""
         super().__init__()
-        self.layer = neck.fpn_layers[level]
+        self.level = config.scale_factors.index(1.0)
+        self.layer = Sam3VisionNeck(config).fpn_layers[self.level]
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Neck:
+        """Load the detector's FPN layer at scale 1 from a chassis folder."""
+        neck = cls(read_config(folder).detector_config.vision_config)
+        neck.load(folder)
+        return neck
+
+    def load(self, folder: Path) -> None:
+        """Take the weights of a chassis folder.
+
+        Raises:
+            ChassisError: they are missing or of other sizes.
+        """
+        load_part(self.layer, read_tensors(folder, f"{NECK}fpn_layers.{self.level}."))
 
     def forward(self, feat_BCGG: Tensor) -> Tensor:
         return self.layer(feat_BCGG)
-
-
-def load_neck(folder: Path) -> Neck:
-    """Load the detector's FPN layer at scale 1 from a chassis folder, frozen."""
-    from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
-
-    config = read_config(folder).detector_config.vision_config
-    full = Sam3VisionNeck(config)
-    full.load_state_dict(read_tensors(folder, NECK))
-    return Neck(full, config.scale_factors.index(1.0)).eval().requires_grad_(False)
 
 
 def to_map(feat_BNC: Tensor) -> Tensor:

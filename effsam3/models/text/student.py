@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from transformers import Sam3LiteTextConfig, Sam3LiteTextTextConfig
+from transformers import CLIPTextModelWithProjection, Sam3Config, Sam3LiteTextConfig, Sam3LiteTextTextConfig
 from transformers.models.sam3_lite_text.modeling_sam3_lite_text import (
     Sam3LiteTextRepMixerBlock,
     Sam3LiteTextTextPositionEmbedding,
@@ -41,15 +41,24 @@ class TextTeacher(nn.Module):
     Attributes: `channels` C; `context_length`, the most tokens it can read; `fingerprint` of all its tensors.
     """
 
-    def __init__(self, folder: Path):
-        """Load from a chassis folder.
+    def __init__(self, config: Sam3Config):
+        """Build it from a SAM 3's sizes, those of its detector, without its weights."""
+        super().__init__()
+        text = config.text_config
+        self.context_length = text.max_position_embeddings
+        self.channels = config.detr_encoder_config.hidden_size
+        self.text_encoder = CLIPTextModelWithProjection(text)
+        self.text_projection = nn.Linear(text.hidden_size, self.channels)
+        self.fingerprint = ""  # of all weights, once it has them
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> TextTeacher:
+        """Load it from a chassis folder.
 
         Raises:
             ChassisError: the folder's text encoder is not SAM 3's, or incomplete.
         """
-        super().__init__()
-        from transformers import CLIPTextModelWithProjection
-
         config = read_config(folder).detector_config
         if config.text_config.model_type != "clip_text_model":
             raise ChassisError(
@@ -58,13 +67,13 @@ class TextTeacher(nn.Module):
             )
         encoder, projection = read_tensors(folder, TEXT_ENCODER), read_tensors(folder, TEXT_PROJECTION)
         named = {TEXT_ENCODER + name: tensor for name, tensor in encoder.items()}
-        self.fingerprint = fingerprint(named | {TEXT_PROJECTION + name: tensor for name, tensor in projection.items()})
-        self.context_length = config.text_config.max_position_embeddings
-        self.channels = config.detr_encoder_config.hidden_size
-        self.text_encoder = load_part(CLIPTextModelWithProjection, config.text_config, encoder).float()
-        self.text_projection = nn.Linear(config.text_config.hidden_size, self.channels)
-        self.text_projection.load_state_dict(projection)
-        self.eval().requires_grad_(False)
+        teacher = cls(config)
+        load_part(teacher.text_encoder, encoder).float()
+        load_part(teacher.text_projection, projection)
+        teacher.fingerprint = fingerprint(
+            named | {TEXT_PROJECTION + name: tensor for name, tensor in projection.items()}
+        )
+        return teacher
 
     def train(self, mode: bool = True) -> TextTeacher:
         """Stay in eval mode whatever the loop around says."""

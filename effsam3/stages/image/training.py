@@ -32,7 +32,6 @@ from effsam3.models.image.teacher import (
     Neck,
     Teacher,
     check_weights,
-    load_neck,
     to_map,
 )
 from effsam3.models.registry import chassis_facts
@@ -113,7 +112,8 @@ FACTS = {"tap": str, "grid": int, "channels": int, "image_size": int, "resize": 
 def make_teacher(recipe, accelerator) -> Teacher:
     """Load the recipe's teacher onto the accelerator's device and let the guard look at its weights."""
     sam3 = recipe.sam3
-    teacher = Teacher(chassis_folder(sam3.checkpoint, sam3.revision), recipe.embed.tap, recipe.embed.grid)
+    folder = chassis_folder(sam3.checkpoint, sam3.revision)
+    teacher = Teacher.from_folder(folder, recipe.embed.tap, recipe.embed.grid)
     check_weights(teacher, sam3.checkpoint, sam3.fingerprint)
     return teacher.to(accelerator.device)
 
@@ -233,7 +233,7 @@ class ImageStage(Stage):
 
     def _load_neck(self) -> Neck:
         refuse_partial_maps(self.recipe, self.facts["tap"], self.facts["grid"])
-        return load_neck(chassis_folder(self.recipe.sam3.checkpoint, self.recipe.sam3.revision)).to(self.device)
+        return Neck.from_folder(chassis_folder(self.recipe.sam3.checkpoint, self.recipe.sam3.revision)).to(self.device)
 
     def statistics_batches(self):
         """A fixed sample of the training images, in batches."""

@@ -48,7 +48,7 @@ def benchmarks(recipe: MemoryRecipe, folder: Path, chassis: Path, merged: dict) 
         if asked.untrained:
             config = tracker_config(read_config(chassis).tracker_config, recipe.memory)
             start = efficient_tracker_tensors(read_tracker_tensors(chassis), config, seed=recipe.train.seed)
-            untrained = load_part(EfficientTracker, config, start).float().to(device)
+            untrained = load_part(EfficientTracker(config), start).float().to(device)
             trackers |= {f"{config.memory_mode}, untrained": untrained}
     else:
         trackers |= {"dense, trained": student}

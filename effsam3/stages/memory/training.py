@@ -94,12 +94,11 @@ def make_trackers(recipe, folder: Path) -> tuple[EfficientTracker, EfficientTrac
         )
     tensors = read_tracker_tensors(folder)
     config = tracker_config(own, recipe.memory)
-    student = load_part(EfficientTracker, config, efficient_tracker_tensors(tensors, config, seed=recipe.train.seed))
+    student = load_part(EfficientTracker(config), efficient_tracker_tensors(tensors, config, seed=recipe.train.seed))
     dense = tracker_config(own, replace(recipe.memory, mode="dense", attention_layers=None, fuser_layers=None))
     without_vision = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
     teacher = load_part(
-        lambda config: EfficientTracker(config, remove_vision_encoder=True),
-        dense,
+        EfficientTracker(dense, remove_vision_encoder=True),
         efficient_tracker_tensors(without_vision, dense, seed=recipe.train.seed),
     )
     return student.float(), teacher.float()

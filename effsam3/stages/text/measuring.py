@@ -33,7 +33,7 @@ NEEDS = (phrase_list,)
 
 def benchmarks(recipe: TextRecipe, folder: Path, chassis: Path, merged: dict) -> Iterator[tuple[str, Any]]:
     """Yield (name, result) as they are made, pictures last."""
-    teacher, student = TextTeacher(chassis), load_text_features(folder / "merged")
+    teacher, student = TextTeacher.from_folder(chassis), load_text_features(folder / "merged")
     asked, data = recipe.evaluate, recipe.data
     if "similarity" in asked.benchmarks:
         phrases, phrase_column = data.phrases, data.phrase_column

@@ -86,7 +86,7 @@ def _make_synthetic(data) -> None:
 def make_teacher(recipe, accelerator) -> TextTeacher:
     """Load the recipe's teacher onto the accelerator's device and let the guard look at its weights."""
     sam3 = recipe.sam3
-    teacher = TextTeacher(chassis_folder(sam3.checkpoint, sam3.revision))
+    teacher = TextTeacher.from_folder(chassis_folder(sam3.checkpoint, sam3.revision))
     check_text_weights(teacher, sam3.checkpoint, sam3.fingerprint)
     if recipe.data.context_length > teacher.context_length:
         raise UserError(
