@@ -6,16 +6,17 @@ accelerate launch --config_file accelerate_configs/zero2.yaml scripts/train.py r
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from effsam3 import stages
@@ -30,6 +31,7 @@ from effsam3.hardware.accelerator import (
     make_accelerator,
     on_main,
     refuse_missing_gpu,
+    set_batch,
 )
 from effsam3.hardware.budget import find_micro_batch
 from effsam3.hardware.budget.estimates import (
@@ -40,22 +42,23 @@ from effsam3.hardware.budget.estimates import (
     out_of_memory_explained,
     running_hardware,
 )
-from effsam3.models.merging.slots import refuse_other_student
+from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.derived import accumulation, total_steps, warmup_steps
 from effsam3.recipe.reader import dump_recipe
 from effsam3.stages import needs
+from effsam3.stages.protocol import Stage
 from effsam3.stopping import STOP, STOPPED
 from effsam3.training import checkpoint, optimizer_state
 from effsam3.training.loggers import Loggers
 from effsam3.training.meters import Unreadable, Window, line_of, step_line
-from effsam3.training.not_finite import NotFinite
+from effsam3.training.not_finite import NotFinite, refuse_not_finite
 from effsam3.training.optim import adamw, lr_at
 from effsam3.training.progress import Progress
 from effsam3.training.report import Report, provenance, refuse_unwritable, write_text
-from effsam3.training.resume import AUTO, read_trainer, resumable
+from effsam3.training.resume import AUTO, resumable, resume_weights, resumed_state
 
 
-def run(recipe, resume: str = AUTO) -> None:
+def run(recipe: StageRecipe, resume: str = AUTO) -> None:
     """Train the recipe's student; `resume` says where to resume from, see `resume.resumable`.
 
     Raises:
@@ -64,7 +67,7 @@ def run(recipe, resume: str = AUTO) -> None:
         SystemExit: code 75 after SIGTERM or SIGUSR1, with everything saved.
     """
     refuse_missing_gpu(recipe.hardware)
-    folder = Path(recipe.train.runs) / recipe.name
+    folder = recipe.folder
     recipe = find_micro_batch.kept(recipe, folder)
     micros = accumulation(recipe, launched_processes())
     accelerator = make_accelerator(
@@ -83,51 +86,50 @@ def run(recipe, resume: str = AUTO) -> None:
         learn(recipe, resume, accelerator, micros, report, progress)
 
 
-def learn(recipe, resume: str, accelerator, micros: int, report: Report, progress: Progress) -> None:
-    """The part of `run` that is under way: set-up, loop and end."""
-    # ---- setup
+def learn(
+    recipe: StageRecipe, resume: str, accelerator: Accelerator, micros: int, report: Report, progress: Progress
+) -> None:
+    """The body of `run`: set-up, loop and end."""
+    # ---- model and data: the stage builds them as the recipe says
     folder = report.folder
     last = resumable(recipe, folder, resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
-    stage = stages.training(recipe.stage).STAGE(recipe, report, accelerator)
+    stage = stages.training(recipe.stage).STAGE.from_recipe(recipe, report, accelerator)
     on_main(accelerator, partial(needs.room_for_checkpoints, recipe, stage.student_parameters))
     if recipe.train.find_micro_batch and last is None:
         recipe = find_micro_batch.run(recipe, stage, accelerator, report)
         micros = accumulation(recipe, accelerator.num_processes)
+        set_batch(accelerator, recipe.train.micro_batch_size, micros)
+
+    # ---- length, optimizer, averaged weights
     steps, warmup = (count(recipe, stage.train_size) for count in (total_steps, warmup_steps))
     optim = recipe.optim
     optimizer = adamw(stage.student, optim.lr, optim.weight_decay, optim.betas, optim.eps, stage.lr_scales)
     if recipe.train.sync_batchnorm:
         stage.student = share_batchnorm(stage.student, accelerator)
     ema = make_ema(recipe, accelerator, stage.student)
-    state = {"step": 0, "best": None, "untrained": None, "worse": 0, "ended": False}
-    moments: dict[str, torch.Tensor] = {}
+
+    # ---- resume; `prepare` lets the hardware divide what it divides
+    state: dict[str, Any] = {"step": 0, "best": None, "untrained": None, "worse": 0, "ended": False}
     if last is not None:
-        state |= read_trainer(last)
-        if last.parent.resolve() != (folder / "checkpoints").resolve():
-            state |= {"best": None, "worse": 0}  # the other run's best weights stay there
-        if state["step"] == steps and state["best"] is None:
-            raise UserError(f"--resume: {last} has taken all {steps} steps; there is nothing left to begin with")
-        weights, moments = checkpoint.read_trained(last)
-        refuse_other_student(stage.student.state_dict(), weights, f"the recipe's student ({last})")
-        optimizer_state.refuse_other_moments(stage.student, moments, f"{last / checkpoint.OPTIMIZER}")
-        stage.student.load_state_dict(weights)  # before ZeRO-3 divides them
-        if ema is not None:
-            ema.module.load_state_dict(checkpoint.read_weights(last))
+        state |= resumed_state(last, folder, steps)
+        moments = resume_weights(last, stage.student, ema)
     student, optimizer = accelerator.prepare(stage.student.train(), optimizer)
     if last is not None:
         optimizer_state.scatter(accelerator, student, optimizer, moments, state["step"])
     report.forget_metrics_after(state["step"] if last is not None else -1)
+    # Recompute: train.patience may have been raised.
+    state["ended"] = state["step"] == steps or 0 < recipe.train.patience <= state["worse"]
+
+    # ---- header, and the student as it begins
     progress.update("running", state["step"], steps)
     loggers = Loggers(accelerator, recipe.train.loggers, folder)
-    # One rank says what a step takes, and on a CPU nobody asks: it takes some seconds to measure.
+    # Once, on one rank, and not on a CPU: measuring takes some seconds.
     measured = accelerator.is_main_process and accelerator.device.type == "cuda"
     sizes = attempt(measure, recipe, None) if measured else None
     announce(recipe, stage, accelerator, report, loggers, steps, micros, state, sizes)
     average = None if ema is None else ema.module
     unreadable = Unreadable(folder)
-    # Asked anew, because the patience may have been raised.
-    state["ended"] = state["step"] == steps or 0 < recipe.train.patience <= state["worse"]
     if state["ended"]:
         report.say(f"this run is complete: {state['step']} steps, nothing to do")
     elif any_asked(accelerator):
@@ -140,7 +142,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
             end_stopped(progress, report, loggers, 0, steps)
 
     # ---- loop
-    batches = iter(stage.train_batches(state["step"], steps))
+    batches = iter(stage.train_batches(state["step"], steps, recipe.train.micro_batch_size))
     bar = progress_bar(accelerator, steps, state["step"])
     flops = None if sizes is None else sizes.flops
     window = Window(accelerator, recipe.train.global_batch_size, flops, recipe.train.per_rank)
@@ -149,6 +151,7 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     started, first = time.monotonic(), state["step"]
     finite = NotFinite(stage, accelerator, folder, recipe.train.not_finite == "skip")
     for step in range(state["step"], state["step"] if state["ended"] else steps):
+        # ---- step
         lr = lr_at(step, steps, warmup, optim.lr, optim.min_lr, optim.warmup_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -171,18 +174,23 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
                 ema.update(weights, step=step + 1)
         bar.update()
 
+        # ---- agree: all ranks go the same way
         state["step"] = done = step + 1
         asked, missing, bad = agree(accelerator, STOP.asked, len(unreadable.keys), finite.count(grad_norm))
         finite.refuse(bad)
-        refuse_many_unreadable(missing, stage, folder)
+        unreadable.refuse(missing, stage.max_unreadable, stage.files)
         final, improved = done == steps, False
         due = {name: final or done % getattr(recipe.train, name) == 0 for name in ("eval_every", "save_every")}
+
+        # ---- log
         if final or done % recipe.train.log_every == 0:
             values = window.close(lr, grad_norm)
             # Of all that there was since this start, validations and checkpoints among it.
             left_s = (time.monotonic() - started) / (done - first) * (steps - done)
             record(report, loggers, values, done, step_line(done, steps, values, left_s))
             progress.update("running", done, steps, values["perf/samples_per_s"])
+
+        # ---- validate
         if any(due.values()) or asked:
             share_buffers(accelerator, student, average)
         if due["eval_every"]:
@@ -197,6 +205,8 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
             record(report, loggers, values, done, line)
             progress.update("running", done, steps)
             asked = asked or any_asked(accelerator)  # it may have taken long
+
+        # ---- save
         enough = 0 < recipe.train.patience <= state["worse"]
         state["ended"] = final or enough
         if improved or asked or enough or due["save_every"]:
@@ -214,30 +224,30 @@ def learn(recipe, resume: str, accelerator, micros: int, report: Report, progres
     progress.update("complete", state["step"], steps)
     finish(loggers, report)
     report.say("\n" + stage.conclude(state["untrained"], state["best"]))
-    if (folder / "unreadable.jsonl").is_file():
-        report.say(f"some {stage.files} were unreadable and left out, {folder}/unreadable.jsonl names them")
+    if unreadable.path.is_file():
+        report.say(f"some {stage.files} were unreadable and left out, {unreadable.path} names them")
     report.say(f"\nnext: effsam3 merge {folder}")
 
 
-def make_ema(recipe, accelerator, student):
+def make_ema(recipe: StageRecipe, accelerator: Accelerator, student: nn.Module) -> ModelEmaV3 | None:
     """The moving average of the weights that the recipe asks for, None without one."""
     if not recipe.train.ema:
         return None
-    from timm.utils import ModelEmaV3
-
     return ModelEmaV3(student, decay=recipe.train.ema, device=accelerator.device)
 
 
-def validate(recipe, stage, accelerator, model, unreadable: Unreadable, step: int) -> dict[str, float]:
+def validate(
+    recipe: StageRecipe, stage: Stage, accelerator: Accelerator, model: nn.Module, unreadable: Unreadable, step: int
+) -> dict[str, float]:
     """The stage's numbers on the held-out images, over all ranks; leaves the model in the mode it was in."""
     training = model.training
     model.eval()
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, Tensor] = {}
     batches = sequential_batches(
         len(stage.val_data), recipe.train.micro_batch_size, accelerator.process_index, accelerator.num_processes
     )
     # Around the averaged weights: what accelerate or DeepSpeed wraps has its own autocast.
-    with frozen_autocast(accelerator, recipe.train.precision):
+    with frozen_autocast(accelerator.device, recipe.train.precision):
         for batch in loader(stage.val_data, batches, recipe.data.workers, pin=False):
             unreadable.note(batch, step)
             for name, value in stage.validate(model, batch).items():
@@ -246,7 +256,7 @@ def validate(recipe, stage, accelerator, model, unreadable: Unreadable, step: in
     return stage.summarise({name: accelerator.reduce(value) for name, value in sums.items()})
 
 
-def progress_bar(accelerator, steps: int, done: int) -> tqdm:
+def progress_bar(accelerator: Accelerator, steps: int, done: int) -> tqdm:
     """A bar on rank 0's terminal; a log file gets plain lines only."""
     shown = accelerator.is_main_process and sys.stderr.isatty()
     return tqdm(total=steps, initial=done, unit="step", disable=not shown)
@@ -267,7 +277,7 @@ def finish(loggers: Loggers, report: Report) -> None:
     loggers.accelerator.end_training()
 
 
-def agree(accelerator, asked: bool, unreadable: int, not_finite: torch.Tensor) -> tuple[bool, int, int]:
+def agree(accelerator: Accelerator, asked: bool, unreadable: int, not_finite: Tensor) -> tuple[bool, int, int]:
     """Let all ranks take the same decision: whether any was asked to stop, and how many images were unreadable and
     losses not finite on all of them."""
     own = torch.tensor([int(asked), unreadable], device=accelerator.device)
@@ -275,7 +285,7 @@ def agree(accelerator, asked: bool, unreadable: int, not_finite: torch.Tensor) -
     return counts[0] > 0, counts[1], counts[2]
 
 
-def any_asked(accelerator) -> bool:
+def any_asked(accelerator: Accelerator) -> bool:
     """Whether any rank was asked to stop; all of them ask at the same time."""
     return accelerator.reduce(torch.tensor(int(STOP.asked), device=accelerator.device)).item() > 0
 
@@ -289,25 +299,7 @@ def end_stopped(progress: Progress, report: Report, loggers: Loggers, step: int,
     sys.exit(STOPPED)
 
 
-def refuse_many_unreadable(count: int, stage, folder: Path) -> None:
-    """Stop when more files are unreadable than the recipe allows."""
-    if count > stage.max_unreadable:
-        raise UserError(
-            f"{count} {stage.files} could not be read, more than data.max_unreadable={stage.max_unreadable}; "
-            f"{folder}/unreadable.jsonl names them. Repair them or build the index again"
-        )
-
-
-def refuse_not_finite(value: float, step: int) -> None:
-    """Stop before a metric that is not finite is saved as progress."""
-    if not math.isfinite(value):
-        raise UserError(
-            f"the held-out metric is {value} at step {step}; nothing of this step was saved. Lower optim.lr, lengthen "
-            "the warm-up, or set train.precision=fp32"
-        )
-
-
-def share_batchnorm(student, accelerator):
+def share_batchnorm(student: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Let BatchNorm see the micro-batches of all ranks as one.
 
     Raises:
@@ -318,7 +310,7 @@ def share_batchnorm(student, accelerator):
     return torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
 
 
-def share_buffers(accelerator, student, average) -> None:
+def share_buffers(accelerator: Accelerator, student: nn.Module, average: nn.Module | None) -> None:
     """Give every rank rank 0's buffers: BatchNorm's statistics are its own on each rank, and rank 0's are saved."""
     if accelerator.num_processes > 1:
         models = [accelerator.unwrap_model(student)] + ([average] if average is not None else [])
@@ -333,14 +325,14 @@ def sample_seed(seed: int, step: int, micro: int, rank: int) -> int:
 
 
 def announce(
-    recipe,
-    stage,
-    accelerator,
+    recipe: StageRecipe,
+    stage: Stage,
+    accelerator: Accelerator,
     report: Report,
     loggers: Loggers,
     steps: int,
     micros: int,
-    state: dict,
+    state: dict[str, Any],
     sizes: Sizes | None,
 ) -> None:
     """Print what the run is and what it will take, keep its recipe and provenance, start the loggers."""

@@ -98,17 +98,22 @@ def make_accelerator(
             "with `effsam3 launch` or `accelerate launch --config_file accelerate_configs/...`"
         )
     if deepspeed:
-        _configure_deepspeed(accelerator, precision, accumulation, micro_batch, clip_grad_norm)
+        _configure_deepspeed(accelerator, precision, clip_grad_norm)
+    set_batch(accelerator, micro_batch, accumulation)
     return accelerator
 
 
-def _configure_deepspeed(
-    accelerator: Accelerator, precision: str, accumulation: int, micro_batch: int, clip_grad_norm: float
-) -> None:
+def set_batch(accelerator: Accelerator, micro_batch: int, accumulation: int) -> None:
+    """Let every rank accumulate so many micro-batches of so many samples; before `prepare`, which reads it."""
+    accelerator.gradient_accumulation_steps = accumulation
+    if (plugin := accelerator.state.deepspeed_plugin) is not None:
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch
+        plugin.deepspeed_config["gradient_accumulation_steps"] = accumulation
+        plugin.deepspeed_config["train_batch_size"] = micro_batch * accumulation * accelerator.num_processes
+
+
+def _configure_deepspeed(accelerator: Accelerator, precision: str, clip_grad_norm: float) -> None:
     config = accelerator.state.deepspeed_plugin.deepspeed_config
-    config["train_micro_batch_size_per_gpu"] = micro_batch
-    config["gradient_accumulation_steps"] = accumulation
-    config["train_batch_size"] = micro_batch * accumulation * accelerator.num_processes
     config["gradient_clipping"] = clip_grad_norm
     config["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
     # DeepSpeed's own bf16 mode casts the weights and breaks BatchNorm; autocast over float32 weights does not.
@@ -122,12 +127,12 @@ def _configure_deepspeed(
     unset_hf_deepspeed_config()
 
 
-def frozen_autocast(accelerator: Accelerator, precision: str) -> torch.autocast:
+def frozen_autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast context of a frozen teacher, the same on all hardware.
 
     accelerate's own does nothing under DeepSpeed, whose engine autocasts the student alone.
     """
-    return torch.autocast(accelerator.device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def on_main(accelerator: Accelerator, call: Callable[[], Result]) -> Result:

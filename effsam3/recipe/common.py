@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -22,6 +22,7 @@ from effsam3.recipe.rules import (
     exactly_one,
 )
 
+AnyRecipe = TypeVar("AnyRecipe", bound="Recipe")
 Format = Literal["transformers", "sam3", "efficientsam3"]
 
 
@@ -107,6 +108,13 @@ class Merge(Section):
     allow_padding_mismatch: bool = False
 
 
+class Saving(NamedTuple):
+    """Another value of a key that decides the device memory."""
+
+    value: int | bool
+    proportional: bool = False  # a micro-batch takes as much as the key says, nearly; else it must be measured
+
+
 class Recipe(Section):
     """A recipe, and what can be said of its stage without torch. RECIPE of every stage's facts.py is a subclass."""
 
@@ -116,6 +124,7 @@ class Recipe(Section):
     replaces: ClassVar[str] = ""  # part of SAM 3 whose place the student takes; the slot has the stage's name
     metric: ClassVar[str | None] = None  # the validation number to maximise: it chooses the best checkpoint
     knobs: ClassVar[tuple[str, ...]] = ()  # keys that decide the device memory, the cheapest to change first
+    samples_are_separate: ClassVar[bool] = False  # a micro-batch takes the memory of one sample, times their number
 
     stage: str
     name: str
@@ -141,6 +150,15 @@ class Recipe(Section):
     def learned(self) -> dict[str, StageRecipe]:
         """Return {slot: recipe by which its student learned}, as far as they are known."""
         raise NotImplementedError
+
+    def changed(self: AnyRecipe, key: str, value: object) -> AnyRecipe:
+        """Return the recipe with another value of a section's key, such as `train.seed`; it is not checked."""
+        section, name = key.split(".")
+        return replace(self, **{section: replace(getattr(self, section), **{name: value})})
+
+    def savings(self) -> dict[str, Saving]:
+        """Return values of the stage's own knobs by which a micro-batch takes less memory than now."""
+        return {}
 
     def derived(self) -> dict[str, Callable[[], str]]:
         """Return the lines that `show` adds: {title: what makes the line, or raises UserError if it is not known yet}.

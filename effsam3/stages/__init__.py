@@ -4,7 +4,7 @@
 A stage is a folder of the files that it needs, each imported only when it is asked for:
 
 - `facts.py`, light: RECIPE, the class of its recipes, which answers what needs no torch (`recipe.common.Recipe`).
-- `training.py`: STAGE, the class that `train` builds (`stages.base.Stage`).
+- `training.py`: STAGE, the class that `train` builds (`stages.protocol.Stage`).
 - `embedding.py`: TeacherPass, what `embed` runs: `datasets`, `fields()`, `description()`, `describe()`,
   `features(batch)`, `record(...)` and `stored(...)`.
 - `merging.py`: FEATURES_FORM, what a run must say of the features that it learned, and `part_of_run`, what it has

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from effsam3.checked_files import mismatch, read_json
 from effsam3.data.loader import loader
@@ -20,32 +24,92 @@ from effsam3.errors import UserError
 from effsam3.hardware.accelerator import on_main
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.merging.slots import start_from
-from effsam3.recipe.common import FeatureRecipe
+from effsam3.recipe.common import FeatureRecipe, StageRecipe
 from effsam3.recipe.rules import names_a_model
-from effsam3.training.report import table
+from effsam3.stages.protocol import Batch, Place
+from effsam3.training.report import Report, table
 
 TEACHER_FORM = {"fingerprint?": str}  # what a run must say of its teacher, to be merged
 STATISTICS_FORM = {"mean": [float], "deviation": [float]}
 
 
-class Stage:
-    """A student that learns a frozen teacher's features.
+class StageBase:
+    """What every stage shares: where it computes, and the order of its samples. See `stages.protocol.Stage`.
 
-    A subclass sets `student`, `teacher` (None when a store has its features), `facts`, `train_data`, `train_size` and
-    `val_data`, and has `describe`, `loss`, `validate`, `target`, `valid` and `statistics_batches`.
+    A subclass sets `student`, `facts`, `train_data` and `val_data`.
     """
 
     unit = "samples"
-    files = "images"  # what samples are read from
+    files = "images"
     max_unreadable = 0
-    lr_scales: dict[str, float] = {}  # beginning of a parameter's name -> multiple of the learning rate
+    lr_scales: Mapping[str, float] = {}
+    student: nn.Module
+    facts: dict[str, Any]
+    train_data: Dataset
+    val_data: Dataset
 
-    def __init__(self, recipe, report, accelerator):
-        self.recipe, self.report, self.accelerator = recipe, report, accelerator
-        self.device = accelerator.device
+    def __init__(self, recipe: StageRecipe, place: Place):
+        self.recipe, self.place, self.device = recipe, place, place.device
 
-    def set_statistics(self, statistics: dict) -> None:
-        """Keep the teacher's per-channel mean and deviation on the device.
+    @property
+    def train_size(self) -> int:
+        """Samples of the train split."""
+        return len(self.train_data)
+
+    def samples(self, batch: Batch) -> list[str]:
+        """Name a training batch's samples, to say which ones made trouble."""
+        return [self.train_data.keys[position] for position in batch["positions"].tolist()]
+
+    def train_batches(self, start: int, steps: int, micro_batch: int) -> Iterable[Batch]:
+        """Yield this rank's micro-batches of steps `start` to `steps` - 1."""
+        return self.divide(start, steps, micro_batch)
+
+    def divide(
+        self, start: int, steps: int, micro_batch: int, arrange: Callable | None = None, numbered: bool = False
+    ) -> Iterable[Batch]:
+        """Divide every step's samples among the ranks; `arrange` and `numbered` as `StepSampler` has them."""
+        train, place = self.recipe.train, self.place
+        sampler = StepSampler(
+            self.train_size,
+            train.seed,
+            train.global_batch_size,
+            micro_batch,
+            place.process_index,
+            place.num_processes,
+            arrange,
+            numbered,
+        )
+        pin = self.device.type == "cuda"
+        return loader(self.train_data, sampler.micro_batches(start, steps), self.recipe.data.workers, pin)
+
+    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Turn the sums of `validate` into means."""
+        positions = max(float(sums.pop("positions")), 1.0)
+        return {f"val/{name}": float(value) / positions for name, value in sums.items()}
+
+
+class FeatureStage(StageBase):
+    """A student that learns a frozen teacher's features.
+
+    A subclass has `target`, `valid` and `statistics_batches`, and `facts` with the number of `channels`.
+    """
+
+    def __init__(
+        self, recipe: FeatureRecipe, place: Place, facts: dict[str, Any], student: nn.Module, teacher: nn.Module | None
+    ):
+        """`facts` describe the features; `teacher` is None where a store has them."""
+        super().__init__(recipe, place)
+        self.facts, self.student, self.teacher = facts, student, teacher
+        self.student_parameters = parameter_count(student)
+        self.notes: dict[str, str] = {}  # lines for the header
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """What runs next to the student and does not learn."""
+        return [] if self.teacher is None else [self.teacher]
+
+    def set_statistics(self, statistics: dict[str, list[float]]) -> None:
+        """Keep the teacher's per-channel mean and deviation on the device; the student puts out features of that size.
 
         Raises:
             UserError: they are not those of a teacher of so many channels.
@@ -59,23 +123,26 @@ class Stage:
         self.mean_C, self.deviation_C = (
             torch.tensor(statistics[name], dtype=torch.float32, device=self.device) for name in ("mean", "deviation")
         )
+        self.student.set_feature_statistics(self.mean_C, self.deviation_C)
 
-    def set_student(self, student) -> None:
-        """Keep the student, set to the teacher's statistics."""
-        student.set_feature_statistics(self.mean_C, self.deviation_C)
-        self.student = student
-        self.student_parameters = parameter_count(student)  # now: ZeRO-3 leaves none to count
+    def set_unit_statistics(self) -> None:
+        """Let the statistics be 0 and 1: nothing is known of the features but their shape."""
+        channels = self.facts["channels"]
+        self.set_statistics({"mean": [0.0] * channels, "deviation": [1.0] * channels})
 
     def initialise_from_model(self) -> dict[str, str]:
-        """Start from the model that `student_init` names, if it names one; returns the header's line that says so."""
+        """Start from the model that `student_init` names, if it names one; return the header's line that says so.
+
+        Its last layer is rescaled to this teacher's statistics, which must be set.
+        """
         model = self.recipe.student_init
         if not start_from_model(self.student, self.recipe):
             return {}
         return {"weights": f"those of {model}, its last layer rescaled to this teacher's statistics"}
 
-    def online_statistics(self) -> dict:
+    def online_statistics(self, report: Report, accelerator: Accelerator) -> dict:
         """The teacher's statistics when there is no store: made once per run by rank 0, kept in the run folder."""
-        path = self.report.folder / "feature_statistics.json"
+        path = report.folder / "feature_statistics.json"
         made_from = {"features": self.facts, "data": asdict(self.recipe.data)}
         made_from["data"].pop("workers")
         form = {"made_from": dict} | STATISTICS_FORM
@@ -87,41 +154,12 @@ class Stage:
             statistics = FeatureStatistics(self.facts["channels"])
             for batch in self.statistics_batches():
                 statistics.update(self.target(batch), self.valid(batch))
-            self.report.write_json(path.name, statistics.result() | {"made_from": made_from})
+            report.write_json(path.name, statistics.result() | {"made_from": made_from})
 
-        on_main(self.accelerator, make)
+        on_main(accelerator, make)
         return read_json(path, form, "delete it, and it is made again")
 
-    def samples(self, batch: dict) -> list[str]:
-        """Names of a training batch's samples, to say which ones made trouble."""
-        return [self.train_data.keys[position] for position in batch["positions"].tolist()]
-
-    def train_batches(self, start: int, steps: int):
-        """This rank's micro-batches from step `start` on."""
-        return self.divide(start, steps)
-
-    def divide(self, start: int, steps: int, arrange=None, numbered: bool = False):
-        """Divide every step's samples among the ranks; `arrange` and `numbered` as `StepSampler` has them."""
-        train, accelerator = self.recipe.train, self.accelerator
-        sampler = StepSampler(
-            self.train_size,
-            train.seed,
-            train.global_batch_size,
-            train.micro_batch_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            arrange,
-            numbered,
-        )
-        pin = self.device.type == "cuda"
-        return loader(self.train_data, sampler.micro_batches(start, steps), self.recipe.data.workers, pin)
-
-    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        """Turn the sums of `validate` into means."""
-        positions = max(float(sums.pop("positions")), 1.0)
-        return {f"val/{name}": float(value) / positions for name, value in sums.items()}
-
-    def conclude(self, start: dict[str, float], best: dict[str, float]) -> str:
+    def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
         """A table: the student beside itself as it began and beside the predictor of the mean."""
         names = ("val/cosine", "val/cosine_centred", "val/mse")
         rows = [
@@ -171,7 +209,7 @@ def untied_note(store: StoreReader | None) -> dict[str, str]:
     return {} if store is None or store.manifest.ties_inputs else {"note": untied(store.root)}
 
 
-def stored_facts(recipe, store: StoreReader, form: dict) -> dict:
+def stored_facts(recipe: FeatureRecipe, store: StoreReader, form: dict) -> dict:
     """Return what a store's manifest says of its features, in which there must be what `form` says.
 
     Raises:
@@ -188,7 +226,7 @@ def stored_facts(recipe, store: StoreReader, form: dict) -> dict:
     return facts
 
 
-def refuse_other_teacher(recipe, teacher: dict) -> None:
+def refuse_other_teacher(recipe: FeatureRecipe, teacher: dict) -> None:
     """Refuse a store whose manifest names another teacher than the recipe; upstream's stores name none.
 
     Raises:

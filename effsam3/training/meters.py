@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from effsam3.errors import UserError
 from effsam3.training.report import duration
 
 # Dense bfloat16 TFLOP/s that makers state, by a part of the device's name; the first that fits.
@@ -116,6 +117,18 @@ class Unreadable:
                 self.keys.add(key)
                 with open(self.path, "a") as file:
                     file.write(json.dumps({"step": step, "key": key, "reason": reason}) + "\n")
+
+    def refuse(self, count: int, most: int, files: str) -> None:
+        """Stop when more `files` are unreadable on all ranks together than the recipe allows.
+
+        Raises:
+            UserError: they are.
+        """
+        if count > most:
+            raise UserError(
+                f"{count} {files} could not be read, more than data.max_unreadable={most}; {self.path} names them. "
+                "Repair them or build the index again"
+            )
 
 
 def step_line(step: int, steps: int, values: dict[str, float], left_s: float) -> str:

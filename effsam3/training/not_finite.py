@@ -8,10 +8,12 @@ import math
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from effsam3.errors import UserError
+from effsam3.stages.protocol import Batch, Stage
 from effsam3.training.report import write_text
 
 FILE = "not_finite.json"  # of a run that stopped: the samples of the step
@@ -28,9 +30,9 @@ class NotFinite:
         folder: the run's, for `FILE` and `SKIPPED`.
     """
 
-    def __init__(self, stage, accelerator, folder: Path, skip: bool):
+    def __init__(self, stage: Stage, accelerator: Accelerator, folder: Path, skip: bool):
         self.stage, self.accelerator, self.folder, self.skip = stage, accelerator, folder, skip
-        self.usable: dict | None = None  # a micro-batch of before, which takes the place of one left out
+        self.usable: Batch | None = None  # a micro-batch of before, which takes the place of one left out
         self.in_a_row = 0  # left out, up to now
         self.begin(0)
 
@@ -38,7 +40,7 @@ class NotFinite:
         """Begin a step (1 is the first)."""
         self.step, self.samples, self.losses = step, [], []
 
-    def loss(self, student: nn.Module, batch: dict) -> dict[str, Tensor]:
+    def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the stage's loss and terms of a micro-batch; of one left out, zeros that have gradients."""
         buffers = [buffer.clone() for buffer in student.buffers()] if self.skip else []
         terms = self.stage.loss(student, batch)
@@ -104,6 +106,15 @@ class NotFinite:
         raise UserError(
             f"{what} at step {self.step}; {note}. {self.folder / FILE} names the samples. Lower optim.lr, lengthen "
             f"the warm-up, set train.precision=fp32, or {remedy}"
+        )
+
+
+def refuse_not_finite(value: float, step: int) -> None:
+    """Stop before a metric that is not finite is saved as progress."""
+    if not math.isfinite(value):
+        raise UserError(
+            f"the held-out metric is {value} at step {step}; nothing of this step was saved. Lower optim.lr, lengthen "
+            "the warm-up, or set train.precision=fp32"
         )
 
 

@@ -4,11 +4,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
 
 from effsam3.checked_files import read_json
 from effsam3.errors import UserError
+from effsam3.models.merging.slots import refuse_other_student
+from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.reader import differing_keys, load_recipe
-from effsam3.training import checkpoint
+from effsam3.training import checkpoint, optimizer_state
 
 AUTO, NEVER = "auto", "never"
 TRAINER_FORM = {
@@ -42,7 +48,7 @@ FREE_KEYS = ("name ", "hardware", "data.workers", "data.max_unreadable", "embed.
 )
 
 
-def resumable(recipe, folder: Path, resume: str) -> Path | None:
+def resumable(recipe: StageRecipe, folder: Path, resume: str) -> Path | None:
     """Return the checkpoint to resume from, None for a fresh run.
 
     Args:
@@ -84,13 +90,42 @@ def resumable(recipe, folder: Path, resume: str) -> Path | None:
     return chosen
 
 
-def read_trainer(folder: Path) -> dict:
+def read_trainer(folder: Path) -> dict[str, Any]:
     """Read what the trainer had counted when it saved a checkpoint.
 
     Raises:
         CheckpointError: it cannot be read.
     """
     return read_json(folder / "trainer.json", TRAINER_FORM, checkpoint.REMEDY, checkpoint.CheckpointError)
+
+
+def resumed_state(last: Path, folder: Path, steps: int) -> dict[str, Any]:
+    """Return the loop's state at a checkpoint, which may be another run's.
+
+    Raises:
+        UserError: it has taken all steps.
+    """
+    state = read_trainer(last)
+    if last.parent.resolve() != (folder / "checkpoints").resolve():
+        state |= {"best": None, "worse": 0}  # the other run's best weights stay there
+    if state["step"] == steps and state["best"] is None:
+        raise UserError(f"--resume: {last} has taken all {steps} steps; there is nothing left to begin with")
+    return state
+
+
+def resume_weights(last: Path, student: nn.Module, ema: ModelEmaV3 | None) -> dict[str, Tensor]:
+    """Give student and moving average a checkpoint's weights, before ZeRO-3 divides them; return AdamW's moments.
+
+    Raises:
+        UserError: they are another student's.
+    """
+    weights, moments = checkpoint.read_trained(last)
+    refuse_other_student(student.state_dict(), weights, f"the recipe's student ({last})")
+    optimizer_state.refuse_other_moments(student, moments, f"{last / checkpoint.OPTIMIZER}")
+    student.load_state_dict(weights)
+    if ema is not None:
+        ema.module.load_state_dict(checkpoint.read_weights(last))
+    return moments
 
 
 def _named(path: Path) -> Path:

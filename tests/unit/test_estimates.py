@@ -87,9 +87,9 @@ def test_a_dry_student_keeps_what_a_real_one_does(precision):
 
     recipe = load_recipe(IMAGE, [f"train.precision={precision}"])
     dry = dry_stage(recipe, 3)
-    autocast = dry.stage.accelerator.autocast
+    autocast = dry.stage.place.autocast
     with autocast(), Ledger() as ledger:
-        kept = dry.student.train()(dry.stage.pixels(dry.batch)).last_hidden_state
+        kept = dry.stage.student.train()(dry.stage.pixels(dry.batch)).last_hidden_state
     held = ledger.now
     real = make_student(recipe, 64, 224, 14).train()
     pixels = torch.zeros(3, 3, 224, 224)
@@ -150,11 +150,11 @@ def test_the_memory_keeps_what_real_tensors_would():
     recipe = load_recipe(MEMORY, [*SHORT, "data.frames=2", "loss.memory=0"])
     dry = dry_stage(recipe, 1)
     with Ledger() as ledger, fused_attention(ledger):
-        terms = dry.stage.loss(dry.student.train(), dry.batch)
+        terms = dry.stage.loss(dry.stage.student.train(), dry.batch)
     held = ledger.now
     del terms
     real = dry_stage(recipe, 1)
-    for module in (real.student.tracker, real.student):
+    for module in (real.stage.student.tracker, real.stage.student):
         for owner in module.modules():
             for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
                 filled = torch.zeros(tensor.shape, dtype=tensor.dtype)
@@ -164,14 +164,14 @@ def test_the_memory_keeps_what_real_tensors_would():
                 else:
                     setattr(owner, name, filled)
     # The student stands on the tracker's own modules; single parameters are shared one by one.
-    for name, parameter in real.student.named_parameters():
+    for name, parameter in real.stage.student.named_parameters():
         path, _, last = name.rpartition(".")
-        real.student.tracker.get_submodule(path).register_parameter(last, parameter)
+        real.stage.student.tracker.get_submodule(path).register_parameter(last, parameter)
     batch = real.batch | {"pixels": torch.zeros(real.batch["pixels"].shape, dtype=torch.uint8)}
-    tracker = real.student.tracker
+    tracker = real.stage.student.tracker
     there = sum(tensor.nbytes for tensor in (*tracker.parameters(), *tracker.buffers()))
     with fused_attention(Ledger()):
-        reference = saved_bytes(lambda: real.stage.loss(real.student.train(), batch)["loss"])
+        reference = saved_bytes(lambda: real.stage.loss(real.stage.student.train(), batch)["loss"])
     assert reference - there < 1.1 * held
     assert held < 1.15 * reference
 
@@ -373,7 +373,7 @@ def test_operations_are_those_of_a_real_step(recipe, options):
             return value
         return torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, FakeTensor) else value
 
-    for module in (dry.student, *dry.frozen):
+    for module in (dry.stage.student, *dry.stage.frozen):
         for part in module.modules():
             for owned in (part._parameters, part._buffers):
                 for name, tensor in owned.items():
@@ -387,5 +387,5 @@ def test_operations_are_those_of_a_real_step(recipe, options):
         setattr(dry.stage, name, torch.ones(getattr(dry.stage, name).shape))
     batch = {name: real(value) for name, value in dry.batch.items()}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        dry.stage.loss(dry.student.train(), batch)["loss"].backward()
+        dry.stage.loss(dry.stage.student.train(), batch)["loss"].backward()
     assert measure(recipe).flops == pytest.approx(counter.get_total_flops() / 2, rel=1e-3)

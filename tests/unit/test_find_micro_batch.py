@@ -12,8 +12,9 @@ from run_folders import RECIPES
 from torch import nn
 
 from effsam3.errors import UserError
-from effsam3.hardware.budget.dry_run import Ledger
-from effsam3.hardware.budget.find_micro_batch import Trial, find, heaviest, kept, repeated, run, take, with_micro_batch
+from effsam3.hardware.accelerator import set_batch
+from effsam3.hardware.budget.dry_run import Ledger, dry_stage
+from effsam3.hardware.budget.find_micro_batch import Trial, find, kept, run, warnings
 from effsam3.recipe.reader import dump_recipe, load_recipe
 
 SMOKE = RECIPES / "smoke/image.yaml"
@@ -43,17 +44,21 @@ def test_another_error_is_not_taken_for_want_of_memory():
         find([1, 2], lambda size: (_ for _ in ()).throw(ValueError("a bug")))
 
 
-def stage_of(student):
-    """A stage with a real student and loss, on the CPU."""
-    device = torch.device("cpu")
+class Squares:
+    """A stage with a real student and loss."""
 
-    def loss(model, batch):
-        return {"loss": model(batch["pixels"].float()).square().mean()}
+    def __init__(self, student):
+        self.student = student
 
-    recipe = load_recipe(SMOKE)
-    return SimpleNamespace(
-        recipe=recipe, student=student, device=device, accelerator=SimpleNamespace(device=device), loss=loss
-    )
+    def example(self, samples):
+        return {"pixels": torch.empty(samples, 3, 16, 16, device="meta")}
+
+    def loss(self, student, batch):
+        return {"loss": student(batch["pixels"]).square().mean()}
+
+
+def trial_of(stage, reserved=0):
+    return Trial(stage, torch.device("cpu"), "fp32", reserved)
 
 
 @pytest.fixture
@@ -66,7 +71,7 @@ def test_a_trial_leaves_the_student_as_it_was(student):
     student.eval()
     student[0].weight.grad = torch.ones_like(student[0].weight)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    trial = Trial(stage_of(student), {"pixels": torch.rand(2, 3, 16, 16)}, 0, reserved=100)
+    trial = trial_of(Squares(student), reserved=100)
     random = torch.get_rng_state()
     assert trial(4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
@@ -76,7 +81,7 @@ def test_a_trial_leaves_the_student_as_it_was(student):
 
 
 def test_a_trial_that_fails_leaves_it_too(student):
-    stage, calls = stage_of(student), []
+    stage, calls = Squares(student), []
 
     def loss(model, batch):
         calls.append(len(batch["pixels"]))
@@ -85,14 +90,14 @@ def test_a_trial_that_fails_leaves_it_too(student):
 
     stage.loss = loss
     with pytest.raises(UserError, match="not even micro_batch_size=1"):
-        find([1, 2, 4], Trial(stage, {"pixels": torch.rand(1, 3, 16, 16)}, 0, 0))
+        find([1, 2, 4], trial_of(stage))
     assert calls == [2, 1]
     assert student[1].num_batches_tracked == 0 and student[1].running_mean.eq(0).all()
 
 
 def test_search_and_trial_together_under_a_limit_of_bytes(student):
     """The device's limit is a number of bytes that a ledger enforces."""
-    trial = Trial(stage_of(student), {"pixels": torch.rand(1, 3, 32, 32)}, 0, reserved=1 << 20)
+    trial = trial_of(Squares(student), reserved=1 << 20)
 
     def peak(size):
         with Ledger() as ledger:
@@ -110,44 +115,53 @@ def test_search_and_trial_together_under_a_limit_of_bytes(student):
     assert find([1, 2, 3, 4, 6, 12, 24], limited) == 6
 
 
-def test_one_sample_is_repeated():
-    batch = {"pixels": torch.arange(6).reshape(3, 2), "numbers": [7, 8, 9], "unreadable": []}
-    again = repeated(batch, 1, 4)
-    assert again["pixels"].tolist() == [[2, 3]] * 4
-    assert again["numbers"] == [8] * 4 and again["unreadable"] == []
-
-
-def test_the_heaviest_sample_has_the_longest_text_or_the_most_objects():
-    short, long = ({"ids": torch.zeros(2, length)} for length in (5, 9))
-    assert heaviest([short, long, short])[0] is long
-    clips = {"pixels": torch.zeros(3, 1), "valid": torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]]).bool()}
-    assert heaviest([clips]) == (clips, 1)
-
-
 def test_a_cpu_is_refused():
     recipe = load_recipe(SMOKE, ["train.find_micro_batch=true"])
     with pytest.raises(UserError, match=r"a CPU's memory has no limit .* \(it is 4\)"):
         run(recipe, None, SimpleNamespace(device=torch.device("cpu")), None)
 
 
-def test_what_is_found_is_taken_and_batchnorm_is_warned_of(student):
-    recipe, said, accelerator = load_recipe(SMOKE), [], Accelerator(cpu=True)
-    report, stage = SimpleNamespace(say=said.append), stage_of(student)
-    found = take(recipe, 2, stage, accelerator, report)
-    assert found.train.micro_batch_size == 2 and stage.recipe is found
-    assert accelerator.gradient_accumulation_steps == 4  # 8 in all
-    assert "micro_batch_size=2" in said[0] and "WARNING" in said[1] and "BatchNorm2d" in said[1]
-    said.clear()
-    take(recipe, 2, stage_of(nn.Linear(2, 2)), accelerator, report)
-    assert len(said) == 1
+@pytest.mark.parametrize(("path", "keys"), [("image", []), ("text", []), ("memory", ["sam3.checkpoint=tiny"])])
+def test_a_trial_s_samples_are_as_large_as_they_can_be(path, keys):
+    recipe = load_recipe(RECIPES / f"smoke/{path}.yaml", keys)
+    batch = dry_stage(recipe, 1).stage.example(3)
+    largest = {
+        "image": {"pixels": (3, 3, 224, 224), "features": (3, 64, 16, 16)},
+        "text": {"ids": (3, 32), "mask": (3, 32)},
+        "memory": {"pixels": (3, 8, 3, 224, 224), "valid": (3, 2)},
+    }
+    assert {name: tuple(batch[name].shape) for name in largest[path]} == largest[path]
+    if path == "memory":
+        assert batch["valid"].all() and batch["masks"].flatten(3).any(3).all()
+
+
+def test_the_batch_is_set_where_accelerate_and_deepspeed_read_it():
+    accelerator = Accelerator(cpu=True)
+    set_batch(accelerator, 2, 4)
+    assert accelerator.gradient_accumulation_steps == 4
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={"gradient_clipping": 1.0}))
+    under_deepspeed = SimpleNamespace(num_processes=3, state=state)
+    set_batch(under_deepspeed, 2, 4)
+    assert state.deepspeed_plugin.deepspeed_config == {
+        "gradient_clipping": 1.0,
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 4,
+        "train_batch_size": 24,
+    }
+
+
+def test_batchnorm_is_warned_of(student):
+    (warning,) = warnings(student, 2)
+    assert warning.startswith("WARNING") and "BatchNorm2d" in warning and "train.micro_batch_size=2" in warning
+    assert not list(warnings(nn.Linear(2, 2), 2))
 
 
 def test_a_run_goes_on_with_what_it_found(tmp_path):
     recipe = load_recipe(SMOKE, ["train.find_micro_batch=true"])
     assert kept(recipe, tmp_path) is recipe
-    (tmp_path / "recipe.yaml").write_text(dump_recipe(with_micro_batch(recipe, 8)))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe.changed("train.micro_batch_size", 8)))
     assert kept(recipe, tmp_path) is recipe  # no checkpoint: it is tried again
     (tmp_path / "checkpoints").mkdir()
-    assert kept(recipe, tmp_path) == with_micro_batch(recipe, 8)
+    assert kept(recipe, tmp_path) == recipe.changed("train.micro_batch_size", 8)
     plain = load_recipe(SMOKE)
     assert kept(plain, tmp_path) is plain

@@ -17,7 +17,7 @@ from effsam3.errors import RecipeError, UserError
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_tensors
 from effsam3.recipe.reader import load_recipe
-from effsam3.stages.memory.training import STAGE, make_trackers
+from effsam3.stages.memory.training import STAGE, load_trackers
 from effsam3.training.report import Report
 
 SMOKE = RECIPES / "smoke/memory.yaml"
@@ -36,7 +36,7 @@ def overrides(tmp_path_factory):
 
 def make(overrides, tmp_path, *more):
     recipe = load_recipe(SMOKE, [*overrides, *more])
-    return STAGE(recipe, Report(tmp_path), Accelerator(cpu=True))
+    return STAGE.from_recipe(recipe, Report(tmp_path), Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def stage(overrides, tmp_path_factory):
 @pytest.fixture(scope="module")
 def batch(stage):
     """Four clips of the first step."""
-    return next(iter(stage.train_batches(0, 1)))
+    return next(iter(stage.train_batches(0, 1, stage.recipe.train.micro_batch_size)))
 
 
 def part(batch, *clips):
@@ -168,7 +168,7 @@ def test_the_run_says_what_it_learns_from(stage):
 )
 def test_a_memory_that_does_not_fit(overrides, key, message):
     with pytest.raises(UserError) as raised:
-        make_trackers(load_recipe(SMOKE, [*overrides, key]), chassis_folder("tiny"))
+        load_trackers(load_recipe(SMOKE, [*overrides, key]), chassis_folder("tiny"))
     assert message in str(raised.value)
 
 
@@ -187,7 +187,7 @@ def test_keys_that_contradict_each_other(keys, message):
 
 def test_fewer_layers_start_from_the_first_and_the_last(overrides):
     folder = chassis_folder("tiny")
-    student, teacher = make_trackers(load_recipe(SMOKE, [*overrides, "memory.attention_layers=1"]), folder)
+    student, teacher = load_trackers(load_recipe(SMOKE, [*overrides, "memory.attention_layers=1"]), folder)
     own = read_tensors(folder, "tracker_model.memory_attention.layers.")
     assert len(student.memory_attention.layers) == 1 and len(teacher.memory_attention.layers) == 2
     name = "linear1.weight"
@@ -198,7 +198,7 @@ def test_fewer_layers_start_from_the_first_and_the_last(overrides):
 def test_a_chassis_with_an_efficient_memory(overrides, tmp_path):
     merged = merge.run(load_recipe(memory_run(tmp_path) / "recipe.yaml"))
     with pytest.raises(UserError, match=r"has an efficient memory already \(hybrid\); the teacher must be a SAM 3"):
-        make_trackers(load_recipe(SMOKE, [*overrides, f"sam3.checkpoint={merged}"]), merged)
+        load_trackers(load_recipe(SMOKE, [*overrides, f"sam3.checkpoint={merged}"]), merged)
 
 
 def test_a_missing_index_says_how_it_is_made(overrides, tmp_path):

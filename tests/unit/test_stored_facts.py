@@ -7,7 +7,7 @@ import pytest
 
 from effsam3.data.store.reader import Field, StoreError, StoreReader, create_store, finish_store
 from effsam3.stages.base import stored_facts
-from effsam3.stages.image.training import ImageStage
+from effsam3.stages.image.training import open_store
 
 FIELDS = {"image": Field("features", "float16", (4, 2, 2)), "text": Field("features", "float16", (32, 4))}
 
@@ -32,10 +32,8 @@ def test_features_of_another_stage_are_called_that(tmp_path, stage, kind):
 def test_the_image_stage_asks_before_it_reads_the_description(tmp_path):
     """`resize` is in no text store."""
     store_of(tmp_path, "text")
-    stage = ImageStage.__new__(ImageStage)
-    stage.recipe = recipe_of(tmp_path, "image")
     with pytest.raises(StoreError, match="holds text features"):
-        stage._open_store()
+        open_store(recipe_of(tmp_path, "image"))
 
 
 def test_a_damaged_description_is_named_with_its_file(tmp_path):

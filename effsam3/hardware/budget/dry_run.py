@@ -3,8 +3,6 @@
 
 Fake tensors have shapes and no contents. The stage's own loss runs forward and backward on them while a ledger follows
 every allocation and product, so what is counted is what the code does, frozen parts and recomputing among it.
-
-Letters: B samples of a micro-batch, T frames, N objects, L tokens, C channels, G side of a grid, S image side.
 """
 
 from __future__ import annotations
@@ -12,9 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from effsam3.models.chassis.tiny import full_config, tiny_config
-from effsam3.models.registry import chassis_facts
+from effsam3 import stages
+from effsam3.hardware.accelerator import frozen_autocast
+from effsam3.recipe.common import StageRecipe
+from effsam3.stages.protocol import Batch, Stage
 
 # ---- what allocates, without allocating
 
@@ -117,138 +115,63 @@ def fused_attention(ledger: Ledger) -> Iterator[None]:
         F.scaled_dot_product_attention = own
 
 
-# ---- the stages without weights and data
+# ---- a stage without weights and data
+
+
+class DryPlace:
+    """One rank on a CPU, in a recipe's precision."""
+
+    process_index, num_processes = 0, 1
+    device = torch.device("cpu")
+
+    def __init__(self, precision: str):
+        self.precision = precision
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of the student's forward."""
+        return frozen_autocast(self.device, self.precision)
 
 
 @dataclass(frozen=True)
 class Dry:
-    """A stage whose floating-point tensors have no contents."""
+    """A stage and a micro-batch whose floating-point tensors have no contents."""
 
-    stage: Any
-    student: nn.Module
-    frozen: list[nn.Module]  # what stands beside the student
-    batch: dict[str, Any]
+    stage: Stage
+    batch: Batch
 
 
-def dry_stage(recipe: Any, samples: int) -> Dry:
-    """Build the stage of a recipe and a micro-batch of so many samples, without weights and data."""
-    return MAKE[recipe.stage](recipe, samples, FakeTensorMode(allow_non_fake_inputs=True))
-
-
-def _empty(fake: FakeTensorMode, module: nn.Module) -> nn.Module:
-    """Give a module that was built on `meta` fake tensors."""
-    for part in module.modules():
-        if isinstance(part, nn.LayerNorm):  # CUDA's autocast computes it in float32, the CPU's does not
-            part.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
-    with fake:
-        return module.to_empty(device="cpu")
-
-
-def _stage(cls: type, recipe: Any, **attributes) -> Any:
-    """A stage with the attributes that its loss reads; its `__init__` would read weights and data."""
-    stage = cls.__new__(cls)
-    device = torch.device("cpu")
-    bf16 = recipe.train.precision == "bf16"
-    autocast = SimpleNamespace(device=device, autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16))
-    stage.__dict__.update(attributes, recipe=recipe, device=device, accelerator=autocast)
-    return stage
-
-
-def _config(checkpoint: str) -> Any:
-    """The chassis' config: a local folder's own, else by its published sizes.
+def dry_stage(recipe: StageRecipe, samples: int) -> Dry:
+    """Build the stage of a recipe and a micro-batch of so many samples, without weights and data.
 
     Raises:
-        UserError: the sizes are not known.
+        UserError: the sizes of the recipe's SAM 3 are not known.
     """
-    from effsam3.models.chassis.tensors import read_config
-
-    for folder in (Path(checkpoint) / "merged", Path(checkpoint)):
-        if (folder / "config.json").is_file():
-            return read_config(folder)
-    if checkpoint == "tiny":
-        return tiny_config()
-    chassis_facts(checkpoint)  # it knows which names are of SAM 3's sizes
-    return full_config()
-
-
-def _image(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
-    from effsam3.models.image.teacher import Neck, Teacher
-    from effsam3.stages.image.training import ImageStage, make_student
-
-    facts, tap, int8 = chassis_facts(recipe.sam3.checkpoint), recipe.embed.tap, recipe.embed.dtype == "int8"
-    side, grid = facts.image_size, recipe.embed.grid or facts.grid
-    channels = facts.hidden_size if tap == "trunk" else facts.fpn_hidden_size
-    teacher, neck, frozen = None, None, []
     with torch.device("meta"):
-        student = make_student(replace(recipe, student_init="random"), channels, side, facts.patch_size)
-        if recipe.teacher == "online" or recipe.loss.neck:
-            config = _config(recipe.sam3.checkpoint).detector_config.vision_config
-            neck = Neck(config) if recipe.loss.neck else None
-        if recipe.teacher == "online":
-            teacher = Teacher(config, tap, recipe.embed.grid)
-            frozen.append(_empty(fake, teacher))
-    if recipe.loss.neck:
-        frozen.append(_empty(fake, neck))
-    with fake:
-        statistics = {"mean_C": torch.zeros(channels), "deviation_C": torch.ones(channels)}
-        batch = {"pixels": torch.zeros(samples, 3, side, side, dtype=torch.uint8)}
-        if teacher is None:
-            dtype = torch.int8 if int8 else torch.float16
-            batch["features"] = torch.zeros(samples, channels, grid, grid, dtype=dtype)
-            batch |= {"scale": torch.zeros(samples, channels)} if int8 else {}
-    batch["sizes"] = torch.full((samples, 2), side)
-    facts = {"grid": grid, "image_size": side}
-    stage = _stage(ImageStage, recipe, facts=facts, teacher=teacher, neck=neck, **statistics)
-    return Dry(stage, _empty(fake, student), frozen, batch)
+        stage = stages.training(recipe.stage).STAGE.from_shapes(recipe, DryPlace(recipe.train.precision))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes: dict[Tensor, Tensor] = {}  # modules share some of them
+
+    def fake_of(tensor: Tensor) -> Tensor:
+        if tensor not in fakes:
+            with fake:
+                empty = torch.empty_like(tensor, device="cpu")
+                fakes[tensor] = (
+                    nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+                )
+        return fakes[tensor]
+
+    for module in {part for whole in (stage.student, *stage.frozen) for part in whole.modules()}:
+        if isinstance(module, nn.LayerNorm):  # CUDA's autocast computes it in float32, the CPU's does not
+            module.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            setattr(module, name, fake_of(tensor))
+    batch = stage.example(samples)
+    return Dry(stage, {name: fake_of(value) if is_meta(value) else value for name, value in batch.items()})
 
 
-def _text(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
-    from effsam3.models.text.student import TextTeacher
-    from effsam3.stages.text.training import TextStage, make_student
-
-    channels, length = chassis_facts(recipe.sam3.checkpoint).fpn_hidden_size, recipe.data.context_length
-    teacher, frozen = None, []
-    with torch.device("meta"):
-        student, _ = make_student(replace(recipe, student_init="random"), channels)
-        if recipe.teacher == "online":
-            config = _config(recipe.sam3.checkpoint).detector_config
-            teacher = TextTeacher(config)
-            frozen.append(_empty(fake, teacher))
-    with fake:
-        statistics = {"mean_C": torch.zeros(channels), "deviation_C": torch.ones(channels)}
-        features = torch.zeros(samples, length, channels, dtype=torch.float16)
-    # Real: the teacher runs on different texts only, and these are all different.
-    ids = torch.arange(samples * length).reshape(samples, length) % 49_000
-    batch = {"ids": ids, "mask": torch.ones(samples, length, dtype=torch.bool), "features": features}
-    batch["counts"] = torch.ones(samples, dtype=torch.bool)
-    stage = _stage(TextStage, recipe, teacher=teacher, **statistics)
-    return Dry(stage, _empty(fake, student), frozen, batch)
-
-
-def _memory(recipe: Any, samples: int, fake: FakeTensorMode) -> Dry:
-    from effsam3.models.memory.slot import tracker_config
-    from effsam3.models.memory.tracker import EfficientTracker
-    from effsam3.stages.memory.training import MemoryStage, make_student
-
-    own, asked = _config(recipe.sam3.checkpoint).tracker_config, recipe.memory
-    dense = replace(asked, mode="dense", attention_layers=None, fuser_layers=None)
-    with torch.device("meta"):
-        tracker = EfficientTracker(tracker_config(own, asked))
-        teacher = EfficientTracker(tracker_config(own, dense), remove_vision_encoder=True)
-    tracker, teacher = _empty(fake, tracker), _empty(fake, teacher).eval().requires_grad_(False)
-    side, frames, objects = tracker.image_size, recipe.data.frames, recipe.data.objects
-    student = make_student(recipe, tracker, teacher)
-    # Real: masks and prompts decide what is run. As many objects as a clip may have, present in every frame.
-    masks = torch.zeros(samples, frames, objects, side, side, dtype=torch.bool)
-    masks[..., : side // 2, : side // 2] = True
-    with fake:
-        pixels = torch.zeros(samples, frames, 3, side, side, dtype=torch.uint8)
-    valid = torch.ones(samples, objects, dtype=torch.bool)
-    batch = {"pixels": pixels, "masks": masks, "valid": valid, "numbers": list(range(samples))}
-    return Dry(_stage(MemoryStage, recipe), student, [tracker, teacher], batch)
-
-
-MAKE = {"image": _image, "text": _text, "memory": _memory}
+def is_meta(value: Any) -> bool:
+    """Whether something of a batch is a tensor without contents."""
+    return isinstance(value, Tensor) and value.is_meta
 
 
 @dataclass(frozen=True)
@@ -261,11 +184,11 @@ class Cost:
 
 def cost(dry: Dry) -> Cost:
     """Run a stage's loss forward and backward."""
-    for parameter in dry.student.train().parameters():
+    for parameter in dry.stage.student.train().parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
     with Ledger() as ledger, fused_attention(ledger):
-        loss = dry.stage.loss(dry.student, dry.batch)["loss"]
+        loss = dry.stage.loss(dry.stage.student, dry.batch)["loss"]
         ledger.in_backward = True
         loss.backward()
     data = sum(value.nbytes for value in dry.batch.values() if isinstance(value, Tensor))

@@ -7,19 +7,22 @@ optimizer is counted as torch and DeepSpeed allocate it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+from accelerate import Accelerator
 
 from effsam3.checked_files import read_yaml
 from effsam3.errors import UserError
 from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, REMEDY, config_file, config_processes
 from effsam3.hardware.budget.dry_run import cost, dry_stage
+from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.reader import flat
 
 Found = TypeVar("Found")
@@ -46,36 +49,31 @@ class Sizes:
     )
 
 
-def measure(recipe: Any) -> Sizes:
+def measure(recipe: StageRecipe) -> Sizes:
     """Return the sizes of a recipe: a few seconds for an image or text student, up to a minute for the memory.
 
     Raises:
         UserError: the sizes of the recipe's SAM 3 are not known.
     """
-    # Clips are tracked side by side and share next to nothing: one, times their number.
-    clips = recipe.train.micro_batch_size if recipe.stage == "memory" else 1
-    samples = recipe.train.micro_batch_size // clips
+    whole = recipe.train.micro_batch_size
+    samples = 1 if recipe.samples_are_separate else whole
     dry = dry_stage(recipe, samples)
-    trained = sum(parameter.numel() for parameter in dry.student.parameters() if parameter.requires_grad)
+    student = dry.stage.student
+    trained = sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
     frozen = {
         id(tensor): tensor.nbytes
-        for module in (dry.student, *dry.frozen)
+        for module in (student, *dry.stage.frozen)
         for tensor in (*module.parameters(), *module.buffers())
         if not tensor.requires_grad
     }
     found = cost(dry)
-    return Sizes(trained, sum(frozen.values()), clips * found.peak, found.flops / samples)
+    return Sizes(trained, sum(frozen.values()), whole // samples * found.peak, found.flops / samples)
 
 
-def _with(recipe: Any, **keys) -> Any:
-    """The recipe with other values in `train`."""
-    return replace(recipe, train=replace(recipe.train, **keys))
-
-
-def resized(recipe: Any, sizes: Sizes, micro_batch: int) -> tuple[Any, Sizes]:
+def resized(recipe: StageRecipe, sizes: Sizes, micro_batch: int) -> tuple[StageRecipe, Sizes]:
     """Return the recipe and its sizes with another micro-batch; only what is not proportional is measured again."""
-    other = _with(recipe, micro_batch_size=micro_batch)
-    if recipe.stage != "memory":
+    other = recipe.changed("train.micro_batch_size", micro_batch)
+    if not recipe.samples_are_separate:
         return other, measure(other)
     return other, replace(sizes, micro_batch=sizes.micro_batch * micro_batch // recipe.train.micro_batch_size)
 
@@ -144,12 +142,12 @@ def states(hardware: Hardware, trained: int) -> tuple[dict[str, int], int]:
     return divided | {"gradients": divided["gradients"] if hardware.zero_stage < 2 else 0}, moved
 
 
-def checkpoint_bytes(recipe: Any, trained: int) -> int:
+def checkpoint_bytes(recipe: StageRecipe, trained: int) -> int:
     """Return the bytes of a checkpoint: weights and two moments whole, on any hardware; averaged weights."""
     return (4 if recipe.train.ema else 3) * trained * FP32
 
 
-def estimate(recipe: Any, sizes: Sizes, hardware: Hardware | None = None) -> Estimate:
+def estimate(recipe: StageRecipe, sizes: Sizes, hardware: Hardware | None = None) -> Estimate:
     """Return what a recipe takes on its hardware, or on other hardware."""
     hardware = hardware or read_hardware(recipe.hardware)
     device, host = states(hardware, sizes.trained)
@@ -179,13 +177,13 @@ def fits(total: int, device: int) -> bool:
     return total <= device * (1 - FREE)
 
 
-def micro_batches(recipe: Any, processes: int) -> list[int]:
+def micro_batches(recipe: StageRecipe, processes: int) -> list[int]:
     """Return the micro-batches that divide the global batch exactly on these processes, smallest first."""
     share = recipe.train.global_batch_size // processes
     return [size for size in range(1, share + 1) if share % size == 0]
 
 
-def largest_micro_batch(recipe: Any, sizes: Sizes, device: int) -> tuple[str, int] | None:
+def largest_micro_batch(recipe: StageRecipe, sizes: Sizes, device: int) -> tuple[str, int] | None:
     """Return the change to the largest smaller micro-batch that fits and what is taken then, None if none fits."""
     hardware, best = read_hardware(recipe.hardware), None
     smaller = [size for size in micro_batches(recipe, hardware.processes) if size < recipe.train.micro_batch_size]
@@ -200,36 +198,26 @@ def largest_micro_batch(recipe: Any, sizes: Sizes, device: int) -> tuple[str, in
     return best
 
 
-def other_changes(recipe: Any, sizes: Sizes) -> Iterator[tuple[str, int]]:
-    """Yield (key=value, bytes on a device then) of everything but the micro-batch, the cheapest to bear first."""
-    hardware = read_hardware(recipe.hardware)
-
-    def measured(text: str, **keys) -> tuple[str, int]:
-        other = _with(recipe, **keys)
-        return text, estimate(other, measure(other), hardware).total
-
-    if recipe.stage == "memory" and not recipe.train.recompute:
-        yield measured("train.recompute=true", recompute=True)
-    name, folder = recipe.hardware, config_file(recipe.hardware).parent
-    while (name := LESS.get(name)) is not None and (folder / f"{name}.yaml").is_file():
-        yield f"hardware={name}", estimate(recipe, sizes, read_hardware(name)).total
-    if recipe.train.ema:
-        yield "train.ema=0", estimate(_with(recipe, ema=0.0), sizes, hardware).total
-    if recipe.stage == "memory":
-        train, data = recipe.train, recipe.data
-        if train.recompute and train.objects_at_once != 1 and train.micro_batch_size * data.objects > 1:
-            yield measured("train.objects_at_once=1", objects_at_once=1)
-        if train.trunk_batch > 1:
-            yield measured("train.trunk_batch=1", trunk_batch=1)
-        # A clip takes as much as it has frames and objects, nearly: not worth two more measurements.
-        fewer = {"objects": (data.objects, data.objects - 1, 1), "frames": (data.frames, data.frames // 2, 2)}
-        for key, (now, less, least) in fewer.items():
-            if less >= least:
-                smaller = replace(sizes, micro_batch=sizes.micro_batch * less // now)
-                yield f"data.{key}={less}", estimate(recipe, smaller, hardware).total
+def other_changes(recipe: StageRecipe, sizes: Sizes) -> Iterator[tuple[str, int]]:
+    """Yield (key=value, bytes on a device then) of all but the micro-batch, in the order of the stage's knobs."""
+    hardware, values, savings = read_hardware(recipe.hardware), flat(recipe), recipe.savings()
+    for key in recipe.knobs:
+        if key == "hardware":
+            name, folder = recipe.hardware, config_file(recipe.hardware).parent
+            while (name := LESS.get(name)) is not None and (folder / f"{name}.yaml").is_file():
+                yield f"hardware={name}", estimate(recipe, sizes, read_hardware(name)).total
+        elif key == "train.ema" and recipe.train.ema:
+            yield "train.ema=0", estimate(recipe.changed(key, 0.0), sizes, hardware).total
+        elif (saving := savings.get(key)) is not None:
+            other = recipe.changed(key, saving.value)
+            if saving.proportional:
+                then = replace(sizes, micro_batch=sizes.micro_batch * saving.value // values[key])
+            else:
+                then = measure(other)
+            yield f"{key}={json.dumps(saving.value)}", estimate(other, then, hardware).total
 
 
-def advice(recipe: Any, sizes: Sizes, device: int, most: int = 2) -> list[str]:
+def advice(recipe: StageRecipe, sizes: Sizes, device: int, most: int = 2) -> list[str]:
     """Return the cheapest single changes after which the recipe fits, at most `most`, each with what it takes then.
 
     If no single one is enough, the smallest micro-batch and what saves most besides.
@@ -254,7 +242,7 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
 
 
-def table(recipe: Any, device_gib: float | None = None) -> str:
+def table(recipe: StageRecipe, device_gib: float | None = None) -> str:
     """Return the recipe's needs: a row for each part on one device, a verdict, the disk.
 
     Raises:
@@ -283,7 +271,7 @@ def table(recipe: Any, device_gib: float | None = None) -> str:
     return "\n".join(lines)
 
 
-def attempt(estimate: Callable[[Any], Found], recipe: Any, otherwise: Found) -> Found:
+def attempt(estimate: Callable[[StageRecipe], Found], recipe: StageRecipe, otherwise: Found) -> Found:
     """Return an estimate, or `otherwise` where it cannot be made: a dry run must never stop a real one.
 
     A SAM 3 whose sizes are not known is a UserError, an operation without a fake a RuntimeError.
@@ -294,7 +282,7 @@ def attempt(estimate: Callable[[Any], Found], recipe: Any, otherwise: Found) -> 
         return otherwise
 
 
-def running_hardware(accelerator: Any, hardware: str) -> Hardware:
+def running_hardware(accelerator: Accelerator, hardware: str) -> Hardware:
     """Return the hardware that a run has been started on, whatever its recipe names."""
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
@@ -304,7 +292,7 @@ def running_hardware(accelerator: Any, hardware: str) -> Hardware:
     return Hardware(hardware, accelerator.num_processes, plugin.zero_stage, *offloads)
 
 
-def header_lines(recipe: Any, hardware: Hardware, sizes: Sizes) -> dict[str, str]:
+def header_lines(recipe: StageRecipe, hardware: Hardware, sizes: Sizes) -> dict[str, str]:
     """Return one line for a run's header."""
     found, device = estimate(recipe, sizes, hardware), device_bytes()
     of = "" if device is None else f" of {_gib(device)}"
@@ -313,7 +301,7 @@ def header_lines(recipe: Any, hardware: Hardware, sizes: Sizes) -> dict[str, str
     return {"budget": f"about {_gib(found.total)}{of} ({parts}); a checkpoint takes {_gib(found.checkpoint)}"}
 
 
-def _next_steps(recipe: Any, sizes: Sizes) -> Iterator[tuple[str, int]]:
+def _next_steps(recipe: StageRecipe, sizes: Sizes) -> Iterator[tuple[str, int]]:
     hardware = read_hardware(recipe.hardware)
     smaller = [size for size in micro_batches(recipe, hardware.processes) if size < recipe.train.micro_batch_size]
     if smaller:
@@ -322,7 +310,9 @@ def _next_steps(recipe: Any, sizes: Sizes) -> Iterator[tuple[str, int]]:
     yield from other_changes(recipe, sizes)
 
 
-def explain_out_of_memory(recipe: Any, error: torch.OutOfMemoryError, device_gib: float | None = None) -> UserError:
+def explain_out_of_memory(
+    recipe: StageRecipe, error: torch.OutOfMemoryError, device_gib: float | None = None
+) -> UserError:
     """Return what to say of a device that was too small: the stage's knobs as they stand, and what would help."""
     values, sizes = flat(recipe), measure(recipe)
     found, device = estimate(recipe, sizes), device_bytes(device_gib)
@@ -340,7 +330,7 @@ def explain_out_of_memory(recipe: Any, error: torch.OutOfMemoryError, device_gib
 
 
 @contextmanager
-def out_of_memory_explained(recipe: Any) -> Iterator[None]:
+def out_of_memory_explained(recipe: StageRecipe) -> Iterator[None]:
     """Turn a device's lack of memory into an error that names what decides it.
 
     Raises:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import xxhash
+from transformers import Sam3VideoConfig
 
 from effsam3.errors import ChassisError
 from effsam3.hub import hub_errors
@@ -18,8 +19,9 @@ from effsam3.models.chassis.cache import kept_in_cache
 from effsam3.models.chassis.processor import processor
 from effsam3.models.chassis.sam3_pt import converted
 from effsam3.models.chassis.sam31 import refuse_sam31, refuse_sam31_id
-from effsam3.models.chassis.tensors import AGAIN, EXTRAS_FILE, PICKLED, quiet_transformers
-from effsam3.models.chassis.tiny import MADE_UP
+from effsam3.models.chassis.tensors import AGAIN, EXTRAS_FILE, PICKLED, quiet_transformers, read_config
+from effsam3.models.chassis.tiny import MADE_UP, full_config
+from effsam3.models.registry import chassis_facts
 from effsam3.tensor_files import open_safetensors
 from effsam3.training.checkpoint import WEIGHTS
 
@@ -131,3 +133,17 @@ def _make(name: str) -> Path:
             processor(config).save_pretrained(folder)
 
     return kept_in_cache(f"{name}-{key}", write)
+
+
+def config_at_hand(checkpoint: str) -> Sam3VideoConfig:
+    """Return the config of a SAM 3 without its weights or a download: a local folder's own, else by published sizes.
+
+    Raises:
+        UserError: the sizes are not known.
+    """
+    for folder in (Path(checkpoint) / "merged", Path(checkpoint)):
+        if (folder / "config.json").is_file():
+            return read_config(folder)
+    if checkpoint not in MADE_UP:
+        chassis_facts(checkpoint)  # it knows which names are of SAM 3's sizes
+    return MADE_UP.get(checkpoint, full_config)()

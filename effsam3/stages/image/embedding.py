@@ -83,7 +83,7 @@ class TeacherPass:
     def features(self, batch: dict, check: bool = False) -> Tensor:
         """Run the teacher on a batch; `check` also asks the guard whether these can be SAM 3's features."""
         pixels = normalise(batch["pixels"].to(self.device))
-        with frozen_autocast(self.accelerator, self.recipe.train.precision):
+        with frozen_autocast(self.accelerator.device, self.recipe.train.precision):
             feat_BCGG = self.teacher(pixels)
         readable = batch["sizes"][:, 0] > 0
         if check and readable.any():

@@ -7,11 +7,15 @@ Letters: B images, C channels, G grid rows and columns, S image side in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from effsam3.checked_files import read_json
 from effsam3.data.images.features import ImageFeatures, store_keys, stored_features
@@ -25,7 +29,7 @@ from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import agreement_sums, feature_loss, relative_error, standardise
-from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.image.backbones import image_student
 from effsam3.models.image.student import StudentTrunk, load_timm_weights, resize_BCHW, student_config
 from effsam3.models.image.teacher import (
@@ -36,9 +40,10 @@ from effsam3.models.image.teacher import (
 )
 from effsam3.models.registry import chassis_facts
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import Stage, refuse_other_teacher, start_from_model, stored_facts, untied_note
-from effsam3.stages.image.facts import ImageRecipe
-from effsam3.training.report import write_json
+from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts, untied_note
+from effsam3.stages.image.facts import ImageRecipe, record_fields
+from effsam3.stages.protocol import Batch, Place, Stage
+from effsam3.training.report import Report, write_json
 
 DIVIDED_BY = {
     "sa1b": "effsam3 index sa1b --val-fraction",
@@ -48,7 +53,7 @@ DIVIDED_BY = {
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn images: they are few
 
 
-def ready_index(recipe, accelerator, say: Callable[[str], object] = print) -> Path:
+def ready_index(recipe: ImageRecipe, accelerator: Accelerator, say: Callable[[str], object] = print) -> Path:
     """Return the index's path; for `data.source: folder` make it first, for `synthetic` the images, too, once.
 
     `say` gets what is to be known of a folder of photographs: what was left out of the index, what has changed since.
@@ -60,7 +65,7 @@ def ready_index(recipe, accelerator, say: Callable[[str], object] = print) -> Pa
     return Path(recipe.data.index)
 
 
-def _make_index(recipe, say: Callable[[str], object]) -> None:
+def _make_index(recipe: ImageRecipe, say: Callable[[str], object]) -> None:
     from effsam3.data.images.index import build_index
 
     index = Path(recipe.data.index)
@@ -87,7 +92,7 @@ def _make_index(recipe, say: Callable[[str], object]) -> None:
 
 
 def image_dataset(
-    recipe,
+    recipe: ImageRecipe,
     index: Path,
     split: str,
     image_size: int,
@@ -109,7 +114,7 @@ def image_dataset(
 FACTS = {"tap": str, "grid": int, "channels": int, "image_size": int, "resize": str, "teacher": dict}
 
 
-def make_teacher(recipe, accelerator) -> Teacher:
+def make_teacher(recipe: ImageRecipe, accelerator: Accelerator) -> Teacher:
     """Load the recipe's teacher onto the accelerator's device and let the guard look at its weights."""
     sam3 = recipe.sam3
     folder = chassis_folder(sam3.checkpoint, sam3.revision)
@@ -118,7 +123,7 @@ def make_teacher(recipe, accelerator) -> Teacher:
     return teacher.to(accelerator.device)
 
 
-def make_student(recipe, channels: int, image_size: int, patch_size: int) -> StudentTrunk:
+def make_student(recipe: ImageRecipe, channels: int, image_size: int, patch_size: int) -> StudentTrunk:
     """Build the recipe's student for features of this width and images of this size, initialised as it says."""
     sizes = {"hidden_size": channels, "image_size": image_size, "patch_size": patch_size}
     config = student_config(recipe.student, recipe.head, recipe.student_image_size, **sizes)
@@ -165,7 +170,24 @@ def whole_maps(recipe: ImageRecipe) -> None:
 NEEDS = (initial_weights, both_splits, whole_maps)
 
 
-def refuse_partial_maps(recipe, tap: str, grid: int) -> None:
+def open_store(recipe: ImageRecipe) -> StoreReader:
+    """Open the store of the features that the recipe asks for.
+
+    Raises:
+        StoreError: it holds other features, or its manifest is damaged.
+    """
+    store = StoreReader(recipe.embed.to)
+    facts = stored_facts(recipe, store, FACTS)
+    if recipe.data.resize != facts["resize"]:
+        raise StoreError(
+            f"the store at {recipe.embed.to} was made with resize={facts['resize']}, the recipe says data.resize="
+            f"{recipe.data.resize}; change data.resize, or embed again to another embed.to"
+        )
+    refuse_other_teacher(recipe, facts["teacher"])
+    return store
+
+
+def refuse_partial_maps(recipe: ImageRecipe, tap: str, grid: int) -> None:
     """Refuse features that the neck cannot read, where the loss looks at what it makes of them.
 
     Raises:
@@ -178,64 +200,100 @@ def refuse_partial_maps(recipe, tap: str, grid: int) -> None:
         )
 
 
-class ImageStage(Stage):
+class ImageStage(FeatureStage):
     """The training side: student, data, loss and validation."""
 
     unit = "images"
+    recipe: ImageRecipe
 
-    def __init__(self, recipe, report, accelerator):
-        super().__init__(recipe, report, accelerator)
+    def __init__(
+        self,
+        recipe: ImageRecipe,
+        place: Place,
+        facts: dict[str, Any],
+        student: StudentTrunk,
+        teacher: Teacher | None,
+        neck: Neck | None,
+    ):
+        """`neck` is what `loss.neck` looks through, None without that term."""
+        super().__init__(recipe, place, facts, student, teacher)
+        self.neck = neck
         self.max_unreadable = recipe.data.max_unreadable
+
+    @classmethod
+    def from_recipe(cls, recipe: ImageRecipe, report: Report, accelerator: Accelerator) -> ImageStage:
+        """Build it with weights and data. Collective."""
         index = ready_index(recipe, accelerator, report.say)
-        facts = chassis_facts(recipe.sam3.checkpoint)
-        self.teacher: Teacher | None = None
+        teacher, store = None, None
         if recipe.teacher == "online":
-            self.teacher = make_teacher(recipe, accelerator)
-            self.facts = {
-                "tap": recipe.embed.tap,
-                "grid": self.teacher.grid,
-                "channels": self.teacher.channels,
-                "image_size": self.teacher.image_size,
+            teacher = make_teacher(recipe, accelerator)
+            facts = {
+                "tap": teacher.tap,
+                "grid": teacher.grid,
+                "channels": teacher.channels,
+                "image_size": teacher.image_size,
                 "resize": recipe.data.resize,
-                "teacher": {"checkpoint": recipe.sam3.checkpoint, "fingerprint": self.teacher.fingerprint},
+                "teacher": {"checkpoint": recipe.sam3.checkpoint, "fingerprint": teacher.fingerprint},
             }
-            store = None
         else:
-            store = self._open_store()
-            self.facts = store.manifest.description
-        side = self.facts["image_size"]
-        self.train_data = image_dataset(recipe, index, "train", side, store)
-        self.val_data = image_dataset(recipe, index, "val", side, store, most=recipe.train.eval_samples)
-        if not len(self.train_data) or not len(self.val_data):
+            store = open_store(recipe)
+            facts = store.manifest.description
+        side = facts["image_size"]
+        train_data = image_dataset(recipe, index, "train", side, store)
+        val_data = image_dataset(recipe, index, "val", side, store, most=recipe.train.eval_samples)
+        if not len(train_data) or not len(val_data):
             raise UserError(
-                f"data.index: {index} has {len(self.train_data)} training and {len(self.val_data)} held-out images; "
+                f"data.index: {index} has {len(train_data)} training and {len(val_data)} held-out images; "
                 f"both are needed ({DIVIDED_BY[recipe.data.source]} divides them)"
             )
-        self.train_size = len(self.train_data)
-        self.note = untied_note(store)
-        self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
-        student = make_student(recipe, self.facts["channels"], self.facts["image_size"], facts.patch_size)
-        self.set_student(student)
-        self.start = self.initialise_from_model()
-        self.neck = self._load_neck() if recipe.loss.neck else None
+        neck = None
+        if recipe.loss.neck:
+            refuse_partial_maps(recipe, facts["tap"], facts["grid"])
+            neck = Neck.from_folder(chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision))
+            neck = neck.to(accelerator.device)
+        student = make_student(recipe, facts["channels"], side, chassis_facts(recipe.sam3.checkpoint).patch_size)
+        stage = cls(recipe, accelerator, facts, student, teacher, neck)
+        stage.train_data, stage.val_data = train_data, val_data
+        known = stage.online_statistics(report, accelerator) if store is None else store.manifest.statistics
+        stage.set_statistics(known)
+        stage.notes = stage.initialise_from_model() | untied_note(store)
+        return stage
 
-    def _open_store(self) -> StoreReader:
-        recipe = self.recipe
-        store = StoreReader(recipe.embed.to)
-        facts = stored_facts(recipe, store, FACTS)
-        if recipe.data.resize != facts["resize"]:
-            raise StoreError(
-                f"the store at {recipe.embed.to} was made with resize={facts['resize']}, the recipe says data.resize="
-                f"{recipe.data.resize}; change data.resize, or embed again to another embed.to"
-            )
-        refuse_other_teacher(recipe, facts["teacher"])
-        return store
+    @classmethod
+    def from_shapes(cls, recipe: ImageRecipe, place: Place) -> ImageStage:
+        """Build it without weights and data."""
+        sizes = chassis_facts(recipe.sam3.checkpoint)
+        facts = {
+            "tap": recipe.embed.tap,
+            "grid": recipe.embed.grid or sizes.grid,
+            "channels": recipe.channels,
+            "image_size": sizes.image_size,
+        }
+        teacher, neck = None, None
+        if recipe.teacher == "online" or recipe.loss.neck:
+            config = config_at_hand(recipe.sam3.checkpoint).detector_config.vision_config
+            teacher = Teacher(config, recipe.embed.tap, recipe.embed.grid) if recipe.teacher == "online" else None
+            neck = Neck(config) if recipe.loss.neck else None
+        stage = cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher, neck)
+        stage.set_unit_statistics()
+        return stage
 
-    def _load_neck(self) -> Neck:
-        refuse_partial_maps(self.recipe, self.facts["tap"], self.facts["grid"])
-        return Neck.from_folder(chassis_folder(self.recipe.sam3.checkpoint, self.recipe.sam3.revision)).to(self.device)
+    def example(self, samples: int) -> Batch:
+        """Return a micro-batch of so many images; none has contents."""
+        side, grid, channels = (self.facts[name] for name in ("image_size", "grid", "channels"))
+        batch = {"pixels": torch.empty(samples, 3, side, side, dtype=torch.uint8, device="meta")}
+        if self.teacher is None:
+            for field in record_fields(self.recipe.embed, channels, grid, side):
+                shape, dtype = (samples, *field.shape), getattr(torch, field.dtype)
+                batch[field.name] = torch.empty(shape, dtype=dtype, device="meta")
+        return batch | {"sizes": torch.full((samples, 2), side)}
 
-    def statistics_batches(self):
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """What runs next to the student and does not learn."""
+        return super().frozen + ([] if self.neck is None else [self.neck])
+
+    def statistics_batches(self) -> DataLoader:
         """A fixed sample of the training images, in batches."""
         sample, size = statistics_sample(self.train_data.keys), self.recipe.embed.batch_size
         chunks = [sample[start : start + size] for start in range(0, len(sample), size)]
@@ -256,33 +314,33 @@ class ImageStage(Stage):
             "data": f"{self.recipe.data.index}  {len(self.train_data):,} images, {len(self.val_data):,} held out, "
             f"{self.facts['image_size']} px {self.facts['resize']}",
         }
-        return lines | self.start | self.note
+        return lines | self.notes
 
-    def valid(self, batch: dict) -> Tensor:
+    def valid(self, batch: Batch) -> Tensor:
         """Valid mask (B, 1, G, G) on the device."""
         return valid_mask(batch["sizes"], self.facts["image_size"], self.facts["grid"]).to(self.device)
 
-    def target(self, batch: dict) -> Tensor:
+    def target(self, batch: Batch) -> Tensor:
         """The teacher's features (B, C, G, G), float32: read from the store or made here."""
         if self.teacher is None:
             fields = {
                 name: batch[name].to(self.device, non_blocking=True) for name in ("features", "scale") if name in batch
             }
             return stored_features(fields)
-        with frozen_autocast(self.accelerator, self.recipe.train.precision):
+        with frozen_autocast(self.device, self.recipe.train.precision):
             return self.teacher(self.pixels(batch))
 
-    def pixels(self, batch: dict) -> Tensor:
+    def pixels(self, batch: Batch) -> Tensor:
         """Normalised pixels (B, 3, S, S) on the device."""
         return normalise(batch["pixels"].to(self.device, non_blocking=True))
 
-    def predict(self, student, batch: dict) -> Tensor:
+    def predict(self, student: nn.Module, batch: Batch) -> Tensor:
         """The student's features at the targets' grid, (B, C, G, G)."""
-        with self.accelerator.autocast():
+        with self.place.autocast():
             feat_BND = student(self.pixels(batch)).last_hidden_state
         return resize_BCHW(to_map(feat_BND), (self.facts["grid"],) * 2)
 
-    def loss(self, student, batch: dict) -> dict[str, Tensor]:
+    def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss of a micro-batch and its named terms, all scalars."""
         weights = self.recipe.loss
         target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
@@ -296,10 +354,10 @@ class ImageStage(Stage):
         return {"loss": total, **terms}
 
     @torch.no_grad()
-    def validate(self, student, batch: dict) -> dict[str, Tensor]:
+    def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums of a batch for `summarise`: what `losses.agreement_sums` counts."""
         target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
         return agreement_sums(pred, target, valid, self.mean_C, self.deviation_C)
 
 
-STAGE = ImageStage  # what `train` builds
+STAGE: type[Stage] = ImageStage  # what `train` builds

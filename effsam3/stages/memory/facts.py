@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from effsam3.models.memory.token_counts import CHANNELS, FRAMES, POINTERS, count_tokens
 from effsam3.models.registry import chassis_facts
-from effsam3.recipe.common import Merge, Optim, Sam3, StageRecipe, Train, warmup_fits
+from effsam3.recipe.common import Merge, Optim, Sam3, Saving, StageRecipe, Train, warmup_fits
 from effsam3.recipe.derived import index_counts
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -155,14 +155,16 @@ class MemoryRecipe(StageRecipe):
     knobs = (
         "train.micro_batch_size",
         "train.recompute",
-        "train.objects_at_once",
-        "train.trunk_batch",
         "hardware",
         "train.ema",
+        "train.objects_at_once",
+        "train.trunk_batch",
         "loss.side_px",
         "data.objects",
         "data.frames",
     )
+
+    samples_are_separate = True  # clips are tracked side by side and share next to nothing
 
     stage: Literal["memory"]  # the folder of effsam3/stages that reads this recipe
     name: FileName  # of the run folder, <train.runs>/<name>
@@ -229,6 +231,20 @@ class MemoryRecipe(StageRecipe):
         )
         read = f"{count(asked.mode):,} tokens of {FRAMES} frames and {POINTERS} pointers"
         return f"{asked.mode}: {read}, {count('dense'):,} when dense"
+
+    def savings(self) -> dict[str, Saving]:
+        train, data, found = self.train, self.data, {}
+        if not train.recompute:
+            found["train.recompute"] = Saving(True)
+        elif train.objects_at_once != 1 and train.micro_batch_size * data.objects > 1:
+            found["train.objects_at_once"] = Saving(1)
+        if train.trunk_batch > 1:
+            found["train.trunk_batch"] = Saving(1)
+        if data.objects > 1:
+            found["data.objects"] = Saving(data.objects - 1, proportional=True)
+        if data.frames > 3:
+            found["data.frames"] = Saving(data.frames // 2, proportional=True)
+        return found
 
 
 RECIPE = MemoryRecipe

@@ -8,15 +8,18 @@ corrected frames, K clicks on each of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from effsam3.checked_files import read_json
 from effsam3.data.synthetic.videos import make_synthetic_sav
@@ -27,7 +30,7 @@ from effsam3.data.videos.sav import load_index
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import on_main
 from effsam3.losses.masks import object_weights
-from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.tensors import fingerprint, load_part, read_config, read_tensors
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.memory.attention import memory_tokens
@@ -37,15 +40,16 @@ from effsam3.models.memory.slot import MEMORY, memory_config, tracker_config
 from effsam3.models.memory.student import TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.training import PARTS, Prompts, read_tracker_tensors
-from effsam3.stages.base import Stage
-from effsam3.stages.memory.facts import MemoryRecipe
-from effsam3.training.report import table, write_json
+from effsam3.stages.base import StageBase
+from effsam3.stages.memory.facts import MemoryData, MemoryRecipe
+from effsam3.stages.protocol import Batch, Place, Stage
+from effsam3.training.report import Report, table, write_json
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn videos: they are few
 LOSSES = ("focal", "dice", "iou", "presence", "memory")
 
 
-def ready_index(recipe, accelerator) -> Path:
+def ready_index(recipe: MemoryRecipe, accelerator: Accelerator) -> Path:
     """Return the index's path; for `data.source: synthetic` draw videos and index them first, once.
 
     Raises:
@@ -56,7 +60,7 @@ def ready_index(recipe, accelerator) -> Path:
     return Path(recipe.data.index)
 
 
-def _draw_videos(data) -> None:
+def _draw_videos(data: MemoryData) -> None:
     index = Path(data.index)
     made = {
         "videos": data.synthetic_videos,
@@ -80,8 +84,22 @@ def _draw_videos(data) -> None:
         )
 
 
-def make_trackers(recipe, folder: Path) -> tuple[EfficientTracker, EfficientTracker]:
-    """Build the tracker that learns and the dense one that teaches, from one chassis folder.
+def make_trackers(recipe: MemoryRecipe, own: PreTrainedConfig) -> tuple[EfficientTracker, EfficientTracker]:
+    """Build the tracker that learns and the dense one that teaches, which sees what the other's vision puts out.
+
+    `own` is the config of the chassis' tracker.
+
+    Raises:
+        MemoryConfigError: the memory does not fit the tracker.
+    """
+    dense = replace(recipe.memory, mode="dense", attention_layers=None, fuser_layers=None)
+    tracker = EfficientTracker(tracker_config(own, recipe.memory))
+    teacher = EfficientTracker(tracker_config(own, dense), remove_vision_encoder=True)
+    return tracker, teacher.eval().requires_grad_(False)
+
+
+def load_trackers(recipe: MemoryRecipe, folder: Path) -> tuple[EfficientTracker, EfficientTracker]:
+    """Build them with the weights of one chassis folder.
 
     Raises:
         UserError: the chassis' tracker has an efficient memory already.
@@ -93,18 +111,14 @@ def make_trackers(recipe, folder: Path) -> tuple[EfficientTracker, EfficientTrac
             "SAM 3, or a stage 1 release, with SAM 3's own memory"
         )
     tensors = read_tracker_tensors(folder)
-    config = tracker_config(own, recipe.memory)
-    student = load_part(EfficientTracker(config), efficient_tracker_tensors(tensors, config, seed=recipe.train.seed))
-    dense = tracker_config(own, replace(recipe.memory, mode="dense", attention_layers=None, fuser_layers=None))
     without_vision = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
-    teacher = load_part(
-        EfficientTracker(dense, remove_vision_encoder=True),
-        efficient_tracker_tensors(without_vision, dense, seed=recipe.train.seed),
-    )
-    return student.float(), teacher.float()
+    tracker, teacher = make_trackers(recipe, own)
+    for built, known in ((tracker, tensors), (teacher, without_vision)):
+        load_part(built, efficient_tracker_tensors(known, built.config, seed=recipe.train.seed)).float()
+    return tracker, teacher
 
 
-def make_student(recipe, tracker: EfficientTracker, teacher: EfficientTracker) -> TrackerStudent:
+def make_student(recipe: MemoryRecipe, tracker: EfficientTracker, teacher: EfficientTracker) -> TrackerStudent:
     """Take out of a tracker what the recipe trains."""
     train, loss = recipe.train, recipe.loss
     return TrackerStudent(
@@ -137,7 +151,7 @@ def untrained_tensors(recipe: MemoryRecipe) -> dict[str, Tensor]:
 NEEDS = ()  # a training needs nothing that not every one needs
 
 
-def keep_whole(student: TrackerStudent, accelerator) -> None:
+def keep_whole(student: TrackerStudent, accelerator: Accelerator) -> None:
     """Under ZeRO-3, keep the student's weights whole on every rank: gathered together, never module by module.
 
     Each rank runs the modules that its own prompts and objects need, in an order of its own, so that gathering one by
@@ -154,20 +168,47 @@ def keep_whole(student: TrackerStudent, accelerator) -> None:
             register_external_parameter(student, parameter)  # so that the first forward gathers all of them
 
 
-class MemoryStage(Stage):
+class ClipInputs(NamedTuple):
+    """What the student's forward takes, on the device."""
+
+    pixels_BT3SS: Tensor
+    masks_OTSS: Tensor
+    clip_O: Tensor  # the clip of each object
+    weight_O: Tensor  # of each object in the loss; 0 for the empty slot of a batch without any
+    prompts: Prompts
+
+
+class MemoryStage(StageBase):
     """The training side: trackers, clips, prompts, loss and validation."""
 
     unit = "clips"
     files = "videos"
+    recipe: MemoryRecipe
+    student: TrackerStudent
+    train_data: VideoClips
+    val_data: VideoClips
 
-    def __init__(self, recipe, report, accelerator):
-        super().__init__(recipe, report, accelerator)
+    def __init__(self, recipe: MemoryRecipe, place: Place, tracker: EfficientTracker, teacher: EfficientTracker):
+        super().__init__(recipe, place)
         self.max_unreadable = recipe.data.max_unreadable
+        self.lr_scales = {"": recipe.optim.pretrained_scale, "memory_resampler.": 1.0}
+        self.student = make_student(recipe, tracker, teacher)
+        self.student_parameters = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
+        self.frozen_parameters = parameter_count(tracker) - self.student_parameters
+        self.config = tracker.config
+        self.facts = {
+            "image_size": tracker.image_size,
+            "grid": tracker.config.grid,
+            "trains": list(recipe.memory.trains),
+        }
+
+    @classmethod
+    def from_recipe(cls, recipe: MemoryRecipe, report: Report, accelerator: Accelerator) -> MemoryStage:
+        """Build it with weights and data. Collective."""
         data, train = recipe.data, recipe.train
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
         # Before anything is made: a memory that does not fit fails here.
-        tracker, teacher = make_trackers(recipe, folder)
-        side = tracker.image_size
+        tracker, teacher = load_trackers(recipe, folder)
         index = ready_index(recipe, accelerator)
         rows = {split: load_index(index, split, data.limit) for split in ("train", "val")}
         if not len(rows["train"]) or not len(rows["val"]):
@@ -175,31 +216,42 @@ class MemoryStage(Stage):
                 f"data.index: {index} has {len(rows['train'])} training and {len(rows['val'])} held-out videos; both "
                 "are needed (effsam3 index sav --val-fraction divides them)"
             )
-        shape = dict(image_size=side, frames=data.frames, objects=data.objects)
-        self.train_data = VideoClips(
-            rows["train"], index.parent, **shape, reverse=data.reverse, augment=data.augment, seed=train.seed
-        )
+        stage = cls(recipe, accelerator, tracker.to(accelerator.device), teacher.to(accelerator.device))
+        keep_whole(stage.student, accelerator)
+        shape = dict(image_size=tracker.image_size, frames=data.frames, objects=data.objects, seed=train.seed)
+        stage.train_data = VideoClips(rows["train"], index.parent, **shape, reverse=data.reverse, augment=data.augment)
         held_out = rows["val"].select(range(min(train.eval_samples, len(rows["val"]))))
-        self.val_data = VideoClips(held_out, index.parent, **shape, reverse=0.0, augment=False, seed=train.seed)
-        self.train_size = len(self.train_data)
-        tracker, teacher = tracker.to(self.device), teacher.to(self.device)
-        self.student = make_student(recipe, tracker, teacher)
-        keep_whole(self.student, accelerator)
-        self.student_parameters = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
-        self.frozen_parameters = parameter_count(tracker) - self.student_parameters
-        self.config = tracker.config
-        self.lr_scales = {"": recipe.optim.pretrained_scale, "memory_resampler.": 1.0}
+        stage.val_data = VideoClips(held_out, index.parent, **shape, reverse=0.0, augment=False)
         memory = {name: tensor for name, tensor in read_tensors(folder).items() if name.startswith(MEMORY)}
-        self.facts = {
-            "image_size": side,
-            "grid": tracker.config.grid,
-            "trains": list(recipe.memory.trains),
-            "teacher": {
-                "checkpoint": recipe.sam3.checkpoint,
-                "revision": recipe.sam3.revision,
-                "fingerprint": fingerprint(memory),
-            },
+        stage.facts["teacher"] = {
+            "checkpoint": recipe.sam3.checkpoint,
+            "revision": recipe.sam3.revision,
+            "fingerprint": fingerprint(memory),
         }
+        return stage
+
+    @classmethod
+    def from_shapes(cls, recipe: MemoryRecipe, place: Place) -> MemoryStage:
+        """Build it without weights and data."""
+        return cls(recipe, place, *make_trackers(recipe, config_at_hand(recipe.sam3.checkpoint).tracker_config))
+
+    def example(self, samples: int) -> Batch:
+        """Return a micro-batch of so many clips, with as many objects as a clip may have, each seen in every frame."""
+        data, side = self.recipe.data, self.facts["image_size"]
+        # Masks and prompts decide what is run.
+        masks = torch.zeros(samples, data.frames, data.objects, side, side, dtype=torch.bool)
+        masks[..., : side // 2, : side // 2] = True
+        return {
+            "pixels": torch.empty(samples, data.frames, 3, side, side, dtype=torch.uint8, device="meta"),
+            "masks": masks,
+            "valid": torch.ones(samples, data.objects, dtype=torch.bool),
+            "numbers": list(range(samples)),
+        }
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """What runs next to the student and does not learn: the rest of its tracker, and the teacher."""
+        return [self.student.tracker, self.student.teacher]
 
     def describe(self) -> dict[str, str]:
         """Lines for the run's header: what is learned, from what."""
@@ -221,17 +273,17 @@ class MemoryStage(Stage):
             f"{data.frames} frames, at most {data.objects} objects, {self.facts['image_size']} px",
         }
 
-    def train_batches(self, start: int, steps: int):
-        """This rank's micro-batches of clips from step `start` on; what is drawn at random depends on the clip's
-        number in the run alone."""
-        return self.divide(start, steps, numbered=True)
+    def train_batches(self, start: int, steps: int, micro_batch: int) -> Iterable[Batch]:
+        """Yield this rank's micro-batches of steps `start` to `steps` - 1; what is drawn at random depends on the
+        clip's number in the run only."""
+        return self.divide(start, steps, micro_batch, numbered=True)
 
-    def samples(self, batch: dict) -> list[str]:
+    def samples(self, batch: Batch) -> list[str]:
         """Videos of a batch's clips, each with the number that the clip was drawn by."""
         return [f"{key}, clip {number}" for key, number in zip(batch["keys"], batch["numbers"], strict=True)]
 
-    def inputs(self, batch: dict, shares: dict[str, float], corrected: tuple[int, ...] = ()) -> tuple:
-        """What the student's forward takes, on the device: pixels, masks, clips, weights, prompts.
+    def inputs(self, batch: Batch, shares: dict[str, float], corrected: tuple[int, ...] = ()) -> ClipInputs:
+        """Return what the student's forward takes; prompts are drawn by `shares` of their kinds.
 
         A batch without any object (padding of the last one) keeps one empty slot of weight 0: every rank takes part in
         every forward.
@@ -252,9 +304,11 @@ class MemoryStage(Stage):
         points, labels, by_mask, chances_OFK = (torch.stack(kind).to(self.device) for kind in zip(*drawn, strict=True))
         prompts = Prompts(points, labels, by_mask, dict(zip(corrected, chances_OFK.unbind(1), strict=True)))
         pixels = normalise(batch["pixels"].to(self.device, non_blocking=True))
-        return pixels, masks_OTSS.to(self.device), clip_O.to(self.device), weight_O.to(self.device), prompts
+        return ClipInputs(
+            pixels, masks_OTSS.to(self.device), clip_O.to(self.device), weight_O.to(self.device), prompts
+        )
 
-    def corrected_frames(self, batch: dict) -> tuple[int, ...]:
+    def corrected_frames(self, batch: Batch) -> tuple[int, ...]:
         """Which frames of a step's clips are corrected by clicks: the first, and others at random.
 
         All clips of a step share them, because they are tracked together.
@@ -267,24 +321,24 @@ class MemoryStage(Stage):
         later = rng.choice(np.arange(1, data.frames), asked.corrected_frames - 1, replace=False)
         return (0, *later.tolist())
 
-    def loss(self, student, batch: dict) -> dict[str, Tensor]:
+    def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss of a micro-batch and its named terms, all scalars."""
         asked = self.recipe.prompts
         shares = {"mask": asked.mask, "point": asked.point, "box": asked.box}
         inputs = self.inputs(batch, shares, self.corrected_frames(batch))
-        with self.accelerator.autocast():
+        with self.place.autocast():
             return student(*inputs)
 
     @torch.no_grad()
-    def validate(self, student, batch: dict) -> dict[str, Tensor]:
+    def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums of a batch for `summarise`: J of objects given by their mask in the first frame."""
         inputs = self.inputs(batch, {"mask": 1.0, "point": 0.0, "box": 0.0})
-        counts_O = inputs[3] > 0
-        with self.accelerator.autocast():
+        counts_O = inputs.weight_O > 0
+        with self.place.autocast():
             j_OT = student(*inputs)["j"].double()
         return {"j": j_OT[counts_O].sum(), "positions": counts_O.sum().double() * j_OT.shape[1]}
 
-    def conclude(self, start: dict[str, float], best: dict[str, float]) -> str:
+    def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
         """A table: the tracker beside itself as it began."""
         rows = [
             ["memory at the start", f"{start['val/j']:.4f}"],
@@ -293,4 +347,4 @@ class MemoryStage(Stage):
         return table(rows, ["held-out clips, masks given in the first frame", "J"])
 
 
-STAGE = MemoryStage  # what `train` builds
+STAGE: type[Stage] = MemoryStage  # what `train` builds

@@ -70,7 +70,7 @@ class TeacherPass:
     def features(self, batch: dict, check: bool = False) -> Tensor:
         """Run the teacher on a batch: (B, C, 1, L). `check` asks the guard whether these can be SAM 3's features."""
         ids, mask = (batch[name].to(self.accelerator.device) for name in ("ids", "mask"))
-        with frozen_autocast(self.accelerator, self.recipe.train.precision):
+        with frozen_autocast(self.accelerator.device, self.recipe.train.precision):
             tokens_BLC = self.teacher(ids, mask)
         if check:
             check_tokens(tokens_BLC, mask)

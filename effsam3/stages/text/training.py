@@ -6,37 +6,40 @@ Letters: B texts, L tokens, C channels of SAM 3's detector. Losses see token fea
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 
 from effsam3.checked_files import read_json
 from effsam3.data.captions.batches import CaptionBatches, Distinct, First, as_map, valid_tokens
-from effsam3.data.captions.sources import open_captions
+from effsam3.data.captions.sources import Captions, open_captions
 from effsam3.data.statistics import statistics_sample
 from effsam3.data.store.reader import INPUTS, StoreError, StoreReader
 from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import agreement_sums, feature_loss, standardise
-from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.tensors import read_config
 from effsam3.models.merging.slots import model_folder
 from effsam3.models.registry import chassis_facts, text_student_row
 from effsam3.models.text.padding import padding_of
 from effsam3.models.text.student import StudentText, TextTeacher, check_text_weights, text_student
 from effsam3.models.text.tokens import PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
-from effsam3.models.text.weights import load_text_weights
+from effsam3.models.text.weights import WeightsReport, load_text_weights
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import Stage, refuse_other_teacher, start_from_model, stored_facts, untied_note
+from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts, untied_note
+from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.stages.text.facts import TextRecipe
-from effsam3.training.report import write_json
+from effsam3.training.report import Report, write_json
 
 
-def ready_captions(recipe, accelerator):
+def ready_captions(recipe: TextRecipe, accelerator: Accelerator) -> Captions:
     """Open the recipe's captions, rank 0 first; for `data.source: synthetic` make them before, once.
 
     Raises:
@@ -83,7 +86,7 @@ def _make_synthetic(data) -> None:
         write_json(stamp, made)
 
 
-def make_teacher(recipe, accelerator) -> TextTeacher:
+def make_teacher(recipe: TextRecipe, accelerator: Accelerator) -> TextTeacher:
     """Load the recipe's teacher onto the accelerator's device and let the guard look at its weights."""
     sam3 = recipe.sam3
     teacher = TextTeacher.from_folder(chassis_folder(sam3.checkpoint, sam3.revision))
@@ -96,7 +99,7 @@ def make_teacher(recipe, accelerator) -> TextTeacher:
     return teacher.to(accelerator.device)
 
 
-def make_student(recipe, channels: int):
+def make_student(recipe: TextRecipe, channels: int) -> tuple[StudentText, WeightsReport | None]:
     """Build the recipe's student, initialised as it says; returns it and the report on its weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
@@ -126,7 +129,7 @@ def initial_weights(recipe: TextRecipe) -> None:
 NEEDS = (initial_weights,)
 
 
-def encoder(recipe):
+def encoder(recipe: TextRecipe):
     """Texts to padded ids and mask, cut to the recipe's context length; goes into data worker processes."""
     return partial(Tokenizer().encode, context_length=recipe.data.context_length)
 
@@ -136,52 +139,89 @@ def inputs() -> str:
     return f"hash of the text, tokenizer {tokenizer_fingerprint()}"
 
 
-class TextStage(Stage):
+def open_store(recipe: TextRecipe) -> StoreReader:
+    """Open the store of the features that the recipe asks for.
+
+    Raises:
+        StoreError: it holds other features, or its manifest is damaged.
+    """
+    store = StoreReader(recipe.embed.to)
+    facts = stored_facts(recipe, store, {"channels": int, "context_length": int, "teacher": dict})
+    refuse_other_teacher(recipe, facts["teacher"])
+    if facts["context_length"] != recipe.data.context_length:
+        raise StoreError(
+            f"the store at {recipe.embed.to} holds {facts['context_length']} tokens a text, the recipe says "
+            f"data.context_length={recipe.data.context_length}; change it, or embed again to another embed.to"
+        )
+    if facts.get(INPUTS, inputs()) != inputs():
+        raise StoreError(
+            f"the store at {recipe.embed.to} was made with another tokenizer ({facts[INPUTS]}, here {inputs()}); "
+            "embed again to another embed.to"
+        )
+    return store
+
+
+class TextStage(FeatureStage):
     """The training side: student, data, loss and validation."""
 
     unit = "texts"
+    recipe: TextRecipe
+    train_data: CaptionBatches
+    captions: Captions
 
-    def __init__(self, recipe, report, accelerator):
-        super().__init__(recipe, report, accelerator)
-        self.teacher, store = None, None
+    @classmethod
+    def from_recipe(cls, recipe: TextRecipe, report: Report, accelerator: Accelerator) -> TextStage:
+        """Build it with weights and data. Collective."""
+        teacher, store = None, None
         if recipe.teacher == "online":
-            self.teacher = make_teacher(recipe, accelerator)
-            made_by = {"checkpoint": recipe.sam3.checkpoint, "fingerprint": self.teacher.fingerprint}
-            self.facts = {"kind": "text", "tap": "text", "channels": self.teacher.channels, "teacher": made_by}
+            teacher = make_teacher(recipe, accelerator)
+            made_by = {"checkpoint": recipe.sam3.checkpoint, "fingerprint": teacher.fingerprint}
+            facts = {"kind": "text", "tap": "text", "channels": teacher.channels, "teacher": made_by}
         else:
-            store = StoreReader(recipe.embed.to)
-            self.facts = stored_facts(recipe, store, {"channels": int, "context_length": int, "teacher": dict})
-            refuse_other_teacher(recipe, self.facts["teacher"])
-            if self.facts["context_length"] != recipe.data.context_length:
-                raise UserError(
-                    f"the store at {recipe.embed.to} holds {self.facts['context_length']} tokens a text, the recipe "
-                    f"says data.context_length={recipe.data.context_length}; change it, or embed again to another "
-                    "embed.to"
-                )
-            if self.facts.get(INPUTS, inputs()) != inputs():
-                raise StoreError(
-                    f"the store at {recipe.embed.to} was made with another tokenizer ({self.facts[INPUTS]}, here "
-                    f"{inputs()}); embed again to another embed.to"
-                )
-        self.captions = ready_captions(recipe, accelerator)
-        self.train_data = CaptionBatches(self.captions.train, encoder(recipe), store)
-        val = self.captions.val
-        self.val_data = CaptionBatches(First(val, min(len(val), recipe.train.eval_samples)), encoder(recipe), store)
-        self.train_size = len(self.train_data)
-        if not self.train_size or not len(self.val_data):
+            store = open_store(recipe)
+            facts = store.manifest.description
+        captions = ready_captions(recipe, accelerator)
+        val = First(captions.val, min(len(captions.val), recipe.train.eval_samples))
+        train_data, val_data = (CaptionBatches(part, encoder(recipe), store) for part in (captions.train, val))
+        if not len(train_data) or not len(val_data):
             raise UserError(
-                f"{self.train_size} training and {len(self.val_data)} held-out texts; both are needed (data.held_out)"
+                f"{len(train_data)} training and {len(val_data)} held-out texts; both are needed (data.held_out)"
             )
         if store is not None:  # now: a text that is missing would end the training when its turn comes
-            for texts in map(Distinct, (self.captions.train, val)):
+            for texts in map(Distinct, (captions.train, captions.val)):
                 store.positions(texts.keys(range(len(texts))))
-        self.note = untied_note(store)
-        self.set_statistics(self.online_statistics() if store is None else store.manifest.statistics)
-        student, self.loaded = make_student(recipe, self.facts["channels"])
-        self.set_student(student)
-        self.start = self.initialise_from_model()
-        if self.loaded is not None:  # every tensor by name: loaded, initialised or dropped, and why
-            report.write_json("student_init.json", asdict(self.loaded))
+        student, loaded = make_student(recipe, facts["channels"])
+        stage = cls(recipe, accelerator, facts, student, teacher)
+        stage.captions, stage.train_data, stage.val_data = captions, train_data, val_data
+        known = stage.online_statistics(report, accelerator) if store is None else store.manifest.statistics
+        stage.set_statistics(known)
+        stage.notes = stage.initialise_from_model() | untied_note(store)
+        if loaded is not None:  # every tensor by name: loaded, initialised or dropped, and why
+            report.write_json("student_init.json", asdict(loaded))
+            stage.notes = {"weights": str(loaded).replace("\n", "; ")} | stage.notes
+        return stage
+
+    @classmethod
+    def from_shapes(cls, recipe: TextRecipe, place: Place) -> TextStage:
+        """Build it without weights and data."""
+        checkpoint = recipe.sam3.checkpoint
+        facts = {"channels": chassis_facts(checkpoint).fpn_hidden_size}
+        teacher = TextTeacher(config_at_hand(checkpoint).detector_config) if recipe.teacher == "online" else None
+        stage = cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher)
+        stage.set_unit_statistics()
+        return stage
+
+    def example(self, samples: int) -> Batch:
+        """Return a micro-batch of so many texts of full length. An online teacher runs on distinct texts only: here
+        all are distinct."""
+        length = self.recipe.data.context_length
+        shape = (samples, length, self.facts["channels"])
+        return {
+            "ids": torch.arange(samples * length).reshape(samples, length) % 49_000,
+            "mask": torch.ones(samples, length, dtype=torch.bool),
+            "features": torch.empty(shape, dtype=torch.float16, device="meta"),
+            "counts": torch.ones(samples, dtype=torch.bool),
+        }
 
     def initialise_from_model(self) -> dict[str, str]:
         """As for every stage; says, too, when the model had another padding rule than the recipe."""
@@ -195,7 +235,7 @@ class TextStage(Stage):
                 )
         return found
 
-    def statistics_batches(self):
+    def statistics_batches(self) -> Iterator[Batch]:
         """The sample that a store's statistics are made of, in batches."""
         size = self.recipe.embed.batch_size
         texts = CaptionBatches(Distinct(self.captions.train), encoder(self.recipe))
@@ -203,7 +243,7 @@ class TextStage(Stage):
         for start in range(0, len(sample), size):
             yield texts.__getitems__(sample[start : start + size])
 
-    def valid(self, batch: dict) -> Tensor:
+    def valid(self, batch: Batch) -> Tensor:
         """1 where a token counts, (B, 1, 1, L) on the device."""
         return valid_tokens(batch).to(self.device)
 
@@ -218,35 +258,34 @@ class TextStage(Stage):
             f"{source}",
             "data": f"{self.captions.summary()}, up to {self.recipe.data.context_length} tokens",
         }
-        start = {"weights": str(self.loaded).replace("\n", "; ")} if self.loaded else self.start
-        return lines | start | self.note
+        return lines | self.notes
 
-    def train_batches(self, start: int, steps: int):
-        """This rank's micro-batches from step `start` on."""
-        return self.divide(start, steps, arrange=self.train_data.by_length)
+    def train_batches(self, start: int, steps: int, micro_batch: int) -> Iterable[Batch]:
+        """Yield this rank's micro-batches of steps `start` to `steps` - 1, texts of like length together."""
+        return self.divide(start, steps, micro_batch, arrange=self.train_data.by_length)
 
-    def samples(self, batch: dict) -> list[str]:
+    def samples(self, batch: Batch) -> list[str]:
         """Keys of a batch's texts."""
         # Of these alone, every step: the dataset's own list has the keys of all texts, gigabytes of them.
         return self.train_data.part.keys(batch["positions"].tolist())
 
-    def target(self, batch: dict) -> Tensor:
+    def target(self, batch: Batch) -> Tensor:
         """The teacher's features (B, C, 1, L), float32: read from the store or made here, each different text once."""
         if self.teacher is None:
             return as_map(batch["features"].to(self.device).float())[..., : batch["ids"].shape[1]]
         rows = torch.cat([batch["ids"], batch["mask"].long()], 1).to(self.device)
         different, place_B = rows.unique(dim=0, return_inverse=True)
         ids, mask = different.chunk(2, dim=1)
-        with frozen_autocast(self.accelerator, self.recipe.train.precision):
+        with frozen_autocast(self.device, self.recipe.train.precision):
             return as_map(self.teacher(ids, mask.bool())[place_B])
 
-    def predict(self, student, batch: dict) -> Tensor:
+    def predict(self, student: nn.Module, batch: Batch) -> Tensor:
         """The student's features (B, C, 1, L)."""
         ids, mask = (batch[name].to(self.device, non_blocking=True) for name in ("ids", "mask"))
-        with self.accelerator.autocast():
+        with self.place.autocast():
             return as_map(student(ids, mask))
 
-    def loss(self, student, batch: dict) -> dict[str, Tensor]:
+    def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss of a micro-batch and its named terms, all scalars."""
         weights = self.recipe.loss
         target, pred = self.target(batch), self.predict(student, batch)
@@ -257,10 +296,10 @@ class TextStage(Stage):
         return {"loss": total, **terms}
 
     @torch.no_grad()
-    def validate(self, student, batch: dict) -> dict[str, Tensor]:
+    def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums of a batch for `summarise`: what `losses.agreement_sums` counts."""
         target, pred = self.target(batch), self.predict(student, batch)
         return agreement_sums(pred, target, valid_tokens(batch).to(self.device), self.mean_C, self.deviation_C)
 
 
-STAGE = TextStage  # what `train` builds
+STAGE: type[Stage] = TextStage  # what `train` builds

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the training loop needs of a stage, and what the budget needs to run one dry.
+
+STAGE of every effsam3/stages/<stage>/training.py fits it; effsam3/stages/base.py has what they share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from effsam3.recipe.common import StageRecipe
+from effsam3.training.report import Report
+
+Batch = dict[str, Any]  # a micro-batch by field: tensors and lists with one entry a sample
+
+
+class Place(Protocol):
+    """Where a stage computes: one rank of an accelerator, or a dry run."""
+
+    device: torch.device
+    process_index: int
+    num_processes: int
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the context of the student's forward."""
+
+
+class Stage(Protocol):
+    """A student, what it learns from, and its loss."""
+
+    student: nn.Module  # what learns: the loop optimises, averages and saves it
+    student_parameters: int  # numbers that learn, counted before a layout divides them
+    lr_scales: Mapping[str, float]  # beginning of a parameter's name -> multiple of the learning rate
+    facts: dict[str, Any]  # what is learned, for provenance.json
+    val_data: Dataset  # the held-out samples
+    files: str  # what samples are read from, such as "images"
+    max_unreadable: int  # files that may be unreadable before the run stops
+
+    @property
+    def train_size(self) -> int:
+        """Samples of the train split."""
+
+    @property
+    def frozen(self) -> Sequence[nn.Module]:
+        """What runs next to the student and does not learn."""
+
+    # ---- two ways to build it
+
+    @classmethod
+    def from_recipe(cls, recipe: StageRecipe, report: Report, accelerator: Accelerator) -> Stage:
+        """Build it with weights and data, on the accelerator's device. Collective.
+
+        Raises:
+            UserError: something that the recipe names is missing, damaged, or does not fit the rest.
+        """
+
+    @classmethod
+    def from_shapes(cls, recipe: StageRecipe, place: Place) -> Stage:
+        """Build the same modules without reading weights or data; under `torch.device("meta")` they take no memory.
+
+        Raises:
+            UserError: the sizes of the recipe's SAM 3 are not known.
+        """
+
+    def example(self, samples: int) -> Batch:
+        """Return a micro-batch of so many samples at their largest, as `train_batches` would.
+
+        Tensors without contents are on `meta`; the others decide what is run.
+        """
+
+    # ---- what the loop calls
+
+    def describe(self) -> dict[str, str]:
+        """Return lines for the run's header by title: what is learned, from what."""
+
+    def train_batches(self, start: int, steps: int, micro_batch: int) -> Iterable[Batch]:
+        """Yield this rank's micro-batches of steps `start` (0 is the first) to `steps` - 1, in order."""
+
+    def samples(self, batch: Batch) -> list[str]:
+        """Name a micro-batch's samples, to say which ones made trouble."""
+
+    def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return a micro-batch's weighted `loss` and its named terms, scalars; `student` may be wrapped, as by DDP."""
+
+    def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """Return sums over a held-out batch, scalars, to be added over batches and ranks."""
+
+    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        """Turn the sums of `validate` into metrics `val/...`, the recipe's `metric` among them."""
+
+    def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
+        """Return a table: the student's metrics at the start and at the best step (`best["step"]`)."""
