@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `plot`: which curves are drawn, how, and where the picture goes."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from effsam3.cli import main
 from effsam3.errors import UserError
-from effsam3.plot import COLOURS, choose, draw, plot, read_curves, smoothed, unique_names, wants_log
+from effsam3.plot import choose, draw, plot, read_curves, smoothed
 from effsam3.training.report import Report
 
 
@@ -24,6 +22,9 @@ def train(folder, scale=1.0, metric="val/cosine", steps=400):
         if step % 100 == 0:
             report.metrics({metric: step / 500}, step)
     return folder
+
+
+COLOURS = ("#1f77b4", "#ff7f0e")  # matplotlib's first two
 
 
 def pixels_of(path, colour):
@@ -49,18 +50,17 @@ def test_panels_of_what_the_runs_have(tmp_path):
     curves = {name: read_curves(tmp_path / name) for name in "ab"}
     figure = draw(curves, ["train/loss", "val/j", "train/mse"], 0.5)
     loss, j, mse = figure.axes
-    assert [axis.get_title() for axis in (loss, j, mse)] == [
-        "training loss (logarithmic)", "val/j, held out", "train/mse (logarithmic)"
-    ]  # fmt: skip
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
-    assert [line.get_color() for line in loss.lines] == [COLOURS[0], COLOURS[0], COLOURS[1], COLOURS[1]]
+    assert [axis.get_title() for axis in (loss, j, mse)] == ["train/loss", "val/j", "train/mse"]
+    assert [axis.get_yscale() for axis in (loss, j, mse)] == ["log", "linear", "log"]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["a", "b"]
+    assert [line.get_color() for line in loss.lines] == ["C0", "C0", "C1", "C1"]
     raw, smooth = loss.lines[2:]  # of b
     assert list(raw.get_xdata()) == list(range(10, 201, 10))
     assert list(raw.get_ydata()) == [10 / step for step in range(10, 201, 10)]
     assert raw.get_alpha() < 0.5 and list(smooth.get_ydata()) == smoothed(raw.get_ydata(), 0.5)
     (line,) = j.lines  # b alone has it, and it is not smoothed
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 100, 200], [0.0, 0.2, 0.4])
-    assert line.get_color() == COLOURS[1]
+    assert line.get_color() == "C1"
 
 
 def test_without_a_wish_the_choice_is_six_panels_and_short_curves_are_smoothed_less(tmp_path, monkeypatch):
@@ -82,12 +82,6 @@ def test_without_a_wish_the_choice_is_six_panels_and_short_curves_are_smoothed_l
     assert len(figure.axes[2].lines) == 2  # the learning rate is exact
 
 
-def test_more_runs_than_colours_differ_in_their_lines():
-    curves = {str(number): {"train/lr": [(0, 1.0), (1, number)]} for number in range(10)}
-    lines = draw(curves, ["train/lr"], None).axes[0].lines
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 10
-
-
 def test_smoothing_is_a_mean_with_weights_that_fade():
     values = [3.0, 1.0, 4.0, 1.0, 5.0]
     for at, value in enumerate(smoothed(values, 0.8)):
@@ -104,23 +98,23 @@ def test_values_that_are_not_finite_leave_a_gap(tmp_path):
     assert read_curves(tmp_path) == {"train/grad_norm": [(0, 1.0), (2, 2.0)]}
 
 
-def test_names_tell_runs_apart():
-    assert unique_names([Path("/x/runs/a"), Path("/x/runs/b")]) == ["a", "b"]
-    assert unique_names([Path("/x/runs/a"), Path("/y/runs/a")]) == ["x/runs/a", "y/runs/a"]
-
-
 @pytest.mark.parametrize(
-    ("name", "values", "log"),
+    ("name", "values", "scale"),
     [
-        ("train/loss", [100, 1], True),
-        ("train/loss", [10, 1], False),
-        ("train/loss", [100, 0], False),
-        ("train/lr", [100, 1], False),
-        ("val/cosine", [100, 1], False),
+        ("train/loss", [100, 1], "log"),
+        ("train/loss", [10, 1], "linear"),
+        ("train/loss", [100, 0], "linear"),
+        ("train/lr", [100, 1], "linear"),
+        ("val/cosine", [100, 1], "linear"),
     ],
 )
-def test_a_logarithmic_scale_where_it_helps(name, values, log):
-    assert wants_log(name, values) is log
+def test_a_logarithmic_scale_where_it_helps(name, values, scale):
+    assert draw({"a": {name: list(enumerate(values))}}, [name], None).axes[0].get_yscale() == scale
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    a, b = train(tmp_path / "x" / "a"), train(tmp_path / "y" / "a")
+    assert plot([str(a), str(b)], str(tmp_path / "both.png")) == f"{tmp_path}/both.png: {a}, {b}"
 
 
 def test_metrics_by_their_short_names():
