@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import asdict
 from functools import partial
 from typing import Any, NoReturn
 
@@ -44,7 +43,7 @@ from effsam3.hardware.budget.estimates import (
 )
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.derived import accumulation, total_steps, warmup_steps
-from effsam3.recipe.reader import dump_recipe
+from effsam3.recipe.reader import dump_recipe, flat
 from effsam3.stages import needs
 from effsam3.stages.protocol import Stage
 from effsam3.stopping import STOP, STOPPED
@@ -359,7 +358,7 @@ def announce(
     facts = {"hardware": describe_hardware(accelerator), "recipe": recipe.name, "features": stage.facts}
     made_by = provenance() | facts
     report.write_json("provenance.json", made_by)
-    config = asdict(recipe) | {"provenance": made_by}
+    config = flat(recipe) | {f"provenance.{name}": value for name, value in made_by.items()}
     note = loggers.start(recipe.train.wandb_project, recipe.name, config, state["step"])
     if note:
         report.say(note)

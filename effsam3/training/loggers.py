@@ -61,12 +61,13 @@ class Loggers:
         refuses leaves the run without wandb. `WANDB_MODE` and `WANDB_RUN_ID`, where they are set, are obeyed.
 
         Args:
+            config: what the run is made of, by dotted keys.
             step: the last step before this start, 0 at the beginning. What TensorBoard shows of later ones is of an
                 earlier start and is hidden. What wandb lacks of the steps before is logged anew from metrics.jsonl.
         """
         if not self.names or not self.accelerator.is_main_process:
             return ""
-        flat = _flat(config)
+        flat = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.items()}
         options = {"tensorboard": {"purge_step": step + 1}}
         obstacle = ""
         if "wandb" in self.names:
@@ -173,12 +174,3 @@ def set_torn_parts_aside(folder: Path, kept: dict) -> None:
     for part in (folder / "wandb").glob(f"offline-run-*-{kept['id']}"):
         if part.name not in kept["parts"] and not any(part.glob("*.synced")):
             part.rename(part.with_name(f"torn-{part.name}"))
-
-
-def _flat(config: dict) -> dict[str, int | float | str]:
-    flat = {
-        f"{section}.{key}" if isinstance(values, dict) else section: value
-        for section, values in config.items()
-        for key, value in (values.items() if isinstance(values, dict) else [("", values)])
-    }
-    return {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in flat.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from effsam3.benchmarks.masks import choose_annotations, segment
 from effsam3.benchmarks.models import Pair
+from effsam3.benchmarks.pictures.videos import paint
 from effsam3.data.images.sa1b import Unreadable, mask_of, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
 
@@ -39,20 +40,6 @@ def shared_pca(
     side = teacher_CGG.shape[-1]
     teacher, student = (((c - low) / (high - low)).clamp(0, 1).reshape(side, side, 3).numpy() for c in colours)
     return teacher, student
-
-
-def overlay(image_HW3: np.ndarray, masks_OHW: np.ndarray) -> np.ndarray:
-    """Draw masks over an image in distinct colours, with a border."""
-    import matplotlib
-
-    canvas = image_HW3.astype(np.float32) / 255 * 0.75
-    colours = matplotlib.colormaps["tab10"].colors
-    for number, mask in enumerate(masks_OHW):
-        colour = np.array(colours[number % len(colours)], np.float32)
-        canvas[mask] = 0.45 * canvas[mask] + 0.55 * colour
-        inner = -F.max_pool2d(-torch.from_numpy(mask)[None, None].float(), 3, 1, 1)[0, 0].numpy() > 0
-        canvas[mask & ~inner] = colour
-    return canvas
 
 
 def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) -> list[Path]:
@@ -109,9 +96,14 @@ def _mask_panels(
     height, width = image.shape[:2]
     annotations = choose_annotations(annotations, OBJECTS)
     truth = np.stack([mask_of(annotation, height, width) for annotation in annotations])
-    panels = [("annotated masks", overlay(image, truth))]
+
+    def drawn(masks: np.ndarray) -> np.ndarray:
+        by_number = dict(enumerate(masks, 1))
+        return np.asarray(paint(image, by_number, by_number))
+
+    panels = [("annotated masks", drawn(truth))]
     for name, model in (("teacher", pair.teacher), ("student", pair.student)):
         embeddings = model.get_image_embeddings(pixels.to(pair.device))
         masks = segment(model, embeddings, annotations, "box", height, width, pair.image_size).numpy()
-        panels.append((f"{name}, box prompts", overlay(image, masks)))
+        panels.append((f"{name}, box prompts", drawn(masks)))
     return panels
