@@ -57,15 +57,24 @@ def speed(pair: Pair, elements: dict[str, int]) -> dict:
         }
         for name, model in models.items()
     }
-    teacher, student = result["teacher"], result["student"]
-    result["ratio"] = {
-        name: student[name] / teacher[name] if name.endswith("per_s") else teacher[name] / student[name]
-        for name in teacher
-    }
-    threads = torch.get_num_threads()
-    device = torch.cuda.get_device_name() if pair.device.type == "cuda" else f"cpu, {threads} threads"
     seen = {"teacher": side, "student": trunk_of(pair.student).config.seen_size}
-    return result | {"device": device, "batch": batch, "image_size": seen}
+    return with_ratio(result) | {"device": device_name(pair.device), "batch": batch, "image_size": seen}
+
+
+def with_ratio(result: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Add `ratio` to the numbers of `teacher` and `student`, above 1 where the student is better."""
+    teacher, student = result["teacher"], result["student"]
+    return result | {
+        "ratio": {
+            name: student[name] / teacher[name] if name.endswith("per_s") else teacher[name] / student[name]
+            for name in teacher
+        }
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """What a result was measured on."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def alternate(calls: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Sam3LiteTextModel
 
-from effsam3.benchmarks.speed import alternate
+from effsam3.benchmarks.speed import alternate, device_name, with_ratio
 from effsam3.errors import UserError
 from effsam3.losses.features import agreement_sums, standardise
 from effsam3.models.chassis.tensors import quiet_transformers, read_config, refuse_partial
@@ -191,13 +191,7 @@ def text_speed(teacher: TextTeacher, student: nn.Module) -> dict:
         for name in models:
             result[name][f"{length}_tokens_ms"] = one_ms[name]
             result[name][f"{length}_tokens_captions_per_s"] = batch * 1000 / batch_ms[name]
-    ours, theirs = result["student"], result["teacher"]
-    result["ratio"] = {
-        name: ours[name] / theirs[name] if name.endswith("per_s") else theirs[name] / ours[name] for name in theirs
-    }
-    threads = torch.get_num_threads()
-    on = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {threads} threads"
-    return result | {"device": on, "batch": batch}
+    return with_ratio(result) | {"device": device_name(device), "batch": batch}
 
 
 def plot_similarity(results: dict[str, dict], path: Path) -> None:

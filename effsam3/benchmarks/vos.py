@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from transformers import Sam3TrackerVideoModel
 
 from effsam3.benchmarks.jaccard import DavisScorer, ObjectScore, SavScorer, mean_scores, region_similarity
 from effsam3.benchmarks.pictures.videos import ContactSheet
+from effsam3.benchmarks.speed import device_name
 from effsam3.benchmarks.tables import Column, percent, result_table
 from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
 from effsam3.data.videos.vos import HIGHEST_ID, VosVideo
@@ -149,10 +149,9 @@ def vos(
             f"none of the {count} videos has the masks that scores take, of three frames or more, with an object in "
             f"between; where a server scores (MOSE and YouTube-VOS, valid) it takes predictions: {kept}"
         )
-    device = next(iter(trackers.values())).device
     return {
         "protocol": protocol,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(next(iter(trackers.values())).device),
         "videos": count,
         "failed": failed,
         "appearing_later": left_out,
