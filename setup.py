@@ -13,6 +13,15 @@ PACKAGE = Path(__file__).parent / "effsam3"
 VERSION = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"))[1]
 # Folders next to the package in a clone and inside it in a wheel; effsam3/shipped.py finds them in both.
 DATA = {"effsam3.recipes": "recipes", "effsam3.accelerate_configs": "accelerate_configs"}
+# What a run needs only if its recipe asks for it; effsam3/extras.py says so where it is missing.
+EXTRAS = {
+    "deepspeed": ["deepspeed>=0.17.2"],  # torch_autocast
+    "tensorboard": ["tensorboard>=2.16.2"],  # older 2.16 ask for TensorFlow, the first for its nightly builds
+    "wandb": ["wandb>=0.18"],
+}
+ALL = [requirement for extra in EXTRAS.values() for requirement in extra]
+# setuptools: the tests build the wheel
+DEV = ["jsonschema>=4.18", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "setuptools>=70.1"]
 
 setup(
     name="effsam3",
@@ -28,29 +37,25 @@ setup(
         "accelerate>=1.10",
         "av>=17.1",  # its wheels bundle FFmpeg; with older ones some files end the whole process
         "datasets>=4.0",
-        "deepspeed>=0.17.2",  # torch_autocast
         "filelock>=3.10",
         "ftfy>=6.1",
         "huggingface_hub>=1.31",  # as transformers 5.20 asks
         "matplotlib>=3.8",
         "numpy>=1.26",
         "open_clip_torch>=3.2",  # MobileCLIP2
-        "peft>=0.19.1",  # transformers asks for it
         "pillow>=11",
         "pyarrow>=15",
         "pycocotools>=2.0.8",
         "pyyaml>=6.0",
         "regex>=2025.10.22",  # as transformers 5.20 asks, like safetensors and tokenizers
         "safetensors>=0.8",
-        "tensorboard>=2.16.2",  # older 2.16 ask for TensorFlow, the first for its nightly builds
         "timm>=1.0.23",  # init_non_persistent_buffers, without which TinyViT cannot be loaded
         "tokenizers>=0.23.1",
         "torch>=2.6",
         "torchvision>=0.21",
         "tqdm>=4.66",
         "transformers>=5.20",  # sub_configs_defaults, by which a text student keeps its padding rule
-        "wandb>=0.18",
         "xxhash>=3.4",
     ],
-    extras_require={"dev": ["jsonschema>=4.18", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9"]},
+    extras_require=EXTRAS | {"all": ALL, "dev": [*ALL, *DEV]},
 )

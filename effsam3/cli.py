@@ -103,11 +103,13 @@ def _run(verb: str, argv: list[str]) -> int:
     if row.recipe == "path":
         return _answer(row.function()(**options))
 
+    from effsam3.extras import refuse_missing_extras
     from effsam3.recipe.reader import load_recipe, refuse_verb
 
     by_option = options.pop("overrides_by_option", None) or []
     recipe = load_recipe(options.pop("recipe"), [*options.pop("overrides"), *by_option])
     refuse_verb(recipe, verb)
+    refuse_missing_extras(recipe, [verb])
     row.function()(recipe, **options)
     return 0
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
+from effsam3.extras import refuse_missing_extras
 from effsam3.hardware.accelerate_configs import (
     config_environment,
     config_file,
@@ -130,6 +131,7 @@ def launch(
     if "embed" in verbs:
         refuse_unwritable(Path(recipe.embed.to), "embed.to")
     machines = machines.resolve(recipe.hardware)
+    refuse_missing_extras(recipe, verbs, machines.nodes * machines.processes_per_node)
     if "train" in verbs:
         refuse_indivisible_batch(recipe, machines)
     if len(verbs) > 1 and machines.node_rank == 0 and (code := ask_for_needs(recipe_path, verbs, overrides)):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Make .venv with effsam3 in it, once; a second call finds it ready:
-#   bash scripts/setup.sh [extra]        extra: `dev` for the tests
+#   bash scripts/setup.sh [extra]        extra: `dev` for the tests; default: `all` (DeepSpeed, wandb, TensorBoard)
 # PYTHON names the interpreter to build it from (3.10 or newer; python3 by default).
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
-extra=${1:-}
-stamp=".venv/effsam3-${extra:-run}.stamp"
+extra=${1:-all}
+stamp=".venv/effsam3-$extra.stamp"
 if [ -f "$stamp" ] && cmp -s setup.py "$stamp"; then
     exit 0
 fi
@@ -18,5 +18,5 @@ fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "installing effsam3 and what it needs into .venv (about 6 GB with PyTorch's CUDA build; minutes, once)"
 # To stay with a CPU build of PyTorch, install torch and torchvision into .venv first: they are then left alone.
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e ".[$extra]"
 cp setup.py "$stamp"

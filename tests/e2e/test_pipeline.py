@@ -25,7 +25,7 @@ def pipeline(tmp_path_factory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("pipeline")
     overrides = [
         "data.synthetic_images=64", "train.steps=60", "train.eval_every=20", "train.save_every=20",
-        "train.keep_checkpoints=2", "evaluate.max_images=6", "evaluate.pictures=2",
+        "train.keep_checkpoints=2", "train.loggers=[tensorboard]", "evaluate.max_images=6", "evaluate.pictures=2",
     ]  # fmt: skip
     path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
     done = subprocess.run(

@@ -4,7 +4,6 @@
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import ENVIRONMENT, REPOSITORY
+from libraries import link_libraries
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 # Notes in FILE what a process opens below CLONE, except where the libraries are.
@@ -78,17 +78,16 @@ def test_recipes_and_accelerate_configs_are_in_both(distributions):
 def installed(distributions, tmp_path_factory) -> tuple[Path, dict[str, str], Path]:
     """A fresh environment with the wheel, as its `bin`, the variables to run it with, and the watch's file.
 
-    The libraries are those of the tests' own environment. Its editable effsam3 is not among them, because .pth files
-    count only where Python itself looks for packages.
+    The libraries are those of the tests' own environment without any extra: a plain `pip install effsam3`.
     """
     folder = tmp_path_factory.mktemp("installed")
     venv.create(folder / "venv", symlinks=True)
     call(*PIP, "--python", folder / "venv/bin/python", "install", "--no-index", "--no-deps", distributions[1])
-    libraries = sysconfig.get_path("purelib")
     (site,) = folder.glob("venv/lib/python*/site-packages")
-    (site / "libraries.pth").write_text(f"{libraries}\nimport watch\n")
+    link_libraries(site)
+    (site / "watch.pth").write_text("import watch\n")
     noted = folder / "opened.txt"
-    names = {"clone": f"{REPOSITORY}/", "libraries": f"{Path(libraries).parents[2]}/", "file": str(noted)}
+    names = {"clone": f"{REPOSITORY}/", "libraries": f"{REPOSITORY}/.venv/", "file": str(noted)}
     (site / "watch.py").write_text(WATCH.format(**names))
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     return folder / "venv/bin", environment | {"PATH": f"{folder}/venv/bin:{os.environ['PATH']}"}, noted
@@ -106,7 +105,7 @@ def test_a_shipped_recipe_runs_by_its_short_name(installed, tmp_path):
     """Every verb in order, on an accelerate config of the wheel, in a folder without either."""
     bin, environment, noted = installed
     small = ["data.synthetic_images=24", "train.steps=4", "optim.warmup_steps=1", "train.eval_every=4"]
-    small += ["train.save_every=4", "train.eval_samples=2", "evaluate.max_images=2", "train.loggers=[]"]
+    small += ["train.save_every=4", "train.eval_samples=2", "evaluate.max_images=2"]
     said = call(bin / "effsam3", "launch", "smoke/image", "hardware=ddp_cpu", *small, env=environment, cwd=tmp_path)
     assert f"--config_file {bin.parent}/lib/" in said and "--module effsam3 train smoke/image" in said
     run = tmp_path / "runs/smoke-image"

@@ -22,6 +22,7 @@ LAYERS = [
         "checked_files",
         "stopping",
         "shipped",
+        "extras",
         "recipe",
         "hardware.accelerate_configs",
         "training.report",

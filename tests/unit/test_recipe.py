@@ -91,9 +91,9 @@ def test_published_hyperparameters():
 
 
 def test_child_merges_mappings_and_replaces_the_rest(write):
-    recipe = load_recipe(write("optim: {lr: 0.5}\ntrain: {loggers: []}\n"))
+    recipe = load_recipe(write("optim: {lr: 0.5}\ntrain: {loggers: [wandb]}\n"))
     parent = load_recipe(SMOKE)
-    assert differing_keys(parent, recipe) == ["optim.lr 0.002 -> 0.5", "train.loggers ('tensorboard',) -> ()"]
+    assert differing_keys(parent, recipe) == ["optim.lr 0.002 -> 0.5", "train.loggers () -> ('wandb',)"]
 
 
 def test_inherits_is_relative_to_the_file_and_goes_on(write):

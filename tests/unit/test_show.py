@@ -80,7 +80,7 @@ def test_show_refuses_a_batch_that_the_hardware_cannot_divide(capsys):
 
 def test_show_one_key(capsys):
     assert main(["show", ES_RV_M, "--key", "hardware"]) == 0
-    assert main(["show", SMOKE, "--key", "train.loggers"]) == 0
+    assert main(["show", SMOKE, "--key", "train.loggers", "train.loggers=[tensorboard]"]) == 0
     assert capsys.readouterr().out == "zero2\ntensorboard\n"
     assert main(["show", SMOKE, "--key", "train.loggrs"]) == 2
     assert "did you mean train.loggers?" in capsys.readouterr().err

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packages that a run needs only if its recipe asks for them: extras of setup.py, named like their packages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from effsam3.errors import UserError
+from effsam3.hardware.accelerate_configs import config_file, config_kind
+from effsam3.recipe.common import Recipe, StageRecipe
+
+
+def refuse_missing_extras(recipe: Recipe, verbs: Sequence[str], processes: int = 1) -> None:
+    """Refuse verbs whose recipe asks for a package that is not installed.
+
+    Raises:
+        UserError: the command that installs it.
+    """
+    asked = {}  # package -> key of the recipe
+    if processes > 1 and {"embed", "train"} & set(verbs) and config_kind(config_file(recipe.hardware)) == "DEEPSPEED":
+        asked["deepspeed"] = f"hardware: {recipe.hardware}"
+    if "train" in verbs and isinstance(recipe, StageRecipe):
+        asked |= {logger: f"train.loggers: {logger}" for logger in recipe.train.loggers}
+    for package, key in asked.items():
+        if find_spec(package) is None:
+            raise UserError(
+                f'{key} needs {package}, which is not installed: pip install "effsam3[{package}]", or change the key'
+            )
