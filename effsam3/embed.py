@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from effsam3 import stages
@@ -32,7 +33,9 @@ from effsam3.data.store.reader import (
 from effsam3.errors import UserError
 from effsam3.files import free_bytes, gigabytes, refuse_full_disk
 from effsam3.hardware.accelerator import describe_hardware, make_accelerator, on_main, refuse_missing_gpu
+from effsam3.recipe.common import FeatureRecipe
 from effsam3.stages import needs
+from effsam3.stages.protocol import Batch, StoredSamples, TeacherPass
 from effsam3.stopping import STOP, STOPPED
 from effsam3.training.report import Report, refuse_unwritable
 
@@ -40,7 +43,7 @@ from effsam3.training.report import Report, refuse_unwritable
 CHECK_COSINE = 0.999
 
 
-def run(recipe, check: int | None = None) -> None:
+def run(recipe: FeatureRecipe, check: int | None = None) -> None:
     """Embed the teacher's features of every sample; resume if the store is unfinished.
 
     Args:
@@ -64,7 +67,7 @@ def run(recipe, check: int | None = None) -> None:
         on_main(accelerator, partial(refuse_unwritable, Path(recipe.embed.to), "embed.to"))
     on_main(accelerator, partial(refuse_unwritable, recipe.folder, "train.runs"))
     report = Report(recipe.folder, accelerator.is_main_process)
-    teacher_pass = stages.embedding(recipe.stage).TeacherPass(recipe, accelerator)
+    teacher_pass: TeacherPass = stages.embedding(recipe.stage).TeacherPass(recipe, accelerator)
     if check is not None:
         return _check(recipe, teacher_pass, accelerator, report, check)
     root = Path(recipe.embed.to)
@@ -86,7 +89,7 @@ def run(recipe, check: int | None = None) -> None:
     on_main(accelerator, partial(close_store, root, teacher_pass, embedded, started, report))
 
 
-def open_store(recipe, root: Path, teacher_pass, report: Report) -> dict[str, str]:
+def open_store(recipe: FeatureRecipe, root: Path, teacher_pass: TeacherPass, report: Report) -> dict[str, str]:
     """Make the store ready for all ranks to write; returns lines for the header."""
     create_store(
         root, teacher_pass.fields(), teacher_pass.description(), expected=sum(map(len, teacher_pass.datasets))
@@ -97,7 +100,7 @@ def open_store(recipe, root: Path, teacher_pass, report: Report) -> dict[str, st
     return lines | needs.header_lines(recipe, ("train", "merge", "evaluate"))
 
 
-def close_store(root: Path, teacher_pass, embedded: int, started: float, report: Report) -> None:
+def close_store(root: Path, teacher_pass: TeacherPass, embedded: int, started: float, report: Report) -> None:
     """Complete the store once all ranks have written their records, `embedded` in all, and say what is in it."""
     expected = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
     refuse_many_skipped(expected, root, teacher_pass.max_unreadable)
@@ -113,7 +116,7 @@ def close_store(root: Path, teacher_pass, embedded: int, started: float, report:
     report.say(f"next: train with the same recipe. Look inside: effsam3 store show {root}")
 
 
-def plan(recipe, root: Path, teacher_pass) -> dict[str, str]:
+def plan(recipe: FeatureRecipe, root: Path, teacher_pass: TeacherPass) -> dict[str, str]:
     """What is to be made, as lines for the header.
 
     Raises:
@@ -135,7 +138,14 @@ def plan(recipe, root: Path, teacher_pass) -> dict[str, str]:
     return {"to make": line} | ({} if reader.manifest.ties_inputs else {"note": untied(root)})
 
 
-def _embed(recipe, dataset, teacher_pass, writer: StoreWriter, done: frozenset, accelerator) -> int:
+def _embed(
+    recipe: FeatureRecipe,
+    dataset: StoredSamples,
+    teacher_pass: TeacherPass,
+    writer: StoreWriter,
+    done: frozenset[str],
+    accelerator: Accelerator,
+) -> int:
     """Write this rank's share of a dataset's missing records; returns how many."""
     todo = [position for position, key in enumerate(dataset.store_keys) if key not in done]
     mine = todo[accelerator.process_index :: accelerator.num_processes]
@@ -166,7 +176,9 @@ def _embed(recipe, dataset, teacher_pass, writer: StoreWriter, done: frozenset, 
     return written
 
 
-def _write(teacher_pass, dataset, batch: dict, feat_BCHW: torch.Tensor, writer: StoreWriter) -> int:
+def _write(
+    teacher_pass: TeacherPass, dataset: StoredSamples, batch: Batch, feat_BCHW: torch.Tensor, writer: StoreWriter
+) -> int:
     unreadable = dict(batch["unreadable"])
     written = 0
     for place, position in enumerate(batch["positions"].tolist()):
@@ -195,7 +207,7 @@ def refuse_many_skipped(expected: list[str], root: Path, most: int) -> None:
         )
 
 
-def _statistics(root: Path, teacher_pass) -> dict:
+def _statistics(root: Path, teacher_pass: TeacherPass) -> dict:
     """Per-channel mean and deviation over a fixed sample of the training data, from what was stored."""
     reader = StoreReader(root, allow_unfinished=True)
     train = teacher_pass.datasets[0]
@@ -210,13 +222,15 @@ def _statistics(root: Path, teacher_pass) -> dict:
     return statistics.result()
 
 
-def stored_sample(reader: StoreReader, dataset, size: int) -> list[int]:
+def stored_sample(reader: StoreReader, dataset: StoredSamples, size: int) -> list[int]:
     """The first `size` positions of the statistics' fixed order whose images are in the store."""
     order = statistics_sample(dataset.keys, len(dataset))
     return list(islice((position for position in order if reader.contains(dataset.store_keys[position])), size))
 
 
-def _check(recipe, teacher_pass, accelerator, report: Report, samples: int) -> None:
+def _check(
+    recipe: FeatureRecipe, teacher_pass: TeacherPass, accelerator: Accelerator, report: Report, samples: int
+) -> None:
     """Recompute `samples` records and compare them with the store."""
     reader = StoreReader(recipe.embed.to)
     if not reader.manifest.ties_inputs:

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages: the only place that reads a recipe and builds models and data from it.
 
-A stage is a folder of the files that it needs, each imported only when it is asked for:
+A stage is a folder. Adding one takes its folder, its name in STAGES, and recipes. Of these files it has those that it
+needs; each is imported only when it is asked for:
 
 - `facts.py`, light: RECIPE, the class of its recipes, which answers what needs no torch (`recipe.common.Recipe`).
-- `training.py`: STAGE, the class that `train` builds (`stages.protocol.Stage`).
-- `embedding.py`: TeacherPass, what `embed` runs: `datasets`, `fields()`, `description()`, `describe()`,
-  `features(batch)`, `record(...)` and `stored(...)`.
-- `merging.py`: FEATURES_FORM, what a run must say of the features that it learned, and `part_of_run`, what it has
-  learned as a part for its slot.
-- `measuring.py`: `benchmarks`, a generator of (name, result), and `tables` of all results.
+- `training.py`: STAGE, the class that `train` builds (`protocol.Stage`); `untrained_tensors`, those of its student as
+  it starts; NEEDS, what must be there before a training begins (`needs`).
+- `embedding.py`: TeacherPass, what `embed` runs (`protocol.TeacherPass`).
+- `merging.py`: `part_of_run`, what a run has learned as a part for its slot, FEATURES_FORM, what the run must say of
+  the features for that, and `untrained_part`; `describe` and `card`, who stands in the slot for `inspect` and for the
+  model card.
+- `measuring.py`: `benchmarks`, a generator of (name, result), `tables` of all results, and NEEDS.
+
+A stage that learns has its slot's name (`models.merging.slots`).
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from effsam3 import stages
 from effsam3.checked_files import mismatch, read_json
 from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler
@@ -216,7 +217,7 @@ def stored_facts(recipe: FeatureRecipe, store: StoreReader, form: dict) -> dict:
         StoreError: it holds features of another stage, or its manifest is damaged.
     """
     facts, stage = store.manifest.description, recipe.stage
-    if (kind := facts.get("kind")) in ("image", "text") and kind != stage:
+    if (kind := facts.get("kind")) in stages.STAGES and kind != stage:
         raise StoreError(
             f"embed.to: the store at {store.root} holds {kind} features, the recipe's stage is {stage}; name a store "
             f"that a recipe of stage {stage} has embedded"

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the training loop needs of a stage, and what the budget needs to run one dry.
+"""What the training loop needs of a stage, what the budget needs to run one dry, and what `embed` needs of a teacher.
 
-STAGE of every effsam3/stages/<stage>/training.py fits it; effsam3/stages/base.py has what they share.
+STAGE of every effsam3/stages/<stage>/training.py and TeacherPass of every embedding.py fit these; base.py has what
+stages share.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from effsam3.recipe.common import StageRecipe
+from effsam3.data.store.reader import Field, StoreReader
+from effsam3.recipe.common import FeatureRecipe, StageRecipe
 from effsam3.training.report import Report
 
 Batch = dict[str, Any]  # a micro-batch by field: tensors and lists with one entry a sample
@@ -97,3 +99,42 @@ class Stage(Protocol):
 
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
         """Return a table: the student's metrics at the start and at the best step (`best["step"]`)."""
+
+
+class StoredSamples(Protocol):
+    """A data set whose samples have a record each in a store."""
+
+    keys: Sequence[str]  # names of the samples
+    store_keys: Sequence[str]  # keys of their records
+
+    def __len__(self) -> int: ...
+
+
+class TeacherPass(Protocol):
+    """What `embed` runs: a teacher over all samples, and what a record of the store is made of."""
+
+    datasets: Sequence[StoredSamples]  # the train split first
+    channels: int  # of the features
+    max_unreadable: int  # samples that may be left out
+    less_room: str  # what would make the store smaller, to be said when a disk is too small
+
+    def __init__(self, recipe: FeatureRecipe, accelerator: Accelerator):
+        """Load the teacher and open the data. Collective."""
+
+    def fields(self) -> list[Field]:
+        """Return the fields of a record."""
+
+    def description(self) -> dict[str, Any]:
+        """Return what the manifest says of the features: another description is another store."""
+
+    def describe(self) -> dict[str, str]:
+        """Return lines for the header by title."""
+
+    def features(self, batch: Batch, check: bool = False) -> Tensor:
+        """Return the teacher's features of a batch; `check` refuses those that cannot be SAM 3's."""
+
+    def record(self, batch: Batch, place: int, feat: Tensor, key: str) -> dict[str, Tensor]:
+        """Return the record of one sample of a batch by field."""
+
+    def stored(self, reader: StoreReader, dataset: StoredSamples, positions: list[int]) -> tuple[Tensor, Tensor]:
+        """Read some samples' features back, and where they are valid."""
