@@ -39,6 +39,8 @@ BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
 }
 
 
+ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are no UTF-8
+SAVE_AS_UTF8 = "save the file as UTF-8, such as by iconv -f WINDOWS-1252 -t UTF-8"
 NUL = "NUL characters; if the file is UTF-16 or UTF-32, it has no byte order mark that says so. Save the file as UTF-8"
 
 
@@ -172,36 +174,19 @@ def lines(file: str) -> Iterator[str]:
     with open(file, "rb") as opened:
         start = opened.read(4)
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
+    errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+    number, name = 0, encoding.removesuffix("-sig").upper()
     try:
-        with open(file, encoding=encoding, newline="") as opened:
+        with open(file, encoding=encoding, errors=errors, newline="") as opened:
             for number, line in enumerate(opened, 1):
                 if "\0" in line:
                     raise UserError(f"{file}:{number}: {NUL}")
+                if bad := ESCAPED.findall(line):
+                    shown = " ".join(f"{ord(one) - 0xDC00:02x}" for one in bad[:4])
+                    raise UserError(f"{file}:{number}: the bytes {shown} are no {name}; {SAVE_AS_UTF8}")
                 yield line
-    except UnicodeDecodeError as error:
-        raise UserError(_undecodable(file, encoding)) from error
-
-
-def _undecodable(file: str, encoding: str) -> str:
-    """Say where a file stops being of its encoding: files are decoded in blocks, whose errors do not know the line."""
-    data = Path(file).read_bytes()
-    if encoding == "utf-8" and (nul := data.find(b"\0")) >= 0:
-        return f"{file}:{_line_at(data[:nul].decode(encoding, 'replace'))}: {NUL}"
-    try:
-        data.decode(encoding)
-    except UnicodeDecodeError as error:
-        bad = data[error.start : error.end].hex(" ")
-        number = _line_at(data[: error.start].decode(encoding, "replace"))
-        name = encoding.removesuffix("-sig").upper()
-        return (
-            f"{file}:{number}: the bytes {bad} are no {name}; save the file as UTF-8, such as by "
-            "iconv -f WINDOWS-1252 -t UTF-8"
-        )
-    raise AssertionError(f"{file} has changed while it was read")
-
-
-def _line_at(text_before: str) -> int:
-    return len(re.split("\r\n|\r|\n", text_before))
+    except UnicodeDecodeError as error:  # decoded in blocks, so that the line is not known
+        raise UserError(f"{file}: it is no {name} behind line {number} ({error.reason}); {SAVE_AS_UTF8}") from error
 
 
 def _read_txt(file: str, column: str | None, key: str) -> TextColumn:
