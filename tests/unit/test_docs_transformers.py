@@ -66,10 +66,10 @@ def check_video_clicks(names):
 
 
 CHECKS = {
-    "Everything that is named, in an image": check_image_text,
-    "Boxes and points in an image": check_image_boxes,
-    "Everything that is named, through a video": check_video_text,
-    "What is shown on a frame, through a video": check_video_clicks,
+    "Text prompts on an image": check_image_text,
+    "Boxes and points on an image": check_image_boxes,
+    "Text prompts in a video": check_video_text,
+    "Box and point prompts in a video": check_video_clicks,
 }
 
 
@@ -89,7 +89,7 @@ def test_every_block_runs(folder, merged, title, capsys):
 
 def test_with_a_text_student_the_class_is_another(folder, merged):
     (folder / "merged").symlink_to(merged["image and text"] / "merged")
-    title, names = "Everything that is named, in an image", {}
+    title, names = "Text prompts on an image", {}
     for block in blocks("python")[title]:
         block = block.replace("Sam3Model", "Sam3LiteTextModel")
         exec(block.replace("threshold=0.5", "threshold=0.0"), names)
