@@ -19,27 +19,13 @@ from effsam3.models.chassis.tensors import read_config
 from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.models.merging.slots import SLOTS
 from effsam3.publish.release import SAM3, SAM_LICENSE_URL, Release
+from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.reader import dump_recipe, flat
 from effsam3.stages.base import CardEntry
 from effsam3.training.report import source, table
 
-# How a part learned: title -> key of its recipe
-TRAINING = {
-    "teacher": "sam3.checkpoint",
-    "initial weights": "student_init",
-    "student sees, px": "student_image_size",
-    "data": "data.source",
-    "epochs": "train.epochs",
-    "steps": "train.steps",
-    "batch": "train.global_batch_size",
-    "learning rate": "optim.lr",
-    "precision": "train.precision",
-    "parts of the tracker": "memory.trains",
-}
 # The same model in other formats: file -> whose names its tensors have
 OTHER_FORMATS = {"sam3.pt": "the original SAM 3's", "efficientsam3.pt": "EfficientSAM3's"}
-# What a part learned from: data.source -> how the card calls it
-DATA = {"sa1b": "SA-1B", "folder": "own photographs", "sav": "SA-V", "synthetic": "made-up data"}
 PICTURES = 4  # how many are shown on the card; the others lie beside them
 
 
@@ -272,30 +258,32 @@ def measurements(release: Release) -> str:
 
 
 def _training(release: Release) -> str:
-    slots = release.merged["slots"]
-    values = {slot: flat(recipe) for slot, recipe in release.recipes.items()}
+    slots, recipes = release.merged["slots"], release.recipes
+    learned = {slot: _how_it_learned(recipe) for slot, recipe in recipes.items()}
     rows = []
-    for title, key in TRAINING.items():
-        cells = [values.get(slot, {}).get(key) for slot in slots]
-        if key == "data.source":
-            cells = [DATA.get(cell, cell) for cell in cells]
-        if cells != [None] * len(slots):
-            rows.append([title, *map(_cell, cells)])
+    for title in dict.fromkeys(title for values in learned.values() for title in values):
+        cells = [learned.get(slot, {}).get(title) for slot in slots]
+        if any(cells):
+            rows.append([title, *(cell or "-" for cell in cells)])
     blocks = [table(rows, ["", *slots], text_columns=1 + len(slots))] if rows else []
     for slot in slots:
-        if slot in values:
-            recipe = f"```yaml\n{dump_recipe(release.recipes[slot])}```"
+        if slot in recipes:
+            recipe = f"```yaml\n{dump_recipe(recipes[slot])}```"
             blocks.append(f"<details><summary>Recipe, {slot}</summary>\n\n{recipe}\n\n</details>")
         else:
             blocks.append(f"Slot `{slot}`: no recipe is known; the student is from `{slots[slot]['from']}`.")
     return "\n\n".join(blocks)
 
 
-def _cell(value) -> str:
-    """A value of a recipe as it stands in a table."""
-    if value is None:
-        return "-"
-    return ", ".join(value) if isinstance(value, tuple) else str(value)
+def _how_it_learned(recipe: StageRecipe) -> dict[str, str | None]:
+    """The card's rows of a recipe by title, None for what is not set."""
+    values = flat(recipe)
+    cells = {title: values.get(key) for title, key in recipe.card_keys.items()}
+    cells["data"] = {"synthetic": "made-up data", **recipe.data_names}.get(recipe.data.source, recipe.data.source)
+    return {
+        title: None if value is None else ", ".join(value) if isinstance(value, tuple) else str(value)
+        for title, value in cells.items()
+    }
 
 
 def _limitations(release: Release) -> str:
@@ -307,12 +295,7 @@ def _limitations(release: Release) -> str:
         if release.summary is None
         else "Nothing but the numbers above has been measured: accuracy elsewhere is not known."
     )
-    for slot, recipe in release.recipes.items():
-        values = flat(recipe)
-        if values["data.source"] == "synthetic":
-            points.append(f"The student in the slot `{slot}` learned from made-up data and has seen nothing real.")
-        if "data.context_length" in values:
-            points.append(f"Prompts were learned up to {values['data.context_length']} tokens.")
+    points += [limit for recipe in release.recipes.values() for limit in recipe.limits()]
     points += [limit for entry in _entries(release).values() for limit in entry.limits]
     return "\n".join(f"- {point}" for point in points)
 

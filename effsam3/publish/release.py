@@ -13,7 +13,7 @@ from effsam3.errors import UserError
 from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.models.merging.slots import first_chassis, read_card
-from effsam3.recipe.common import Recipe
+from effsam3.recipe.common import Recipe, StageRecipe
 from effsam3.recipe.reader import load_recipe
 
 SAM3 = "facebook/sam3"
@@ -78,7 +78,7 @@ class Release:
         return path if path.stat().st_mtime >= newest else None
 
     @cached_property
-    def recipes(self) -> dict[str, object]:
+    def recipes(self) -> dict[str, StageRecipe]:
         """{slot: recipe by which its student learned}."""
         return {slot: load_recipe(file) for slot, file in self.recipe_files.items()}
 

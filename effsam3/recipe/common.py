@@ -115,6 +115,14 @@ class Saving(NamedTuple):
     proportional: bool = False  # a micro-batch takes as much as the key says, nearly; else it must be measured
 
 
+class Data(Section):
+    """Where samples come from: what every stage's section `data` has."""
+
+    source: str  # a kind of data; synthetic: made up
+    workers: int
+    limit: int | None
+
+
 class Recipe(Section):
     """A recipe, and what can be said of its stage without torch. RECIPE of every stage's facts.py is a subclass."""
 
@@ -173,10 +181,22 @@ class StageRecipe(Recipe):
 
     verbs = ("train", "merge", "evaluate")
     runs_key = "train.runs"
+    # The model card: how the student learned, title -> key; what it calls a data.source that has another name there
+    card_keys: ClassVar[dict[str, str]] = {
+        "teacher": "sam3.checkpoint",
+        "initial weights": "student_init",
+        "data": "data.source",
+        "epochs": "train.epochs",
+        "steps": "train.steps",
+        "batch": "train.global_batch_size",
+        "learning rate": "optim.lr",
+        "precision": "train.precision",
+    }
+    data_names: ClassVar[dict[str, str]] = {}
 
     student: str
     student_init: str
-    data: Section
+    data: Data
     loss: Section
     optim: Optim
     train: Train
@@ -195,6 +215,12 @@ class StageRecipe(Recipe):
     def student_line(self) -> str:
         """Say how big the student is, for `show`."""
         raise NotImplementedError
+
+    def limits(self) -> list[str]:
+        """Return sentences of the model card: what the student cannot do, by how it learned."""
+        if self.data.source != "synthetic":
+            return []
+        return [f"The student in the slot `{self.stage}` learned from made-up data and has seen nothing real."]
 
     @classmethod
     def student_of(cls, values: Mapping[str, Any]) -> str | None:

@@ -109,8 +109,9 @@ def whole_merge(recipe: StageRecipe) -> str:
     part = stages.merging(recipe.stage).untrained_part(recipe, config, about)
     slots = inherited_slots(folder) | {part.slot: part.card()}
     rest = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(folder).items()}
-    if "text" in inherited_slots(folder):  # a format may compute with them
-        rest |= {name: one for name, one in map_tensors(folder).items() if name.startswith(SLOTS["text"].owns)}
+    inherited = tuple(prefix for slot in inherited_slots(folder) for prefix in SLOTS[slot].owns)
+    # A format may compute with the values of students that are in it already.
+    rest |= {name: one for name, one in map_tensors(folder).items() if name.startswith(inherited)}
     merged = combine(config, {"chassis": rest}, [part])
     if "efficientsam3" in recipe.merge.formats and not recipe.merge.allow_padding_mismatch:
         refuse_other_padding(merged, slots)

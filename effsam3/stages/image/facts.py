@@ -11,7 +11,7 @@ from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError
 from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
 from effsam3.models.registry import SAM3, chassis_facts, head_params
-from effsam3.recipe.common import FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
+from effsam3.recipe.common import Data, FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
 from effsam3.recipe.derived import index_counts, total_steps, warmup_steps
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -31,7 +31,7 @@ from effsam3.recipe.rules import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageData(Section):
+class ImageData(Data):
     """The photographs."""
 
     # folder: photographs of your own; synthetic: drawn shapes, never used unless asked for here
@@ -110,6 +110,8 @@ class ImageRecipe(FeatureRecipe):
 
     replaces = "vision trunk"
     metric = "val/cosine"
+    card_keys = FeatureRecipe.card_keys | {"student sees, px": "student_image_size"}
+    data_names = {"sa1b": "SA-1B", "folder": "own photographs"}
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck")
 
     stage: Literal["image"]  # the folder of effsam3/stages that reads this recipe

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from effsam3.models.memory.token_counts import CHANNELS, FRAMES, POINTERS, count_tokens
 from effsam3.models.registry import chassis_facts
-from effsam3.recipe.common import Merge, Optim, Sam3, Saving, StageRecipe, Train, warmup_fits
+from effsam3.recipe.common import Data, Merge, Optim, Sam3, Saving, StageRecipe, Train, warmup_fits
 from effsam3.recipe.derived import index_counts
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -31,7 +31,7 @@ TrackerPart = Literal["memory", "pointers", "prompts", "decoder", "neck", "trunk
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryData(Section):
+class MemoryData(Data):
     """The videos, and how clips are drawn from them."""
 
     source: Literal["sav", "synthetic"]  # synthetic: drawn shapes, never used unless asked for here
@@ -152,6 +152,8 @@ class MemoryRecipe(StageRecipe):
     why_no_more = "its frozen trunk runs beside the student, because clips differ in every step; continue with train"
     replaces = "video memory"
     metric = "val/j"
+    card_keys = StageRecipe.card_keys | {"parts of the tracker": "memory.trains"}
+    data_names = {"sav": "SA-V"}
     knobs = (
         "train.micro_batch_size",
         "train.recompute",

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError, did_you_mean
 from effsam3.models.registry import TEACHER, chassis_facts, text_student_row
-from effsam3.recipe.common import FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
+from effsam3.recipe.common import Data, FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
     FileName,
@@ -31,7 +31,7 @@ RECAP_COLUMNS = ("re_caption", "org_caption", "mix")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextData(Section):
+class TextData(Data):
     """The captions: a caption set, lists of noun phrases, or a mix of both."""
 
     # files: captions of your own; synthetic: made from a grammar, never used unless asked for here
@@ -129,6 +129,9 @@ class TextRecipe(FeatureRecipe):
 
     def check(self) -> Iterator[str]:
         yield from warmup_fits(self)
+
+    def limits(self) -> list[str]:
+        return [*super().limits(), f"Prompts were learned up to {self.data.context_length} tokens."]
 
     def derived(self) -> dict[str, Callable[[], str]]:
         return {"length": self._length_line, "student": self.student_line, "store": self._store_line}
