@@ -4,55 +4,18 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from effsam3.checked_files import mismatch
-from effsam3.errors import UserError
+from effsam3.files import refuse_unwritable, write_json, write_text
 
 VERSIONS = ("effsam3", "torch", "transformers", "timm", "accelerate", "deepspeed", "datasets", "numpy")
-
-
-def refuse_unwritable(folder: Path, named_by: str) -> None:
-    """Refuse a folder into which no file can be written, without making it; `named_by` is the option or key for it.
-
-    Raises:
-        UserError: it is a file, or it, or where it would be made, cannot be written.
-    """
-    there = folder
-    try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=there):
-            pass
-    except OSError as error:
-        raise UserError(
-            f"{named_by}: {folder} cannot be written ({there}: {error.strerror}); name a folder that can be"
-        ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: a temporary name, fsync, rename."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)  # what a full disk leaves
-
-
-def write_json(path: Path, content) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def provenance() -> dict:
