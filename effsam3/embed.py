@@ -31,13 +31,13 @@ from effsam3.data.store.reader import (
     untied,
 )
 from effsam3.errors import UserError
-from effsam3.files import free_bytes, gigabytes, refuse_full_disk
+from effsam3.files import free_bytes, gigabytes, refuse_full_disk, refuse_unwritable
 from effsam3.hardware.accelerator import describe_hardware, make_accelerator, on_main, refuse_missing_gpu
 from effsam3.recipe.common import FeatureRecipe
 from effsam3.stages import needs
 from effsam3.stages.protocol import Batch, StoredSamples, TeacherPass
 from effsam3.stopping import STOP, STOPPED
-from effsam3.training.report import Report, refuse_unwritable
+from effsam3.training.report import Report
 
 # Recomputed features differ by rounding only: float16's or int8's payload, and kernels that depend on the batch.
 CHECK_COSINE = 0.999

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from effsam3 import stages
 from effsam3.errors import UserError
+from effsam3.files import write_json, write_text
 from effsam3.hardware.accelerator import refuse_missing_gpu
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.models.merging.slots import read_card
 from effsam3.publish.release import unmeasured
 from effsam3.recipe.common import Recipe
-from effsam3.training.report import Report, provenance, write_json, write_text
+from effsam3.training.report import Report, provenance
 
 
 def run(recipe: Recipe) -> dict:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.errors import UserError
+from effsam3.files import refuse_unwritable
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import open_pickled
 from effsam3.models.chassis.sam31 import refuse_sam31
@@ -32,7 +33,7 @@ from effsam3.models.merging.formats import extras, write_model
 from effsam3.models.merging.slots import SLOTS, Part, image_part, inherited_slots, text_part
 from effsam3.models.registry import IMAGE_STUDENTS
 from effsam3.models.text.tokens import PROCESSOR_LENGTH
-from effsam3.training.report import provenance, refuse_unwritable, table
+from effsam3.training.report import provenance, table
 
 
 class ImportedError(UserError):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
 from effsam3.extras import refuse_missing_extras
+from effsam3.files import refuse_unwritable
 from effsam3.hardware.accelerate_configs import (
     config_environment,
     config_file,
@@ -27,7 +28,6 @@ from effsam3.recipe.derived import accumulation
 from effsam3.recipe.reader import load_recipe, refuse_verb
 from effsam3.stopping import LAUNCHED, STOP, STOPPED
 from effsam3.training.progress import read_progress
-from effsam3.training.report import refuse_unwritable
 
 DISTRIBUTED = {"embed": True, "train": True, "merge": False, "evaluate": False}  # verb -> started by accelerate
 LAUNCHER = "accelerate.commands.launch"

@@ -13,6 +13,7 @@ from transformers import Sam3VideoConfig
 
 from effsam3 import stages
 from effsam3.checked_files import read_json
+from effsam3.files import refuse_unwritable, write_text
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_config, read_tensors
 from effsam3.models.merging.combine import combine, slot_table
@@ -28,7 +29,7 @@ from effsam3.models.merging.slots import (
 from effsam3.recipe.common import Recipe, StageRecipe
 from effsam3.recipe.reader import dump_recipe, load_recipe
 from effsam3.training import checkpoint
-from effsam3.training.report import Report, provenance, refuse_unwritable, write_text
+from effsam3.training.report import Report, provenance
 from effsam3.training.resume import read_trainer
 
 

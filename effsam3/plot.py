@@ -13,8 +13,9 @@ from pathlib import Path
 
 from effsam3 import stages
 from effsam3.errors import UserError, did_you_mean
+from effsam3.files import refuse_unwritable
 from effsam3.training.progress import each_run
-from effsam3.training.report import read_metrics, refuse_unwritable
+from effsam3.training.report import read_metrics
 
 Curve = list[tuple[int, float]]  # (step, value)
 

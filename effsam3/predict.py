@@ -24,6 +24,7 @@ from effsam3.benchmarks.pictures.predictions import records, write_image, write_
 from effsam3.data.images.sa1b import decode_image
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.videos.files import VIDEO_EXTENSIONS, open_video
+from effsam3.files import refuse_unwritable
 from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import PickledError
@@ -34,7 +35,6 @@ from effsam3.models.inference.prompt_options import Asked, PredictError
 from effsam3.models.inference.prompted import Prompts, load_tracker, shown_masks, tracked_masks
 from effsam3.models.merging.slots import first_chassis, read_card
 from effsam3.models.text.tokens import TextTooLong, Tokenizer
-from effsam3.training.report import refuse_unwritable
 
 IMAGE_THRESHOLD = 0.5
 

@@ -16,12 +16,13 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.utils import disable_progress_bars
 
 from effsam3.errors import UserError
+from effsam3.files import write_text
 from effsam3.hub import hub_errors
 from effsam3.models.chassis.card import CARD
 from effsam3.publish.card import model_card
 from effsam3.publish.release import Release, license_notice, read_release, refuse_unlicensed
 from effsam3.recipe.push import Push
-from effsam3.training.report import Report, write_text
+from effsam3.training.report import Report
 
 # What a push writes, and what a later one takes away where it writes less: an old shard would be loaded.
 # Other names, and other folders, are somebody's own and stay; eval, pictures and recipes mirror the run folder.

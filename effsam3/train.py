@@ -22,6 +22,7 @@ from effsam3 import stages
 from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
 from effsam3.errors import UserError
+from effsam3.files import refuse_unwritable, write_text
 from effsam3.hardware.accelerate_configs import config_file, config_processes
 from effsam3.hardware.accelerator import (
     describe_hardware,
@@ -53,7 +54,7 @@ from effsam3.training.meters import Unreadable, Window, line_of, step_line
 from effsam3.training.not_finite import NotFinite, refuse_not_finite
 from effsam3.training.optim import adamw, lr_at
 from effsam3.training.progress import Progress
-from effsam3.training.report import Report, provenance, refuse_unwritable, write_text
+from effsam3.training.report import Report, provenance
 from effsam3.training.resume import AUTO, resumable, resume_weights, resumed_state
 
 

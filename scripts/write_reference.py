@@ -20,10 +20,10 @@ from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from effsam3.files import write_text
 from effsam3.recipe import rules
 from effsam3.recipe.typed_yaml import type_name
 from effsam3.stages import STAGES, recipe_class
-from effsam3.training.report import write_text
 
 DOCS = Path(__file__).parents[1] / "docs"
 SCALARS = {int: "integer", float: "number", bool: "boolean", str: "string"}

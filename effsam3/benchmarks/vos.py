@@ -29,7 +29,7 @@ from effsam3.benchmarks.tables import Column, percent, result_table
 from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
 from effsam3.data.videos.vos import HIGHEST_ID, VosVideo
 from effsam3.errors import UserError, did_you_mean
-from effsam3.training.report import write_text
+from effsam3.files import write_text
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 
 from effsam3 import stages
 from effsam3.errors import UserError
-from effsam3.files import refuse_full_disk
+from effsam3.files import refuse_full_disk, refuse_unwritable
 from effsam3.hardware.budget.estimates import FP32, checkpoint_bytes
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import map_tensors, read_config, shapes_of
@@ -32,7 +32,6 @@ from effsam3.publish.release import refuse_unlicensed, sam_license
 from effsam3.recipe.common import Recipe, StageRecipe
 from effsam3.recipe.reader import load_recipe
 from effsam3.training import checkpoint
-from effsam3.training.report import refuse_unwritable
 from effsam3.training.resume import AUTO, resumable
 
 VERBS = ("train", "merge", "evaluate", "push")  # that need something

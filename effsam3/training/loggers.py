@@ -12,7 +12,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from effsam3.checked_files import read_json
-from effsam3.training.report import read_metrics, write_json
+from effsam3.files import write_json
+from effsam3.training.report import read_metrics
 
 CONNECT_TIMEOUT_S = 10
 WANDB_FILE = "wandb.json"  # in the run folder

@@ -13,8 +13,8 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from effsam3.errors import UserError
+from effsam3.files import write_text
 from effsam3.stages.protocol import Batch, Stage
-from effsam3.training.report import write_text
 
 FILE = "not_finite.json"  # of a run that stopped: the samples of the step
 MOST_IN_A_ROW = 10  # micro-batches that are left out one after the other

@@ -17,10 +17,10 @@ from typing import TypeVar
 
 from effsam3.checked_files import read_json
 from effsam3.errors import UserError
+from effsam3.files import write_json
 from effsam3.recipe.reader import load_recipe
 from effsam3.shipped import recipe_file
 from effsam3.stopping import is_alive
-from effsam3.training.report import write_json
 
 Found = TypeVar("Found")
 FILE = "progress.json"

@@ -7,7 +7,7 @@ import pytest
 
 from effsam3 import cli
 from effsam3.errors import UserError
-from effsam3.training.report import refuse_unwritable
+from effsam3.files import refuse_unwritable
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "smoke"
 

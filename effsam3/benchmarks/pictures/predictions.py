@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
 from effsam3.benchmarks.pictures.videos import colour_of, evenly, paint
+from effsam3.files import write_json
 from effsam3.models.inference.concepts import Instances
-from effsam3.training.report import write_json
 
 SHOWN = 12  # frames on a video's contact sheet
 CELL_WIDTH = 400  # pixels of a frame there

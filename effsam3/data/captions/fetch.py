@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from effsam3.errors import UserError
+from effsam3.files import refuse_unwritable
 from effsam3.hub import hub_errors
-from effsam3.training.report import refuse_unwritable
 
 REPO = "UCSC-VLAA/Recap-DataComp-1B"
 FOLDER = "data/train_data"  # in the repository, and so below `out`; preview rows are elsewhere

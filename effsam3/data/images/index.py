@@ -21,7 +21,7 @@ from effsam3.data import indexing
 from effsam3.data.images import sa1b
 from effsam3.data.images.sa1b_folders import Entry, Listing, check_sources, list_sources, printable
 from effsam3.errors import UserError
-from effsam3.training.report import refuse_unwritable
+from effsam3.files import refuse_unwritable
 
 VERSION = 2  # of what a part holds; another number makes older parts void
 PART_IMAGES = 250  # about 10 s of decoding SA-1B: what a kill can cost each worker

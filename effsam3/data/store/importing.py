@@ -27,7 +27,7 @@ from effsam3.data.store.format import (
     write_manifest,
 )
 from effsam3.data.store.reader import StoreReader
-from effsam3.training.report import refuse_unwritable
+from effsam3.files import refuse_unwritable
 
 SEED_BYTES = 4  # an augmentation seed before each record; no augmentation of upstream's uses it
 KNOWN_FIELDS = (  # what upstream's recipes export

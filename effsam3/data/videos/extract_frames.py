@@ -15,7 +15,7 @@ from effsam3.data.indexing import run_jobs
 from effsam3.data.videos.decoder import pictures_in_a_row
 from effsam3.data.videos.files import VIDEO_EXTENSIONS
 from effsam3.errors import UserError
-from effsam3.training.report import refuse_unwritable, write_json
+from effsam3.files import refuse_unwritable, write_json
 
 
 def extract_frames(

@@ -26,7 +26,7 @@ from effsam3.data.videos.decoder import UnreadableVideo, seeks_agree
 from effsam3.data.videos.files import open_video
 from effsam3.data.videos.sav import COLUMNS, FRAME_STRIDE, KINDS, SavAnnotations, parse_sav, schema
 from effsam3.errors import UserError
-from effsam3.training.report import refuse_unwritable
+from effsam3.files import refuse_unwritable
 
 VERSION = 4  # of what a part holds; another number makes older parts void
 PART_VIDEOS = 4  # some 20 s of decoding: what a kill can cost each worker

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.checked_files import parse_json
+from effsam3.files import write_json
 from effsam3.models import keymaps
 from effsam3.models.chassis.cache import kept_in_cache
 from effsam3.models.chassis.card import CARD, CARD_FORM
@@ -33,7 +34,6 @@ from effsam3.models.chassis.torch_file import content_key
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import to_transformers
 from effsam3.tensor_files import refuse_unusable
-from effsam3.training.report import write_json
 
 OWN = "effsam3"  # the entry beside the model in which this project's files say their config, as JSON
 WRITE_AGAIN = "write the file again with `effsam3 merge --format sam3`"

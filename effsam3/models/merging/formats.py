@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Sam3VideoConfig, Sam3VideoModel, Sam3ViTConfig
 
+from effsam3.files import write_json
 from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.processor import PROCESSOR_FILES, processor
 from effsam3.models.chassis.tensors import (
@@ -40,7 +41,6 @@ from effsam3.models.text.padding import padding_of
 from effsam3.models.text.student import DETECTOR
 from effsam3.tensor_files import read_safetensors, refuse_unusable
 from effsam3.training import checkpoint
-from effsam3.training.report import write_json
 
 BUILDER = "build_efficientsam3_image_model"  # EfficientSAM3's
 

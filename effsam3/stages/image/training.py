@@ -27,6 +27,7 @@ from effsam3.data.store.reader import StoreError, StoreReader
 from effsam3.data.synthetic.images import make_synthetic_sa1b
 from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import UserError
+from effsam3.files import write_json
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import agreement_sums, feature_loss, relative_error, standardise
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
@@ -43,7 +44,7 @@ from effsam3.recipe.rules import names_a_model
 from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts, untied_note
 from effsam3.stages.image.facts import ImageRecipe, record_fields
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.training.report import Report, write_json
+from effsam3.training.report import Report
 
 DIVIDED_BY = {
     "sa1b": "effsam3 index sa1b --val-fraction",

@@ -28,6 +28,7 @@ from effsam3.data.videos.clips import VideoClips
 from effsam3.data.videos.index import build_index
 from effsam3.data.videos.sav import load_index
 from effsam3.errors import UserError
+from effsam3.files import write_json
 from effsam3.hardware.accelerator import on_main
 from effsam3.losses.masks import object_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
@@ -43,7 +44,7 @@ from effsam3.models.memory.training import PARTS, Prompts, read_tracker_tensors
 from effsam3.stages.base import StageBase
 from effsam3.stages.memory.facts import MemoryData, MemoryRecipe
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.training.report import Report, table, write_json
+from effsam3.training.report import Report, table
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn videos: they are few
 LOSSES = ("focal", "dice", "iou", "presence", "memory")

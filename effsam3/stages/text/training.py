@@ -22,6 +22,7 @@ from effsam3.data.statistics import statistics_sample
 from effsam3.data.store.reader import INPUTS, StoreError, StoreReader
 from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
+from effsam3.files import write_json
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import agreement_sums, feature_loss, standardise
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
@@ -36,7 +37,7 @@ from effsam3.recipe.rules import names_a_model
 from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts, untied_note
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.stages.text.facts import TextRecipe
-from effsam3.training.report import Report, write_json
+from effsam3.training.report import Report
 
 
 def ready_captions(recipe: TextRecipe, accelerator: Accelerator) -> Captions:
