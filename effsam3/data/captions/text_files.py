@@ -124,22 +124,20 @@ def caption_files(captions: str) -> list[str]:
     Raises:
         UserError: there is nothing by that name, or a folder has files of several kinds.
     """
-    path = Path(captions)
+    path, files = Path(captions), []
     if path.is_dir():
         files = _files_in(path)
     elif glob.has_magic(captions):
         files = sorted(glob.glob(captions, recursive=True))
     elif path.is_file():
         files = [captions]
-    else:
-        raise UserError(
-            f"captions: there is no {captions}; expected a folder, a file or a pattern of files "
-            f"({', '.join(READERS)}). Recap-DataComp-1B comes from the Hub by effsam3 fetch recap --out "
-            "data/recap"
-        )
     if not files:
+        found = (
+            "is not there" if not path.exists() and not glob.has_magic(captions) else f"has no {', '.join(READERS)}"
+        )
         raise UserError(
-            f"captions: {captions} has no {', '.join(READERS)}; get some: effsam3 fetch recap --out {path}"
+            f"captions: {captions} {found}; name a folder, a file or a pattern of files. `effsam3 fetch recap --out "
+            "data/recap` gets Recap-DataComp-1B"
         )
     return files
 
