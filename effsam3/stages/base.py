@@ -23,6 +23,7 @@ from effsam3.data.store.format import RESTORE
 from effsam3.data.store.reader import StoreError, StoreReader, untied
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import on_main
+from effsam3.losses.features import agreement_sums
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.merging.slots import start_from
 from effsam3.recipe.common import FeatureRecipe, StageRecipe
@@ -35,17 +36,11 @@ STATISTICS_FORM = {"mean": [float], "deviation": [float]}
 
 
 class StageBase:
-    """What every stage shares: where it computes, and the order of its samples. See `stages.protocol.Stage`.
+    """What every stage shares: where it computes, the order of its samples. The rest is in `stages.protocol.Stage`."""
 
-    A subclass sets `student`, `facts`, `train_data` and `val_data`.
-    """
-
-    unit = "samples"
     files = "images"
     max_unreadable = 0
     lr_scales: Mapping[str, float] = {}
-    student: nn.Module
-    facts: dict[str, Any]
     train_data: Dataset
     val_data: Dataset
 
@@ -54,15 +49,12 @@ class StageBase:
 
     @property
     def train_size(self) -> int:
-        """Samples of the train split."""
         return len(self.train_data)
 
     def samples(self, batch: Batch) -> list[str]:
-        """Name a training batch's samples, to say which ones made trouble."""
         return [self.train_data.keys[position] for position in batch["positions"].tolist()]
 
     def train_batches(self, start: int, steps: int, micro_batch: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches of steps `start` to `steps` - 1."""
         return self.divide(start, steps, micro_batch)
 
     def divide(
@@ -92,21 +84,31 @@ class StageBase:
 class FeatureStage(StageBase):
     """A student that learns a frozen teacher's features.
 
-    A subclass has `target`, `valid` and `statistics_batches`, and `facts` with the number of `channels`.
+    A subclass has `target`, `predict`, `valid` and `statistics_batches`.
     """
+
+    unit: str  # what samples are called
+    recipe: FeatureRecipe
 
     def __init__(
         self, recipe: FeatureRecipe, place: Place, facts: dict[str, Any], student: nn.Module, teacher: nn.Module | None
     ):
-        """`facts` describe the features; `teacher` is None where a store has them."""
+        """`facts` describe the features, `channels` among them; `teacher` is None where a store has them."""
         super().__init__(recipe, place)
         self.facts, self.student, self.teacher = facts, student, teacher
         self.student_parameters = parameter_count(student)
+        self.mean_C = torch.zeros(facts["channels"], device=self.device)
+        self.deviation_C = torch.ones(facts["channels"], device=self.device)
         self.notes: dict[str, str] = {}  # lines for the header
+
+    def begin(self, store: StoreReader | None, report: Report, accelerator: Accelerator) -> None:
+        """Take the statistics of the teacher's features, and the weights that the student starts from. Collective."""
+        known = self.online_statistics(report, accelerator) if store is None else store.manifest.statistics
+        self.set_statistics(known)
+        self.notes = self.initialise_from_model() | untied_note(store)
 
     @property
     def frozen(self) -> list[nn.Module]:
-        """What runs next to the student and does not learn."""
         return [] if self.teacher is None else [self.teacher]
 
     def set_statistics(self, statistics: dict[str, list[float]]) -> None:
@@ -125,11 +127,6 @@ class FeatureStage(StageBase):
             torch.tensor(statistics[name], dtype=torch.float32, device=self.device) for name in ("mean", "deviation")
         )
         self.student.set_feature_statistics(self.mean_C, self.deviation_C)
-
-    def set_unit_statistics(self) -> None:
-        """Let the statistics be 0 and 1: nothing is known of the features but their shape."""
-        channels = self.facts["channels"]
-        self.set_statistics({"mean": [0.0] * channels, "deviation": [1.0] * channels})
 
     def initialise_from_model(self) -> dict[str, str]:
         """Start from the model that `student_init` names, if it names one; return the header's line that says so.
@@ -160,8 +157,12 @@ class FeatureStage(StageBase):
         on_main(accelerator, make)
         return read_json(path, form, "delete it, and it is made again")
 
+    @torch.no_grad()
+    def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
+        return agreement_sums(pred, target, valid, self.mean_C, self.deviation_C)
+
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
-        """A table: the student beside itself as it began and beside the predictor of the mean."""
         names = ("val/cosine", "val/cosine_centred", "val/mse")
         rows = [
             ["student at the start", *(f"{start[name]:.4f}" for name in names)],

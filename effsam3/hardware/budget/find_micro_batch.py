@@ -144,15 +144,11 @@ def run(recipe: StageRecipe, stage: Stage, accelerator: Accelerator, report: Rep
 
 def warnings(student: nn.Module, found: int) -> Iterator[str]:
     """Yield what to know of a student that learns otherwise with another micro-batch than the one found."""
-    norms = sorted({type(part).__name__ for part in student.modules() if has_batch_statistics(part)})
+    whole_batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
+    norms = sorted({type(part).__name__ for part in student.modules() if isinstance(part, whole_batch)})
     if norms:
         yield (
             f"WARNING  this student has {', '.join(norms)}: it normalises by its micro-batch, so on another device, "
             f"where another size is found, it learns otherwise. To repeat this run set {KEY}={found} and "
             "train.find_micro_batch=false"
         )
-
-
-def has_batch_statistics(module: nn.Module) -> bool:
-    """Whether what a module puts out for a sample depends on the others in training."""
-    return isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm))

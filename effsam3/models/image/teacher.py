@@ -77,7 +77,7 @@ class Teacher(nn.Module):
         teacher = cls(config, tap, grid)
         load_part(teacher.trunk, tensors).float()
         if teacher.neck is not None:
-            teacher.neck.load(folder)
+            teacher.neck = Neck.from_folder(folder)
         teacher.fingerprint = fingerprint(tensors)
         return teacher
 
@@ -106,18 +106,14 @@ class Neck(nn.Module):
 
     @classmethod
     def from_folder(cls, folder: Path) -> Neck:
-        """Load the detector's FPN layer at scale 1 from a chassis folder."""
-        neck = cls(read_config(folder).detector_config.vision_config)
-        neck.load(folder)
-        return neck
-
-    def load(self, folder: Path) -> None:
-        """Take the weights of a chassis folder.
+        """Load the detector's FPN layer at scale 1 from a chassis folder.
 
         Raises:
-            ChassisError: they are missing or of other sizes.
+            ChassisError: it is missing or of other sizes.
         """
-        load_part(self.layer, read_tensors(folder, f"{NECK}fpn_layers.{self.level}."))
+        neck = cls(read_config(folder).detector_config.vision_config)
+        load_part(neck.layer, read_tensors(folder, f"{NECK}fpn_layers.{neck.level}."))
+        return neck
 
     def forward(self, feat_BCGG: Tensor) -> Tensor:
         return self.layer(feat_BCGG)

@@ -29,7 +29,7 @@ from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import UserError
 from effsam3.files import write_json
 from effsam3.hardware.accelerator import frozen_autocast, on_main
-from effsam3.losses.features import agreement_sums, feature_loss, relative_error, standardise
+from effsam3.losses.features import feature_loss, relative_error, standardise
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.image.backbones import image_student
 from effsam3.models.image.student import StudentTrunk, load_timm_weights, resize_BCHW, student_config
@@ -41,7 +41,7 @@ from effsam3.models.image.teacher import (
 )
 from effsam3.models.registry import chassis_facts
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts, untied_note
+from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts
 from effsam3.stages.image.facts import ImageRecipe, record_fields
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.report import Report
@@ -202,7 +202,7 @@ def refuse_partial_maps(recipe: ImageRecipe, tap: str, grid: int) -> None:
 
 
 class ImageStage(FeatureStage):
-    """The training side: student, data, loss and validation."""
+    """A student trunk, images and their features."""
 
     unit = "images"
     recipe: ImageRecipe
@@ -223,7 +223,6 @@ class ImageStage(FeatureStage):
 
     @classmethod
     def from_recipe(cls, recipe: ImageRecipe, report: Report, accelerator: Accelerator) -> ImageStage:
-        """Build it with weights and data. Collective."""
         index = ready_index(recipe, accelerator, report.say)
         teacher, store = None, None
         if recipe.teacher == "online":
@@ -255,14 +254,11 @@ class ImageStage(FeatureStage):
         student = make_student(recipe, facts["channels"], side, chassis_facts(recipe.sam3.checkpoint).patch_size)
         stage = cls(recipe, accelerator, facts, student, teacher, neck)
         stage.train_data, stage.val_data = train_data, val_data
-        known = stage.online_statistics(report, accelerator) if store is None else store.manifest.statistics
-        stage.set_statistics(known)
-        stage.notes = stage.initialise_from_model() | untied_note(store)
+        stage.begin(store, report, accelerator)
         return stage
 
     @classmethod
     def from_shapes(cls, recipe: ImageRecipe, place: Place) -> ImageStage:
-        """Build it without weights and data."""
         sizes = chassis_facts(recipe.sam3.checkpoint)
         facts = {
             "tap": recipe.embed.tap,
@@ -275,9 +271,7 @@ class ImageStage(FeatureStage):
             config = config_at_hand(recipe.sam3.checkpoint).detector_config.vision_config
             teacher = Teacher(config, recipe.embed.tap, recipe.embed.grid) if recipe.teacher == "online" else None
             neck = Neck(config) if recipe.loss.neck else None
-        stage = cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher, neck)
-        stage.set_unit_statistics()
-        return stage
+        return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher, neck)
 
     def example(self, samples: int) -> Batch:
         """Return a micro-batch of so many images; none has contents."""
@@ -291,7 +285,6 @@ class ImageStage(FeatureStage):
 
     @property
     def frozen(self) -> list[nn.Module]:
-        """What runs next to the student and does not learn."""
         return super().frozen + ([] if self.neck is None else [self.neck])
 
     def statistics_batches(self) -> DataLoader:
@@ -301,7 +294,6 @@ class ImageStage(FeatureStage):
         return loader(self.train_data, chunks, self.recipe.data.workers, pin=False)
 
     def describe(self) -> dict[str, str]:
-        """Lines for the run's header: what is learned, from what."""
         seen = self.recipe.student_image_size or self.facts["image_size"]
         row = image_student(self.recipe.student, seen)
         replaced = chassis_facts(self.recipe.sam3.checkpoint).trunk_params
@@ -342,7 +334,6 @@ class ImageStage(FeatureStage):
         return resize_BCHW(to_map(feat_BND), (self.facts["grid"],) * 2)
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The weighted loss of a micro-batch and its named terms, all scalars."""
         weights = self.recipe.loss
         target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
         terms = {}
@@ -353,12 +344,6 @@ class ImageStage(FeatureStage):
         terms |= feature_loss(pred, target, valid, weights.channels)
         total = sum(getattr(weights, name) * value for name, value in terms.items())
         return {"loss": total, **terms}
-
-    @torch.no_grad()
-    def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sums of a batch for `summarise`: what `losses.agreement_sums` counts."""
-        target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
-        return agreement_sums(pred, target, valid, self.mean_C, self.deviation_C)
 
 
 STAGE: type[Stage] = ImageStage  # what `train` builds

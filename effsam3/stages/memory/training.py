@@ -180,9 +180,8 @@ class ClipInputs(NamedTuple):
 
 
 class MemoryStage(StageBase):
-    """The training side: trackers, clips, prompts, loss and validation."""
+    """A student tracker, the teacher's, clips and prompts."""
 
-    unit = "clips"
     files = "videos"
     recipe: MemoryRecipe
     student: TrackerStudent
@@ -205,7 +204,6 @@ class MemoryStage(StageBase):
 
     @classmethod
     def from_recipe(cls, recipe: MemoryRecipe, report: Report, accelerator: Accelerator) -> MemoryStage:
-        """Build it with weights and data. Collective."""
         data, train = recipe.data, recipe.train
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
         # Before anything is made: a memory that does not fit fails here.
@@ -233,7 +231,6 @@ class MemoryStage(StageBase):
 
     @classmethod
     def from_shapes(cls, recipe: MemoryRecipe, place: Place) -> MemoryStage:
-        """Build it without weights and data."""
         return cls(recipe, place, *make_trackers(recipe, config_at_hand(recipe.sam3.checkpoint).tracker_config))
 
     def example(self, samples: int) -> Batch:
@@ -251,11 +248,9 @@ class MemoryStage(StageBase):
 
     @property
     def frozen(self) -> list[nn.Module]:
-        """What runs next to the student and does not learn: the rest of its tracker, and the teacher."""
         return [self.student.tracker, self.student.teacher]
 
     def describe(self) -> dict[str, str]:
-        """Lines for the run's header: what is learned, from what."""
         data, config = self.recipe.data, self.config
         dense = memory_tokens(self.student.teacher.config)
         left_out = len(self.train_data.left_out) + len(self.val_data.left_out)
@@ -323,7 +318,6 @@ class MemoryStage(StageBase):
         return (0, *later.tolist())
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The weighted loss of a micro-batch and its named terms, all scalars."""
         asked = self.recipe.prompts
         shares = {"mask": asked.mask, "point": asked.point, "box": asked.box}
         inputs = self.inputs(batch, shares, self.corrected_frames(batch))
@@ -340,7 +334,6 @@ class MemoryStage(StageBase):
         return {"j": j_OT[counts_O].sum(), "positions": counts_O.sum().double() * j_OT.shape[1]}
 
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
-        """A table: the tracker beside itself as it began."""
         rows = [
             ["memory at the start", f"{start['val/j']:.4f}"],
             [f"trained, step {best['step']}", f"{best['val/j']:.4f}"],

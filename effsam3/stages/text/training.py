@@ -24,7 +24,7 @@ from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthet
 from effsam3.errors import UserError
 from effsam3.files import write_json
 from effsam3.hardware.accelerator import frozen_autocast, on_main
-from effsam3.losses.features import agreement_sums, feature_loss, standardise
+from effsam3.losses.features import feature_loss, standardise
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.tensors import read_config
 from effsam3.models.merging.slots import model_folder
@@ -34,7 +34,7 @@ from effsam3.models.text.student import StudentText, TextTeacher, check_text_wei
 from effsam3.models.text.tokens import PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
 from effsam3.models.text.weights import WeightsReport, load_text_weights
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts, untied_note
+from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.stages.text.facts import TextRecipe
 from effsam3.training.report import Report
@@ -163,7 +163,7 @@ def open_store(recipe: TextRecipe) -> StoreReader:
 
 
 class TextStage(FeatureStage):
-    """The training side: student, data, loss and validation."""
+    """A student text encoder, texts and their features."""
 
     unit = "texts"
     recipe: TextRecipe
@@ -172,7 +172,6 @@ class TextStage(FeatureStage):
 
     @classmethod
     def from_recipe(cls, recipe: TextRecipe, report: Report, accelerator: Accelerator) -> TextStage:
-        """Build it with weights and data. Collective."""
         teacher, store = None, None
         if recipe.teacher == "online":
             teacher = make_teacher(recipe, accelerator)
@@ -194,9 +193,7 @@ class TextStage(FeatureStage):
         student, loaded = make_student(recipe, facts["channels"])
         stage = cls(recipe, accelerator, facts, student, teacher)
         stage.captions, stage.train_data, stage.val_data = captions, train_data, val_data
-        known = stage.online_statistics(report, accelerator) if store is None else store.manifest.statistics
-        stage.set_statistics(known)
-        stage.notes = stage.initialise_from_model() | untied_note(store)
+        stage.begin(store, report, accelerator)
         if loaded is not None:  # every tensor by name: loaded, initialised or dropped, and why
             report.write_json("student_init.json", asdict(loaded))
             stage.notes = {"weights": str(loaded).replace("\n", "; ")} | stage.notes
@@ -204,13 +201,10 @@ class TextStage(FeatureStage):
 
     @classmethod
     def from_shapes(cls, recipe: TextRecipe, place: Place) -> TextStage:
-        """Build it without weights and data."""
         checkpoint = recipe.sam3.checkpoint
         facts = {"channels": chassis_facts(checkpoint).fpn_hidden_size}
         teacher = TextTeacher(config_at_hand(checkpoint).detector_config) if recipe.teacher == "online" else None
-        stage = cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher)
-        stage.set_unit_statistics()
-        return stage
+        return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher)
 
     def example(self, samples: int) -> Batch:
         """Return a micro-batch of so many texts of full length. An online teacher runs on distinct texts only: here
@@ -249,7 +243,6 @@ class TextStage(FeatureStage):
         return valid_tokens(batch).to(self.device)
 
     def describe(self) -> dict[str, str]:
-        """Lines for the run's header: what is learned, from what."""
         row = text_student_row(self.recipe.student)
         source = "beside the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
         lines = {
@@ -287,7 +280,6 @@ class TextStage(FeatureStage):
             return as_map(student(ids, mask))
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The weighted loss of a micro-batch and its named terms, all scalars."""
         weights = self.recipe.loss
         target, pred = self.target(batch), self.predict(student, batch)
         valid = valid_tokens(batch, padding_too=not weights.padding_mask).to(self.device)
@@ -295,12 +287,6 @@ class TextStage(FeatureStage):
         terms = feature_loss(pred, target, valid, "mean")
         total = sum(getattr(weights, name) * value for name, value in terms.items())
         return {"loss": total, **terms}
-
-    @torch.no_grad()
-    def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sums of a batch for `summarise`: what `losses.agreement_sums` counts."""
-        target, pred = self.target(batch), self.predict(student, batch)
-        return agreement_sums(pred, target, valid_tokens(batch).to(self.device), self.mean_C, self.deviation_C)
 
 
 STAGE: type[Stage] = TextStage  # what `train` builds
