@@ -123,7 +123,7 @@ def learn(
 
     # ---- header, and the student as it begins
     progress.update("running", state["step"], steps)
-    loggers = Loggers(accelerator, recipe.train.loggers, folder)
+    loggers = Loggers(accelerator, recipe.train.loggers, folder, report.say)
     # Once, on one rank, and not on a CPU: measuring takes some seconds.
     measured = accelerator.is_main_process and accelerator.device.type == "cuda"
     sizes = attempt(measure, recipe, None) if measured else None
@@ -222,7 +222,7 @@ def learn(
     # ---- finish
     bar.close()
     progress.update("complete", state["step"], steps)
-    finish(loggers, report)
+    loggers.finish()
     report.say("\n" + stage.conclude(state["untrained"], state["best"]))
     if unreadable.path.is_file():
         report.say(f"some {stage.files} were unreadable and left out, {unreadable.path} names them")
@@ -266,15 +266,7 @@ def record(report: Report, loggers: Loggers, values: dict[str, float], step: int
     """Send numbers to metrics.jsonl, the loggers and the console."""
     report.metrics(values, step)
     report.say(line)
-    if note := loggers.log(values, step):
-        report.say(note)
-
-
-def finish(loggers: Loggers, report: Report) -> None:
-    """Close the loggers and leave the other ranks."""
-    if note := loggers.finish():
-        report.say(note)
-    loggers.accelerator.end_training()
+    loggers.log(values, step)
 
 
 def agree(accelerator: Accelerator, asked: bool, unreadable: int, not_finite: Tensor) -> tuple[bool, int, int]:
@@ -295,7 +287,7 @@ def end_stopped(progress: Progress, report: Report, loggers: Loggers, step: int,
     progress.update("stopped", step, steps)
     where = f"saved at step {step}; the same command resumes from there" if step else "nothing was learned yet"
     report.say(f"asked to stop: {where}")
-    finish(loggers, report)
+    loggers.finish()
     sys.exit(STOPPED)
 
 
@@ -359,7 +351,5 @@ def announce(
     facts = {"hardware": describe_hardware(accelerator), "recipe": recipe.name, "features": stage.facts}
     made_by = provenance() | facts
     report.write_json("provenance.json", made_by)
-    config = flat(recipe) | {f"provenance.{name}": value for name, value in made_by.items()}
-    note = loggers.start(recipe.train.wandb_project, recipe.name, config, state["step"])
-    if note:
-        report.say(note)
+    config = flat(recipe) | {f"provenance.{key}": value for key, value in made_by.items()}
+    loggers.start(recipe.train.wandb_project, recipe.name, config, state["step"])

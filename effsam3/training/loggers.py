@@ -8,8 +8,13 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 
 from effsam3.checked_files import read_json
 from effsam3.files import write_json
@@ -48,28 +53,31 @@ class Loggers:
 
     Args:
         names: `wandb`, `tensorboard`; none: nothing is tracked.
+        say: tells the user what they should know.
     """
 
-    def __init__(self, accelerator, names: tuple[str, ...], folder: Path):
-        self.accelerator, self.names, self.folder = accelerator, names, folder
+    def __init__(
+        self, accelerator: Accelerator, names: tuple[str, ...], folder: Path, say: Callable[[str], object] = print
+    ):
+        self.accelerator, self.names, self.folder, self.say = accelerator, names, folder, say
         self.wandb_from = 0  # wandb has the steps before this one already
         self.last = 0  # the last step that was logged
 
-    def start(self, project: str, name: str, config: dict, step: int) -> str:
-        """Start the loggers and return what to tell the user about them, empty if there is nothing to tell.
+    def start(self, project: str, name: str, config: dict[str, Any], step: int) -> None:
+        """Start the loggers.
 
         wandb that cannot be reached writes to the folder, to be uploaded later (`wandb sync`); an id or a key that it
         refuses leaves the run without wandb. `WANDB_MODE` and `WANDB_RUN_ID`, where they are set, are obeyed.
 
         Args:
-            config: what the run is made of, by dotted keys.
+            config: the recipe's values and more, by dotted key.
             step: the last step before this start, 0 at the beginning. What TensorBoard shows of later ones is of an
                 earlier start and is hidden. What wandb lacks of the steps before is logged anew from metrics.jsonl.
         """
         if not self.names or not self.accelerator.is_main_process:
-            return ""
-        flat = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.items()}
-        options = {"tensorboard": {"purge_step": step + 1}}
+            return
+        scalars = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.items()}
+        options: dict[str, dict] = {"tensorboard": {"purge_step": step + 1}}
         obstacle = ""
         if "wandb" in self.names:
             if "WANDB_MODE" not in os.environ and (obstacle := wandb_obstacle()):
@@ -78,24 +86,21 @@ class Loggers:
             kept = wandb_run(self.folder)
             set_torn_parts_aside(self.folder, kept)
             options["wandb"] = {"name": name, "dir": str(self.folder), "id": kept["id"], "resume": "allow"}
-        note = self._init(project, options)
+        if self._init(project, options) and obstacle:
+            synced = f"wandb sync {self.folder}/wandb/offline-run-*"
+            self.say(f"wandb: {obstacle}; the run stays on disk, upload it with `{synced}`")
         for logger in self.accelerator.trackers:
             if logger.name == "wandb":
                 self._catch_up(logger, kept["logged"], step)
             # TensorBoard's is a run of its own beside the curve, one for each time it is stored.
             if logger.name == "wandb" or step == 0:
-                logger.store_init_configuration(flat)
-        if note:
-            return note
-        if obstacle:
-            synced = f"wandb sync {self.folder}/wandb/offline-run-*"
-            return f"wandb: {obstacle}; the run stays on disk, upload it with `{synced}`"
-        return ""
+                logger.store_init_configuration(scalars)
 
-    def _init(self, project: str, options: dict[str, dict]) -> str:
+    def _init(self, project: str, options: dict[str, dict]) -> bool:
+        """Start accelerate's trackers; return whether all of them run."""
         if "wandb" not in self.names:
             self.accelerator.init_trackers(project, None, options)
-            return ""
+            return True
         from wandb.errors import Error
 
         try:
@@ -104,51 +109,49 @@ class Loggers:
             self.accelerator.log_with = [one for one in self.accelerator.log_with if str(one) != "wandb"]
             self.accelerator.trackers.clear()
             self.accelerator.init_trackers(project, None, options)
-            return (
+            self.say(
                 f"wandb: {str(error).splitlines()[0]}; the run continues; all numbers are in metrics.jsonl. "
                 f"Delete {self.folder / WANDB_FILE} if the id in it is to blame"
             )
-        return ""
+            return False
+        return True
 
-    def _catch_up(self, logger, logged: int, step: int) -> None:
+    def _catch_up(self, logger: GeneralTracker, logged: int, step: int) -> None:
         """Log to wandb the steps up to `step` that it lacks: offline it loses what it has when the run is killed."""
         self.wandb_from = max(logged + 1, logger.run.step)  # online the server has counted
         for line in read_metrics(self.folder / "metrics.jsonl"):
             if self.wandb_from <= line["step"] <= step:
                 logger.log({name: value for name, value in line.items() if name != "step"}, step=line["step"])
 
-    def log(self, values: dict[str, float], step: int) -> str:
-        """Log numbers of a step; returns what to tell the user."""
-        notes, self.last = [], step
+    def log(self, values: dict[str, float], step: int) -> None:
+        """Log numbers of a step."""
+        self.last = step
         for logger in tuple(self.accelerator.trackers):
             if logger.name != "wandb" or step >= self.wandb_from:
-                notes.append(self._try(logger, lambda logger=logger: logger.log(values, step=step)))
-        return "\n".join(filter(None, notes))
+                self._try(logger, partial(logger.log, values, step=step))
 
-    def finish(self) -> str:
-        """Close the loggers; returns what to tell the user."""
-        notes = []
+    def finish(self) -> None:
+        """Close the loggers and leave the other ranks."""
         for logger in tuple(self.accelerator.trackers):
-            note = self._try(logger, logger.finish)
-            notes.append(note)
-            if logger.name == "wandb" and not note:
+            if self._try(logger, logger.finish) and logger.name == "wandb":
                 kept = wandb_run(self.folder)
                 part = Path(logger.run.dir).parent.name
                 logged = max(kept["logged"], self.last)
                 write_json(self.folder / WANDB_FILE, kept | {"logged": logged, "parts": [*kept["parts"], part]})
         self.accelerator.trackers.clear()
-        return "\n".join(filter(None, notes))
+        self.accelerator.end_training()
 
-    def _try(self, logger, call: Callable[[], None]) -> str:
-        """Call a logger; wandb's own process may be gone, ended by a request to stop that all processes got."""
+    def _try(self, logger: GeneralTracker, call: Callable[[], None]) -> bool:
+        """Call a logger and return whether it is there: a request to stop that all processes got ends wandb's, too."""
         try:
             call()
         except ConnectionError as error:
             self.accelerator.trackers.remove(logger)
-            return (
+            self.say(
                 f"{logger.name}: its own process has ended ({error}); the numbers that it lacks are in metrics.jsonl"
             )
-        return ""
+            return False
+        return True
 
 
 def wandb_run(folder: Path) -> dict:
