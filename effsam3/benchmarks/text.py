@@ -18,7 +18,7 @@ from transformers import Sam3LiteTextModel
 from effsam3.benchmarks.speed import alternate, device_name, with_ratio
 from effsam3.errors import UserError
 from effsam3.losses.features import agreement_sums, standardise
-from effsam3.models.chassis.tensors import quiet_transformers, read_config, refuse_partial
+from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.text.padding import RULES, padding_of
 from effsam3.models.text.student import TextTeacher
@@ -60,13 +60,7 @@ def load_text_features(folder: Path) -> MergedText:
     Raises:
         ChassisError: the folder lacks tensors or holds others; one whose text encoder is still SAM 3's does.
     """
-    detector = RULES[padding_of(read_config(folder).detector_config)].detector
-    with quiet_transformers():
-        model, info = detector.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    refuse_partial(info, f"{folder} is not a whole {detector.__name__}")
-    return MergedText(model)
+    return MergedText(load_whole(RULES[padding_of(read_config(folder).detector_config)].detector, folder))
 
 
 def text_similarity(

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import xxhash
@@ -20,7 +20,11 @@ from effsam3.errors import ChassisError
 from effsam3.models.chassis.sam31 import refuse_sam31
 from effsam3.tensor_files import open_safetensors, refuse_unusable, tensor_of
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Part = TypeVar("Part", bound=torch.nn.Module)
+Model = TypeVar("Model", bound="PreTrainedModel")
 TRUNK = "detector_model.vision_encoder.backbone."  # the slot `image`
 NECK = "detector_model.vision_encoder.neck."  # the detector's FPN; the tracker has its own, `tracker_neck.`
 SAM3_TRUNK_PARAMETERS = 446_236_672  # of facebook/sam3's ViT in transformers
@@ -150,6 +154,21 @@ def refuse_damaged(folder: Path) -> None:
         ChassisError: it cannot be read, or a tensor is not of real, finite numbers.
     """
     refuse_unusable(map_tensors(folder), str(folder), AGAIN, ChassisError)
+
+
+def load_whole(model_class: type[Model], folder: Path) -> Model:
+    """Load a model by transformers' `from_pretrained`: float32, frozen, in eval mode.
+
+    Raises:
+        ChassisError: the folder lacks tensors or holds others, or some that are not finite.
+    """
+    refuse_damaged(folder)
+    with quiet_transformers():
+        model, info = model_class.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    refuse_partial(info, f"{folder} is not a whole {model_class.__name__}")
+    return model.eval().requires_grad_(False)
 
 
 def to_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from torchvision.ops import box_convert
 from transformers import Sam3VideoModel
 
 from effsam3.models.chassis.processor import processor
-from effsam3.models.chassis.tensors import quiet_transformers, read_config, refuse_damaged, refuse_partial
+from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.inference.prompted import at_full_size, refuse_nan
 from effsam3.models.text.tokens import PromptTokenizer
 
@@ -75,14 +75,8 @@ class ConceptModel:
         """
         folder = Path(folder)
         read_config(folder)
-        refuse_damaged(folder)
-        with quiet_transformers():
-            model, info = Sam3VideoModel.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
-        refuse_partial(info, f"{folder} is not a whole SAM 3")
-        self.model = model.eval().requires_grad_(False).to(device)
-        self.processor = processor(model.config)
+        self.model = load_whole(Sam3VideoModel, folder).to(device)
+        self.processor = processor(self.model.config)
         self.processor.tokenizer = PromptTokenizer()
         encode_geometry_always(self.model.detector_model)
         self.best_score = 0.0  # of all candidates so far, however low

@@ -18,7 +18,7 @@ from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerV
 from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
 
 from effsam3.errors import ChassisError
-from effsam3.models.chassis.tensors import quiet_transformers, read_config, refuse_damaged, refuse_partial
+from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.memory.tracker import EfficientTracker
 
 # model_type of a release's tracker_config -> class
@@ -57,14 +57,7 @@ def load_tracker(folder: Path) -> Sam3TrackerVideoModel:
     Raises:
         ChassisError: the folder lacks tensors or holds others, or some that are not finite.
     """
-    refuse_damaged(folder)
-    tracker_class = TRACKERS[read_config(folder).tracker_config.model_type]
-    with quiet_transformers():
-        model, info = tracker_class.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    refuse_partial(info, f"{folder} is not a whole SAM 3 for transformers' tracker")
-    return model.eval().requires_grad_(False)
+    return load_whole(TRACKERS[read_config(folder).tracker_config.model_type], folder)
 
 
 def trunk_of(tracker: Sam3TrackerVideoModel) -> torch.nn.Module:
