@@ -220,7 +220,7 @@ def test_a_real_index_is_never_overwritten_by_drawings(own):
     folder, overrides = own
     (folder / "data/synthetic.json").unlink()
     before = (folder / "data/index.parquet").read_bytes()
-    with pytest.raises(UserError, match="an index of real images"):
+    with pytest.raises(UserError, match="was not made from synthetic images"):
         call("embed", overrides)
     assert (folder / "data/index.parquet").read_bytes() == before
 

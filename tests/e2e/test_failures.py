@@ -213,7 +213,7 @@ def test_what_rank_0_alone_refuses_ends_both_ranks(shared):
     process = start(folder, "train", *overrides, *SHORT, *more, launch=True)
     printed = end(process, 180)
     assert process.returncode == 1 and printed.count("error: ") == 1, printed
-    assert "the recipe asks for {'images': 40" in printed
+    assert "asked for is {'images': 40" in printed
     assert "rank1]" not in printed and "Connection" not in printed, printed
 
 

@@ -82,7 +82,7 @@ def test_real_captions_are_never_overwritten(texts, tmp_path):
     folder, overrides = texts
     (tmp_path / "phrases.txt").write_text("a dog\n")
     mine = (*overrides, *SHORT, f"data.phrases=[{tmp_path}/phrases.txt]", "name=mine")
-    assert "was not made up" in run(folder, "train", *mine, recipe=TEXT, code=2)
+    assert "was not made from synthetic captions" in run(folder, "train", *mine, recipe=TEXT, code=2)
     assert (tmp_path / "phrases.txt").read_text() == "a dog\n"
 
 

@@ -208,10 +208,10 @@ def test_a_missing_index_says_how_it_is_made(overrides, tmp_path):
 
 
 def test_drawn_and_real_videos_are_not_mixed_up(overrides, stage, tmp_path):
-    with pytest.raises(UserError, match="the recipe asks for .*give data.index another folder"):
+    with pytest.raises(UserError, match="data.index: .* holds synthetic videos .*: 8.*: 9.*another folder"):
         make(overrides, tmp_path, "data.synthetic_videos=9")
     (tmp_path / "index.parquet").write_bytes(b"")
-    with pytest.raises(UserError, match="is an index of real videos"):
+    with pytest.raises(UserError, match="index.parquet is there and was not made from synthetic videos"):
         make(overrides, tmp_path, f"data.index={tmp_path}/index.parquet")
 
 

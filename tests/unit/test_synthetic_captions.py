@@ -47,7 +47,7 @@ def test_captions_are_varied_long_and_short():
     assert 0 < sum(not row["org_caption"] for row in rows) < 30, "some images of the web have no text"
 
 
-def test_same_seed_same_bytes_and_another_seed_is_refused(tmp_path):
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
     make_synthetic_recap(tmp_path / "a", 50, seed=3)
     make_synthetic_recap(tmp_path / "a", 50, seed=3)
     make_synthetic_recap(tmp_path / "b", 50, seed=3)
@@ -58,9 +58,6 @@ def test_same_seed_same_bytes_and_another_seed_is_refused(tmp_path):
         contents(tmp_path / "a")["train-00000-of-00001.parquet"]
         != contents(tmp_path / "c")["train-00000-of-00001.parquet"]
     )
-    for rows, seed in ((50, 4), (60, 3)):
-        with pytest.raises(UserError, match="another folder"):
-            make_synthetic_recap(tmp_path / "a", rows, seed)
 
 
 def test_phrases_are_short_and_different(tmp_path):
@@ -72,7 +69,5 @@ def test_phrases_are_short_and_different(tmp_path):
     assert min(lengths) == 1 and max(lengths) <= 9 and 2 < sum(lengths) / 1500 < 5
     make_synthetic_phrases(tmp_path / "lists" / "p.txt", 1500)
     assert (tmp_path / "lists" / "p.txt").read_bytes() == first
-    with pytest.raises(UserError, match="holds other phrases"):
-        make_synthetic_phrases(tmp_path / "lists" / "p.txt", 1500, seed=1)
     with pytest.raises(UserError, match="the grammar is good for"):
         make_synthetic_phrases(tmp_path / "q.txt", 10**6)

@@ -198,7 +198,7 @@ def test_extracted_frames_have_the_numbers_of_the_videos_frames(clip, tmp_path):
 def test_extraction_refuses_a_folder_of_other_frames(clip, tmp_path):
     out = tmp_path / "frames"
     extract_frames([clip], out, every=8, workers=1, progress=False)
-    with pytest.raises(UserError, match="--every 8 --quality 95, asked are --every 4 --quality 95"):
+    with pytest.raises(UserError, match="--out: .*'every': 8, .* asked for is .*'every': 4"):
         extract_frames([clip], out, every=4, workers=1, progress=False)
     assert extract_frames([clip], out, every=8, workers=1, progress=False) == (0, 1, [])
 
@@ -209,8 +209,8 @@ def test_extraction_goes_on_and_names_what_it_leaves_out(tmp_path):
     whole = (tmp_path / "videos" / "deep" / "a.mp4").read_bytes()
     (tmp_path / "videos" / "b.mp4").write_bytes(whole[: len(whole) // 2])
     out = tmp_path / "frames"
-    (out / ".a.tmp").mkdir(parents=True)  # a run that was killed
-    (out / ".a.tmp" / "00000.jpg").write_bytes(b"half")
+    (out / ".a.partial").mkdir(parents=True)  # a run that was killed
+    (out / ".a.partial" / "00000.jpg").write_bytes(b"half")
     command = [sys.executable, ROOT / "scripts" / "extract_frames.py", tmp_path / "videos", "--out", out]
     run = subprocess.run(
         [*command, "--every", "10", "--workers", "2"], capture_output=True, text=True,

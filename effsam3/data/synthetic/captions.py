@@ -7,14 +7,12 @@ For smoke runs and tests, only where a recipe asks for it by name (`data.source:
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from pathlib import Path
 
 import numpy as np
 
-from effsam3.data.images.sa1b import write_atomic
 from effsam3.errors import UserError
+from effsam3.files import atomic_file, write_text
 
 COLUMNS = {  # as published: name: Arrow type
     "url": "string",
@@ -30,7 +28,6 @@ COLUMNS = {  # as published: name: Arrow type
     "org_gpt4v_score": "int64",
 }
 SHARD_ROWS = 2000
-SETTINGS = ".synthetic.json"
 NO_ALT_TEXT = 0.01  # of the rows: the web has those, too
 
 COLOURS = "red orange yellow green blue purple pink brown black white grey silver golden turquoise beige".split()
@@ -84,43 +81,41 @@ NOISE = [
 def make_synthetic_recap(folder: str | Path, rows: int, seed: int = 0) -> None:
     """Write `rows` captions as `train-*.parquet` into `folder`: long `re_caption`, short noisy `org_caption`.
 
-    A row depends on (seed, its number) only. Files that are there are kept.
-    Raises UserError when the folder holds captions of another seed or number.
+    A row depends on (seed, its number) only. Files that are there are kept; another seed or number is for
+    `files.stamp` to refuse.
     """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings, stamp = json.dumps({"rows": rows, "seed": seed}), folder / SETTINGS
-    if stamp.is_file() and stamp.read_text() != settings:
-        raise UserError(
-            f"{folder} holds synthetic captions of {stamp.read_text()}, not {settings}; delete it or name another "
-            "folder"
-        )
-    write_atomic(stamp, settings.encode())
+    schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in COLUMNS.items()])
     shards = -(-rows // SHARD_ROWS)
     for shard in range(shards):
         file = folder / f"train-{shard:05d}-of-{shards:05d}.parquet"
         if not file.is_file():
             numbers = range(shard * SHARD_ROWS, min(rows, (shard + 1) * SHARD_ROWS))
-            write_atomic(file, _parquet([make_row(number, seed) for number in numbers]))
+            table = pyarrow.Table.from_pylist([make_row(number, seed) for number in numbers], schema)
+            with atomic_file(file) as partial:
+                parquet.write_table(table, partial)
 
 
 def make_synthetic_phrases(path: str | Path, count: int, seed: int = 0) -> None:
     """Write `count` different noun phrases, one per line, into a .txt; a file that is there is kept.
 
-    Raises UserError when the file holds others, or when the grammar does not have so many.
+    Raises UserError when the grammar does not have so many.
     """
     path = Path(path)
+    if path.is_file():
+        return
     most = len(THINGS) * len(COLOURS) * len(LOOKS)  # about a third of what the grammar has
     if count > most:
         raise UserError(f"{count} synthetic phrases asked for; the grammar is good for {most}")
     rng, phrases = np.random.default_rng([seed, 1]), {}
     while len(phrases) < count:
         phrases[_phrase(rng)] = None
-    content = "".join(f"{phrase}\n" for phrase in phrases).encode()
-    if path.is_file() and path.read_bytes() != content:
-        raise UserError(f"{path} holds other phrases than {count} of seed {seed}; delete it or name another file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content)
+    write_text(path, "".join(f"{phrase}\n" for phrase in phrases))
 
 
 def make_row(number: int, seed: int) -> dict:
@@ -197,13 +192,3 @@ def _alt_text(rng: np.random.Generator, thing: str, place: str) -> str:
     else:
         text = f"{_a(thing)} in the {place}"
     return text + _pick(rng, NOISE)
-
-
-def _parquet(rows: list[dict]) -> bytes:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    schema = pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in COLUMNS.items()])
-    sink = io.BytesIO()
-    parquet.write_table(pyarrow.Table.from_pylist(rows, schema), sink)
-    return sink.getvalue()

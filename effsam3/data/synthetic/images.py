@@ -6,17 +6,14 @@ For smoke runs and tests, only where a recipe asks for it by name (`data.source:
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
-from effsam3.data.images.sa1b import write_atomic
-from effsam3.errors import UserError
+from effsam3.files import atomic_file, write_text
 
-SETTINGS = ".synthetic.json"  # hidden, so that the index does not take it for annotations
 MIN_VISIBLE = 24  # pixels of a shape that later shapes must leave
 MIN_SHARE = 0.35  # of a shape, likewise
 
@@ -25,26 +22,18 @@ def make_synthetic_sa1b(folder: str | Path, num_images: int, side_px: int = 192,
     """Write `sa_1` to `sa_<num_images>` (.jpg and .json) into `folder`; the longest side has `side_px` pixels.
 
     Image N depends on (seed, N, side_px) only; complete files are kept, so that a larger `num_images` adds to them.
-    Raises UserError when the folder holds files of another seed or size.
+    Another seed or size is for `files.stamp` to refuse.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps({"side_px": side_px, "seed": seed})
-    if (folder / SETTINGS).exists() and (folder / SETTINGS).read_text() != settings:
-        raise UserError(
-            f"{folder} holds synthetic images of {(folder / SETTINGS).read_text()}, not {settings}; "
-            "delete it or name another folder"
-        )
-    write_atomic(folder / SETTINGS, settings.encode())
     for number in range(1, num_images + 1):
         image_file, json_file = folder / f"sa_{number}.jpg", folder / f"sa_{number}.json"
         if image_file.exists() and json_file.exists():
             continue
         pixels_HWC, masks_NHW = make_scene(side_px, np.random.default_rng([seed, number]))
-        jpeg = io.BytesIO()
-        Image.fromarray(pixels_HWC).save(jpeg, "JPEG", quality=92)
-        write_atomic(image_file, jpeg.getvalue())
-        write_atomic(json_file, json.dumps(sa1b_record(number, masks_NHW)).encode())
+        with atomic_file(image_file) as file:
+            Image.fromarray(pixels_HWC).save(file, "JPEG", quality=92)
+        write_text(json_file, json.dumps(sa1b_record(number, masks_NHW)))
 
 
 def sa1b_record(number: int, masks_NHW: np.ndarray) -> dict:

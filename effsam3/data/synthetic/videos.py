@@ -17,11 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from effsam3.data.images.sa1b import write_atomic
 from effsam3.data.videos.sav import FRAME_STRIDE, VIDEO_FPS
-from effsam3.errors import UserError
+from effsam3.files import write_bytes, write_text
 
-SETTINGS = ".synthetic.json"
 FEWEST_PIXELS = 12  # of an object that counts as visible; fewer are not annotated
 
 
@@ -38,21 +36,18 @@ def make_synthetic_sav(
     """Write `sav_000001` to `sav_<videos>` (.mp4 and _manual.json) into `folder`; the longest side has `side_px` px.
 
     Video K depends on (seed, K, frames, side_px, objects) only; complete ones are kept, so that a larger `videos` adds
-    to them.
-
-    Raises:
-        UserError: the folder holds videos made with other settings.
+    to them. Other settings are for `files.stamp` to refuse.
     """
     folder = Path(folder)
-    _claim(folder, {"frames": frames, "side_px": side_px, "objects": objects, "seed": seed})
+    folder.mkdir(parents=True, exist_ok=True)
     for number in range(1, videos + 1):
         name = f"sav_{number:06d}"
         video_file, json_file = folder / f"{name}.mp4", folder / f"{name}_manual.json"
         if video_file.exists() and json_file.exists():
             continue
         video = make_video(number, frames, side_px, objects, seed)
-        write_atomic(video_file, mp4_bytes(video.frames))
-        write_atomic(json_file, json.dumps(sav_record(name, video.masks)).encode())
+        write_bytes(video_file, mp4_bytes(video.frames))
+        write_text(json_file, json.dumps(sav_record(name, video.masks)))
 
 
 def mp4_bytes(frames_THW3: np.ndarray) -> bytes:
@@ -114,19 +109,6 @@ def sav_record(name: str, masks_TNHW: np.ndarray) -> dict:
 
 def _bucket(pixels: float) -> str:
     return "small" if pixels < 32**2 else "medium" if pixels < 96**2 else "large"  # COCO's sizes
-
-
-# ---- files
-
-
-def _claim(folder: Path, settings: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    file, text = folder / SETTINGS, json.dumps(settings)
-    if file.exists() and file.read_text() != text:
-        raise UserError(
-            f"{folder} holds synthetic videos of {file.read_text()}, not {text}; delete it or name another"
-        )
-    write_atomic(file, text.encode())
 
 
 # ---- scenes

@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 from PIL import Image
 
-from effsam3.checked_files import read_json
 from effsam3.data.images.sa1b import Unreadable
 from effsam3.data.indexing import run_jobs
 from effsam3.data.videos.decoder import pictures_in_a_row
 from effsam3.data.videos.files import VIDEO_EXTENSIONS
 from effsam3.errors import UserError
-from effsam3.files import refuse_unwritable, write_json
+from effsam3.files import atomic_folder, stamp
 
 
 def extract_frames(
@@ -40,25 +38,11 @@ def extract_frames(
     if every < 1 or not 1 <= quality <= 95:
         raise UserError(f"--every {every} must be 1 or more, --quality {quality} from 1 to 95")
     videos = list_videos(sources)
-    _claim(out, {"every": every, "quality": quality})
+    stamp(out / ".extracted.json", {"every": every, "quality": quality}, "frames", "--out")
     waiting = {name: path for name, path in videos.items() if not (out / name).is_dir()}
     jobs = [(path, out / name, every, quality) for name, path in waiting.items()]
     bad = sum(run_jobs(_extract, jobs, workers or os.cpu_count(), "videos", progress), [])
     return len(waiting) - len(bad), len(videos) - len(waiting), bad
-
-
-def _claim(out: Path, settings: dict) -> None:
-    """Note in a folder how its frames are made, or refuse one whose frames were made otherwise."""
-    stamp = out / ".extracted.json"
-    form = {"every": int, "quality": int}
-    if stamp.is_file() and (found := read_json(stamp, form, "delete this folder")) != settings:
-        raise UserError(
-            f"{out} holds frames with --every {found['every']} --quality {found['quality']}, asked are --every "
-            f"{settings['every']} --quality {settings['quality']}; name another folder, or delete this one"
-        )
-    refuse_unwritable(out, "--out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(stamp, settings)
 
 
 def list_videos(sources: list[Path]) -> dict[str, Path]:
@@ -84,14 +68,10 @@ def list_videos(sources: list[Path]) -> dict[str, Path]:
 
 def _extract(path: Path, folder: Path, every: int, quality: int) -> list[str]:
     """Write a video's frames; return [what is wrong] instead when it cannot be read to its end."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    temporary.mkdir()
     try:
-        for number, image_HW3 in pictures_in_a_row(path, every):
-            Image.fromarray(image_HW3).save(temporary / f"{number:05d}.jpg", quality=quality)
+        with atomic_folder(folder) as partial:
+            for number, image_HW3 in pictures_in_a_row(path, every):
+                Image.fromarray(image_HW3).save(partial / f"{number:05d}.jpg", quality=quality)
     except Unreadable as error:
-        shutil.rmtree(temporary)
         return [str(error)]
-    temporary.rename(folder)
     return []

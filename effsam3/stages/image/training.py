@@ -17,7 +17,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from effsam3.checked_files import read_json
 from effsam3.data.images.features import ImageFeatures, store_keys, stored_features
 from effsam3.data.images.photographs import ready_photographs
 from effsam3.data.images.sa1b import SPLITS, load_index
@@ -27,7 +26,7 @@ from effsam3.data.store.reader import StoreError, StoreReader
 from effsam3.data.synthetic.images import make_synthetic_sa1b
 from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import UserError
-from effsam3.files import write_json
+from effsam3.files import stamp
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import feature_loss, relative_error, standardise
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
@@ -75,21 +74,10 @@ def _make_index(recipe: ImageRecipe, say: Callable[[str], object]) -> None:
             say(news)
     if recipe.data.source == "synthetic":
         made = {"images": recipe.data.synthetic_images, "side_px": recipe.data.synthetic_side_px}
-        stamp = index.parent / "synthetic.json"
-        if index.is_file() and not stamp.is_file():
-            raise UserError(
-                f"data.index: {index} is an index of real images; give data.source: synthetic another path, or set "
-                "data.source=sa1b to use it"
-            )
-        if not stamp.is_file():
+        stamp(index.parent / "synthetic.json", made, "synthetic images", "data.index", real=index)
+        if not index.is_file():
             make_synthetic_sa1b(index.parent / "images", made["images"], side_px=made["side_px"])
             build_index([index.parent / "images"], index, SYNTHETIC_HELD_OUT, workers=1, progress=False)
-            write_json(stamp, made)
-        elif (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
-            raise UserError(
-                f"{index.parent} holds synthetic images made as {found}, the recipe asks for {made}; give data.index "
-                "another folder, or delete this one"
-            )
 
 
 def image_dataset(

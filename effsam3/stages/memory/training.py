@@ -21,14 +21,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from effsam3.checked_files import read_json
 from effsam3.data.synthetic.videos import make_synthetic_sav
 from effsam3.data.transforms import normalise
 from effsam3.data.videos.clips import VideoClips
 from effsam3.data.videos.index import build_index
 from effsam3.data.videos.sav import load_index
 from effsam3.errors import UserError
-from effsam3.files import write_json
+from effsam3.files import stamp
 from effsam3.hardware.accelerator import on_main
 from effsam3.losses.masks import object_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
@@ -68,21 +67,10 @@ def _draw_videos(data: MemoryData) -> None:
         "frames": data.synthetic_frames,
         "side_px": data.synthetic_side_px,
     }
-    stamp = index.parent / "synthetic.json"
-    if index.is_file() and not stamp.is_file():
-        raise UserError(
-            f"data.index: {index} is an index of real videos; give data.source: synthetic another path, or set "
-            "data.source=sav to use it"
-        )
-    if not stamp.is_file():
+    stamp(index.parent / "synthetic.json", made, "synthetic videos", "data.index", real=index)
+    if not index.is_file():
         make_synthetic_sav(index.parent / "videos", **made)
         build_index([index.parent / "videos"], index, SYNTHETIC_HELD_OUT, workers=1, progress=False)
-        write_json(stamp, made)
-    elif (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
-        raise UserError(
-            f"{index.parent} holds synthetic videos made as {found}, the recipe asks for {made}; give data.index "
-            "another folder, or delete this one"
-        )
 
 
 def make_trackers(recipe: MemoryRecipe, own: PreTrainedConfig) -> tuple[EfficientTracker, EfficientTracker]:

@@ -15,14 +15,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from effsam3.checked_files import read_json
 from effsam3.data.captions.batches import CaptionBatches, Distinct, First, as_map, valid_tokens
 from effsam3.data.captions.sources import Captions, open_captions
 from effsam3.data.statistics import statistics_sample
 from effsam3.data.store.reader import INPUTS, StoreError, StoreReader
 from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
-from effsam3.files import write_json
+from effsam3.files import stamp
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import feature_loss, standardise
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
@@ -66,25 +65,10 @@ def ready_captions(recipe: TextRecipe, accelerator: Accelerator) -> Captions:
 def _make_synthetic(data) -> None:
     made = {"captions": data.synthetic_captions}
     for path in filter(None, (data.captions, *data.phrases)):
-        stamp = Path(path).with_suffix(".synthetic.json")
-        if stamp.is_file():
-            if (found := read_json(stamp, dict, "delete it with what lies beside it")) != made:
-                raise UserError(
-                    f"{path} holds synthetic captions made as {found}, the recipe asks for {made}; name another path, "
-                    "or delete this one"
-                )
-            continue
-        if Path(path).exists():
-            raise UserError(
-                f"{path} is there and was not made up; give data.source: synthetic another path, or set "
-                "data.source=recap to use it"
-            )
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        if path == data.captions:
-            make_synthetic_recap(Path(path), data.synthetic_captions)
-        else:
-            make_synthetic_phrases(Path(path), data.synthetic_captions)
-        write_json(stamp, made)
+        make = make_synthetic_recap if path == data.captions else make_synthetic_phrases
+        key = "data.captions" if path == data.captions else "data.phrases"
+        stamp(Path(path).with_suffix(".synthetic.json"), made, "synthetic captions", key, real=Path(path))
+        make(Path(path), data.synthetic_captions)
 
 
 def make_teacher(recipe: TextRecipe, accelerator: Accelerator) -> TextTeacher:
