@@ -16,7 +16,6 @@ from effsam3.models.image.backbones import image_student
 from effsam3.models.registry import (
     IMAGE_STUDENTS,
     SAM3,
-    TEACHER,
     TEXT_STUDENTS,
     ImageStudent,
     TextStudent,
@@ -24,6 +23,7 @@ from effsam3.models.registry import (
 )
 
 HEADS = ("fused", "stride32")
+COUNTS = SAM3.counts
 
 
 def saved_percent(millions: float, of_millions: float) -> float:
@@ -43,14 +43,14 @@ def numbers(others: Sequence[str] = ()) -> dict[str, Any]:
     rows |= {name: image_student(name) for name in others}
     return {
         "teacher": {
-            "total": TEACHER.total,
-            "vision": TEACHER.vision,
-            "text": TEACHER.text,
-            "rest": TEACHER.total - TEACHER.vision - TEACHER.text,
-            "trunk": TEACHER.trunk,
-            "necks": 2 * TEACHER.neck,
-            "transformers_total": TEACHER.transformers_total,
-            "transformers_trunk": TEACHER.transformers_trunk,
+            "total": COUNTS.total,
+            "vision": COUNTS.vision,
+            "text": COUNTS.text,
+            "rest": COUNTS.total - COUNTS.vision - COUNTS.text,
+            "trunk": COUNTS.trunk,
+            "necks": 2 * COUNTS.neck,
+            "transformers_total": COUNTS.transformers_total,
+            "transformers_trunk": SAM3.sizes.trunk_params,
         },
         "image": [_image(name, row) for name, row in rows.items()],
         "text": [_text(name, row) for name, row in TEXT_STUDENTS.items()],
@@ -67,16 +67,16 @@ def _image(name: str, row: ImageStudent) -> dict[str, Any]:
         "published_millions": row.published_millions,
         "published_saved_percent": None
         if row.published_millions is None
-        else saved_percent(row.published_millions, millions(TEACHER.vision)),
+        else saved_percent(row.published_millions, millions(COUNTS.vision)),
         "trunk": row.trunk_params,
     }
     for head in HEADS:
-        deployed = row.trunk_params + head_params(head, row.channels, SAM3.hidden_size)
+        deployed = row.trunk_params + head_params(head, row.channels, SAM3.sizes.hidden_size)
         result[head] = {
             "head": deployed - row.trunk_params,
             "trunk_and_head": deployed,
-            "saved_percent": saved_percent(deployed, TEACHER.transformers_trunk),
-            "whole_model": TEACHER.transformers_total - TEACHER.transformers_trunk + deployed,
+            "saved_percent": saved_percent(deployed, SAM3.sizes.trunk_params),
+            "whole_model": COUNTS.transformers_total - SAM3.sizes.trunk_params + deployed,
         }
     return result
 
@@ -87,10 +87,10 @@ def _text(name: str, row: TextStudent) -> dict[str, Any]:
         "student": name,
         "tower": row.tower,
         "published_millions": row.published_millions,
-        "published_saved_percent": saved_percent(row.published_millions, millions(TEACHER.text)),
+        "published_saved_percent": saved_percent(row.published_millions, millions(COUNTS.text)),
         "encoder": row.encoder_params,
         "encoder_and_projector": row.total_params,
-        "saved_percent": saved_percent(row.total_params, TEACHER.text),
+        "saved_percent": saved_percent(row.total_params, COUNTS.text),
     }
 
 
@@ -113,7 +113,7 @@ def compare(others: Sequence[str] = (), as_json: bool = False) -> str:
     parts = f"{teacher['vision'] / 1e6:.2f} M vision + {teacher['text'] / 1e6:.2f} M text + {rest}"
     necks = f"{teacher['trunk'] / 1e6:.2f} M trunk (ViT) + {teacher['necks'] / 1e6:.2f} M necks"
     lines = [
-        f"SAM 3    {teacher['total'] / 1e6:.2f} M = {parts}",
+        f"{SAM3.label:<8} {teacher['total'] / 1e6:.2f} M = {parts}",
         f"vision   {teacher['vision'] / 1e6:.2f} M = {necks}; a student replaces the trunk, the necks stay",
         "",
         f"{'':<8} {'':<{wide}} {'published':^17} {'exact':>11} {'with fused head':^26} {'with stride32 head':^26}",
@@ -143,8 +143,8 @@ def compare(others: Sequence[str] = (), as_json: bool = False) -> str:
         [
             *(line.rstrip() for line in lines),
             "",
-            f"published  saved = 1 - M / {millions(TEACHER.vision)} (image), 1 - M / {millions(TEACHER.text)} (text)",
-            f"with head  saved = 1 - M / {millions(TEACHER.transformers_trunk)}, the trunk which they replace",
+            f"published  saved = 1 - M / {millions(COUNTS.vision)} (image), 1 - M / {millions(COUNTS.text)} (text)",
+            f"with head  saved = 1 - M / {millions(SAM3.sizes.trunk_params)}, the trunk which they replace",
             "model M    the whole merged model",
             "docs/parameters.md explains every difference.",
         ]

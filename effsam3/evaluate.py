@@ -11,8 +11,8 @@ from effsam3.errors import UserError
 from effsam3.files import write_json, write_text
 from effsam3.hardware.accelerator import refuse_missing_gpu
 from effsam3.models.chassis.find import chassis_folder
-from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.models.merging.slots import read_card
+from effsam3.models.registry import is_made_up
 from effsam3.publish.release import unmeasured
 from effsam3.recipe.common import Recipe
 from effsam3.training.report import Report, provenance
@@ -77,7 +77,7 @@ def summarise(tables: list[str], merged: dict) -> str:
     """The tables under a title; `merged` is the model's effsam3.json."""
     filled = ", ".join(f"{slot['student']} in the slot `{name}`" for name, slot in merged["slots"].items())
     parts = [f"# {filled} of {merged['chassis']}", *tables]
-    if merged["chassis"] in MADE_UP:
+    if is_made_up(merged["chassis"]):
         parts.append(
             f"The chassis `{merged['chassis']}` has random weights: its features and masks mean nothing, only how "
             "near the student comes to them."

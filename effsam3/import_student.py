@@ -1,38 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `import`: an EfficientSAM3 checkpoint becomes a model that can be evaluated, trained on and released.
 
-effsam3 import efficient_sam3_repvit_m.pt --sam3 facebook/sam3
+effsam3 import efficient_sam3_repvit_m.pt --sam3 CHECKPOINT
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Sam3VideoConfig, Sam3VideoModel
+from transformers import PreTrainedConfig
 
 from effsam3.errors import UserError
 from effsam3.files import refuse_unwritable
+from effsam3.models.chassis.classes import empty_tensors, key_map
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import open_pickled
-from effsam3.models.chassis.sam31 import refuse_sam31
 from effsam3.models.chassis.tensors import fingerprint, read_config, read_tensors, to_float32
 from effsam3.models.chassis.torch_file import content_key
+from effsam3.models.chassis.unsupported import refuse_unsupported
 from effsam3.models.image.backbones import student_name
 from effsam3.models.keymaps.mobileclip import POSITIONS
-from effsam3.models.keymaps.sam3 import to_transformers
 from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstream
 from effsam3.models.merging.combine import Merged, combine, slot_table
 from effsam3.models.merging.efficientsam3 import UpstreamFile, divide
 from effsam3.models.merging.formats import extras, write_model
 from effsam3.models.merging.slots import SLOTS, Part, image_part, inherited_slots, text_part
-from effsam3.models.registry import IMAGE_STUDENTS
-from effsam3.models.text.tokens import PROCESSOR_LENGTH
+from effsam3.models.registry import IMAGE_STUDENTS, SAM3
 from effsam3.training.report import provenance, table
 
 
@@ -61,7 +59,7 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
         print("\nThe file holds students alone: --sam3 names the SAM 3 that gives the rest.")
         return None
     chassis = None if sam3 is None else chassis_folder(sam3)
-    config = Sam3VideoConfig() if chassis is None else read_config(chassis)
+    config = SAM3.config() if chassis is None else read_config(chassis)
     parts = students(found, config, {"origin": source.name, "facts": {"content": content_key(source)}})
     merged, beside = completed(found, parts, config, chassis, source)
     origins = {part.slot: f"{part.student}, {source.name}" for part in parts} | {"file": source.name, "chassis": sam3}
@@ -91,9 +89,9 @@ def find(tensors: Mapping[str, Tensor], source: Path) -> UpstreamFile:
 
     Raises:
         ImportedError: no tensor belongs to a student.
-        ChassisError: it is a SAM 3.1.
+        ChassisError: it is of a SAM 3 that cannot be built.
     """
-    refuse_sam31(tensors, str(source))
+    refuse_unsupported(tensors, str(source))
     found = divide(tensors)
     if not found.has_student:
         raise ImportedError(
@@ -119,7 +117,7 @@ def contents(found: UpstreamFile) -> str:
     return table(rows, ["found", "type", "tensors", "elements"], text_columns=2)
 
 
-def students(found: UpstreamFile, config: Sam3VideoConfig, about: dict) -> list[Part]:
+def students(found: UpstreamFile, config: PreTrainedConfig, about: dict) -> list[Part]:
     """Make parts of the students; `about` are attributes of both.
 
     Raises:
@@ -135,11 +133,12 @@ def students(found: UpstreamFile, config: Sam3VideoConfig, about: dict) -> list[
     if found.text:
         name, rows, tensors = text_from_upstream(found.text)
         table = "text_encoder." + POSITIONS
-        tensors[table] = stretched(tensors[table], PROCESSOR_LENGTH)
+        length = SLOTS["text"].config_of(config).max_position_embeddings
+        tensors[table] = stretched(tensors[table], length)
         channels = len(tensors["text_projection.bias"])
         tensors |= {"feature_mean": torch.zeros(channels), "feature_scale": torch.ones(channels)}
         parts.append(text_part(name, "attended", tensors, config, **about))
-        print(f"text: {name}, {rows} positions{text_remark(rows)}")
+        print(f"text: {name}, {rows} positions{text_remark(rows, length)}")
     return parts
 
 
@@ -155,10 +154,10 @@ def stretched(table_11LD: Tensor, length: int) -> Tensor:
     return F.interpolate(table_11LD.float(), size, mode="bilinear", align_corners=False)
 
 
-def text_remark(rows: int) -> str:
-    """What to know about a text student whose table of positions has so many rows."""
-    remark = "" if rows == PROCESSOR_LENGTH else f", interpolated to {PROCESSOR_LENGTH}"
-    if rows < PROCESSOR_LENGTH:
+def text_remark(rows: int, length: int) -> str:
+    """What to know about a text student whose table of positions had `rows` rows and is brought to `length`."""
+    remark = "" if rows == length else f", interpolated to {length}"
+    if rows < length:
         remark += f". It learned on {rows} tokens, which its authors found to do badly on more: train it further"
     return remark + "; it attends to padding, as in EfficientSAM3 (student_padding: attended)"
 
@@ -167,7 +166,7 @@ def text_remark(rows: int) -> str:
 
 
 def completed(
-    found: UpstreamFile, parts: list[Part], config: Sam3VideoConfig, chassis: Path | None, source: Path
+    found: UpstreamFile, parts: list[Part], config: PreTrainedConfig, chassis: Path | None, source: Path
 ) -> tuple[Merged, dict[str, Tensor]]:
     """Return the students with the rest of SAM 3, and what transformers cannot hold of it.
 
@@ -177,7 +176,7 @@ def completed(
         ImportedError: tensors are missing.
         KeyMapError: a tensor of the file is not SAM 3's.
     """
-    renamed, beside = to_transformers(found.rest)
+    renamed, beside = key_map(config).to_transformers(found.rest)
     rest = {"file": on_its_own(renamed)}
     if chassis is not None:
         rest["chassis"] = {name: tensor for name, tensor in read_tensors(chassis).items() if name not in renamed}
@@ -196,28 +195,27 @@ def on_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def refuse_incomplete(config: Sam3VideoConfig, rest: dict[str, dict], parts: list[Part], source: Path) -> None:
+def refuse_incomplete(config: PreTrainedConfig, rest: dict[str, dict], parts: list[Part], source: Path) -> None:
     """Refuse a file that does not bring all of SAM 3 that its students leave in place, when no chassis does.
 
     Raises:
         ImportedError: tensors are missing; the message says of which parts, and how to get them.
     """
     replaced = tuple(prefix for part in parts for prefix in SLOTS[part.slot].owns)
-    with torch.device("meta"):
-        needed = {name for name in Sam3VideoModel(deepcopy(config)).state_dict() if not name.startswith(replaced)}
+    needed = {name for name in empty_tensors(config) if not name.startswith(replaced)}
     missing = needed.difference(*rest.values())
     if not missing:
         return
     if missing == needed:
         raise ImportedError(
-            f"{source} holds students alone; name the SAM 3 that they belong to, such as --sam3 facebook/sam3"
+            f"{source} holds students alone; name the SAM 3 that they belong to, such as --sam3 {SAM3.hub_id}"
         )
     places = Counter(".".join(name.split(".")[:2]) for name in missing)
     raise ImportedError(
         f"{source} lacks {len(missing)} tensors of SAM 3 ("
         + ", ".join(f"{place} {count}" for place, count in places.most_common(4))
         + "; EfficientSAM3's stage 3 files are known to lack the geometry encoder); take them from the SAM 3 that it "
-        "was made from, such as --sam3 facebook/sam3"
+        f"was made from, such as --sam3 {SAM3.hub_id}"
     )
 
 

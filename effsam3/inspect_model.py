@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import Sam3VideoConfig
+from transformers import PreTrainedConfig
 
 from effsam3 import stages
 from effsam3.checked_files import read_yaml
@@ -23,9 +23,8 @@ from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.find import ACCEPTED, chassis_folder
 from effsam3.models.chassis.pickled import open_pickled
 from effsam3.models.chassis.sam3_pt import OWN, config_of, own_card, refuse_misfit
-from effsam3.models.chassis.sam31 import what_sam31
 from effsam3.models.chassis.tensors import PICKLED, TRUNK, ChassisError, fingerprint, map_tensors, read_config
-from effsam3.models.chassis.tiny import MADE_UP
+from effsam3.models.chassis.unsupported import unsupported, what_unsupported
 from effsam3.models.image.backbones import student_name
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import TRUNK as SAM3_TRUNK
@@ -34,7 +33,7 @@ from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstr
 from effsam3.models.merging.efficientsam3 import UpstreamFile, divide
 from effsam3.models.merging.formats import extras
 from effsam3.models.merging.slots import SLOTS, read_card
-from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS
+from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, is_made_up
 from effsam3.models.text.student import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.tensor_files import refuse_unusable
 from effsam3.training.checkpoint import OPTIMIZER, WEIGHTS, complete, read_weights
@@ -100,8 +99,8 @@ def examine(path: str) -> dict[str, Any]:
         return training_checkpoint(folder)
     if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
         return run_folder(folder)
-    if path in MADE_UP or any((place / "config.json").is_file() for place in (folder, folder / "merged")):
-        made_up = {"format": "made up, random weights"} if path in MADE_UP else {}
+    if is_made_up(path) or any((place / "config.json").is_file() for place in (folder, folder / "merged")):
+        made_up = {"format": "made up, random weights"} if is_made_up(path) else {}
         return model_folder(chassis_folder(path)) | {"path": path} | made_up
     if folder.exists() or folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
         what = "is no checkpoint" if folder.exists() else "does not exist"
@@ -139,8 +138,8 @@ def pickled_file(path: Path) -> dict[str, Any]:
         "beside": sorted(map(str, pickled.aside)),
     }
     facts = {"path": str(path), "bytes": path.stat().st_size, "found": found}
-    if problem := what_sam31(pickled.tensors):
-        return facts | _sam31(pickled.tensors) | {"problem": f"it {problem}"}
+    if problem := what_unsupported(pickled.tensors):
+        return facts | _unsupported(pickled.tensors) | {"problem": f"it {problem}"}
     try:
         if OWN not in pickled.aside and (file := divide(pickled.tensors)).has_student:
             return facts | _efficientsam3(file) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
@@ -151,13 +150,13 @@ def pickled_file(path: Path) -> dict[str, Any]:
     return facts | {"format": "SAM 3's own format"} | _model(tensors, config, slots, beside)
 
 
-def _sam31(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Facts of SAM 3.1's format, which is recognised and not used."""
+def _unsupported(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Facts of the format of a SAM 3 that is recognised and not used."""
     modules = {".".join(name.split(".")[:3]) + "." for name in tensors}
     prefixes = {module.removesuffix("."): (module,) for module in sorted(modules)}
     named = {f"{name}.": tensor for name, tensor in tensors.items()}
     return {
-        "format": "SAM 3.1's own format",
+        "format": f"{unsupported(tensors).label}'s own format",
         "slots": {},
         "parts": _parts(named, prefixes),
         "fingerprints": {"file": fingerprint(tensors)},
@@ -227,7 +226,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 # ---- a whole model
 
 
-def _model(tensors: Mapping[str, Tensor], config: Sam3VideoConfig, slots: dict, beside: Mapping) -> dict:
+def _model(tensors: Mapping[str, Tensor], config: PreTrainedConfig, slots: dict, beside: Mapping) -> dict:
     backbone = config.detector_config.vision_config.backbone_config
     text = {name: tensor for name, tensor in tensors.items() if name.startswith((TEXT_ENCODER, TEXT_PROJECTION))}
     problem = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import Sam3VideoConfig
+from transformers import PreTrainedConfig
 
 from effsam3 import stages
 from effsam3.checked_files import read_json
@@ -99,7 +99,7 @@ def refuse_other_run(folder: Path) -> None:
 # ---- run folders to parts
 
 
-def part_of(slot: str, folder: Path, which: str, config: Sam3VideoConfig) -> Part:
+def part_of(slot: str, folder: Path, which: str, config: PreTrainedConfig) -> Part:
     """Return the student of a run folder, or of a merged or imported model; `config` is the chassis'.
 
     Raises:

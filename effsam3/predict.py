@@ -29,11 +29,11 @@ from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import PickledError
 from effsam3.models.chassis.tensors import ChassisError
-from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.models.inference.concepts import ConceptModel, Instances
 from effsam3.models.inference.prompt_options import Asked, PredictError
 from effsam3.models.inference.prompted import Prompts, load_tracker, shown_masks, tracked_masks
 from effsam3.models.merging.slots import first_chassis, read_card
+from effsam3.models.registry import is_made_up
 from effsam3.models.text.tokens import TextTooLong, Tokenizer
 
 IMAGE_THRESHOLD = 0.5
@@ -209,7 +209,7 @@ def made_up(model: str, folder: Path) -> bool:
     """Whether the weights around the students are random."""
     if (folder / CARD).is_file():
         model, _ = first_chassis(read_card(folder))
-    return model in MADE_UP
+    return is_made_up(model)
 
 
 def on_image(

@@ -49,7 +49,7 @@ def run(recipe, dry_run: bool = False) -> str | None:
     """
     asked = recipe.push
     release = read_release(recipe.folder, asked.license)
-    refuse_unlicensed(release.has_sam3, release.license_file, asked.private)
+    refuse_unlicensed(release.chassis, release.license_file, asked.private)
     private = asked.private if dry_run else open_repository(asked)  # before gigabytes are read
     repo = asked.repo or f"OWNER/{recipe.name}"
     url = f"{constants.ENDPOINT}/{repo}"
@@ -73,7 +73,8 @@ def run(recipe, dry_run: bool = False) -> str | None:
         report.say(f"  removed: {name}")
     source = f'"{repo}"' if asked.revision == "main" else f'"{repo}", revision="{asked.revision}"'
     report.say(
-        f"\n{url}\n  import effsam3, transformers\n  model = transformers.Sam3VideoModel.from_pretrained({source})"
+        f"\n{url}\n  import effsam3, transformers\n"
+        f"  model = transformers.{release.sam3.model_class}.from_pretrained({source})"
     )
     return url
 
@@ -84,7 +85,7 @@ def prepare(release: Release, repo: str, revision: str) -> dict[str, Path]:
     if release.license_file is not None and release.license_file.resolve() != (release.model / "LICENSE").resolve():
         shutil.copyfile(release.license_file, release.model / "LICENSE")
     elif release.license_file is None and release.has_sam3:
-        write_text(release.model / "LICENSE", license_notice())
+        write_text(release.model / "LICENSE", license_notice(release.sam3))
     files = {path.name: path for path in sorted(release.model.iterdir()) if not path.name.startswith(".")}
     own = {name: release.folder / name for name in ("recipe.yaml", "provenance.json")}
     files |= {name: path for name, path in own.items() if path.is_file()}

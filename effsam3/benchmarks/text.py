@@ -22,9 +22,9 @@ from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.text.padding import RULES, padding_of
 from effsam3.models.text.student import TextTeacher
-from effsam3.models.text.tokens import END_ID, PAD_ID, PROCESSOR_LENGTH, START_ID
+from effsam3.models.text.tokens import END_ID, PAD_ID, START_ID
 
-SPEED_LENGTHS = (8, PROCESSOR_LENGTH)  # tokens: a noun phrase and the longest text
+SHORT = 8  # tokens of a noun phrase
 SPEED_BATCH = {"cuda": 256, "cpu": 16}  # texts at once for the throughput
 ROWS = 1024  # of the texts' similarity matrix at once
 
@@ -35,20 +35,21 @@ TextFeatures = Callable[[Tensor, Tensor], Tensor]
 class MergedText(nn.Module):
     """A merged model's text side as transformers runs it: ids and mask (B, L) to features (B, L, C) float32.
 
-    L is at most `PROCESSOR_LENGTH`. Every batch is padded to that, as transformers' processors do, whatever its L.
+    L is at most the model's `context_length`, to which every batch is padded as transformers' processors do.
     """
 
     def __init__(self, model: Sam3LiteTextModel):
         super().__init__()
         self.text_encoder = model.text_encoder
         self.text_projection = model.text_projection
+        self.context_length = model.config.text_config.max_position_embeddings
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Return features (B, L, C); what stands at padding means nothing."""
-        length, missing = ids_BL.shape[1], PROCESSOR_LENGTH - ids_BL.shape[1]
-        assert missing >= 0, f"{length} tokens, transformers' processors pad to {PROCESSOR_LENGTH}"
+        length, missing = ids_BL.shape[1], self.context_length - ids_BL.shape[1]
+        assert missing >= 0, f"{length} tokens, transformers' processors pad to {self.context_length}"
         ids_BL, mask_BL = F.pad(ids_BL, (0, missing), value=PAD_ID), F.pad(mask_BL, (0, missing))
         hidden_BLD = self.text_encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         return self.text_projection(hidden_BLD)[:, :length]
@@ -164,17 +165,17 @@ def text_speed(teacher: TextTeacher, student: nn.Module) -> dict:
     """Time both text sides alternately, so that a busy machine slows both.
 
     The student is what `load_text_features` returns, or that with its RepMixer blocks folded: it computes
-    `PROCESSOR_LENGTH` tokens always, as transformers has it, where the teacher computes as many as there are.
+    `context_length` tokens always, as transformers has it, where the teacher computes as many as there are.
 
-    Returns for `teacher` and `student`: `parameters` (encoder and projection) and, for texts of 8 and of 32 tokens,
-    `{tokens}_tokens_ms` (one text) and `{tokens}_tokens_captions_per_s` (a batch of `batch`); their ratios as `ratio`,
-    above 1 where the student is better; `device` and `batch`.
+    Returns for `teacher` and `student`: `parameters` (encoder and projection) and, for a noun phrase and the longest
+    text, `{tokens}_tokens_ms` (one text) and `{tokens}_tokens_captions_per_s` (a batch of `batch`); their ratios as
+    `ratio`, above 1 where the student is better; `device` and `batch`.
     """
     models = {"teacher": teacher, "student": student}
     device = next(teacher.parameters()).device
     batch = SPEED_BATCH[device.type]
     result = {name: {"parameters": parameter_count(model)} for name, model in models.items()}
-    for length in SPEED_LENGTHS:
+    for length in (SHORT, teacher.context_length):
         ids_BL = torch.randint(START_ID, (batch, length), device=device)
         ids_BL[:, 0], ids_BL[:, -1] = START_ID, END_ID
         mask_BL = torch.ones_like(ids_BL, dtype=torch.bool)

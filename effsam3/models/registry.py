@@ -1,24 +1,176 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known about the teacher and every student before any weights exist. Plain data: no torch, no numpy.
+"""What is known of every SAM 3 and every student before any weights exist. Plain data: no torch, no numpy.
+
+A SAM 3 is a row of `SAM3S`; nothing else in the package knows its Hub id, sizes, counts, classes or licence.
 
 Counts are exact numbers of parameters; docs/parameters.md says where each comes from.
 """
 
 from __future__ import annotations
 
-import pickletools
-import struct
-from dataclasses import dataclass, fields
-from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from effsam3.checked_files import mismatch, parse_json, read_text
 from effsam3.errors import UserError, did_you_mean
-from effsam3.models.chassis import tiny
-from effsam3.models.chassis.sam31 import refuse_sam31, refuse_sam31_id
+from effsam3.models.chassis.tiny import full_config, tiny_config, tiny_sizes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 FUSED_WIDTH = 256  # channels inside the fused head
 FUSED_MAPS = 3  # it reads so many of the coarsest maps, or as many as there are: strides 8, 16 and 32
+
+
+# ---- SAM 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The sizes of a SAM 3's vision encoder, named as in its config.json."""
+
+    image_size: int  # pixels, square
+    patch_size: int
+    hidden_size: int  # channels of the trunk's output
+    intermediate_size: int
+    num_hidden_layers: int
+    pretrain_image_size: int  # the position table's
+    fpn_hidden_size: int  # channels of the neck's output
+
+    @property
+    def grid(self) -> int:
+        """Rows (and columns) of the trunk's output."""
+        return self.image_size // self.patch_size
+
+    @property
+    def trunk_params(self) -> int:
+        """Parameters of the ViT trunk in transformers."""
+        D, M = self.hidden_size, self.intermediate_size
+        layer = 4 * (D * D + D) + (2 * D * M + M + D) + 4 * D  # attention, MLP, two LayerNorms
+        positions = (self.pretrain_image_size // self.patch_size) ** 2
+        return self.num_hidden_layers * layer + 3 * self.patch_size**2 * D + positions * D + 2 * D
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """The parameters of a SAM 3, as in the file of its authors, with its tracker."""
+
+    total: int
+    vision: int  # trunk + two necks
+    text: int  # encoder + projection
+    trunk: int
+    neck: int  # one of the two; both stay when a student moves in
+    transformers_total: int  # of the same model in transformers, whose trunk is `Sizes.trunk_params`
+
+
+@dataclass(frozen=True, kw_only=True)
+class License:
+    """The terms of the weights, which go along with every release."""
+
+    name: str  # for the Hub
+    title: str  # how its text begins
+    url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sam3:
+    """A SAM 3: all that must be known of it besides its files."""
+
+    label: str
+    hub_id: str | None  # None: made up
+    sizes: Sizes
+    counts: Counts | None  # None: not counted
+    config: Callable[[], PreTrainedConfig]  # of the whole model with these sizes
+    config_type: str  # `model_type` of its config.json ...
+    model_class: str  # ... and transformers' class for it
+    trunk_type: str  # `model_type` of its own trunk and text encoder, by which students are told from them
+    text_type: str
+    key_map: str  # models/keymaps/<key_map>.py: its authors' names for its tensors
+    context_length: int  # tokens of a prompt, to which transformers' processors pad
+    memory_frames: int  # frames that its tracker remembers of an object ...
+    memory_pointers: int  # ... and object pointers
+    license: License
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnsupportedSam3:
+    """A SAM 3 that is recognised to be refused; it becomes a `Sam3` once its parts can be built."""
+
+    label: str
+    why: str  # the refusal, after the label
+    hub_name: str  # pattern of its names on the Hub
+    tensor_names: str  # pattern of tensors that no other SAM 3 has, by its authors' and by transformers' names
+
+
+SAM3 = Sam3(
+    label="SAM 3",
+    hub_id="facebook/sam3",
+    sizes=Sizes(
+        image_size=1008,
+        patch_size=14,
+        hidden_size=1024,
+        intermediate_size=4736,
+        num_hidden_layers=32,
+        pretrain_image_size=336,
+        fpn_hidden_size=256,
+    ),
+    counts=Counts(
+        total=860_055_224,
+        vision=461_841_920,
+        text=353_724_672,
+        trunk=446_237_696,  # with the position of a class token, which nothing reads and transformers leaves out
+        neck=7_802_112,
+        transformers_total=859_921_848,
+    ),
+    config=full_config,
+    config_type="sam3_video",
+    model_class="Sam3VideoModel",
+    trunk_type="sam3_vit_model",
+    text_type="clip_text_model",
+    key_map="sam3",
+    context_length=32,
+    memory_frames=7,
+    memory_pointers=16,
+    license=License(
+        name="sam-license",
+        title="SAM License",
+        url="https://github.com/facebookresearch/sam3/blob/main/LICENSE",
+    ),
+)
+TINY = replace(SAM3, label="the tiny SAM 3", hub_id=None, sizes=Sizes(**tiny_sizes()), counts=None, config=tiny_config)
+
+# What `sam3.checkpoint` names without a file: a Hub id, or a chassis with random weights.
+SAM3S = {SAM3.hub_id: SAM3, "random": replace(SAM3, hub_id=None), "tiny": TINY}
+
+UNSUPPORTED = {
+    "sam3.1": UnsupportedSam3(
+        label="SAM 3.1",
+        why="whose video tracker (object multiplex) neither transformers nor this project has, so that nothing of it "
+        "can be loaded",
+        hub_name=r"(?i)(^|/)sam-?3[._-]?1\b|sam3p1",
+        # Its neck has three towers, its tracker two decoders.
+        tensor_names=r"(^|\.)(interactive_convs|propagation_convs)\."
+        r"|(^|\.)tracker(_model)?\.(model\.|interactive_sam_)",
+    ),
+}
+
+
+def is_made_up(checkpoint: str) -> bool:
+    """Whether a recipe's `sam3.checkpoint` has random weights, made from a fixed seed, under nobody's licence."""
+    return checkpoint in SAM3S and SAM3S[checkpoint].hub_id is None
+
+
+def named(checkpoint: str) -> Sam3:
+    """Return the SAM 3 that a recipe's `sam3.checkpoint` names; of a file or folder, SAM 3 itself must be supposed."""
+    return SAM3S.get(checkpoint, SAM3)
+
+
+def of_type(config_type: str) -> Sam3 | None:
+    """Return the SAM 3 whose config.json has this `model_type`, None if there is none."""
+    return next((row for row in SAM3S.values() if row.config_type == config_type), None)
+
+
+# ---- students
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,56 +209,6 @@ class TextStudent:
         table = self.encoder_params + (context_length - 77) * self.hidden_size
         return table + (self.hidden_size + 1) * channels
 
-
-@dataclass(frozen=True, kw_only=True)
-class TeacherCounts:
-    """SAM 3's parameters, as in the original `sam3.pt` with its tracker."""
-
-    total: int = 860_055_224
-    vision: int = 461_841_920  # trunk + two necks
-    text: int = 353_724_672
-    trunk: int = 446_237_696
-    neck: int = 7_802_112  # one of the two; both stay when a student moves in
-    transformers_total: int = 859_921_848
-    transformers_trunk: int = 446_236_672  # without the position of the class token, which nothing reads
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChassisFacts:
-    """The sizes of a SAM 3's vision encoder, named as in its config.json."""
-
-    image_size: int  # pixels, square
-    patch_size: int
-    hidden_size: int  # channels of the trunk's output
-    intermediate_size: int
-    num_hidden_layers: int
-    pretrain_image_size: int  # the position table's
-    fpn_hidden_size: int  # channels of the neck's output
-
-    @property
-    def grid(self) -> int:
-        """Rows (and columns) of the trunk's output."""
-        return self.image_size // self.patch_size
-
-    @property
-    def trunk_params(self) -> int:
-        """Parameters of the ViT trunk in transformers."""
-        D, M = self.hidden_size, self.intermediate_size
-        layer = 4 * (D * D + D) + (2 * D * M + M + D) + 4 * D  # attention, MLP, two LayerNorms
-        positions = (self.pretrain_image_size // self.patch_size) ** 2
-        return self.num_hidden_layers * layer + 3 * self.patch_size**2 * D + positions * D + 2 * D
-
-
-TEACHER = TeacherCounts()
-SAM3 = ChassisFacts(
-    image_size=1008,
-    patch_size=14,
-    hidden_size=1024,
-    intermediate_size=4736,
-    num_hidden_layers=32,
-    pretrain_image_size=336,
-    fpn_hidden_size=256,
-)
 
 _REPVIT = {"family": "RepViT", "source": "Wang et al., CVPR 2024, arXiv:2307.09283; Apache-2.0"}
 _TINYVIT = {"family": "TinyViT", "source": "Wu et al., ECCV 2022, arXiv:2207.10666; Apache-2.0"}
@@ -292,69 +394,3 @@ def head_params(head: str, channels: tuple[int, ...], width: int) -> int:
     block = 2 * W + 9 * W * W + W  # LayerNorm, 3x3
     output = 2 * W + W * D + D  # LayerNorm, 1x1
     return laterals + max(1, len(fused) - 1) * block + output
-
-
-def chassis_facts(checkpoint: str) -> ChassisFacts:
-    """Return the sizes of the SAM 3 that a recipe's `sam3.checkpoint` names; a local one's are in its config.
-
-    Raises:
-        UserError: a Hub id whose sizes are not known without a download, or a folder or file that holds no SAM 3.
-    """
-    if checkpoint in ("facebook/sam3", "random"):
-        return SAM3
-    if not Path(checkpoint).exists():
-        refuse_sam31_id(checkpoint)
-    if checkpoint == "tiny":
-        return _facts(tiny.vision_config())
-    path = Path(checkpoint)
-    sources = (path / "config.json", path / "merged" / "config.json", path)
-    source = next((file for file in sources if file.is_file()), None)
-    if source is None:
-        raise UserError(
-            f"sam3.checkpoint: the sizes of {checkpoint!r} are not known, there is no {sources[0]}; "
-            "give a local transformers folder, a sam3.pt, facebook/sam3, random or tiny"
-        )
-    try:
-        texts = _texts_in(source) if source == path else ["effsam3", read_text(source, GIVE)]
-    except NOT_LISTED as error:
-        raise UserError(
-            f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT ({type(error).__name__}: {error}); {GIVE}"
-        ) from error
-    refuse_sam31(texts, f"sam3.checkpoint: {source}")
-    if "effsam3" not in texts[:-1]:  # where a sam3.pt of this project says its config; others have the published sizes
-        return SAM3
-    said = texts[texts.index("effsam3") + 1]
-    config = parse_json(said, dict, f"sam3.checkpoint: {source}", GIVE)
-    config = config if source != path else config.get("config")
-    if wrong := mismatch(config, {"detector_config": {"vision_config": VISION_FORM}}):
-        raise UserError(f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT: {wrong}; {GIVE}")
-    return _facts(config["detector_config"]["vision_config"])
-
-
-def _texts_in(file: Path) -> list[str]:
-    """All texts in a sam3.pt: names of tensors and entries, and what a file of this project says of itself.
-
-    Its pickle is only listed, so this takes neither torch nor trust.
-    """
-    with ZipFile(file) as archive:
-        folder = archive.namelist()[0].partition("/")[0]
-        listing = pickletools.genops(archive.read(f"{folder}/data.pkl"))
-        return [argument for _, argument, _ in listing if isinstance(argument, str)]
-
-
-GIVE = "give a folder that transformers' Sam3VideoModel.save_pretrained wrote, or a sam3.pt"
-VISION_FORM = {
-    "fpn_hidden_size": int,
-    "backbone_config": {field.name: int for field in fields(ChassisFacts) if field.name != "fpn_hidden_size"},
-}
-# What listing a file that is no sam3.pt may raise.
-NOT_LISTED = (BadZipFile, EOFError, LookupError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
-
-
-def _facts(vision: dict) -> ChassisFacts:
-    """Pick the facts out of a vision config: all but the neck's width are its backbone's."""
-    backbone = {**vision["backbone_config"], "fpn_hidden_size": vision["fpn_hidden_size"]}
-    found = ChassisFacts(**{field.name: backbone[field.name] for field in fields(ChassisFacts)})
-    if wrong := [name for name, size in vars(found).items() if not 0 < size < 2**17]:
-        raise UserError(f"sam3.checkpoint: {wrong[0]} is {backbone[wrong[0]]}, which is the size of no SAM 3; {GIVE}")
-    return found

@@ -7,18 +7,17 @@ Everything on it is read from the run folder. What is in no file there is not sa
 from __future__ import annotations
 
 from collections import Counter
-from copy import deepcopy
 from pathlib import Path
 from string import Template
 
-import torch
 import yaml
 
 from effsam3 import __version__, stages
+from effsam3.models.chassis.classes import empty_model
 from effsam3.models.chassis.tensors import read_config
-from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.models.merging.slots import SLOTS
-from effsam3.publish.release import SAM3, SAM_LICENSE_URL, Release
+from effsam3.models.registry import SAM3S
+from effsam3.publish.release import Release
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.reader import dump_recipe, flat
 from effsam3.stages.base import CardEntry
@@ -48,10 +47,11 @@ def metadata(release: Release) -> dict:
     """What the Hub reads."""
     values = {"library_name": "transformers", "pipeline_tag": "mask-generation"}
     if release.has_sam3:
-        link = SAM_LICENSE_URL if release.license_file is None else "LICENSE"
-        values |= {"license": "other", "license_name": "sam-license", "license_link": link}
-    if release.chassis == SAM3:
-        values["base_model"] = SAM3
+        terms = release.sam3.license
+        link = terms.url if release.license_file is None else "LICENSE"
+        values |= {"license": "other", "license_name": terms.name, "license_link": link}
+        if release.chassis == release.sam3.hub_id:
+            values["base_model"] = release.chassis
     return values | {"tags": ["effsam3", "sam3", "knowledge-distillation"]}
 
 
@@ -62,7 +62,7 @@ def _introduction(release: Release) -> str:
         "images and in videos. Made with effsam3."
     )
     if release.has_sam3:
-        return f"[SAM 3](https://huggingface.co/{SAM3}) {rest}"
+        return f"[{release.sam3.label}](https://huggingface.co/{release.sam3.hub_id}) {rest}"
     return (
         f"A SAM 3 with random weights (the chassis `{release.chassis}`) {rest}\n\n"
         "> **A trial of the machinery, not a model.** The masks of random weights mean nothing."
@@ -92,7 +92,7 @@ def _parameters(release: Release) -> str:
     columns = {"this model": parameters(read_config(release.model))}
     original = _chassis_config(release.chassis)
     if original is not None:
-        columns["SAM 3" if release.has_sam3 else "chassis"] = parameters(original)
+        columns[release.sam3.label if release.has_sam3 else "chassis"] = parameters(original)
     rows = []
     replaced = {slot: stages.recipe_class(slot).replaces for slot in SLOTS}
     for key, title in {**replaced, "rest": "everything else", "total": "**whole model**"}.items():
@@ -105,12 +105,8 @@ def _parameters(release: Release) -> str:
 
 def parameters(config) -> Counter:
     """Count the parameters of the model of a `Sam3VideoConfig`: per slot, in the `rest`, in `total`."""
-    from transformers import Sam3VideoModel
-
-    with torch.device("meta"):
-        model = Sam3VideoModel(deepcopy(config))
     counts = Counter()
-    for name, parameter in model.named_parameters():
+    for name, parameter in empty_model(config).named_parameters():
         owner = next((slot for slot, row in SLOTS.items() if name.startswith(row.owns)), "rest")
         counts[owner] += parameter.numel()
     return counts + Counter(total=counts.total())
@@ -118,10 +114,8 @@ def parameters(config) -> Counter:
 
 def _chassis_config(chassis: str):
     """The config of the SAM 3 that was merged into, None when it cannot be had without a download."""
-    if chassis in MADE_UP:
-        return MADE_UP[chassis]()
-    if chassis == SAM3:
-        return MADE_UP["random"]()  # SAM 3's own sizes
+    if chassis in SAM3S:
+        return SAM3S[chassis].config()
     return read_config(Path(chassis)) if (Path(chassis) / "config.json").is_file() else None
 
 
@@ -182,9 +176,9 @@ import torch
 from effsam3.models.inference.concepts import encode_geometry_always
 from effsam3.models.text.tokens import PromptTokenizer
 from PIL import Image
-from transformers import Sam3VideoModel, Sam3VideoProcessor
+from transformers import $whole, Sam3VideoProcessor
 
-model = Sam3VideoModel.from_pretrained($source).eval()
+model = $whole.from_pretrained($source).eval()
 processor = Sam3VideoProcessor.from_pretrained($source)
 processor.tokenizer = PromptTokenizer()
 encode_geometry_always(model.detector_model)
@@ -222,6 +216,7 @@ def _use(release: Release, repo: str, revision: str) -> str:
         "source": f'"{repo}"' if revision == "main" else f'"{repo}", revision="{revision}"',
         "detector_module": detector_module,
         "detector": detector,
+        "whole": release.sam3.model_class,
         "tracker_module": module,
         "tracker": tracker,
     }
@@ -305,7 +300,8 @@ def licence(release: Release) -> str:
     if not release.has_sam3:
         text = f"No weights of SAM 3 are in this model: the chassis `{release.chassis}` was drawn at random."
     else:
-        text = f"The weights contain SAM 3's and fall under the [SAM License]({SAM_LICENSE_URL}). "
+        terms = release.sam3.license
+        text = f"The weights contain {release.sam3.label}'s and fall under the [{terms.title}]({terms.url}). "
         text += (
             "Its full text is in `LICENSE` and must accompany them wherever they go."
             if release.license_file is not None

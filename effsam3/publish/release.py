@@ -11,16 +11,14 @@ from pathlib import Path
 from effsam3.checked_files import read_json
 from effsam3.errors import UserError
 from effsam3.models.chassis.card import CARD
-from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.models.merging.slots import first_chassis, read_card
+from effsam3.models.registry import Sam3, is_made_up, named
 from effsam3.recipe.common import Recipe, StageRecipe
 from effsam3.recipe.reader import load_recipe
 
-SAM3 = "facebook/sam3"
 # What must be known of a model, and of a measurement, to tell which belongs to which.
 CARD_FORM = {"chassis": str, "revision": (str, None), "weights": str}
 RESULT_FORM = {"provenance": {"started": str, "weights?": str}}
-SAM_LICENSE_URL = "https://github.com/facebookresearch/sam3/blob/main/LICENSE"
 
 
 class ReleaseError(UserError):
@@ -60,7 +58,12 @@ class Release:
     @property
     def has_sam3(self) -> bool:
         """Whether weights of SAM 3 are in it: the made-up chassis have none, of any other it must be supposed."""
-        return self.chassis not in MADE_UP
+        return not is_made_up(self.chassis)
+
+    @property
+    def sam3(self) -> Sam3:
+        """What is known of the chassis."""
+        return named(self.chassis)
 
     @property
     def pictures(self) -> tuple[Path, ...]:
@@ -105,7 +108,7 @@ def read_release(folder: Path, license_file: str | None = None) -> Release:
         measured=measured,
         since=min((_began(made_by[path]) for path in measured), default=None),
         stale=tuple(path for path in results if path not in measured),
-        license_file=None if chassis in MADE_UP else sam_license(chassis, revision, license_file, folder / "merged"),
+        license_file=None if is_made_up(chassis) else sam_license(chassis, revision, license_file, folder / "merged"),
     )
 
 
@@ -135,25 +138,27 @@ def _recipe_files(folder: Path) -> dict[str, Path]:
 
 
 def sam_license(chassis: str, revision: str | None, license_file: str | None, model: Path) -> Path | None:
-    """Return a file with the SAM License: the given one, else the model's or one beside the chassis, None without.
+    """Return a file with the licence of a SAM 3: the given one, else the model's or one beside the chassis, or None.
 
     Raises:
-        ReleaseError: the given file is not there, or does not call itself the SAM License.
+        ReleaseError: the given file is not there, or does not call itself that licence.
     """
+    sam3 = named(chassis)
     if license_file is None:
         places = [model / "LICENSE", *_license_files(chassis, revision)]
-        return next((path for path in places if _is_sam_license(path)), None)
-    if not _is_sam_license(Path(license_file)):
-        problem = "does not call itself the SAM License" if Path(license_file).is_file() else "is not there"
-        raise ReleaseError(f"push.license: {license_file} {problem}; give the LICENSE of {SAM3} ({SAM_LICENSE_URL})")
+        return next((path for path in places if _is_license(path, sam3.license.title)), None)
+    if not _is_license(Path(license_file), sam3.license.title):
+        there = Path(license_file).is_file()
+        problem = f"does not call itself the {sam3.license.title}" if there else "is not there"
+        raise ReleaseError(
+            f"push.license: {license_file} {problem}; give the LICENSE of {sam3.hub_id} ({sam3.license.url})"
+        )
     return Path(license_file)
 
 
-def _is_sam_license(path: Path) -> bool:
+def _is_license(path: Path, title: str) -> bool:
     """Whether a file begins with the licence's title; `license_notice` does not."""
-    return (
-        path.is_file() and "SAM License" in path.read_text(encoding="utf-8", errors="replace").strip().split("\n")[0]
-    )
+    return path.is_file() and title in path.read_text(encoding="utf-8", errors="replace").strip().split("\n")[0]
 
 
 def _license_files(chassis: str, revision: str | None) -> list[Path]:
@@ -172,24 +177,27 @@ def _license_files(chassis: str, revision: str | None) -> list[Path]:
     return [Path(cached)] if isinstance(cached, str) else []
 
 
-def refuse_unlicensed(has_sam3: bool, license_file: Path | None, private: bool) -> None:
-    """Refuse to publish SAM 3's weights without their licence.
+def refuse_unlicensed(chassis: str, license_file: Path | None, private: bool) -> None:
+    """Refuse to publish a SAM 3's weights without their licence.
 
     Raises:
-        ReleaseError: the repository would be public and no copy of the SAM License is at hand.
+        ReleaseError: the repository would be public and no copy of the licence is at hand.
     """
-    if has_sam3 and license_file is None and not private:
+    if license_file is None and not private and not is_made_up(chassis):
+        sam3 = named(chassis)
         raise ReleaseError(
-            "push.private is false, and there is no copy of the SAM License, which must accompany SAM 3's weights; "
-            f"save the LICENSE of {SAM3} ({SAM_LICENSE_URL}) and name it: push.license=FILE"
+            f"push.private is false, and there is no copy of the {sam3.license.title}, which must accompany "
+            f"{sam3.label}'s weights; save the LICENSE of {sam3.hub_id} ({sam3.license.url}) and name it: "
+            "push.license=FILE"
         )
 
 
-def license_notice() -> str:
-    """What stands in the place of the SAM License's text while no copy of it is at hand."""
+def license_notice(sam3: Sam3) -> str:
+    """What stands in the place of a SAM 3's licence while no copy of it is at hand."""
     return (
-        "The weights in this repository contain weights of SAM 3 by Meta. They may be used and passed on under the\n"
-        "SAM License alone, and a copy of it must accompany them. None was at hand when this file was written.\n\n"
-        f"Read it at {SAM_LICENSE_URL}\n"
+        f"The weights in this repository contain weights of {sam3.label}. They may be used and passed on under the\n"
+        f"{sam3.license.title} only, and a copy of it must accompany them. None was at hand when this file was "
+        "written.\n\n"
+        f"Read it at {sam3.license.url}\n"
         "and put its full text in the place of this notice before you pass the weights on.\n"
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
+from effsam3.models.registry import SAM3
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
     Decay,
@@ -31,7 +32,7 @@ class Chassis(Section):
     """The SAM 3 whose parts the merged model keeps where no student stands."""
 
     # Hub id, transformers folder, merged run folder, sam3.pt, or made up: `tiny` (few layers), `random` (full size)
-    checkpoint: str = "facebook/sam3"
+    checkpoint: str = SAM3.hub_id
     revision: str | None = None  # Hub commit, branch or tag; null: the newest
 
 

@@ -24,10 +24,10 @@ from effsam3.files import refuse_full_disk, refuse_unwritable
 from effsam3.hardware.budget.estimates import FP32, checkpoint_bytes
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import map_tensors, read_config, shapes_of
-from effsam3.models.chassis.tiny import MADE_UP
 from effsam3.models.merging.combine import combine
 from effsam3.models.merging.formats import FORMATS, extras, refuse_other_padding
 from effsam3.models.merging.slots import SLOTS, inherited_slots
+from effsam3.models.registry import is_made_up
 from effsam3.publish.release import refuse_unlicensed, sam_license
 from effsam3.recipe.common import Recipe, StageRecipe
 from effsam3.recipe.reader import load_recipe
@@ -128,7 +128,7 @@ def whole_merge(recipe: StageRecipe) -> str:
 def chassis_at_hand(recipe: StageRecipe) -> Path | None:
     """The recipe's SAM 3 as a folder, None for one on the Hub that has not been fetched."""
     name = recipe.sam3.checkpoint
-    if name in MADE_UP or Path(name).exists() or name.count("/") != 1 or name.startswith(("runs/", ".")):
+    if is_made_up(name) or Path(name).exists() or name.count("/") != 1 or name.startswith(("runs/", ".")):
         return chassis_folder(name, recipe.sam3.revision)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -146,9 +146,9 @@ def chassis_at_hand(recipe: StageRecipe) -> Path | None:
 def licence(recipe: Recipe) -> None:
     """The SAM License, where weights of SAM 3 would become public."""
     asked, chassis = recipe.push, recipe.sam3.checkpoint
-    if asked.repo is not None and chassis not in MADE_UP:
+    if asked.repo is not None and not is_made_up(chassis):
         found = sam_license(chassis, recipe.sam3.revision, asked.license, recipe.folder / "merged")
-        refuse_unlicensed(True, found, asked.private)
+        refuse_unlicensed(chassis, found, asked.private)
 
 
 # ---- all of them

@@ -13,7 +13,7 @@ from torch import nn
 from effsam3.compare import compare, numbers
 from effsam3.errors import UserError
 from effsam3.models.image.backbones import image_student
-from effsam3.models.registry import IMAGE_STUDENTS, TEACHER, head_params
+from effsam3.models.registry import IMAGE_STUDENTS, SAM3, head_params
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,12 +67,12 @@ def test_the_published_text_table():
 
 
 def test_the_teacher():
-    assert round(TEACHER.total / 1e6, 2) == 860.06
-    assert round(TEACHER.vision / 1e6, 2) == 461.84
-    assert round(TEACHER.text / 1e6, 2) == 353.72
-    assert TEACHER.trunk + 2 * TEACHER.neck == TEACHER.vision
-    assert TEACHER.trunk - TEACHER.transformers_trunk == 1024  # the position of the class token
-    assert TEACHER.total - TEACHER.transformers_total == 132_352 + 1024
+    assert round(SAM3.counts.total / 1e6, 2) == 860.06
+    assert round(SAM3.counts.vision / 1e6, 2) == 461.84
+    assert round(SAM3.counts.text / 1e6, 2) == 353.72
+    assert SAM3.counts.trunk + 2 * SAM3.counts.neck == SAM3.counts.vision
+    assert SAM3.counts.trunk - SAM3.sizes.trunk_params == 1024  # the position of the class token
+    assert SAM3.counts.total - SAM3.counts.transformers_total == 132_352 + 1024
 
 
 @pytest.mark.parametrize("name", IMAGE_STUDENTS)

@@ -17,10 +17,10 @@ from effsam3.errors import UserError
 from effsam3.inspect_model import examine
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import open_pickled
+from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.chassis.tensors import load_part, map_tensors, read_config, read_tensors
 from effsam3.models.chassis.torch_file import content_key
 from effsam3.models.merging.slots import MergeError, first_chassis, read_card
-from effsam3.models.registry import chassis_facts
 from effsam3.recipe.reader import load_recipe
 from effsam3.training.checkpoint import CheckpointError, read_trained, read_weights
 

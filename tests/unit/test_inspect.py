@@ -30,7 +30,7 @@ from effsam3.models.image.teacher import Teacher
 from effsam3.models.keymaps.sam3 import to_original
 from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
 from effsam3.models.memory.tracker import EfficientTrackerConfig
-from effsam3.models.registry import IMAGE_STUDENTS, TEACHER, TEXT_STUDENTS, TINY_TEXT_STUDENTS
+from effsam3.models.registry import IMAGE_STUDENTS, SAM3, TEXT_STUDENTS, TINY_TEXT_STUDENTS
 from effsam3.models.text.student import TextTeacher, lite_text_config, lite_text_detector_config, text_student
 from effsam3.recipe.reader import dump_recipe, load_recipe
 from effsam3.stages.text.merging import describe
@@ -121,7 +121,7 @@ def test_full_size_parameters_are_the_published_ones():
         numbers[title] += 0 if BUFFERS.search(name) else tensor.numel()
     assert numbers["image trunk"] == 446_236_672
     assert numbers["text encoder"] == 353_462_272 + 262_400
-    assert sum(numbers.values()) == TEACHER.transformers_total
+    assert sum(numbers.values()) == SAM3.counts.transformers_total
 
 
 @pytest.mark.parametrize("name", ["tiny_convnext", "repvit_m0_9", "tiny_vit_5m", "efficientvit_b0"])

@@ -34,8 +34,9 @@ LAYERS = [
         "stages.release.facts",
         "data.store.format",
         "models.registry",
-        "models.chassis.sam31",
+        "models.chassis.sizes",
         "models.chassis.tiny",
+        "models.chassis.unsupported",
         "models.image.backbones",  # asks timm, but only about a student timm/NAME
         "models.inference.prompt_options",
         "models.memory.token_counts",

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from lively_trackers import GRID, LATENTS, efficient, lively_tracker, options, random_steps, run_steps, trained
 from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import get_1d_sine_pe
 
-from effsam3.models.chassis.tiny import MADE_UP, WIDTH
+from effsam3.models.chassis.tiny import WIDTH
 from effsam3.models.memory.attention import memory_tokens
 from effsam3.models.memory.config import MODES, EfficientTrackerConfig, MemoryConfigError
 from effsam3.models.memory.slot import tracker_config
 from effsam3.models.memory.tracker import EfficientTracker
+from effsam3.models.registry import SAM3S
 from effsam3.recipe.reader import load_recipe
 from effsam3.show import show
 
@@ -225,7 +226,7 @@ def test_tokens_at_full_size():
 
 @pytest.mark.parametrize("checkpoint", ["tiny", "random"])
 def test_show_counts_the_tokens_that_the_tracker_reads(checkpoint):
-    chassis = MADE_UP[checkpoint]().tracker_config
+    chassis = SAM3S[checkpoint].config().tracker_config
     for mode, hot in [*((mode, 1) for mode in MODES), ("hybrid", 0), ("hybrid", 9)]:
         keys = [f"memory.mode={mode}", f"memory.hot_frames={hot}", "memory.attention_layers=2"]
         recipe = load_recipe(RECIPE, [*keys, f"sam3.checkpoint={checkpoint}"])

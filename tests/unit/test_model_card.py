@@ -18,10 +18,11 @@ from run_folders import image_run, merged_run
 from safetensors.torch import load_file, save_file
 
 from effsam3 import merge
+from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.chassis.tiny import full_config
 from effsam3.models.image.backbones import image_student
 from effsam3.models.inference.concepts import ConceptModel
-from effsam3.models.registry import TEACHER, chassis_facts, head_params
+from effsam3.models.registry import SAM3, head_params
 from effsam3.publish.card import licence, measurements, metadata, model_card, parameters
 from effsam3.publish.release import ReleaseError, read_release
 from effsam3.recipe.reader import dump_recipe, load_recipe
@@ -149,8 +150,8 @@ def test_parameters_are_those_of_the_registry_and_of_the_file(merged):
 
 def test_sam3_counts_as_published():
     counts = parameters(full_config())
-    assert counts["image"] == TEACHER.transformers_trunk and counts["text"] == TEACHER.text
-    assert counts["total"] == TEACHER.transformers_total
+    assert counts["image"] == SAM3.sizes.trunk_params and counts["text"] == SAM3.counts.text
+    assert counts["total"] == SAM3.counts.transformers_total
 
 
 def evaluate(folder: Path, **changes) -> None:
@@ -293,7 +294,7 @@ def test_sam3s_weights_bring_its_licence(run):
     }
     assert link.startswith("https://") and "has still to be added" in licence(release)
     assert "mean nothing" not in card and "random weights" not in card
-    assert numbers(card, "vision trunk")[1] == TEACHER.transformers_trunk
+    assert numbers(card, "vision trunk")[1] == SAM3.sizes.trunk_params
 
 
 def test_a_copy_beside_the_chassis_or_a_named_one_comes_along(run, tmp_path):

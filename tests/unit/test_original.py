@@ -17,6 +17,7 @@ from effsam3.models.chassis import sam3_pt as original
 from effsam3.models.chassis.cache import kept_in_cache
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import PickledError
+from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.chassis.tensors import (
     EXTRAS_FILE,
     TRUNK,
@@ -30,7 +31,7 @@ from effsam3.models.image.student import StudentTrunkConfig
 from effsam3.models.image.teacher import Teacher
 from effsam3.models.keymaps.sam3 import CLASS_ROW, POINTS, to_original
 from effsam3.models.memory.tracker import EfficientTrackerConfig
-from effsam3.models.registry import SAM3, chassis_facts
+from effsam3.models.registry import SAM3
 from effsam3.models.text.student import TextTeacher, lite_text_config, lite_text_detector_config
 
 ONE = {"tracker.no_mem_embed": torch.ones(1, 1, 128)}
@@ -311,7 +312,7 @@ def test_a_single_file_of_another_kind(folder, tmp_path):
 
 def test_facts_of_a_file(saved):
     assert chassis_facts(saved(ONE)) == chassis_facts("tiny")
-    assert chassis_facts(saved(ONE, config=None)) == SAM3
+    assert chassis_facts(saved(ONE, config=None)) == SAM3.sizes
 
 
 def test_the_made_up_chassis_is_in_both_formats(folder):

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from effsam3 import cli
 from effsam3.errors import ChassisError
-from effsam3.models.chassis.sam31 import what_sam31
-from effsam3.models.registry import chassis_facts
+from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.chassis.unsupported import what_unsupported
 
 # As its readers list them: https://github.com/facebookresearch/sam3/issues/506, 526; ultralytics/ultralytics#26144;
 # SimonZeng7108/efficientsam3#40.
@@ -40,10 +40,10 @@ def tensors(names=NAMES):
 def test_names_of_sam3_are_not_taken_for_it():
     listed = (Path(__file__).parent / "sam3_names.txt").read_text().splitlines()
     names = [line.split()[0] for line in listed if line and not line.startswith("#")]
-    assert len(names) > 100 and not what_sam31(names)
+    assert len(names) > 100 and not what_unsupported(names)
     for name in (*NAMES[2:], *CONVERTED):
-        assert what_sam31([*names, name]).startswith("is SAM 3.1, whose video tracker (object multiplex)"), name
-        assert what_sam31([*names, *STUDENTS, name]).startswith("is a student of EfficientSAM3 in SAM 3.1"), name
+        assert what_unsupported([*names, name]).startswith("is SAM 3.1, whose video tracker (object multiplex)"), name
+        assert what_unsupported([*names, *STUDENTS, name]).startswith("is a student of EfficientSAM3 in SAM 3.1"), name
 
 
 @pytest.mark.parametrize("names", [NAMES, NAMES + STUDENTS], ids=["sam3.1", "efficientsam3"])

@@ -12,7 +12,8 @@ import pytest
 from effsam3.cli import main
 from effsam3.data.store.reader import Field, Manifest
 from effsam3.errors import UserError
-from effsam3.models.registry import SAM3, chassis_facts
+from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.registry import SAM3
 from effsam3.recipe.reader import load_recipe
 from effsam3.show import show
 
@@ -109,9 +110,11 @@ def test_facts_of_a_local_folder(tmp_path):
     config = {"image_size": 1008, "patch_size": 14, "hidden_size": 1024, "intermediate_size": 4736}
     backbone = {**config, "num_hidden_layers": 32, "pretrain_image_size": 336}
     vision = {"fpn_hidden_size": 256, "backbone_config": backbone}
-    (tmp_path / "config.json").write_text(json.dumps({"detector_config": {"vision_config": vision}}))
-    assert chassis_facts(str(tmp_path)) == SAM3
-    assert (SAM3.grid, SAM3.trunk_params) == (72, 446_236_672)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "sam3_video", "detector_config": {"vision_config": vision}})
+    )
+    assert chassis_facts(str(tmp_path)) == SAM3.sizes
+    assert (SAM3.sizes.grid, SAM3.sizes.trunk_params) == (72, 446_236_672)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match=r"is not of a SAM 3 .*detector_config is missing"):
         chassis_facts(str(tmp_path))

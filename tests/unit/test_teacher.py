@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Sam3Model, Sam3VideoModel, Sam3VideoProcessor
 
+from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.chassis.tensors import TRUNK, ChassisError, fingerprint, read_tensors
-from effsam3.models.image.teacher import Neck, Teacher, check_features, check_weights, explained_by_pixels
-from effsam3.models.registry import chassis_facts
+from effsam3.models.image.teacher import Neck, Teacher, check_features, explained_by_pixels
 
 
 @pytest.fixture(scope="module")

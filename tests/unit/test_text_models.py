@@ -10,16 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import Sam3LiteTextModel, Sam3Model, Sam3Processor, Sam3VideoConfig, Sam3VideoModel
 
 from effsam3.errors import UserError
+from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import ChassisError, load_part, quiet_transformers, read_config, read_tensors
-from effsam3.models.registry import TEACHER, TEXT_STUDENTS, TINY_TEXT_STUDENTS, text_student_row
+from effsam3.models.registry import SAM3, TEXT_STUDENTS, TINY_TEXT_STUDENTS, text_student_row
 from effsam3.models.text.student import (
     DETECTOR,
-    SAM3_TEXT_PARAMETERS,
     TEXT_ENCODER,
     TEXT_PROJECTION,
     TextTeacher,
-    check_text_weights,
     check_tokens,
     fold_repmixer,
     lite_text_detector_config,
@@ -108,20 +107,20 @@ def test_the_teacher_is_frozen_and_always_in_eval_mode(folder):
 def test_the_count_of_sam3s_text_encoder():
     with torch.device("meta"):
         model = Sam3Model(Sam3VideoConfig().detector_config)
-    assert count(model.text_encoder) + count(model.text_projection) == SAM3_TEXT_PARAMETERS == TEACHER.text
+    assert count(model.text_encoder) + count(model.text_projection) == SAM3.counts.text
 
 
 def test_real_weights_and_tokens_pass_the_guard(teacher, batch):
-    check_text_weights(teacher, "tiny")
-    check_text_weights(teacher, "tiny", teacher.fingerprint)
+    check_weights(teacher, "tiny")
+    check_weights(teacher, "tiny", teacher.fingerprint)
     check_tokens(teacher(*batch), batch[1])
 
 
 def test_the_guard_refuses(teacher, batch):
     with pytest.raises(ChassisError, match="353,724,672"):
-        check_text_weights(teacher, "facebook/sam3")
+        check_weights(teacher, "facebook/sam3")
     with pytest.raises(ChassisError, match="the recipe asks for 0123"):
-        check_text_weights(teacher, "tiny", "0123")
+        check_weights(teacher, "tiny", "0123")
     with pytest.raises(ChassisError, match="every token the same"):
         check_tokens(teacher(*batch)[:1, :1].expand(5, 32, 128), batch[1])
     broken_BLC = teacher(*batch)
@@ -135,7 +134,7 @@ def test_the_guard_refuses_spoiled_tensors(spoil, teacher):
     spoiled = TextTeacher.from_folder(spoil(lambda tensors: tensors.update({name: torch.zeros_like(tensors[name])})))
     assert spoiled.fingerprint != teacher.fingerprint
     with pytest.raises(ChassisError, match="text_projection.weight is constant"):
-        check_text_weights(spoiled, "tiny")
+        check_weights(spoiled, "tiny")
 
 
 def test_tensors_that_are_no_numbers_are_named(spoil):

@@ -9,12 +9,12 @@ from copy import deepcopy
 from functools import lru_cache
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import Sam3VideoConfig, Sam3VideoModel
+from transformers import PreTrainedConfig
 
 from effsam3.checked_files import mismatch
 from effsam3.errors import ChassisError
+from effsam3.models.chassis.classes import empty_model, model_class
 from effsam3.models.text.padding import ATTENDED_KEY, AttendedLiteTextConfig
 
 # Far above those of any SAM 3: what is larger would be built for hours, or fill the memory.
@@ -38,7 +38,7 @@ NO_MODEL = (
 )
 
 
-def config_from(content: dict[str, Any], where: str, remedy: str) -> Sam3VideoConfig:
+def config_from(content: dict[str, Any], where: str, remedy: str) -> PreTrainedConfig:
     """Make a config of what a config.json says, once a model of it has been built without its numbers.
 
     Raises:
@@ -83,8 +83,8 @@ def _out_of_range(value: Any, name: str) -> Iterator[str]:
 
 
 @lru_cache(maxsize=8)
-def _built(text: str) -> Sam3VideoConfig:
-    config = Sam3VideoConfig.from_dict(json.loads(text))
-    with torch.device("meta"):
-        Sam3VideoModel(deepcopy(config))
+def _built(text: str) -> PreTrainedConfig:
+    content = json.loads(text)
+    config = model_class(content["model_type"]).config_class.from_dict(content)
+    empty_model(config)
     return config

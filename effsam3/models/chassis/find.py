@@ -11,24 +11,25 @@ from pathlib import Path
 
 import torch
 import xxhash
-from transformers import Sam3VideoConfig
+from transformers import PreTrainedConfig
 
 from effsam3.errors import ChassisError
 from effsam3.hub import hub_errors
 from effsam3.models.chassis.cache import kept_in_cache
+from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.processor import processor
 from effsam3.models.chassis.sam3_pt import converted
-from effsam3.models.chassis.sam31 import refuse_sam31, refuse_sam31_id
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.chassis.tensors import AGAIN, EXTRAS_FILE, PICKLED, quiet_transformers, read_config
-from effsam3.models.chassis.tiny import MADE_UP, full_config
-from effsam3.models.registry import chassis_facts
+from effsam3.models.chassis.unsupported import refuse_unsupported, refuse_unsupported_id
+from effsam3.models.registry import SAM3, SAM3S, is_made_up, named
 from effsam3.tensor_files import open_safetensors
 from effsam3.training.checkpoint import WEIGHTS
 
 MADE_AS = "2"  # to be changed with what `_make` writes, so that no cache keeps the old
 ACCEPTED = (
     "expected a folder in transformers' format, a run folder that has been merged, a sam3.pt (.pt or .pth), a Hub id "
-    "such as facebook/sam3, `tiny` or `random`"
+    f"such as {SAM3.hub_id}, `tiny` or `random`"
 )
 
 
@@ -42,7 +43,7 @@ def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
         ChassisError: no such folder or file, something else in it, or the Hub refuses it or is out of reach.
         PickledError: a file that is damaged, or holds no model.
     """
-    if checkpoint in MADE_UP:
+    if is_made_up(checkpoint):
         return _make(checkpoint)
     path = Path(checkpoint)
     if path.is_dir():
@@ -52,7 +53,7 @@ def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
     if path.is_file():
         if path.suffix == ".safetensors":
             with open_safetensors(path, AGAIN, ChassisError) as file:
-                refuse_sam31(file.keys(), f"sam3.checkpoint: {path}")
+                refuse_unsupported(file.keys(), f"sam3.checkpoint: {path}")
         meant = f"name its folder, {path.parent}" if (path.parent / "config.json").is_file() else ACCEPTED
         raise ChassisError(f"sam3.checkpoint: {path} is a single file of another kind; {meant}")
     if path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1:
@@ -78,7 +79,7 @@ def _model_folder(folder: Path) -> Path:
     if EXTRAS_FILE not in files:
         for name in (name for name in files if name.startswith("sam3") and name.endswith(".safetensors")):
             with open_safetensors(folder / name, AGAIN, ChassisError) as file:
-                refuse_sam31(file.keys(), f"sam3.checkpoint: {folder / name}")
+                refuse_unsupported(file.keys(), f"sam3.checkpoint: {folder / name}")
     if WEIGHTS in files:
         found = (
             "is a training checkpoint: a student without the rest. Name its run folder, once `effsam3 merge` has run"
@@ -95,13 +96,13 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    refuse_sam31_id(repo_id)
+    refuse_unsupported_id(repo_id)
     from huggingface_hub import snapshot_download
 
     what = f"sam3.checkpoint: {repo_id} is no folder here and cannot be had from the Hub"
     remedy = (
-        "facebook/sam3 is gated: ask for access on its page, then `hf auth login`; or name a local folder, or `tiny` "
-        "for a trial"
+        f"{named(repo_id).hub_id} is gated: ask for access on its page, then `hf auth login`; or name a local folder, "
+        "or `tiny` for a trial"
     )
     with hub_errors(what, remedy, ChassisError):
         files = ["*.safetensors", "*.json", "merges.txt", "LICENSE*"]
@@ -111,16 +112,15 @@ def _download(repo_id: str, revision: str | None) -> Path:
 def _make(name: str) -> Path:
     """Write the made-up chassis `name` under the cache folder, once; several processes may ask at the same time."""
     import transformers
-    from transformers import Sam3VideoModel
 
-    config = MADE_UP[name]()
+    config = SAM3S[name].config()
     made_from = config.to_json_string() + transformers.__version__ + torch.__version__ + MADE_AS
     key = xxhash.xxh3_64_hexdigest(made_from.encode())
 
     def write(folder: Path) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = Sam3VideoModel(config)
+            model = model_class(config.model_type)(config)
             # Zero or uninitialised parameters would make whatever they multiply invisible to every comparison.
             for parameter in model.parameters():
                 if not parameter.any() or not parameter.isfinite().all():
@@ -135,7 +135,7 @@ def _make(name: str) -> Path:
     return kept_in_cache(f"{name}-{key}", write)
 
 
-def config_at_hand(checkpoint: str) -> Sam3VideoConfig:
+def config_at_hand(checkpoint: str) -> PreTrainedConfig:
     """Return the config of a SAM 3 without its weights or a download: a local folder's own, else by published sizes.
 
     Raises:
@@ -144,6 +144,4 @@ def config_at_hand(checkpoint: str) -> Sam3VideoConfig:
     for folder in (Path(checkpoint) / "merged", Path(checkpoint)):
         if (folder / "config.json").is_file():
             return read_config(folder)
-    if checkpoint not in MADE_UP:
-        chassis_facts(checkpoint)  # it knows which names are of SAM 3's sizes
-    return MADE_UP.get(checkpoint, full_config)()
+    return sam3_of(checkpoint).config()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,22 @@ import transformers
 import xxhash
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Sam3VideoConfig, Sam3VideoModel
+from transformers import PreTrainedConfig
 
 from effsam3.checked_files import parse_json
 from effsam3.files import write_json
 from effsam3.models import keymaps
 from effsam3.models.chassis.cache import kept_in_cache
 from effsam3.models.chassis.card import CARD, CARD_FORM
+from effsam3.models.chassis.classes import empty_tensors, key_map
 from effsam3.models.chassis.config import config_from
 from effsam3.models.chassis.pickled import Pickled, open_pickled
 from effsam3.models.chassis.processor import processor
-from effsam3.models.chassis.sam31 import refuse_sam31
 from effsam3.models.chassis.tensors import EXTRAS_FILE, ChassisError, misfits, quiet_transformers, refuse_partial
 from effsam3.models.chassis.torch_file import content_key
+from effsam3.models.chassis.unsupported import refuse_unsupported
 from effsam3.models.keymaps import KeyMapError
-from effsam3.models.keymaps.sam3 import to_transformers
+from effsam3.models.registry import SAM3, of_type
 from effsam3.tensor_files import refuse_unusable
 
 OWN = "effsam3"  # the entry beside the model in which this project's files say their config, as JSON
@@ -58,10 +58,10 @@ def converted(path: Path) -> Path:
 
 def _write(path: Path, folder: Path) -> None:
     pickled = open_pickled(path)
-    refuse_sam31(pickled.tensors, f"sam3.checkpoint: {path}")
+    refuse_unsupported(pickled.tensors, f"sam3.checkpoint: {path}")
     config = config_of(pickled, path)
     try:
-        tensors, beside = to_transformers(pickled.tensors)
+        tensors, beside = key_map(config).to_transformers(pickled.tensors)
     except KeyMapError as error:
         raise ChassisError(f"sam3.checkpoint: {path} is not in SAM 3's own format: {error}") from error
     sizes = "" if OWN in pickled.aside else " of the published sizes, which it must be as it says no others"
@@ -74,7 +74,7 @@ def _write(path: Path, folder: Path) -> None:
     _save(tensors, folder)
     if beside:
         save_file({name: _for_file(tensor) for name, tensor in beside.items()}, folder / EXTRAS_FILE, {"format": "pt"})
-    config.architectures, config.dtype = [Sam3VideoModel.__name__], torch.float32
+    config.architectures, config.dtype = [of_type(config.model_type).model_class], torch.float32
     config.save_pretrained(folder)
     with quiet_transformers():
         processor(config).save_pretrained(folder)
@@ -82,7 +82,7 @@ def _write(path: Path, folder: Path) -> None:
         write_json(folder / CARD, {key: value for key, value in own_card(pickled, path).items() if key != "config"})
 
 
-def config_of(pickled: Pickled, path: Path) -> Sam3VideoConfig:
+def config_of(pickled: Pickled, path: Path) -> PreTrainedConfig:
     """Return the config that a file carries, else that of the published SAM 3.
 
     Raises:
@@ -95,7 +95,7 @@ def config_of(pickled: Pickled, path: Path) -> Sam3VideoConfig:
             f"sam3.checkpoint: {path} is a checkpoint of EfficientSAM3, a student already; `effsam3 import {path}` "
             "makes a folder of it that can be evaluated, trained on and released"
         )
-    return Sam3VideoConfig()
+    return SAM3.config()
 
 
 def own_card(pickled: Pickled, path: Path) -> dict[str, Any]:
@@ -112,16 +112,14 @@ def own_card(pickled: Pickled, path: Path) -> dict[str, Any]:
     return parse_json(said, CARD_FORM | {"config": dict}, where, WRITE_AGAIN, ChassisError)
 
 
-def refuse_misfit(tensors: Mapping[str, Tensor], config: Sam3VideoConfig, problem: str) -> None:
+def refuse_misfit(tensors: Mapping[str, Tensor], config: PreTrainedConfig, problem: str) -> None:
     """Refuse tensors, by transformers' names, that are not exactly those of the model that `config` describes.
 
     Raises:
         ChassisError: a tensor is missing, left over or of another shape; the message begins with `problem` and names
             the first ones.
     """
-    with torch.device("meta"):
-        wanted = Sam3VideoModel(deepcopy(config)).state_dict()
-    refuse_partial(misfits(wanted, tensors), problem)
+    refuse_partial(misfits(empty_tensors(config), tensors), problem)
 
 
 def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:

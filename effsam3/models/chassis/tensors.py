@@ -17,7 +17,8 @@ import xxhash
 
 from effsam3.checked_files import can_be_path, read_json
 from effsam3.errors import ChassisError
-from effsam3.models.chassis.sam31 import refuse_sam31
+from effsam3.models.chassis.unsupported import refuse_unsupported
+from effsam3.models.registry import SAM3, of_type
 from effsam3.tensor_files import open_safetensors, refuse_unusable, tensor_of
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ Part = TypeVar("Part", bound=torch.nn.Module)
 Model = TypeVar("Model", bound="PreTrainedModel")
 TRUNK = "detector_model.vision_encoder.backbone."  # the slot `image`
 NECK = "detector_model.vision_encoder.neck."  # the detector's FPN; the tracker has its own, `tracker_neck.`
-SAM3_TRUNK_PARAMETERS = 446_236_672  # of facebook/sam3's ViT in transformers
 PICKLED = (".pt", ".pth")  # files that torch.save wrote
 # Beside model.safetensors: what SAM 3's own format has and transformers has no place for, under SAM 3's names.
 EXTRAS_FILE = "sam3_original.safetensors"
@@ -54,7 +54,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def read_config(folder: Path):
-    """Read the `Sam3VideoConfig` of a chassis folder.
+    """Read the `PreTrainedConfig` of a chassis folder.
 
     Raises:
         ChassisError: it cannot be read, or is another model's.
@@ -63,10 +63,10 @@ def read_config(folder: Path):
 
     path = folder / "config.json"
     content = read_json(path, {"model_type": str}, AGAIN, ChassisError)
-    if (kind := content["model_type"]) != "sam3_video":
+    if of_type(kind := content["model_type"]) is None:
         raise ChassisError(
-            f"sam3.checkpoint: {folder} holds a model of type {kind!r}; expected 'sam3_video', the full SAM 3 with "
-            "detector and tracker (facebook/sam3 is one)"
+            f"sam3.checkpoint: {folder} holds a model of type {kind!r}; expected {SAM3.config_type!r}, the full SAM 3 "
+            f"with detector and tracker ({SAM3.hub_id} is one)"
         )
     return config_from(content, str(path), AGAIN)
 
@@ -87,12 +87,12 @@ def shard_of(folder: Path) -> dict[str, Path]:
     if single.exists():
         with open_safetensors(single, AGAIN, ChassisError) as file:
             names = list(file.keys())
-        refuse_sam31(names, f"sam3.checkpoint: {single}")
+        refuse_unsupported(names, f"sam3.checkpoint: {single}")
         return dict.fromkeys(names, single)
     if not index.exists():
         raise ChassisError(f"sam3.checkpoint: {folder} has neither {SINGLE} nor {INDEX}")
     listed = read_json(index, {"weight_map": {str: str}}, AGAIN, ChassisError)["weight_map"]
-    refuse_sam31(listed, f"sam3.checkpoint: {folder}")
+    refuse_unsupported(listed, f"sam3.checkpoint: {folder}")
     if outside := [file for file in listed.values() if not can_be_path(file) or Path(file).name != file]:
         raise ChassisError(f"sam3.checkpoint: {index} names {outside[0][:80]!r}, no file of its folder; {AGAIN}")
     shards = {name: folder / file for name, file in listed.items()}

@@ -103,4 +103,9 @@ def full_config():
     return Sam3VideoConfig()
 
 
-MADE_UP = {"tiny": tiny_config, "random": full_config}
+def tiny_sizes() -> dict[str, int]:
+    """The sizes of the tiny chassis' vision encoder, as the registry's `Sizes` names them."""
+    vision = vision_config()
+    backbone = vision.pop("backbone_config") | {"fpn_hidden_size": vision["fpn_hidden_size"]}
+    names = "image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "pretrain_image_size"
+    return {name: backbone[name] for name in (*names, "fpn_hidden_size")}

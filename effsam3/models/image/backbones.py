@@ -26,7 +26,7 @@ PREFIX = "timm/"
 FINEST, COARSEST = 8, 32  # strides of the maps that a head is given: a finer one would cost most and is dropped
 
 
-def image_student(name: str, image_size: int = SAM3.image_size) -> ImageStudent:
+def image_student(name: str, image_size: int = SAM3.sizes.image_size) -> ImageStudent:
     """Return what is known of a student that sees square images of `image_size` pixels.
 
     Raises:

@@ -21,7 +21,7 @@ from effsam3.errors import UserError
 from effsam3.hub import hub_errors
 from effsam3.models.chassis.pickled import PickledError, open_pickled
 from effsam3.models.image.backbones import build, build_trunk, feature_maps, image_student, trunk_tensors
-from effsam3.models.registry import FUSED_MAPS, FUSED_WIDTH
+from effsam3.models.registry import FUSED_MAPS, FUSED_WIDTH, SAM3
 from effsam3.tensor_files import TensorFileError, read_safetensors, refuse_unusable
 
 
@@ -132,9 +132,9 @@ class StudentTrunkConfig(PreTrainedConfig):
     out_indices: list[int] | tuple[int, ...] = (0, 1, 2, 3)
     head: str = "fused"
     student_image_size: int | None = None
-    hidden_size: int = 1024
-    patch_size: int = 14
-    image_size: int = 1008
+    hidden_size: int = SAM3.sizes.hidden_size
+    patch_size: int = SAM3.sizes.patch_size
+    image_size: int = SAM3.sizes.image_size
 
     @property
     def seen_size(self) -> int:

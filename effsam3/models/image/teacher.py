@@ -16,7 +16,6 @@ from transformers.models.sam3.modeling_sam3 import Sam3VisionNeck
 
 from effsam3.models.chassis.tensors import (
     NECK,
-    SAM3_TRUNK_PARAMETERS,
     TRUNK,
     ChassisError,
     fingerprint,
@@ -25,6 +24,7 @@ from effsam3.models.chassis.tensors import (
     read_tensors,
 )
 from effsam3.models.image.student import resize_BCHW
+from effsam3.models.registry import of_type
 
 # A trunk that merely resizes the image has R2 = 1 against the image; random trunks stay under 0.8, see LOG.md.
 MAX_EXPLAINED_BY_PIXELS = 0.98
@@ -36,6 +36,8 @@ class Teacher(nn.Module):
     `tap: trunk` is the ViT's output (1024 channels), what a student replaces; `tap: neck` is the FPN's level at the
     trunk's own grid (256 channels). A smaller `grid` shrinks either, bilinear and antialiased.
     """
+
+    part = "trunk"
 
     def __init__(self, config: Sam3VisionConfig, tap: str = "trunk", grid: int | None = None):
         """Build it from a SAM 3's sizes, without its weights.
@@ -67,11 +69,12 @@ class Teacher(nn.Module):
         Raises:
             ChassisError: the folder's trunk is not SAM 3's ViT, is incomplete, or `grid` is finer than the teacher's.
         """
-        config = read_config(folder).detector_config.vision_config
-        if config.backbone_config.model_type != "sam3_vit_model":
+        whole = read_config(folder)
+        config = whole.detector_config.vision_config
+        if (kind := config.backbone_config.model_type) != (own := of_type(whole.model_type).trunk_type):
             raise ChassisError(
-                f"sam3.checkpoint: the trunk of {folder} is a {config.backbone_config.model_type!r}, a student "
-                "already; the teacher must be SAM 3 itself (backbone 'sam3_vit_model')"
+                f"sam3.checkpoint: the trunk of {folder} is a {kind!r}, a student already; the teacher must be SAM 3 "
+                f"itself (backbone {own!r})"
             )
         tensors = read_tensors(folder, TRUNK)
         teacher = cls(config, tap, grid)
@@ -80,6 +83,11 @@ class Teacher(nn.Module):
             teacher.neck = Neck.from_folder(folder)
         teacher.fingerprint = fingerprint(tensors)
         return teacher
+
+    @property
+    def own(self) -> nn.Module:
+        """What `fingerprint` is of: the trunk, without a neck."""
+        return self.trunk
 
     def train(self, mode: bool = True) -> Teacher:
         """Stay in eval mode whatever the loop around says."""
@@ -128,34 +136,6 @@ def to_map(feat_BNC: Tensor) -> Tensor:
 def parameter_count(module: nn.Module) -> int:
     """Number of parameters, buffers not counted."""
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def check_weights(teacher: Teacher, claim: str, expected_fingerprint: str | None = None) -> None:
-    """Refuse a trunk whose weights cannot be those of `claim`, the recipe's `sam3.checkpoint`.
-
-    Raises:
-        ChassisError: another parameter count than SAM 3's, another fingerprint than the recipe's, or matrices that are
-            constant (never trained nor initialised).
-    """
-    parameters = parameter_count(teacher.trunk)
-    if claim in ("facebook/sam3", "random") and parameters != SAM3_TRUNK_PARAMETERS:
-        raise ChassisError(
-            f"the teacher says it is {claim} but its trunk has {parameters:,} parameters; SAM 3's has "
-            f"{SAM3_TRUNK_PARAMETERS:,}. Check sam3.checkpoint"
-        )
-    if expected_fingerprint is not None and teacher.fingerprint != expected_fingerprint:
-        raise ChassisError(
-            f"the teacher's trunk has the fingerprint {teacher.fingerprint}, the recipe asks for "
-            f"{expected_fingerprint}; check sam3.checkpoint and sam3.revision, or correct sam3.fingerprint"
-        )
-    refuse_untrained(teacher.trunk)
-
-
-def refuse_untrained(teacher: nn.Module) -> None:
-    """Refuse weights that were never trained. Raises ChassisError naming a matrix that is constant."""
-    for name, parameter in teacher.named_parameters():
-        if parameter.ndim > 1 and (parameter == parameter.flatten()[0]).all():
-            raise ChassisError(f"the teacher's tensor {name} is constant; the checkpoint holds no trained weights")
 
 
 def check_features(feat_BCGG: Tensor, pixels_B3SS: Tensor) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
-from transformers import Sam3VideoModel
 
+from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.processor import processor
 from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.inference.prompted import at_full_size, refuse_nan
@@ -74,8 +74,7 @@ class ConceptModel:
             ChassisError: the folder lacks tensors or holds others, or some that are not finite.
         """
         folder = Path(folder)
-        read_config(folder)
-        self.model = load_whole(Sam3VideoModel, folder).to(device)
+        self.model = load_whole(model_class(read_config(folder).model_type), folder).to(device)
         self.processor = processor(self.model.config)
         self.processor.tokenizer = PromptTokenizer()
         encode_geometry_always(self.model.detector_model)

@@ -25,7 +25,7 @@ from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import (
 )
 
 from effsam3.models.memory.config import EfficientTrackerConfig
-from effsam3.models.memory.token_counts import FRAMES, POINTERS, count_tokens
+from effsam3.models.memory.token_counts import count_tokens
 
 QUERY_ENCODING_SCALE = 0.1  # SAM 3 adds a tenth of the sine encoding to the features that ask
 
@@ -130,8 +130,8 @@ class EfficientMemoryAttention(Sam3TrackerVideoMemoryAttention):
         return self.layer_norm(query_ONC).transpose(1, 2).unflatten(2, top_OCGG.shape[2:])
 
 
-def memory_tokens(config: EfficientTrackerConfig, frames: int = FRAMES, pointers: int = POINTERS) -> int:
-    """Tokens that a frame attends to, for one object: see `count_tokens`."""
+def memory_tokens(config: EfficientTrackerConfig, frames: int | None = None, pointers: int | None = None) -> int:
+    """Tokens that a frame attends to, for one object: see `count_tokens`; None: as many as the tracker remembers."""
     return count_tokens(
         config.memory_mode,
         grid=config.grid,
@@ -139,6 +139,6 @@ def memory_tokens(config: EfficientTrackerConfig, frames: int = FRAMES, pointers
         latents=config.memory_global_latents + config.memory_window_latents,
         hot_frames=config.memory_hot_frames,
         pointer_tokens=config.memory_attention_hidden_size // config.memory_encoder_output_channels,
-        frames=frames,
-        pointers=pointers,
+        frames=config.num_maskmem if frames is None else frames,
+        pointers=config.max_object_pointers_in_encoder if pointers is None else pointers,
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 
 from torch import Tensor
-from transformers import PreTrainedConfig, Sam3VideoConfig
+from transformers import PreTrainedConfig
 
 from effsam3.models.memory.config import EfficientTrackerConfig, MemoryConfigError
 from effsam3.models.memory.training import PARTS, PLACES
@@ -19,12 +19,12 @@ RESAMPLER = "memory_resampler."
 LAYERS = {"memory_attention_num_layers": "attention_layers", "memory_fuser_num_layers": "fuser_layers"}
 
 
-def memory_config(config: Sam3VideoConfig) -> PreTrainedConfig:
+def memory_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the tracker, which holds the memory's."""
     return config.tracker_config
 
 
-def with_memory(config: Sam3VideoConfig, student: PreTrainedConfig) -> Sam3VideoConfig:
+def with_memory(config: PreTrainedConfig, student: PreTrainedConfig) -> PreTrainedConfig:
     """The config with another memory; the tracker keeps the vision that it has."""
     config, student = deepcopy(config), deepcopy(student)
     student.vision_config = deepcopy(config.tracker_config.vision_config)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-FRAMES, POINTERS = 7, 16  # what SAM 3's tracker remembers of an object: maps of so many frames, so many pointers
 CHANNELS = 64  # of a memory token; transformers' memory attention allows no others
 
 
@@ -15,8 +14,8 @@ def count_tokens(
     latents: int,
     hot_frames: int,
     pointer_tokens: int,
-    frames: int = FRAMES,
-    pointers: int = POINTERS,
+    frames: int,
+    pointers: int,
 ) -> int:
     """Count the tokens that a frame reads for one object: of `frames` frames, one of them conditioning, and pointers.
 

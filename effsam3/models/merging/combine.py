@@ -5,14 +5,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from itertools import combinations
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, Sam3VideoConfig, Sam3VideoModel
+from transformers import PreTrainedConfig
 
+from effsam3.models.chassis.classes import empty_tensors
 from effsam3.models.merging.slots import SLOTS, MergeError, Part
 from effsam3.training.report import table
 
@@ -23,13 +22,13 @@ Shapes = dict[str, tuple[int, ...]]
 class Merged:
     """A whole model: its config, its tensors, the owner of each (a slot, or a name in `rest`), what was dropped."""
 
-    config: Sam3VideoConfig
+    config: PreTrainedConfig
     tensors: dict[str, Tensor]
     owners: dict[str, str]
     dropped: dict[str, list[int]]  # slot -> elements of every tensor that a student replaced
 
 
-def combine(config: Sam3VideoConfig, rest: dict[str, dict[str, Tensor]], parts: Sequence[Part]) -> Merged:
+def combine(config: PreTrainedConfig, rest: dict[str, dict[str, Tensor]], parts: Sequence[Part]) -> Merged:
     """Put parts into the SAM 3 that `config` describes and whose tensors `rest` holds by owner, such as `chassis`.
 
     Raises:
@@ -48,8 +47,7 @@ def combine(config: Sam3VideoConfig, rest: dict[str, dict[str, Tensor]], parts: 
             for name, tensor in tensors.items()
             if name.startswith(part.owns)
         ]
-    with torch.device("meta"):
-        expected = shapes(Sam3VideoModel(deepcopy(config)).state_dict())
+    expected = shapes(empty_tensors(config))
     offers = {part.slot: part.tensors for part in parts}
     owners = assign(
         expected,

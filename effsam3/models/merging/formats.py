@@ -11,16 +11,16 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import Sam3VideoConfig, Sam3VideoModel, Sam3ViTConfig
+from transformers import PreTrainedConfig
 
 from effsam3.files import write_json
 from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.classes import empty_model, key_map
 from effsam3.models.chassis.processor import PROCESSOR_FILES, processor
 from effsam3.models.chassis.tensors import (
     AGAIN,
@@ -32,11 +32,11 @@ from effsam3.models.chassis.tensors import (
     read_tensors,
 )
 from effsam3.models.image.backbones import student_name
-from effsam3.models.keymaps.sam3 import CLASS_ROW, absent_from_transformers, to_original
+from effsam3.models.keymaps.sam3 import CLASS_ROW, absent_from_transformers
 from effsam3.models.keymaps.upstream import image_to_upstream, text_to_upstream
 from effsam3.models.merging.combine import Merged
 from effsam3.models.merging.slots import SLOTS, MergeError
-from effsam3.models.registry import TEXT_STUDENTS
+from effsam3.models.registry import TEXT_STUDENTS, of_type
 from effsam3.models.text.padding import padding_of
 from effsam3.models.text.student import DETECTOR
 from effsam3.tensor_files import read_safetensors, refuse_unusable
@@ -81,8 +81,7 @@ def write_model(
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        with torch.device("meta"):  # only to be written: nothing is initialised that the tensors replace
-            model = Sam3VideoModel(deepcopy(merged.config))
+        model = empty_model(merged.config)  # only to be written: nothing is initialised that the tensors replace
         model.load_state_dict(merged.tensors, assign=True)
         with quiet_transformers():
             model.save_pretrained(partial, save_original_format=False)
@@ -142,15 +141,15 @@ def verify(where: str, written: dict[str, Tensor], tensors: dict[str, Tensor]) -
 # ---- SAM 3's own format
 
 
-def own_trunk(config: Sam3VideoConfig) -> Sam3ViTConfig | None:
+def own_trunk(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """The config of SAM 3's own ViT, None when a student stands in its place."""
     backbone = SLOTS["image"].config_of(config)
-    return backbone if isinstance(backbone, Sam3ViTConfig) else None
+    return backbone if backbone.model_type == of_type(config.model_type).trunk_type else None
 
 
 def sam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of sam3.pt, and lines worth telling."""
-    tensors = to_original(merged.tensors, beside, own_trunk(merged.config))
+    tensors = key_map(merged.config).to_original(merged.tensors, beside, own_trunk(merged.config))
     has_class_row = own_trunk(merged.config) is not None  # it goes with SAM 3's trunk
     absent = [name for name in absent_from_transformers(beside) if name != CLASS_ROW or has_class_row]
     if not absent:
@@ -249,7 +248,7 @@ def efficientsam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -
         )
         if mismatch := padding_mismatch(merged, slots):
             notes.append(f"  {mismatch}")
-    return to_original(rest, beside, own_trunk(merged.config)) | tensors, notes
+    return key_map(merged.config).to_original(rest, beside, own_trunk(merged.config)) | tensors, notes
 
 
 FORMATS = {"sam3": sam3_file, "efficientsam3": efficientsam3_file}

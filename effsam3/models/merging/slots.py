@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, Sam3VideoConfig
+from transformers import PreTrainedConfig
 
 from effsam3.checked_files import can_be_path, read_json
 from effsam3.errors import UserError
@@ -32,7 +32,6 @@ from effsam3.models.text.student import (
     text_student,
     to_lite_text_tensors,
 )
-from effsam3.models.text.tokens import PROCESSOR_LENGTH
 
 
 class MergeError(UserError):
@@ -74,11 +73,11 @@ class Part:
 # ---- the table of slots
 
 
-def _image_config(config: Sam3VideoConfig) -> PreTrainedConfig:
+def _image_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.detector_config.vision_config.backbone_config
 
 
-def _with_image(config: Sam3VideoConfig, student: PreTrainedConfig) -> Sam3VideoConfig:
+def _with_image(config: PreTrainedConfig, student: PreTrainedConfig) -> PreTrainedConfig:
     config = deepcopy(config)
     # Detector and tracker see the same trunk, each through a neck of its own.
     config.detector_config.vision_config.backbone_config = deepcopy(student)
@@ -86,11 +85,11 @@ def _with_image(config: Sam3VideoConfig, student: PreTrainedConfig) -> Sam3Video
     return config
 
 
-def _text_config(config: Sam3VideoConfig) -> PreTrainedConfig:
+def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.detector_config.text_config
 
 
-def _with_text(config: Sam3VideoConfig, student: PreTrainedConfig) -> Sam3VideoConfig:
+def _with_text(config: PreTrainedConfig, student: PreTrainedConfig) -> PreTrainedConfig:
     config = deepcopy(config)
     config.detector_config = lite_text_detector_config(config.detector_config, student)
     return config
@@ -106,8 +105,8 @@ class Slot:
 
     owns: tuple[str, ...]
     module: str
-    config_of: Callable[[Sam3VideoConfig], PreTrainedConfig]
-    install: Callable[[Sam3VideoConfig, PreTrainedConfig], Sam3VideoConfig]
+    config_of: Callable[[PreTrainedConfig], PreTrainedConfig]
+    install: Callable[[PreTrainedConfig, PreTrainedConfig], PreTrainedConfig]
     alike: dict[str, str]
 
 
@@ -144,7 +143,7 @@ SLOTS = {
 
 
 def image_part(
-    student: str, head: str, seen: int | None, weights: Mapping[str, Tensor], config: Sam3VideoConfig, **about
+    student: str, head: str, seen: int | None, weights: Mapping[str, Tensor], config: PreTrainedConfig, **about
 ) -> Part:
     """Make a part of a trained `StudentTrunk`'s tensors.
 
@@ -171,18 +170,19 @@ def image_part(
 
 
 def text_part(
-    student: str, padding: str, weights: Mapping[str, Tensor], config: Sam3VideoConfig, facts: dict, **about
+    student: str, padding: str, weights: Mapping[str, Tensor], config: PreTrainedConfig, facts: dict, **about
 ) -> Part:
     """Make a part of a trained `StudentText`'s tensors; `facts` and `about` are the part's other attributes.
 
     Raises:
         MergeError: its tensors are not this student's.
     """
-    built = text_student(student, PROCESSOR_LENGTH, config.detector_config.detr_encoder_config.hidden_size, padding)
+    length = _text_config(config).max_position_embeddings
+    built = text_student(student, length, config.detector_config.detr_encoder_config.hidden_size, padding)
     refuse_other_student(built.state_dict(), weights, student)
     built.load_state_dict(weights)
     tensors = {DETECTOR + name: tensor for name, tensor in to_lite_text_tensors(built).items()}
-    lite_text = lite_text_config(student, PROCESSOR_LENGTH, padding)
+    lite_text = lite_text_config(student, length, padding)
     facts = facts | {"padding": padding}
     return Part(slot="text", student=student, config=lite_text, tensors=tensors, facts=facts, **about)
 

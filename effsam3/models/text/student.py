@@ -24,15 +24,13 @@ from transformers.models.sam3_lite_text.modeling_sam3_lite_text import (
 )
 
 from effsam3.models.chassis.tensors import ChassisError, fingerprint, load_part, read_config, read_tensors
-from effsam3.models.image.teacher import refuse_untrained
-from effsam3.models.registry import text_student_row
+from effsam3.models.registry import of_type, text_student_row
 from effsam3.models.text.padding import RULES, padding_of
 from effsam3.models.text.tokens import PAD_ID
 
 DETECTOR = "detector_model."
 TEXT_ENCODER = DETECTOR + "text_encoder."  # these two are the slot `text`
 TEXT_PROJECTION = DETECTOR + "text_projection."
-SAM3_TEXT_PARAMETERS = 353_462_272 + 262_400  # of facebook/sam3: encoder and projection
 
 
 class TextTeacher(nn.Module):
@@ -40,6 +38,8 @@ class TextTeacher(nn.Module):
 
     Attributes: `channels` C; `context_length`, the most tokens it can read; `fingerprint` of all its tensors.
     """
+
+    part = "text encoder"
 
     def __init__(self, config: Sam3Config):
         """Build it from a SAM 3's sizes, those of its detector, without its weights."""
@@ -59,11 +59,12 @@ class TextTeacher(nn.Module):
         Raises:
             ChassisError: the folder's text encoder is not SAM 3's, or incomplete.
         """
-        config = read_config(folder).detector_config
-        if config.text_config.model_type != "clip_text_model":
+        whole = read_config(folder)
+        config = whole.detector_config
+        if (kind := config.text_config.model_type) != (own := of_type(whole.model_type).text_type):
             raise ChassisError(
-                f"sam3.checkpoint: the text encoder of {folder} is a {config.text_config.model_type!r}, a student "
-                "already; the teacher must be SAM 3 itself (text encoder 'clip_text_model')"
+                f"sam3.checkpoint: the text encoder of {folder} is a {kind!r}, a student already; the teacher must be "
+                f"SAM 3 itself (text encoder {own!r})"
             )
         encoder, projection = read_tensors(folder, TEXT_ENCODER), read_tensors(folder, TEXT_PROJECTION)
         named = {TEXT_ENCODER + name: tensor for name, tensor in encoder.items()}
@@ -75,6 +76,11 @@ class TextTeacher(nn.Module):
         )
         return teacher
 
+    @property
+    def own(self) -> nn.Module:
+        """What `fingerprint` is of: encoder and projection."""
+        return self
+
     def train(self, mode: bool = True) -> TextTeacher:
         """Stay in eval mode whatever the loop around says."""
         return super().train(False)
@@ -84,27 +90,6 @@ class TextTeacher(nn.Module):
         """Return features (B, L, C), float32. It is causal: padding changes no token's, its own mean nothing."""
         hidden_BLD = self.text_encoder.text_model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         return self.text_projection(hidden_BLD).float()
-
-
-def check_text_weights(teacher: TextTeacher, claim: str, expected_fingerprint: str | None = None) -> None:
-    """Refuse a text encoder whose weights cannot be those of `claim`, the recipe's `sam3.checkpoint`.
-
-    Raises:
-        ChassisError: another parameter count than SAM 3's, another fingerprint than the recipe's, or matrices that are
-            constant (never trained nor initialised).
-    """
-    parameters = sum(parameter.numel() for parameter in teacher.parameters())
-    if claim in ("facebook/sam3", "random") and parameters != SAM3_TEXT_PARAMETERS:
-        raise ChassisError(
-            f"the teacher says it is {claim} but its text encoder has {parameters:,} parameters; SAM 3's has "
-            f"{SAM3_TEXT_PARAMETERS:,} with its projection. Check sam3.checkpoint"
-        )
-    if expected_fingerprint is not None and teacher.fingerprint != expected_fingerprint:
-        raise ChassisError(
-            f"the teacher's text encoder has the fingerprint {teacher.fingerprint}, the recipe asks for "
-            f"{expected_fingerprint}; check sam3.checkpoint and sam3.revision, or correct sam3.fingerprint"
-        )
-    refuse_untrained(teacher)
 
 
 def check_tokens(tokens_BLC: Tensor, mask_BL: Tensor) -> None:

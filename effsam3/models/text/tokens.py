@@ -24,6 +24,7 @@ import regex
 from tokenizers.models import BPE
 
 from effsam3.errors import UserError
+from effsam3.models.registry import SAM3
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,8 +32,7 @@ if TYPE_CHECKING:
 START_ID = 49406
 END_ID = 49407
 PAD_ID = END_ID  # transformers pads SAM 3's prompts with the end token
-# SAM 3's table of positions, and the length to which transformers' SAM 3 processors pad every prompt, always.
-PROCESSOR_LENGTH = 32
+PROCESSOR_LENGTH = SAM3.context_length  # to which transformers' SAM 3 processors pad every prompt, always
 
 # As in CLIP, with open_clip's names of the two special tokens: written out in a text, they are those tokens.
 _SPECIAL = {"<start_of_text>": [START_ID], "<end_of_text>": [END_ID]}

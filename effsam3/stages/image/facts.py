@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError
+from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
-from effsam3.models.registry import SAM3, chassis_facts, head_params
+from effsam3.models.registry import SAM3, head_params
 from effsam3.recipe.common import Data, FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
 from effsam3.recipe.derived import index_counts, total_steps, warmup_steps
 from effsam3.recipe.push import Push
@@ -153,7 +154,7 @@ class ImageRecipe(FeatureRecipe):
         if not self.student.startswith(PREFIX):
             return
         try:
-            row = image_student(self.student, self.student_image_size or side or SAM3.image_size)
+            row = image_student(self.student, self.student_image_size or side or SAM3.sizes.image_size)
         except UserError as error:
             yield str(error)
             return

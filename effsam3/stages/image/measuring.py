@@ -19,7 +19,7 @@ from effsam3.data.loader import loader
 from effsam3.data.sampler import sequential_batches
 from effsam3.errors import UserError
 from effsam3.models.chassis.tensors import elements
-from effsam3.models.chassis.tiny import MADE_UP
+from effsam3.models.registry import is_made_up
 from effsam3.stages.image.facts import ImageRecipe
 
 TRIED = 3  # held-out images that are opened before a training
@@ -92,7 +92,7 @@ def benchmarks(recipe: ImageRecipe, folder: Path, chassis: Path, merged: dict) -
     if "speed" in measured:
         yield "speed", speed(pair, {"teacher": elements(chassis), "student": elements(folder / "merged")})
     # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.
-    with_masks = "masks" in measured and merged["chassis"] not in MADE_UP
+    with_masks = "masks" in measured and not is_made_up(merged["chassis"])
     yield "pictures", draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, Sam3VideoConfig
+from transformers import PreTrainedConfig
 
+from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.image.backbones import image_student, student_name
 from effsam3.models.merging.slots import SLOTS, MergeError, Part, image_part
-from effsam3.models.registry import IMAGE_STUDENTS, chassis_facts
+from effsam3.models.registry import IMAGE_STUDENTS
 from effsam3.stages.base import TEACHER_FORM, CardEntry, began_with
 from effsam3.stages.image.facts import ImageRecipe
 from effsam3.stages.image.training import untrained_tensors
@@ -19,7 +20,7 @@ from effsam3.stages.image.training import untrained_tensors
 FEATURES_FORM = {"teacher": TEACHER_FORM, "tap": str, "channels": int, "image_size": int}
 
 
-def part_of_run(trained: ImageRecipe, features: dict, weights: dict, config: Sam3VideoConfig, about: dict) -> Part:
+def part_of_run(trained: ImageRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
     """The part of a run of stage `image`."""
     refuse_neck(features)
     if (side := SLOTS["image"].config_of(config).image_size) != features["image_size"]:
@@ -30,7 +31,7 @@ def part_of_run(trained: ImageRecipe, features: dict, weights: dict, config: Sam
     return image_part(trained.student, trained.head, trained.student_image_size, weights, config, **about)
 
 
-def untrained_part(recipe: ImageRecipe, config: Sam3VideoConfig, about: dict) -> Part:
+def untrained_part(recipe: ImageRecipe, config: PreTrainedConfig, about: dict) -> Part:
     """Return the part that a run of the recipe will give, with the weights that it starts from."""
     side = chassis_facts(recipe.sam3.checkpoint).image_size
     features = {"tap": recipe.embed.tap, "image_size": side, "channels": recipe.channels}

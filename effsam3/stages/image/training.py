@@ -29,16 +29,16 @@ from effsam3.errors import UserError
 from effsam3.files import stamp
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import feature_loss, relative_error, standardise
+from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
+from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.image.backbones import image_student
 from effsam3.models.image.student import StudentTrunk, load_timm_weights, resize_BCHW, student_config
 from effsam3.models.image.teacher import (
     Neck,
     Teacher,
-    check_weights,
     to_map,
 )
-from effsam3.models.registry import chassis_facts
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts
 from effsam3.stages.image.facts import ImageRecipe, record_fields

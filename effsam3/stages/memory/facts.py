@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from effsam3.models.memory.token_counts import CHANNELS, FRAMES, POINTERS, count_tokens
-from effsam3.models.registry import chassis_facts
+from effsam3.models.chassis.sizes import sam3_of
+from effsam3.models.memory.token_counts import CHANNELS, count_tokens
 from effsam3.recipe.common import Data, Merge, Optim, Sam3, Saving, StageRecipe, Train, warmup_fits
 from effsam3.recipe.derived import index_counts
 from effsam3.recipe.push import Push
@@ -222,16 +222,18 @@ class MemoryRecipe(StageRecipe):
         return f"{self.train.steps:,} steps of {self.train.global_batch_size} clips" if self.train.steps else ""
 
     def student_line(self) -> str:
-        asked, facts = self.memory, chassis_facts(self.sam3.checkpoint)
+        asked, sam3 = self.memory, sam3_of(self.sam3.checkpoint)
         count = partial(
             count_tokens,
-            grid=facts.grid,
+            grid=sam3.sizes.grid,
             pool=asked.pool,
             latents=asked.global_latents + asked.window_latents,
             hot_frames=asked.hot_frames,
-            pointer_tokens=facts.fpn_hidden_size // CHANNELS,
+            pointer_tokens=sam3.sizes.fpn_hidden_size // CHANNELS,
+            frames=sam3.memory_frames,
+            pointers=sam3.memory_pointers,
         )
-        read = f"{count(asked.mode):,} tokens of {FRAMES} frames and {POINTERS} pointers"
+        read = f"{count(asked.mode):,} tokens of {sam3.memory_frames} frames and {sam3.memory_pointers} pointers"
         return f"{asked.mode}: {read}, {count('dense'):,} when dense"
 
     def savings(self) -> dict[str, Saving]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, Sam3VideoConfig
+from transformers import PreTrainedConfig
 
 from effsam3.models.memory.slot import memory_config, memory_tensors, owned_by, tracker_config
 from effsam3.models.merging.slots import Part, refuse_other_student
@@ -17,7 +17,7 @@ from effsam3.stages.memory.training import trained_tensors, untrained_tensors
 FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must say of the features that it learned
 
 
-def part_of_run(trained: MemoryRecipe, features: dict, weights: dict, config: Sam3VideoConfig, about: dict) -> Part:
+def part_of_run(trained: MemoryRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
     """The part of a run of stage `memory`, which may have trained more of the tracker than its memory.
 
     Raises:
@@ -32,7 +32,7 @@ def part_of_run(trained: MemoryRecipe, features: dict, weights: dict, config: Sa
     return Part(slot="memory", student=trained.student, config=placed, tensors=tensors, also=owned_by(others), **about)
 
 
-def untrained_part(recipe: MemoryRecipe, config: Sam3VideoConfig, about: dict) -> Part:
+def untrained_part(recipe: MemoryRecipe, config: PreTrainedConfig, about: dict) -> Part:
     """Return the part that a run of the recipe will give, with the weights that it starts from."""
     return part_of_run(recipe, {}, untrained_tensors(recipe), config, about)
 

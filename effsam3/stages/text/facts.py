@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError, did_you_mean
-from effsam3.models.registry import TEACHER, chassis_facts, text_student_row
+from effsam3.models.chassis.sizes import chassis_facts, sam3_of
+from effsam3.models.registry import text_student_row
 from effsam3.recipe.common import Data, FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -26,7 +27,6 @@ from effsam3.recipe.rules import (
     text_student_name,
 )
 
-CONTEXT_LENGTH = 32  # positions of a text student: what transformers' SAM 3 processors pad every prompt to
 RECAP_COLUMNS = ("re_caption", "org_caption", "mix")
 
 
@@ -143,11 +143,12 @@ class TextRecipe(FeatureRecipe):
 
     def student_line(self) -> str:
         row = text_student_row(self.student)
-        total = row.params(CONTEXT_LENGTH, chassis_facts(self.sam3.checkpoint).fpn_hidden_size)
-        text = f"{total:,} parameters with {CONTEXT_LENGTH} positions and the projector"
-        if self.sam3.checkpoint == "tiny":
+        sam3 = sam3_of(self.sam3.checkpoint)
+        total = row.params(sam3.context_length, sam3.sizes.fpn_hidden_size)
+        text = f"{total:,} parameters with {sam3.context_length} positions and the projector"
+        if sam3.counts is None:
             return text
-        return f"{text}, {100 * (1 - total / TEACHER.text):.2f} % fewer than the {TEACHER.text:,} they replace"
+        return f"{text}, {100 * (1 - total / sam3.counts.text):.2f} % fewer than the {sam3.counts.text:,} they replace"
 
     def _store_line(self) -> str:
         if self.teacher == "online":

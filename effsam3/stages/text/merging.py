@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, Sam3LiteTextTextConfig, Sam3VideoConfig
+from transformers import PreTrainedConfig, Sam3LiteTextTextConfig
 
 from effsam3.models.merging.slots import Part, text_part
 from effsam3.models.registry import TEXT_STUDENTS, TINY_TEXT_STUDENTS
@@ -18,12 +18,12 @@ from effsam3.stages.text.training import untrained_tensors
 FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must say of the features that it learned
 
 
-def part_of_run(trained: TextRecipe, features: dict, weights: dict, config: Sam3VideoConfig, about: dict) -> Part:
+def part_of_run(trained: TextRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
     """The part of a run of stage `text`."""
     return text_part(trained.student, trained.student_padding, weights, config, **about)
 
 
-def untrained_part(recipe: TextRecipe, config: Sam3VideoConfig, about: dict) -> Part:
+def untrained_part(recipe: TextRecipe, config: PreTrainedConfig, about: dict) -> Part:
     """Return the part that a run of the recipe will give, with the weights that it starts from."""
     return part_of_run(recipe, {}, untrained_tensors(recipe), config, about)
 

@@ -24,13 +24,15 @@ from effsam3.errors import UserError
 from effsam3.files import stamp
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import feature_loss, standardise
+from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
+from effsam3.models.chassis.sizes import chassis_facts, sam3_of
 from effsam3.models.chassis.tensors import read_config
 from effsam3.models.merging.slots import model_folder
-from effsam3.models.registry import chassis_facts, text_student_row
+from effsam3.models.registry import text_student_row
 from effsam3.models.text.padding import padding_of
-from effsam3.models.text.student import StudentText, TextTeacher, check_text_weights, text_student
-from effsam3.models.text.tokens import PROCESSOR_LENGTH, Tokenizer, tokenizer_fingerprint
+from effsam3.models.text.student import StudentText, TextTeacher, text_student
+from effsam3.models.text.tokens import Tokenizer, tokenizer_fingerprint
 from effsam3.models.text.weights import WeightsReport, load_text_weights
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts
@@ -75,7 +77,7 @@ def make_teacher(recipe: TextRecipe, accelerator: Accelerator) -> TextTeacher:
     """Load the recipe's teacher onto the accelerator's device and let the guard look at its weights."""
     sam3 = recipe.sam3
     teacher = TextTeacher.from_folder(chassis_folder(sam3.checkpoint, sam3.revision))
-    check_text_weights(teacher, sam3.checkpoint, sam3.fingerprint)
+    check_weights(teacher, sam3.checkpoint, sam3.fingerprint)
     if recipe.data.context_length > teacher.context_length:
         raise UserError(
             f"data.context_length is {recipe.data.context_length}, the teacher reads {teacher.context_length} tokens; "
@@ -89,7 +91,8 @@ def make_student(recipe: TextRecipe, channels: int) -> tuple[StudentText, Weight
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
         # Always SAM 3's own length: transformers' processors pad every prompt to it, however short the training texts.
-        student = text_student(recipe.student, PROCESSOR_LENGTH, channels, recipe.student_padding)
+        length = sam3_of(recipe.sam3.checkpoint).context_length
+        student = text_student(recipe.student, length, channels, recipe.student_padding)
     if recipe.student_init == "random" or names_a_model(recipe.student_init):
         return student, None
     own = text_student_row(recipe.student).weights

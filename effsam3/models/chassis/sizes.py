@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of the SAM 3 that a recipe names, without its weights and without torch: its row, its own sizes."""
+
+from __future__ import annotations
+
+import pickletools
+import struct
+from dataclasses import fields, replace
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
+
+from effsam3.checked_files import mismatch, parse_json, read_text
+from effsam3.errors import UserError
+from effsam3.models.chassis.unsupported import refuse_unsupported, refuse_unsupported_id
+from effsam3.models.registry import SAM3, SAM3S, Sam3, Sizes, of_type
+
+GIVE = "give a folder that transformers' `save_pretrained` wrote of the whole model, or a sam3.pt"
+FORM = {
+    "model_type": str,
+    "detector_config": {
+        "vision_config": {
+            "fpn_hidden_size": int,
+            "backbone_config": {field.name: int for field in fields(Sizes) if field.name != "fpn_hidden_size"},
+        }
+    },
+}
+# What listing a file that is no sam3.pt may raise.
+NOT_LISTED = (BadZipFile, EOFError, LookupError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
+
+
+def sam3_of(checkpoint: str) -> Sam3:
+    """Return the row of the SAM 3 that a recipe's `sam3.checkpoint` names; the sizes of a local one are its config's.
+
+    Raises:
+        UserError: a Hub id whose sizes are not known without a download, or a folder or file that holds no SAM 3.
+    """
+    if checkpoint in SAM3S:
+        return SAM3S[checkpoint]
+    path = Path(checkpoint)
+    if not path.exists():
+        refuse_unsupported_id(checkpoint)
+    sources = (path / "config.json", path / "merged" / "config.json", path)
+    source = next((file for file in sources if file.is_file()), None)
+    if source is None:
+        raise UserError(
+            f"sam3.checkpoint: the sizes of {checkpoint!r} are not known, there is no {sources[0]}; "
+            f"give a local transformers folder, a sam3.pt, {', '.join(SAM3S)}"
+        )
+    try:
+        texts = _texts_in(source) if source == path else ["effsam3", read_text(source, GIVE)]
+    except NOT_LISTED as error:
+        raise UserError(
+            f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT ({type(error).__name__}: {error}); {GIVE}"
+        ) from error
+    refuse_unsupported(texts, f"sam3.checkpoint: {source}")
+    if "effsam3" not in texts[:-1]:  # where a sam3.pt of this project says its config; others have the published sizes
+        return SAM3
+    said = texts[texts.index("effsam3") + 1]
+    config = parse_json(said, dict, f"sam3.checkpoint: {source}", GIVE)
+    config = config if source != path else config.get("config")
+    if wrong := mismatch(config, FORM):
+        raise UserError(f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT: {wrong}; {GIVE}")
+    if (row := of_type(config["model_type"])) is None:
+        raise UserError(f"sam3.checkpoint: {source} is of a model of type {config['model_type']!r}; {GIVE}")
+    sizes = _sizes(config["detector_config"]["vision_config"])
+    return replace(row, sizes=sizes, counts=row.counts if sizes == row.sizes else None)
+
+
+def chassis_facts(checkpoint: str) -> Sizes:
+    """Return the sizes of the SAM 3 that a recipe's `sam3.checkpoint` names, as `sam3_of` does."""
+    return sam3_of(checkpoint).sizes
+
+
+def _texts_in(file: Path) -> list[str]:
+    """All texts in a sam3.pt: names of tensors and entries, and what a file of this project says of itself.
+
+    Its pickle is only listed, so this takes neither torch nor trust.
+    """
+    with ZipFile(file) as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        listing = pickletools.genops(archive.read(f"{folder}/data.pkl"))
+        return [argument for _, argument, _ in listing if isinstance(argument, str)]
+
+
+def _sizes(vision: dict) -> Sizes:
+    """Pick the sizes out of a vision config: all but the neck's width are its backbone's."""
+    backbone = {**vision["backbone_config"], "fpn_hidden_size": vision["fpn_hidden_size"]}
+    found = Sizes(**{field.name: backbone[field.name] for field in fields(Sizes)})
+    if wrong := [name for name, size in vars(found).items() if not 0 < size < 2**17]:
+        raise UserError(f"sam3.checkpoint: {wrong[0]} is {backbone[wrong[0]]}, which is the size of no SAM 3; {GIVE}")
+    return found
