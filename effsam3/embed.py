@@ -21,15 +21,9 @@ from tqdm import tqdm
 from effsam3 import stages
 from effsam3.data.loader import loader
 from effsam3.data.statistics import SAMPLE, FeatureStatistics, statistics_sample
-from effsam3.data.store.reader import (
-    StoreError,
-    StoreReader,
-    StoreWriter,
-    create_store,
-    finish_store,
-    repair_store,
-    untied,
-)
+from effsam3.data.store.format import StoreError, create_store, untied
+from effsam3.data.store.reader import StoreReader
+from effsam3.data.store.writer import StoreWriter, finish_store, repair_store
 from effsam3.errors import UserError
 from effsam3.files import free_bytes, gigabytes, refuse_full_disk, refuse_unwritable
 from effsam3.hardware.accelerator import describe_hardware, make_accelerator, on_main, refuse_missing_gpu

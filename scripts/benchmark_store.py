@@ -24,7 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from effsam3.data.store.reader import Field, StoreReader, StoreWriter, create_store, finish_store
+from effsam3.data.store.format import Field, create_store
+from effsam3.data.store.reader import StoreReader
+from effsam3.data.store.writer import StoreWriter, finish_store
 
 BATCH = 16
 
@@ -58,7 +60,7 @@ def reading(folder: Path, values: np.ndarray) -> dict[str, Callable[[], None]]:
     fd, stride = os.open(folder / "store" / "shard-00000-0000.bin", os.O_RDONLY), reader.manifest.stride
     order = np.random.default_rng(0).permutation(records)
     batches = [order[start : start + BATCH] for start in range(0, records, BATCH)]
-    buffers, raw = reader.allocate(BATCH), memoryview(bytearray(size * BATCH))
+    raw = memoryview(bytearray(size * BATCH))
 
     def naive():
         for batch in batches:
@@ -68,13 +70,13 @@ def reading(folder: Path, values: np.ndarray) -> dict[str, Callable[[], None]]:
                 items.append(np.frombuffer(naive_file.read(size), np.float16).copy().reshape(shape))
             torch.from_numpy(np.stack(items)).float()
 
-    def store(verify=False):
+    def store():
         for batch in batches:
-            reader.read(batch, out=buffers, verify=verify)
+            reader.read(batch)
 
     def store_float():
         for batch in batches:
-            reader.read(batch, out=buffers)["features"].float()
+            reader.read(batch)["features"].float()
 
     def floor():
         for batch in batches:
@@ -84,7 +86,6 @@ def reading(folder: Path, values: np.ndarray) -> dict[str, Callable[[], None]]:
     return {
         "naive": naive,
         "store": store,
-        "store, verify": lambda: store(verify=True),
         "store and float()": store_float,
         "os.preadv": floor,
     }

@@ -19,8 +19,8 @@ from effsam3.checked_files import mismatch, read_json
 from effsam3.data.loader import loader
 from effsam3.data.sampler import StepSampler
 from effsam3.data.statistics import FeatureStatistics
-from effsam3.data.store.format import RESTORE
-from effsam3.data.store.reader import StoreError, StoreReader, untied
+from effsam3.data.store.format import RESTORE, StoreError, untied
+from effsam3.data.store.reader import StoreReader
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import on_main
 from effsam3.losses.features import agreement_sums

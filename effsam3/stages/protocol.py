@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from effsam3.data.store.reader import Field, StoreReader
+from effsam3.data.store.format import Field
+from effsam3.data.store.reader import StoreReader
 from effsam3.recipe.common import FeatureRecipe, StageRecipe
 from effsam3.training.report import Report
 

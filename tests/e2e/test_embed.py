@@ -28,8 +28,10 @@ import effsam3.train
 from effsam3.data.images.features import stored_features
 from effsam3.data.images.index import build_index
 from effsam3.data.images.sa1b import load_index
-from effsam3.data.store.reader import StoreError, StoreReader, open_manifest, repair_store, verify_store
+from effsam3.data.store.format import StoreError, open_manifest
+from effsam3.data.store.reader import StoreReader, verify_store
 from effsam3.data.store.tool import main as store_tool
+from effsam3.data.store.writer import repair_store
 from effsam3.errors import UserError
 from effsam3.recipe.reader import load_recipe
 

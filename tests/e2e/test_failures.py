@@ -24,7 +24,9 @@ from test_trajectories import KEYS, wait_for
 
 from effsam3.data.images.sa1b import load_index
 from effsam3.data.sampler import StepSampler
-from effsam3.data.store.reader import StoreReader, StoreWriter, create_store, finish_store, name_of
+from effsam3.data.store.format import create_store
+from effsam3.data.store.reader import StoreReader, name_of
+from effsam3.data.store.writer import StoreWriter, finish_store
 from effsam3.training import checkpoint
 
 TEXT = REPOSITORY / "recipes/smoke/text.yaml"

@@ -6,7 +6,9 @@ import pytest
 
 from effsam3.data.captions.batches import CaptionBatches
 from effsam3.data.captions.cleaning import code_of, key_of
-from effsam3.data.store.reader import Field, StoreError, StoreReader, StoreWriter, create_store, finish_store
+from effsam3.data.store.format import Field, StoreError, create_store
+from effsam3.data.store.reader import StoreReader
+from effsam3.data.store.writer import StoreWriter, finish_store
 from effsam3.models.text.tokens import Tokenizer, pad, tokenizer_fingerprint
 
 TEXTS = ["a dog", "two dogs on a lawn"]

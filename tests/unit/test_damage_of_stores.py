@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from mutations import mutate_bytes, mutate_json
 
-from effsam3.data.store.reader import Field, StoreReader, StoreWriter, create_store, finish_store
+from effsam3.data.store.format import Field, create_store
+from effsam3.data.store.reader import StoreReader, verify_store
+from effsam3.data.store.writer import StoreWriter, finish_store
 from effsam3.errors import UserError
 from effsam3.hardware.accelerate_configs import config_file, config_on_cpu, config_processes
 
@@ -29,7 +31,10 @@ def test_manifests(tmp_path):
         path.write_bytes(mutate_json(whole, rng))
         try:
             store = StoreReader(root, allow_unfinished=True)
-            found = store.read(store.positions(KEYS), verify=True)
+            found = store.read(store.positions(KEYS))
+            if verify_store(root).bad:
+                refused += 1
+                continue
         except UserError as error:
             assert str(root) in str(error)
             refused += 1

@@ -7,7 +7,9 @@ import torch
 from datasets import Dataset
 
 from effsam3.data.images.features import ImageFeatures
-from effsam3.data.store.reader import INPUTS, Field, StoreError, StoreReader, StoreWriter, create_store, finish_store
+from effsam3.data.store.format import INPUTS, Field, StoreError, create_store
+from effsam3.data.store.reader import StoreReader
+from effsam3.data.store.writer import StoreWriter, finish_store
 
 KEYS, DIGESTS = ["2023/a.jpg", "a.jpg", "b@2.jpg"], [f"{number:016x}" for number in (7, 8, 9)]
 INDEX = Dataset.from_dict({"key": KEYS, "image_digest": DIGESTS})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from effsam3.cli import main
-from effsam3.data.store.reader import Field, Manifest
+from effsam3.data.store.format import Field, Manifest
 from effsam3.errors import UserError
 from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.registry import SAM3

@@ -11,15 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from effsam3.data.store.reader import (
-    Field,
-    StoreReader,
-    StoreWriter,
-    create_store,
-    finish_store,
-    repair_store,
-    verify_store,
-)
+from effsam3.data.store.format import Field, create_store
+from effsam3.data.store.reader import StoreReader, verify_store
+from effsam3.data.store.writer import StoreWriter, finish_store, repair_store
 
 FIELDS = [Field("features", "float16", (8, 64, 64)), Field("scale", "float32", (8,))]  # 64 KiB and a little
 KEYS = [f"sa_{i}" for i in range(600)]
@@ -116,7 +110,7 @@ def test_killed_writers_lose_nothing_they_acknowledged(tmp_path):
     assert verify_store(tmp_path).checked == len(KEYS)
     reader = StoreReader(tmp_path)
     for number, position in enumerate(reader.positions(KEYS)):
-        found = reader.read([position], verify=True)
+        found = reader.read([position])
         for name, value in record(number).items():
             np.testing.assert_array_equal(found[name][0], value)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from effsam3.data.store.reader import StoreError, dequantise_int8, quantise_int8, to_float16
+from effsam3.data.store.format import StoreError
+from effsam3.data.store.reader import dequantise_int8, quantise_int8, to_float16
 
 
 def test_int8_against_the_plain_formula():

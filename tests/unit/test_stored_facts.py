@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from effsam3.data.store.reader import Field, StoreError, StoreReader, create_store, finish_store
+from effsam3.data.store.format import Field, StoreError, create_store
+from effsam3.data.store.reader import StoreReader
+from effsam3.data.store.writer import finish_store
 from effsam3.stages.base import stored_facts
 from effsam3.stages.image.training import open_store
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from effsam3.data.sampler import PADDING
-from effsam3.data.store.reader import StoreError, StoreReader
+from effsam3.data.store.format import StoreError
+from effsam3.data.store.reader import StoreReader
 
 
 class CaptionBatches(Dataset):

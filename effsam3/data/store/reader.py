@@ -19,7 +19,7 @@ power failure can also lose, in any order, what the kernel had not yet put on di
 synced and then the journal, and repair reads that much of the end of each writer's last shard and cuts at the first
 record whose checksum is wrong.
 
-Reading and verifying are here, the types on disk in format.py, writing in writer.py; import all from here.
+Reading and verifying are here, the types on disk in format.py, writing in writer.py.
 """
 
 from __future__ import annotations
@@ -35,48 +35,19 @@ import numpy as np
 import xxhash
 
 from effsam3.data.store.format import (
-    INPUTS,
-    Field,
-    Manifest,
     Shard,
     StoreError,
     check_sizes,
-    create_store,
     journal_column,
     list_shards,
     open_manifest,
     remedy,
     shards_on_disk,
-    ties_inputs,
-    untied,
 )
-from effsam3.data.store.writer import StoreWriter, finish_store, repair_store
 
 if TYPE_CHECKING:
     import pyarrow
     import torch
-
-__all__ = [
-    "INPUTS",
-    "BadRecord",
-    "Field",
-    "Manifest",
-    "Shard",
-    "StoreError",
-    "StoreReader",
-    "StoreWriter",
-    "VerifyReport",
-    "create_store",
-    "dequantise_int8",
-    "finish_store",
-    "open_manifest",
-    "quantise_int8",
-    "repair_store",
-    "ties_inputs",
-    "to_float16",
-    "untied",
-    "verify_store",
-]
 
 FLOAT16_MAX = 65504.0
 OPEN_FILES = 512  # per reader; the usual limit is 1024 per process
@@ -126,7 +97,6 @@ class StoreReader:
         self._offset = np.array([shard.offset for shard in self._shards], np.int64)
         self._files: dict[int, _OpenFile] = {}
         self._index: tuple[np.ndarray, np.ndarray, int] | None = None
-        self._checksums: pyarrow.Array | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -196,32 +166,13 @@ class StoreReader:
             self._index = hashes, order, seed
         return self._index
 
-    def allocate(self, count: int) -> dict[str, torch.Tensor]:
-        """Uninitialised tensors [count, *shape] for `read`; allocate them once and reuse them."""
-        import torch
-
-        return {f.name: torch.empty(count, *f.shape, dtype=getattr(torch, f.dtype)) for f in self.manifest.fields}
-
-    def read(
-        self, positions: Sequence[int], out: dict[str, torch.Tensor] | None = None, verify: bool = False
-    ) -> dict[str, torch.Tensor]:
-        """Field name -> CPU tensor [N, *shape], read straight into the memory of `out`.
-
-        `out` holds contiguous CPU tensors (pinned or shared ones too) of at least N records; views of the first N come
-        back. `verify` compares checksums, which imported shards do not have.
-        Raises StoreError naming the record on a checksum mismatch or a truncated shard.
-        """
+    def read(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Field name -> CPU tensor [N, *shape]. Raises StoreError naming a truncated shard."""
         import torch
 
         rows = self._rows[np.asarray(positions, np.int64)]
-        out = self.allocate(len(rows)) if out is None else {name: tensor[: len(rows)] for name, tensor in out.items()}
-        views = []
-        for f in self.manifest.fields:
-            tensor = out[f.name]
-            wanted = (getattr(torch, f.dtype), (len(rows), *f.shape))
-            assert (tensor.dtype, tuple(tensor.shape)) == wanted, f"{f.name}: {tensor.dtype} {tuple(tensor.shape)}"
-            assert tensor.is_contiguous(), f"{f.name} is not contiguous"
-            views.append((memoryview(tensor.view(-1).view(torch.uint8).numpy()), f.nbytes))
+        out = {f.name: torch.empty(len(rows), *f.shape, dtype=getattr(torch, f.dtype)) for f in self.manifest.fields}
+        views = [(memoryview(out[f.name].view(-1).view(torch.uint8).numpy()), f.nbytes) for f in self.manifest.fields]
         shards = np.searchsorted(self._first, rows, "right") - 1
         offsets = (rows - self._first[shards]) * self._stride[shards] + self._offset[shards]
         payload = self.manifest.payload
@@ -233,8 +184,6 @@ class StoreReader:
                     f"truncated shard {self.root / self._shards[shard].file}: has {offset + count} of at least "
                     f"{offset + payload} bytes; {remedy(self._shards[shard])}"
                 )
-            if verify:
-                self._verify(int(rows[i]), self._shards[shard], buffers)
         return out
 
     def _open(self, shard: int) -> _OpenFile:
@@ -242,15 +191,6 @@ class StoreReader:
             self._files.pop(next(iter(self._files)), None)
         self._files[shard] = file = _OpenFile(self.root / self._shards[shard].file)
         return file
-
-    def _verify(self, row: int, shard: Shard, buffers: list[memoryview]) -> None:
-        if not shard.journal:
-            raise StoreError(f"{shard.file} was imported and has no checksums: read it without verify")
-        if self._checksums is None:
-            self._checksums = journal_column(self.root, self.manifest, self._shards, "checksum")
-        if self._checksums[row].as_py() != _checksum(buffers):
-            key = self.arrow_keys[int(np.searchsorted(self._rows, row))]
-            raise StoreError(f"record {key} in {self.root / shard.file} is damaged (checksum); {remedy(shard)}")
 
 
 def name_of(key: str) -> str:
@@ -307,10 +247,12 @@ def verify_store(root: str | Path, progress: Callable[[int], object] = lambda co
         keys = journal_column(root, manifest, [shard], "key").to_pylist()
         checksums = journal_column(root, manifest, [shard], "checksum").to_pylist() if shard.journal else None
         file = _OpenFile(root / shard.file) if (root / shard.file).exists() else None
+        last = 0 if file is None else os.fstat(file.fd).st_size - manifest.payload  # where a whole record may begin
         for i, key in enumerate(keys):
+            start = i * shard.stride + shard.offset
             if file is None:
                 report.bad.append(BadRecord(key, shard, "shard is missing"))
-            elif os.preadv(file.fd, [buffer], i * shard.stride + shard.offset) < manifest.payload:
+            elif not 0 <= start <= last or os.preadv(file.fd, [buffer], start) < manifest.payload:
                 report.bad.append(BadRecord(key, shard, "shard is truncated"))
             elif checksums is None:
                 report.unchecked += 1

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from effsam3.data.images.features import ImageFeatures, stored_features
 from effsam3.data.images.sa1b import SPLITS, load_index
-from effsam3.data.store.reader import INPUTS, Field, StoreReader, quantise_int8, ties_inputs, to_float16
+from effsam3.data.store.format import INPUTS, Field, ties_inputs
+from effsam3.data.store.reader import StoreReader, quantise_int8, to_float16
 from effsam3.data.transforms import normalise, resized_size, valid_mask
 from effsam3.hardware.accelerator import frozen_autocast
 from effsam3.models.image.teacher import check_features, parameter_count

@@ -22,7 +22,8 @@ from effsam3.data.images.photographs import ready_photographs
 from effsam3.data.images.sa1b import SPLITS, load_index
 from effsam3.data.loader import loader
 from effsam3.data.statistics import statistics_sample
-from effsam3.data.store.reader import StoreError, StoreReader
+from effsam3.data.store.format import StoreError
+from effsam3.data.store.reader import StoreReader
 from effsam3.data.synthetic.images import make_synthetic_sa1b
 from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import UserError

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from effsam3.data.captions.batches import CaptionBatches, Distinct, as_map
-from effsam3.data.store.reader import INPUTS, Field, StoreReader, ties_inputs, to_float16
+from effsam3.data.store.format import INPUTS, Field, ties_inputs
+from effsam3.data.store.reader import StoreReader, to_float16
 from effsam3.hardware.accelerator import frozen_autocast
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.text.student import check_tokens

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from effsam3.data.captions.batches import CaptionBatches, Distinct, First, as_map, valid_tokens
 from effsam3.data.captions.sources import Captions, open_captions
 from effsam3.data.statistics import statistics_sample
-from effsam3.data.store.reader import INPUTS, StoreError, StoreReader
+from effsam3.data.store.format import INPUTS, StoreError
+from effsam3.data.store.reader import StoreReader
 from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
 from effsam3.files import stamp
