@@ -6,6 +6,8 @@ Letters: B images, C channels, G grid rows and columns.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from effsam3.benchmarks.models import Pair
@@ -14,14 +16,14 @@ from effsam3.errors import UserError
 from effsam3.losses.features import agreement_sums, relative_error
 
 
-def feature_fidelity(pair: Pair, batches) -> dict[str, float]:
+def feature_fidelity(pair: Pair, batches) -> dict[str, Any]:
     """Return means over all valid positions of all images in `batches` (of `ImageFeatures`).
 
     The means are those of `losses.agreement_sums`, by the teacher's training statistics; `neck` is the relative error
     (0 perfect, 1 as bad as zeros) of what the tracker's neck makes of the features; `images` counts.
     """
-    level = pair.student.config.vision_config.scale_factors.index(1.0)
-    neck = pair.student.vision_encoder.neck.fpn_layers[level]
+    encoder: Any = pair.student.vision_encoder
+    neck = encoder.neck.fpn_layers[encoder.config.scale_factors.index(1.0)]
     sums: dict[str, torch.Tensor] = {}
     neck_error, images, unreadable = 0.0, 0, []
     for batch in batches:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ def prompted_mask_quality(pair: Pair, index, folder, prompts: tuple[str, ...], m
     Raises:
         UserError: none of the images can be read.
     """
-    grid = pair.image_size // pair.teacher.config.vision_config.backbone_config.patch_size
+    vision: Any = pair.teacher.config.vision_config
+    grid = pair.image_size // vision.backbone_config.patch_size
     found: dict[str, list[dict]] = {prompt: [] for prompt in prompts}
     images, unreadable = 0, []
     for row in annotated_rows(index, most):

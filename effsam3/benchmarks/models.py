@@ -5,9 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Sam3TrackerVideoModel
 
 from effsam3.data.statistics import FeatureStatistics
 from effsam3.data.transforms import normalise, valid_mask
@@ -22,25 +24,34 @@ class Pair:
     `statistics` are the teacher's mean and deviation per channel (C each); None: those that the student carries.
     """
 
-    teacher: nn.Module
-    student: nn.Module
+    teacher: Sam3TrackerVideoModel
+    student: Sam3TrackerVideoModel
     device: torch.device
     statistics: tuple[Tensor, Tensor] | None = None
 
     @property
     def mean_C(self) -> Tensor:
         """The teacher's mean per channel."""
-        return trunk_of(self.student).feature_mean if self.statistics is None else self.statistics[0]
+        return self._carried("feature_mean") if self.statistics is None else self.statistics[0]
 
     @property
     def deviation_C(self) -> Tensor:
         """The teacher's deviation per channel."""
-        return trunk_of(self.student).feature_scale if self.statistics is None else self.statistics[1]
+        return self._carried("feature_scale") if self.statistics is None else self.statistics[1]
+
+    def _carried(self, name: str) -> Tensor:
+        return trunk_of(self.student).get_buffer(name)
 
     @property
     def image_size(self) -> int:
         """Side of the square input in pixels."""
         return self.teacher.config.image_size
+
+    @property
+    def seen_size(self) -> int:
+        """Side of the square that the student's trunk makes of the input, in pixels."""
+        config: Any = trunk_of(self.student).config
+        return config.seen_size
 
     @torch.no_grad()
     def features(self, pixels_B3SS: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,4 +76,5 @@ class Pair:
 def load_pair(chassis: Path, merged: Path) -> Pair:
     """Load both on the GPU if there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Pair(load_tracker(chassis).to(device), load_tracker(merged).to(device), device)
+    teacher, student = (nn.Module.to(load_tracker(folder), device) for folder in (chassis, merged))
+    return Pair(teacher, student, device)

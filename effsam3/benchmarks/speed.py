@@ -6,8 +6,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from transformers import Sam3TrackerVideoModel
 
 from effsam3.benchmarks.models import Pair
 from effsam3.models.image.teacher import parameter_count
@@ -35,16 +37,16 @@ def speed(pair: Pair, elements: dict[str, int]) -> dict:
     box = torch.tensor([[side / 4, side / 4, side / 2, side / 2]], device=pair.device)
 
     @torch.no_grad()
-    def trunk(model, count: int) -> None:
+    def trunk(model: Sam3TrackerVideoModel, count: int) -> None:
         trunk_of(model)(pixels[:count])
 
-    def whole(model) -> None:
+    def whole(model: Sam3TrackerVideoModel) -> None:
         prompted_masks(model, model.get_image_embeddings(pixels[:1]), box, None)
 
     times = {
-        "trunk_ms": alternate({name: lambda m=model: trunk(m, 1) for name, model in models.items()}, pair.device),
-        "batch_ms": alternate({name: lambda m=model: trunk(m, batch) for name, model in models.items()}, pair.device),
-        "model_ms": alternate({name: lambda m=model: whole(m) for name, model in models.items()}, pair.device),
+        "trunk_ms": alternate({name: partial(trunk, model, 1) for name, model in models.items()}, pair.device),
+        "batch_ms": alternate({name: partial(trunk, model, batch) for name, model in models.items()}, pair.device),
+        "model_ms": alternate({name: partial(whole, model) for name, model in models.items()}, pair.device),
     }
     result = {
         name: {
@@ -57,7 +59,7 @@ def speed(pair: Pair, elements: dict[str, int]) -> dict:
         }
         for name, model in models.items()
     }
-    seen = {"teacher": side, "student": trunk_of(pair.student).config.seen_size}
+    seen = {"teacher": side, "student": pair.seen_size}
     return with_ratio(result) | {"device": device_name(pair.device), "batch": batch, "image_size": seen}
 
 

@@ -122,7 +122,7 @@ def text_similarity(
 def _distinct(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
     """The texts of different tokens, shortest first, so that batches need little padding."""
     lengths = mask_BL.sum(1).tolist()
-    first = {}
+    first: dict[tuple[int, ...], int] = {}
     for row, (ids, length) in enumerate(zip(ids_BL.tolist(), lengths, strict=True)):
         first.setdefault(tuple(ids[:length]), row)
     rows = sorted(first.values(), key=lengths.__getitem__)
@@ -174,7 +174,9 @@ def text_speed(teacher: TextTeacher, student: nn.Module) -> dict:
     models = {"teacher": teacher, "student": student}
     device = next(teacher.parameters()).device
     batch = SPEED_BATCH[device.type]
-    result = {name: {"parameters": parameter_count(model)} for name, model in models.items()}
+    result: dict[str, dict[str, float]] = {
+        name: {"parameters": parameter_count(model)} for name, model in models.items()
+    }
     for length in (SHORT, teacher.context_length):
         ids_BL = torch.randint(START_ID, (batch, length), device=device)
         ids_BL[:, 0], ids_BL[:, -1] = START_ID, END_ID

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerVideoProcessor
 from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
+from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import Sam3TrackerVideoInferenceSession
 
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.videos.vos import VosVideo
@@ -53,7 +54,7 @@ class TrackerRun:
         self.tracker, self.size, self.overlap = tracker, size, overlap
         self.frames = _FrameWindow(frames)
         self.processor = _processor(tracker.config.image_size)
-        self.sessions = []
+        self.sessions: list[Sam3TrackerVideoInferenceSession] = []
         self.seconds: list[float] = []  # of every frame without prompts
         self.most_tokens = 0  # of memory that one object attended to on one frame
         self.object_frames = 0
@@ -111,7 +112,8 @@ class _FrameWindow:
     """Stands for a session's frames and holds only the current one, so that a long video takes no more memory."""
 
     def __init__(self, count: int):
-        self.count, self.index, self.pixels = count, -1, None
+        self.count, self.index = count, -1
+        self.pixels: Tensor | None = None
 
     def hold(self, index: int, pixels_3SS: Tensor) -> None:
         self.index, self.pixels = index, pixels_3SS
@@ -120,7 +122,7 @@ class _FrameWindow:
         return self.count
 
     def __getitem__(self, index: int) -> Tensor:
-        assert index == self.index, f"frame {index} is asked for on frame {self.index}"
+        assert index == self.index and self.pixels is not None, f"frame {index} is asked for on frame {self.index}"
         return self.pixels
 
 

@@ -118,7 +118,7 @@ def vos(
     failed: dict[str, str] = {}
     count, left_out = 0, 0
     for video in videos:
-        keepers = []
+        keepers: list[PredictionFolder | ContactSheet] = []
         try:
             if not rules.overlap and not all(0 < number <= HIGHEST_ID for number in video.objects):
                 video = video.numbered_from_one()  # SA-V's objects begin at 0, which is background in DAVIS' PNGs

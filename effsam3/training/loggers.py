@@ -39,7 +39,7 @@ def wandb_obstacle() -> str:
             logins = netrc.netrc()
         except (FileNotFoundError, netrc.NetrcParseError):
             return "no login"
-        if not any(logins.authenticators(host) for host in (url.hostname, "api.wandb.ai")):
+        if not any(logins.authenticators(host) for host in (url.hostname or "", "api.wandb.ai")):
             return "no login"
     try:
         socket.create_connection((url.hostname, url.port or 443), timeout=CONNECT_TIMEOUT_S).close()

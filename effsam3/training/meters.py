@@ -108,7 +108,8 @@ class Unreadable:
     """The images that this rank could not read, each counted once and named in unreadable.jsonl."""
 
     def __init__(self, folder: Path):
-        self.path, self.keys = folder / "unreadable.jsonl", set()
+        self.path = folder / "unreadable.jsonl"
+        self.keys: set[str] = set()
 
     def note(self, batch: dict, step: int) -> None:
         """Count and name those of a batch."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -38,7 +39,9 @@ class NotFinite:
 
     def begin(self, step: int) -> None:
         """Begin a step (1 is the first)."""
-        self.step, self.samples, self.losses = step, [], []
+        self.step = step
+        self.samples: list[list[str]] = []
+        self.losses: list[Tensor] = []
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the stage's loss and terms of a micro-batch; of one left out, zeros that have gradients."""
@@ -53,7 +56,8 @@ class NotFinite:
         self.in_a_row += 1
         if self.in_a_row > MOST_IN_A_ROW:
             self.stop(named, f"so were those of {MOST_IN_A_ROW} micro-batches before it: the weights may be to blame")
-        if self.usable is None:
+        usable = self.usable
+        if usable is None:
             self.stop(named, "it is the first micro-batch since the start, and none before it can take its place")
         if self.accelerator.is_main_process:
             with open(self.folder / SKIPPED, "a") as file:
@@ -61,7 +65,7 @@ class NotFinite:
         self.losses[-1] = torch.zeros_like(self.losses[-1])
         del terms  # and its activations: there is no room for those of two
         # DDP and DeepSpeed want a backward pass for every forward: a batch that is known to be harmless, times zero.
-        terms = {name: 0 * value for name, value in self.stage.loss(student, self.usable).items()}
+        terms = {name: 0 * value for name, value in self.stage.loss(student, usable).items()}
         _restore(student, buffers)
         return terms
 
@@ -95,7 +99,7 @@ class NotFinite:
             mine = [self._named(loss, samples) for loss, samples in zip(self.losses, self.samples, strict=True)]
             self.stop(gather_object(mine), "the weights on disk are those of the last checkpoint")
 
-    def stop(self, named: list[dict], note: str) -> None:
+    def stop(self, named: list[dict], note: str) -> NoReturn:
         """Write down the micro-batches and end the run."""
         if self.accelerator.is_main_process:
             text = json.dumps({"step": self.step, "micro_batches": named}, indent=1)

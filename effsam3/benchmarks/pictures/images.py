@@ -61,8 +61,8 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) ->
         height, width = image.shape[:2]
         pixels = normalise(resize_image(image, pair.image_size, "square")[0])[None]
         teacher, student = (feat[0] for feat in pair.features(pixels))
-        standard = [(feat.cpu() - mean_C[:, None, None]) / scale_C[:, None, None] for feat in (teacher, student)]
-        agreement = F.cosine_similarity(*standard, dim=0)
+        own, learned = ((feat.cpu() - mean_C[:, None, None]) / scale_C[:, None, None] for feat in (teacher, student))
+        agreement = F.cosine_similarity(own, learned, dim=0)
         colours = shared_pca(teacher, student, mean_C, scale_C)
         panels = [("image", image), ("teacher features", colours[0]), ("student features", colours[1])]
         panels.append((f"agreement, mean {agreement.mean():.2f}", agreement.numpy()))

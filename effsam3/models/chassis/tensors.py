@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import xxhash
@@ -164,9 +164,10 @@ def load_whole(model_class: type[Model], folder: Path) -> Model:
     """
     refuse_damaged(folder)
     with quiet_transformers():
-        model, info = model_class.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    model, info = loaded  # transformers declares the model only
     refuse_partial(info, f"{folder} is not a whole {model_class.__name__}")
     return model.eval().requires_grad_(False)
 

@@ -74,7 +74,8 @@ class ConceptModel:
             ChassisError: the folder lacks tensors or holds others, or some that are not finite.
         """
         folder = Path(folder)
-        self.model = load_whole(model_class(read_config(folder).model_type), folder).to(device)
+        whole = load_whole(model_class(read_config(folder).model_type), folder)
+        self.model = torch.nn.Module.to(whole, device)
         self.processor = processor(self.model.config)
         self.processor.tokenizer = PromptTokenizer()
         encode_geometry_always(self.model.detector_model)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from effsam3.errors import UserError
 
@@ -34,7 +35,12 @@ class Asked:
 
     def as_json(self) -> dict:
         """What predictions.json says was asked for."""
-        found = {"texts": self.texts, "boxes": self.boxes, "points": self.points, "threshold": self.threshold}
+        found: dict[str, Any] = {
+            "texts": self.texts,
+            "boxes": self.boxes,
+            "points": self.points,
+            "threshold": self.threshold,
+        }
         found["mask"] = None if self.mask is None else str(self.mask)
         return {name: value for name, value in found.items() if value not in (None, ())}
 

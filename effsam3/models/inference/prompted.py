@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ class Prompts:
         """How many objects are shown."""
         if self.points_N2 is not None:
             return 1
-        return len(self.boxes_O4 if self.masks_OHW is None else self.masks_OHW)
+        shown = self.boxes_O4 if self.masks_OHW is None else self.masks_OHW
+        return 0 if shown is None else len(shown)
 
 
 def load_tracker(folder: Path) -> Sam3TrackerVideoModel:
@@ -64,7 +66,8 @@ def trunk_of(tracker: Sam3TrackerVideoModel) -> torch.nn.Module:
     """The vision trunk, teacher's or student's: pixels (B, 3, S, S) to an output with `last_hidden_state`
     (B, N, D).
     """
-    return tracker.vision_encoder.backbone
+    encoder: Any = tracker.vision_encoder
+    return encoder.backbone
 
 
 @torch.no_grad()
@@ -104,7 +107,7 @@ def shown_masks(
     boxes_O4, points_1N2, labels_1N = prompts.boxes_O4, None, None
     if boxes_O4 is not None:
         boxes_O4 = (boxes_O4 * scale_xy.repeat(2)).to(tracker.device)
-    if prompts.points_N2 is not None:
+    if prompts.points_N2 is not None and prompts.labels_N is not None:
         points_1N2 = (prompts.points_N2 * scale_xy)[None].to(tracker.device)
         labels_1N = prompts.labels_N[None].to(tracker.device)
     embeddings = tracker.get_image_embeddings(pixels_3SS[None].to(tracker.device))
@@ -131,12 +134,12 @@ def tracked_masks(
     session = processor.init_video_session(inference_device=tracker.device, dtype=torch.float32)
     session.processed_frames, (session.video_height, session.video_width) = frames, size
     if prompts.masks_OHW is not None:
-        shown = {"input_masks": list(prompts.masks_OHW)}
+        shown: dict[str, Any] = {"input_masks": list(prompts.masks_OHW)}
     else:
         shown = {}
         if prompts.boxes_O4 is not None:
             shown["input_boxes"] = prompts.boxes_O4[None].tolist()
-        if prompts.points_N2 is not None:
+        if prompts.points_N2 is not None and prompts.labels_N is not None:
             shown |= {
                 "input_points": prompts.points_N2[None, None].tolist(),
                 "input_labels": prompts.labels_N[None, None].tolist(),
@@ -171,7 +174,7 @@ def _decode(
         image_positional_embeddings=tracker.get_image_wide_positional_embeddings(),
         sparse_prompt_embeddings=sparse,
         dense_prompt_embeddings=dense,
-        multimask_output=boxes_O4 is None and points_ON2.shape[1] == 1,
+        multimask_output=boxes_O4 is None and points_ON2 is not None and points_ON2.shape[1] == 1,
         high_resolution_features=embeddings[:-1],
     )
     refuse_nan(logits_1OMLL, iou_1OM)

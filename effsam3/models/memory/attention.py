@@ -62,7 +62,7 @@ def rotate(tokens_OHND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class MemoryCrossAttention(Sam3TrackerVideoRoPEAttention):
     """Cross-attention to `MemoryTokens`: every token has its own rotary position and its own bias."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # the caller is ours as well
         self,
         query_ONC: Tensor,
         query_rope: tuple[Tensor, Tensor],
@@ -90,7 +90,7 @@ class EfficientMemoryAttentionLayer(Sam3TrackerVideoMemoryAttentionLayer):
         super().__init__(config)
         self.cross_attn_image = MemoryCrossAttention(config, kv_in_dim=config.memory_encoder_output_channels)
 
-    def forward(
+    def forward(  # type: ignore[override]  # the caller is ours as well
         self,
         query_ONC: Tensor,
         query_rope: tuple[Tensor, Tensor],
@@ -118,7 +118,9 @@ class EfficientMemoryAttention(Sam3TrackerVideoMemoryAttention):
             num_position_features=config.memory_attention_hidden_size // 2, normalize=True
         )
 
-    def forward(self, top_OCGG: Tensor, memory: MemoryTokens) -> Tensor:
+    def forward(  # type: ignore[override]  # the caller is ours as well
+        self, top_OCGG: Tensor, memory: MemoryTokens
+    ) -> Tensor:
         """Condition features (O, C, G, G) on memory; returns (O, C, G, G)."""
         encoding_1CGG = self.query_encoding((1, *top_OCGG.shape[1:]), top_OCGG.device, torch.float32)
         query_OCGG = top_OCGG + (QUERY_ENCODING_SCALE * encoding_1CGG).to(top_OCGG.dtype)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import Sam3TrackerVideoConfig
 
 from effsam3.errors import UserError, did_you_mean
@@ -36,7 +38,8 @@ class EfficientTrackerConfig(Sam3TrackerVideoConfig):
     @property
     def grid(self) -> int:
         """Side of the tracker's feature grid, in cells."""
-        return self.memory_attention_rope_feat_sizes[0]
+        sizes: Any = self.memory_attention_rope_feat_sizes
+        return sizes[0]
 
     @property
     def pool(self) -> int:

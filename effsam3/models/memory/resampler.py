@@ -134,14 +134,11 @@ class PerceiverResampler(nn.Module):
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        for layer in self.layers:
-            for last in (
-                layer.cross_attn.o_proj,
-                layer.self_attn.o_proj,
-                layer.cross_feed_forward.linear2,
-                layer.self_feed_forward.linear2,
-            ):
-                nn.init.zeros_(last.weight)
+        for module in self.layers.modules():
+            if isinstance(module, ResamplerAttention):
+                nn.init.zeros_(module.o_proj.weight)
+            elif isinstance(module, ResamplerFeedForward):
+                nn.init.zeros_(module.linear2.weight)
 
     def place(self, constant_CGG: Tensor) -> Tensor:
         """Bring a constant of the grid to the latents, (L, C): zero for global ones, the mean over each window."""

@@ -21,13 +21,14 @@ LAYERS = {"memory_attention_num_layers": "attention_layers", "memory_fuser_num_l
 
 def memory_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the tracker, which holds the memory's."""
+    assert isinstance(config.tracker_config, PreTrainedConfig)  # transformers builds it whatever it was given
     return config.tracker_config
 
 
 def with_memory(config: PreTrainedConfig, student: PreTrainedConfig) -> PreTrainedConfig:
     """The config with another memory; the tracker keeps the vision that it has."""
     config, student = deepcopy(config), deepcopy(student)
-    student.vision_config = deepcopy(config.tracker_config.vision_config)
+    student.vision_config = deepcopy(memory_config(config).vision_config)
     config.tracker_config = student
     return config
 

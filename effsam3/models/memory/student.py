@@ -25,6 +25,9 @@ class TrackerStudent(nn.Module):
     parts stay in eval mode whatever mode the student is in.
     """
 
+    tracker: EfficientTracker
+    teacher: EfficientTracker
+
     def __init__(
         self,
         tracker: EfficientTracker,
@@ -108,8 +111,9 @@ class TrackerStudent(nn.Module):
                 results.append({"j": overlap(tracked, masks_NTSS)})
         if not self.training:
             return {"j": torch.cat([result["j"] for result in results])}
-        terms = {name: sum(result[name] for result in results) for name in results[0]}
-        total = sum(self.weights[name] * value for name, value in terms.items())
+        zero = weight_O.new_zeros(())
+        terms = {name: sum((result[name] for result in results), zero) for name in results[0]}
+        total = sum((self.weights[name] * value for name, value in terms.items()), zero)
         return {"loss": total + 0 * touched, **terms}
 
     def losses(self, tracked: list[Tracked], masks_NTSS: Tensor, weight_N: Tensor) -> dict[str, Tensor]:
@@ -122,7 +126,7 @@ class TrackerStudent(nn.Module):
                 scores = (logits, part.iou_NM, part.presence_N, target, self.weights, self.squared_iou)
                 for name, value_N in mask_losses(*scores).items():
                     terms[name] = terms[name] + (value_N * weight_N[part.objects_N]).sum()
-            if frame.teacher_OCGG is not None:
+            if frame.teacher_OCGG is not None and frame.conditioned_OCGG is not None:
                 value_O = memory_loss(frame.conditioned_OCGG, frame.teacher_OCGG)
                 terms["memory"] = terms["memory"] + (value_O * weight_N).sum()
         return terms

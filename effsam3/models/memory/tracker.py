@@ -177,7 +177,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
 
     # ---- what transformers' sessions call
 
-    def _encode_new_memory(
+    def _encode_new_memory(  # type: ignore[override]  # a session keeps whatever this returns
         self,
         current_vision_feats: Tensor,
         pred_masks_high_res: Tensor,
@@ -207,8 +207,8 @@ class EfficientTracker(Sam3TrackerVideoModel):
         frame_idx: int,
         obj_idx: int,
         is_initial_conditioning_frame: bool,
-        current_vision_features: Tensor,
-        current_vision_positional_embeddings: Tensor,
+        current_vision_features: Tensor,  # type: ignore[override]  # transformers passes a tensor, too
+        current_vision_positional_embeddings: Tensor,  # type: ignore[override]
         num_total_frames: int,
         track_in_reverse_time: bool = False,
         streaming: bool = False,
@@ -223,7 +223,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
             for offset, output in bank
             if output is not None and "maskmem_features" in output
         ]
-        distances, pointers, _ = self._get_object_pointers(
+        distances, found, _ = self._get_object_pointers(
             inference_session,
             obj_idx,
             frame_idx,
@@ -232,7 +232,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
             track_in_reverse_time,
             streaming,
         )
-        pointers = [(distance, pointer.flatten(0, -2)) for distance, pointer in zip(distances, pointers, strict=True)]
+        pointers = [(distance, pointer.flatten(0, -2)) for distance, pointer in zip(distances, found, strict=True)]
         return self.recall(top_OCGG, frames, pointers, None if streaming else num_total_frames)
 
     @torch.inference_mode()
@@ -249,7 +249,7 @@ def in_mode(tracker: EfficientTracker, mode: str) -> EfficientTracker:
     config.memory_mode = mode
     other = EfficientTracker(config)
     other.load_state_dict(tracker.state_dict(), assign=True)
-    return other.to(tracker.device).eval().requires_grad_(False)
+    return torch.nn.Module.to(other, tracker.device).eval().requires_grad_(False)
 
 
 # ---- first weights
