@@ -264,7 +264,7 @@ def journal_column(root: Path, manifest: Manifest, shards: Iterable[Shard], colu
     parts = []
     for shard in shards:
         path = root / shard.keys
-        if not path.exists():
+        if not path.is_file():
             raise StoreError(f"{path} is missing; {remedy(shard)}")
         names = ["key", "checksum"] if shard.journal else ["key"]
         lines = journal_lines(path, manifest) if shard.journal else whole_lines(path)
@@ -292,7 +292,7 @@ def check_sizes(root: Path, manifest: Manifest, shards: Iterable[Shard]) -> None
                 f"wrong manifest: {path} has a record every {shard.stride} bytes, but the fields "
                 f"{', '.join(map(str, manifest.fields))} make records of {manifest.payload}; restore its manifest"
             )
-        if not path.exists():
+        if not path.is_file():
             raise StoreError(f"shard {path} is missing; {remedy(shard)}")
         size, needed = path.stat().st_size, (shard.records - 1) * shard.stride + shard.offset + manifest.payload
         if size < needed:

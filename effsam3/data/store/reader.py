@@ -246,7 +246,7 @@ def verify_store(root: str | Path, progress: Callable[[int], object] = lambda co
     for shard in list_shards(root, manifest):
         keys = journal_column(root, manifest, [shard], "key").to_pylist()
         checksums = journal_column(root, manifest, [shard], "checksum").to_pylist() if shard.journal else None
-        file = _OpenFile(root / shard.file) if (root / shard.file).exists() else None
+        file = _OpenFile(root / shard.file) if (root / shard.file).is_file() else None
         last = 0 if file is None else os.fstat(file.fd).st_size - manifest.payload  # where a whole record may begin
         for i, key in enumerate(keys):
             start = i * shard.stride + shard.offset
