@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `compare`: the published parameter tables beside the counts of what really ships. No torch.
+"""The verb `compare`: the published parameter tables next to the counts of what really ships. No torch.
 
 effsam3 compare                  tables
 effsam3 compare timm/resnet10t   with a backbone of timm in them, which takes torch to count
@@ -34,7 +34,7 @@ def saved_percent(millions: float, of_millions: float) -> float:
 def numbers(others: Sequence[str] = ()) -> dict[str, Any]:
     """Return everything the tables print, in parameters unless a name says millions or percent.
 
-    `others` are names of image students besides the published ones.
+    `others` are names of image students, in addition to the published ones.
 
     Raises:
         UserError: no student has such a name.

@@ -186,7 +186,7 @@ def _write(
 
 
 def refuse_many_skipped(expected: list[str], root: Path, most: int) -> None:
-    """Leave the store unfinished when too much is missing: more likely a lost disk than so many bad images.
+    """Leave the store unfinished when too much is missing: more likely a lost disk than that many bad images.
 
     Raises:
         StoreError: more than `data.max_unreadable` samples are not in the store.
@@ -241,7 +241,7 @@ def _check(
             raise UserError(f"{key} is stored but can no longer be read: {batch['unreadable'][0][1]}")
         made = teacher_pass.features(batch).cpu()
         stored, valid = teacher_pass.stored(reader, dataset, [int(batch["positions"][0])])
-        # A text alone is padded to its own length, a record to the longest; padding counts on neither side.
+        # A single text is padded to its own length, a record to the longest; padding counts on neither side.
         made, stored = (feat[..., : made.shape[-1]] * valid[..., : made.shape[-1]] for feat in (made, stored))
         cosine = float(F.cosine_similarity(made.flatten(1), stored.flatten(1)))
         worst = min(worst, cosine)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `evaluate`: measure a merged model beside its teacher, and draw what both see.
+"""The verb `evaluate`: measure a merged model next to its teacher, and draw what both see.
 
 python scripts/evaluate.py recipes/stage1/image/es_rv_m.yaml
 """

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every write of the package, whole or not at all; room on the disk; folders that say how they were made.
 
-A file or folder is written under a hidden name beside its own, brought to the disk (fsync) and renamed: whoever looks,
-also after a kill or a power cut, finds the old content or the new. Only logs and journals, which grow, are written in
-place.
+A file or folder is written under a hidden name next to its own, brought to the disk (fsync) and renamed. So even after
+a kill or a power cut it has the old content or the new. Only logs and journals, which grow, are written in place.
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ def _sync(path: Path) -> None:
 
 
 def stamp(file: Path, settings: dict[str, Any], what: str, key: str, real: Path | None = None) -> None:
-    """Note in `file` with which settings the files beside it are made, before the first of them is.
+    """Note in `file` with which settings the files next to it are made, before the first of them is.
 
     Called again, it lets the same settings pass, so that what a kill has interrupted can be finished.
 
@@ -110,7 +109,7 @@ def stamp(file: Path, settings: dict[str, Any], what: str, key: str, real: Path 
         UserError: they were made with other settings, or `real` was not made here.
     """
     if file.is_file():
-        found = read_json(file, dict, "delete it with what lies beside it")
+        found = read_json(file, dict, "delete it and what is next to it")
         if found != settings:
             raise UserError(
                 f"{key}: {file.parent} holds {what} made with {found}, asked for is {settings}; name another folder, "

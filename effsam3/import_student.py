@@ -44,7 +44,7 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     `sam3` gives what the file lacks, as a recipe's `sam3.checkpoint` names it.
 
     Raises:
-        UserError: the file cannot be used, or something stands in the way; the message says what and what to do.
+        UserError: the file cannot be used, or something is in the way; the message names it and what to do.
     """
     source = Path(path)
     folder = Path(to) if to is not None else Path("runs") / source.stem / "merged"
@@ -56,7 +56,7 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     found = find(pickled.tensors, source)
     print(f"{source}{', averaged weights' if pickled.is_average else ''}\n{contents(found)}")
     if dry_run and sam3 is None and not found.rest:
-        print("\nThe file holds students alone: --sam3 names the SAM 3 that gives the rest.")
+        print("\nThe file only holds students: --sam3 names the SAM 3 that gives the rest.")
         return None
     chassis = None if sam3 is None else chassis_folder(sam3)
     config = SAM3.config() if chassis is None else read_config(chassis)
@@ -108,7 +108,7 @@ def contents(found: UpstreamFile) -> str:
         ("image student", found.image),
         ("text student", found.text),
         ("the rest of SAM 3", found.rest),
-        ("left out: SAM 3's own ViT beside the student", found.left_over),
+        ("left out: SAM 3's own ViT, next to the student", found.left_over),
     ):
         if tensors:
             types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
@@ -143,7 +143,7 @@ def students(found: UpstreamFile, config: PreTrainedConfig, about: dict) -> list
 
 
 def stretched(table_11LD: Tensor, length: int) -> Tensor:
-    """Stretch or squeeze a table of positions to so many rows.
+    """Resize a table of positions to `length` rows.
 
     As EfficientSAM3's text encoder does with a text that is not as long as its table (bilinear, which along one axis
     is linear), so a student that learned on such texts keeps its positions.
@@ -186,7 +186,7 @@ def completed(
 
 
 def on_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return float32 tensors, one that stands under two names in transformers' format copied for the second."""
+    """Return float32 tensors, a tensor with two names in transformers' format copied for the second."""
     seen: set[int] = set()
     own = {}
     for name, tensor in tensors.items():
@@ -208,7 +208,7 @@ def refuse_incomplete(config: PreTrainedConfig, rest: dict[str, dict], parts: li
         return
     if missing == needed:
         raise ImportedError(
-            f"{source} holds students alone; name the SAM 3 that they belong to, such as --sam3 {SAM3.hub_id}"
+            f"{source} only holds students; name the SAM 3 that they belong to, such as --sam3 {SAM3.hub_id}"
         )
     places = Counter(".".join(name.split(".")[:2]) for name in missing)
     raise ImportedError(

@@ -57,7 +57,7 @@ PARTS = {
     "memory resampler": ("tracker_model.memory_resampler.",),
     "object pointers, embeddings": ("tracker_model.",),
 }
-LEFT_OVER = {"SAM 3's own ViT, beside the student": (SAM3_TRUNK,)}  # which some of EfficientSAM3's files keep
+LEFT_OVER = {"SAM 3's own ViT, next to the student": (SAM3_TRUNK,)}  # which some of EfficientSAM3's files keep
 FINGERPRINTS = {
     "trunk": "as sam3.fingerprint of a recipe of stage image",
     "text": "as sam3.fingerprint of a recipe of stage text",
@@ -65,7 +65,7 @@ FINGERPRINTS = {
     "file": "of all tensors by the file's names",
     "student": "of all tensors",
 }
-# What a module keeps beside its parameters, by the end of the name: statistics and fixed encodings.
+# What a module keeps next to its parameters, by the end of the name: statistics and fixed encodings.
 BUFFERS = re.compile(
     r"(running_mean|running_var|num_batches_tracked|feature_mean|feature_scale"
     r"|shared(_image)?_embedding\.positional_embedding)$"
@@ -78,7 +78,7 @@ class InspectError(UserError):
 
 
 def inspect(path: str, as_json: bool = False) -> str:
-    """Return what stands at `path`, for people or as JSON.
+    """Describe what is at `path`, for people or as JSON.
 
     Args:
         path: whatever `sam3.checkpoint` accepts, a run folder, a folder of its checkpoints, or an EfficientSAM3 file.
@@ -108,7 +108,7 @@ def examine(path: str) -> dict[str, Any]:
     return model_folder(chassis_folder(path)) | {"path": path}
 
 
-# ---- what may stand there
+# ---- what may be there
 
 
 def model_folder(folder: Path) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def _unsupported(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:
-    """Facts of EfficientSAM3's format: a whole model, or students alone."""
+    """Facts of EfficientSAM3's format: a whole model, or only students."""
     slots = {}
     if file.image:
         timm_name, _ = image_from_upstream(file.image)
@@ -219,7 +219,7 @@ def run_folder(folder: Path) -> dict[str, Any]:
 
 def _recipe(path: Path) -> dict[str, Any]:
     """What a run's resolved recipe says of the student, read as plain YAML: an older version's is good enough."""
-    recipe = read_yaml(path, {"name?": str, "stage?": str}, "inspect what lies beside it: checkpoints, merged")
+    recipe = read_yaml(path, {"name?": str, "stage?": str}, "inspect what is next to it: checkpoints, merged")
     return {key: recipe[key] for key in ("name", "stage", "student", "head", "parts") if key in recipe}
 
 
@@ -302,7 +302,7 @@ def _about_checkpoint(facts: dict[str, Any]) -> dict[str, str]:
     if (best := facts["best"]) is not None:
         measured = ", ".join(f"{name} {value:.4f}" for name, value in best.items() if name != "step")
         about["best so far"] = f"step {best['step']:,}: {measured}"
-    return about | {"resumable": "yes" if facts["resumable"] else "no, the weights alone"}
+    return about | {"resumable": "yes" if facts["resumable"] else "no, only weights"}
 
 
 def _about_model(facts: dict[str, Any]) -> dict[str, str]:
@@ -320,7 +320,7 @@ def _about_model(facts: dict[str, Any]) -> dict[str, str]:
         found = facts["found"]
         about["found"] = f"under {found['entry']}" if found["entry"] else "on top"
         about["found"] += ", averaged weights" if found["averaged"] else ""
-        about["found"] += f"; beside it {', '.join(found['beside'])}" if found["beside"] else ""
+        about["found"] += f"; next to it {', '.join(found['beside'])}" if found["beside"] else ""
     if facts.get("kept_beside"):
         about["extras"] = (
             f"{len(facts['kept_beside'])} tensors of SAM 3's own format that transformers has no place for"

@@ -112,7 +112,7 @@ def launch(
 ) -> int:
     """Run `[VERB] [key=value ...]` of a recipe, all verbs in order without one; returns the first exit code not 0.
 
-    `log_dir` is a folder for what each rank prints, besides the console; `resume` is what `train` is told.
+    `log_dir` is a folder for what each rank prints, in addition to the console; `resume` is what `train` is told.
 
     Raises:
         UserError: the recipe, the verb, the hardware or the machines are wrong; nothing has been started then.
@@ -174,7 +174,7 @@ def refuse_indivisible_batch(recipe: StageRecipe, machines: Machines) -> None:
     """Refuse now what every rank would refuse after it has started.
 
     Raises:
-        UserError: the global batch cannot be divided over so many processes.
+        UserError: the global batch cannot be divided over that number of processes.
     """
     try:
         accumulation(recipe, machines.nodes * machines.processes_per_node)
@@ -193,7 +193,7 @@ def command_of(
     """
     file = config_file(hardware)
     nodes, processes = machines.nodes, machines.nodes * machines.processes_per_node
-    # One process needs no launcher, which would stand between it and the signals of a batch system.
+    # One process needs no launcher, which would come between it and the signals of a batch system.
     if not DISTRIBUTED[verb] or processes == 1:
         return [sys.executable, "-m", "effsam3", verb, *arguments]
     options = ["--config_file", _short(file)]

@@ -136,7 +136,7 @@ def refuse_misfit(asked: Asked, is_video: bool, size: tuple[int, int]) -> None:
         raise PredictError(f"--text: {error}") from error
     if is_video and asked.texts and asked.boxes:
         raise PredictError(
-            "example boxes are for images; give a video --text alone, or --box alone to track what it shows"
+            "example boxes are for images; give a video only --text, or only --box to track what it shows"
         )
     if not is_video and asked.mask is not None:
         raise PredictError("--mask shows objects on the first frame of a video; an image takes --text, --box, --point")

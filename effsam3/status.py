@@ -81,7 +81,7 @@ def _text(found: list[dict[str, Any]], left_out: list[str], as_json: bool) -> st
 
 
 def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
-    """Return what a run folder says; None stands for what is not known.
+    """Return what a run folder says; None means unknown.
 
     `now` is the time in seconds since 1970, by default the present.
     """
@@ -204,11 +204,11 @@ def _next(facts: dict[str, Any], folder: Path) -> str:
         if not (folder / "eval" / "summary.md").is_file():
             return f"effsam3 evaluate {folder}"
         return f"read {folder}/eval/summary.md; effsam3 push {folder} --dry-run"
-    mend = {"failed": "mend what the error names, then ", "unknown": "if it does not run any more, "}.get(state, "")
+    first = {"failed": "fix what the error names, then ", "unknown": "if it does not run any more, "}.get(state, "")
     start = f"resumes from {saved[-1]}" if saved else "starts anew, nothing is saved yet"
     if not (folder / "recipe.yaml").is_file():
-        return f"{mend}the same command {start}"
-    return f"{mend}the same command, or `effsam3 launch {folder} train`, {start}"
+        return f"{first}the same command {start}"
+    return f"{first}the same command, or `effsam3 launch {folder} train`, {start}"
 
 
 # ---- for people

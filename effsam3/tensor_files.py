@@ -16,7 +16,7 @@ from torch import Tensor
 from effsam3.errors import UserError
 
 WEIGHT_TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-# Whole numbers and marks that a module keeps beside its weights, by the end of the name.
+# Whole numbers and marks that a module keeps next to its weights, by the end of the name.
 INDEX_TYPES = (torch.int64, torch.int32, torch.bool)
 INDICES = ("num_batches_tracked", "position_ids", "attention_bias_idxs", "relative_position_index")
 VARIANCE = "running_var"

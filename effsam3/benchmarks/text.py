@@ -47,7 +47,7 @@ class MergedText(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Return features (B, L, C); what stands at padding means nothing."""
+        """Return features (B, L, C); features at padding are meaningless."""
         length, missing = ids_BL.shape[1], self.context_length - ids_BL.shape[1]
         assert missing >= 0, f"{length} tokens, transformers' processors pad to {self.context_length}"
         ids_BL, mask_BL = F.pad(ids_BL, (0, missing), value=PAD_ID), F.pad(mask_BL, (0, missing))
@@ -97,7 +97,7 @@ def text_similarity(
 
     lengths_T = mask_TL.sum(1)
     target_TC, pred_TC = (_pool(feat_NC, lengths_T) for feat_NC in (target_NC, pred_NC))
-    # Centred first: raw text features share one large direction, beside which every text looks like every other.
+    # Centred first: raw text features share one large direction, which makes all texts look alike.
     target, pred = (
         F.normalize(standardise(feat_TC.T[None, :, None], mean_C, deviation_C)[0, :, 0].T)
         for feat_TC in (target_TC, pred_TC)
@@ -215,7 +215,7 @@ def plot_similarity(results: dict[str, dict], path: Path) -> None:
         )  # fmt: skip
         left = [length - 0.4 + width * number for length in lengths]
         counts.bar(left, [group["texts"] for _, group in groups], width, align="edge", color=colour, alpha=0.2)
-    # The lines in front of the bars, which stand on the second axis.
+    # The lines in front of the bars, which are on the second axis.
     cosine.set_zorder(counts.get_zorder() + 1)
     cosine.patch.set_visible(False)
     cosine.set_xlabel("tokens of a text, start and end included")

@@ -65,7 +65,7 @@ def _run_now(function: Callable, *arguments) -> Future:
 
 
 def start_worker() -> None:
-    """Initialise a worker of a pool: it ends by its parent alone, or with it."""
+    """Initialise a worker of a pool: it ends when its parent ends it, or with its parent."""
     leave_stopping_to_the_parent()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

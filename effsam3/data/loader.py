@@ -60,7 +60,7 @@ atexit.register(_end_workers)  # after torch has imported multiprocessing, so th
 def worker_failures_explained() -> Iterator[None]:
     """Turn what torch says of a data worker into an error that says what to do.
 
-    It stands around the whole loop: torch tells of a worker's death by a signal, in the middle of any other work.
+    It wraps the whole loop: torch tells of a worker's death by a signal, in the middle of any other work.
 
     Raises:
         UserError: a data worker has died or has given no sign for too long.

@@ -76,7 +76,7 @@ def make_accelerator(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported on saving, warns that there is none
     handlers = []
     if "LOCAL_RANK" in os.environ:
-        # Without a backend, accelerate under DeepSpeed on a CPU lets every rank believe that it is alone.
+        # Without a backend, accelerate under DeepSpeed on a CPU lets every rank believe that it is the only one.
         backend = {} if on_gpu else {"backend": "gloo"}
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s), **backend))
     if deepspeed and not on_gpu:
@@ -104,7 +104,7 @@ def make_accelerator(
 
 
 def set_batch(accelerator: Accelerator, micro_batch: int, accumulation: int) -> None:
-    """Let every rank accumulate so many micro-batches of so many samples; before `prepare`, which reads it."""
+    """Set how many micro-batches each rank accumulates, and their size; before `prepare`, which reads it."""
     accelerator.gradient_accumulation_steps = accumulation
     if (plugin := accelerator.state.deepspeed_plugin) is not None:
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch
@@ -130,7 +130,7 @@ def _configure_deepspeed(accelerator: Accelerator, precision: str, clip_grad_nor
 def frozen_autocast(device: torch.device, precision: str) -> torch.autocast:
     """The autocast context of a frozen teacher, the same on all hardware.
 
-    accelerate's own does nothing under DeepSpeed, whose engine autocasts the student alone.
+    accelerate's own does nothing under DeepSpeed, whose engine only autocasts the student.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 

@@ -51,7 +51,7 @@ def mask_losses(
     """The four terms for each object, (N,) each and not weighted: `focal`, `dice`, `iou`, `presence`.
 
     The masks' terms count for the candidate whose weighted sum of both is lowest; every candidate's predicted IoU is
-    held to its true one. An object that is not in the frame has the presence term alone. The logits are those of the
+    held to its true one. An object that is not in the frame only has the presence term. The logits are those of the
     decoder, not gated by presence: a visible object that is scored absent keeps a finite loss and its gradient.
 
     Args:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 FUSED_WIDTH = 256  # channels inside the fused head
-FUSED_MAPS = 3  # it reads so many of the coarsest maps, or as many as there are: strides 8, 16 and 32
+FUSED_MAPS = 3  # it reads at most this many of the coarsest maps: strides 8, 16 and 32
 
 
 # ---- SAM 3
@@ -195,7 +195,7 @@ class TextStudent:
     label: str
     tower: str
     published_millions: float | None  # as the EfficientSAM3 documents print it; None: not one of theirs
-    encoder_params: int  # the tower alone, with its 77-token position table
+    encoder_params: int  # only the tower, with its 77-token position table
     total_params: int  # with the projector to SAM 3's 256 channels
     hidden_size: int  # its MLPs are four times as wide
     num_hidden_layers: int
@@ -384,7 +384,7 @@ def text_student_row(name: str) -> TextStudent:
 
 
 def head_params(head: str, channels: tuple[int, ...], width: int) -> int:
-    """Count the parameters of a head on maps with `channels` (finest first) that puts out `width` channels."""
+    """Count the parameters of a head on maps with `channels` (finest first) that outputs `width` channels."""
     W, D = FUSED_WIDTH, width
     if head == "stride32":
         return channels[-1] * D + 2 * D + 9 * D * D + D  # 1x1, BatchNorm, 3x3

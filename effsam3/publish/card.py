@@ -25,7 +25,7 @@ from effsam3.training.report import source, table
 
 # The same model in other formats: file -> whose names its tensors have
 OTHER_FORMATS = {"sam3.pt": "the original SAM 3's", "efficientsam3.pt": "EfficientSAM3's"}
-PICTURES = 4  # how many are shown on the card; the others lie beside them
+PICTURES = 4  # how many are shown on the card; the others are next to them
 
 
 def model_card(release: Release, repo: str, revision: str = "main") -> str:
@@ -155,7 +155,7 @@ processor = Sam3TrackerVideoProcessor.from_pretrained($source)
 # A video of one frame; give more to track what is prompted, by tracker.propagate_in_video_iterator(session).
 image = Image.open("photo.jpg").convert("RGB")
 session = processor.init_video_session(video=[image])
-# One prompt per object, in pixels: a box (x1, y1, x2, y2), or points (x, y) with label 1 on the object, 0 beside it.
+# One prompt per object, in pixels: a box (x1, y1, x2, y2), or points (x, y) with label 1 on the object, 0 next to it.
 prompts = {
     1: {"input_boxes": [[[10, 20, 90, 80]]]},
     2: {"input_points": [[[[60, 40], [5, 5]]]], "input_labels": [[[1, 0]]]},
@@ -296,7 +296,7 @@ def _limitations(release: Release) -> str:
 
 
 def licence(release: Release) -> str:
-    """Under which terms the weights stand: SAM 3's, and those of the weights that students began with."""
+    """List the licence terms of the weights: SAM 3's, and those of the weights that students started from."""
     if not release.has_sam3:
         text = f"No weights of SAM 3 are in this model: the chassis `{release.chassis}` was drawn at random."
     else:

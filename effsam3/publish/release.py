@@ -87,7 +87,7 @@ class Release:
 
 
 def read_release(folder: Path, license_file: str | None = None) -> Release:
-    """Read a run folder; `license_file` holds the SAM License, None to look for it beside the chassis.
+    """Read a run folder; `license_file` holds the SAM License, None to look for it next to the chassis.
 
     Raises:
         ReleaseError: there is no merged model, or the licence file is missing or another licence's.
@@ -138,7 +138,7 @@ def _recipe_files(folder: Path) -> dict[str, Path]:
 
 
 def sam_license(chassis: str, revision: str | None, license_file: str | None, model: Path) -> Path | None:
-    """Return a file with the licence of a SAM 3: the given one, else the model's or one beside the chassis, or None.
+    """Return a file with the licence of a SAM 3: the given one, else the model's or one next to the chassis, or None.
 
     Raises:
         ReleaseError: the given file is not there, or does not call itself that licence.
@@ -162,7 +162,7 @@ def _is_license(path: Path, title: str) -> bool:
 
 
 def _license_files(chassis: str, revision: str | None) -> list[Path]:
-    """Where a chassis may have its licence: beside a local folder's or file's weights, or in the Hub's cache."""
+    """Where a chassis may have its licence: next to a local folder's or file's weights, or in the Hub's cache."""
     local = Path(chassis)
     if local.exists():
         folder = local if local.is_dir() else local.parent

@@ -29,7 +29,7 @@ Format = Literal["transformers", "sam3", "efficientsam3"]
 
 @dataclass(frozen=True, kw_only=True)
 class Chassis(Section):
-    """The SAM 3 whose parts the merged model keeps where no student stands."""
+    """The SAM 3 whose parts the merged model keeps where there is no student."""
 
     # Hub id, transformers folder, merged run folder, sam3.pt, or made up: `tiny` (few layers), `random` (full size)
     checkpoint: str = SAM3.hub_id
@@ -79,13 +79,13 @@ class Train(Section):
     log_every: PositiveInt = 20  # steps
     eval_every: PositiveInt  # steps between validations
     save_every: PositiveInt  # steps between checkpoints
-    keep_checkpoints: PositiveInt = 3  # newest ones; the best one is kept besides
+    keep_checkpoints: PositiveInt = 3  # newest ones; the best one is kept as well
     not_finite: Literal["stop", "skip"] = "stop"  # when a loss is: stop and name the samples, or leave them out
     sync_batchnorm: bool = False  # GPUs only: BatchNorm sees the micro-batches of all ranks as one
     eval_samples: PositiveInt = 512  # held-out images per validation
-    patience: NonNegativeInt = 0  # stop after so many validations without improvement; 0: never
+    patience: NonNegativeInt = 0  # stop after N validations without improvement; 0: never
     per_rank: bool = False  # also report what each rank waits for and uses: metrics `rank<n>/...`
-    loggers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], each_once] = ()  # besides metrics.jsonl
+    loggers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], each_once] = ()  # in addition to metrics.jsonl
     wandb_project: str = "effsam3"  # used when loggers has wandb
     runs: str = "runs"  # folder of run folders
 
@@ -230,7 +230,7 @@ class StageRecipe(Recipe):
 
 
 class FeatureRecipe(StageRecipe):
-    """A recipe of a student that learns a teacher's features: `embed` has stored them, or they are made beside it."""
+    """A recipe of a student that learns a teacher's features: stored by `embed`, or computed while it trains."""
 
     verbs = ("embed", "train", "merge", "evaluate")
 

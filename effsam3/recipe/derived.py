@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows from a recipe's numbers: steps and batches. No data is read, only the report beside an index."""
+"""What follows from a recipe's numbers: steps and batches. No data is read, only the report next to an index."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def accumulation(recipe: StageRecipe, world_size: int) -> int:
 
 
 def total_steps(recipe: StageRecipe, train_samples: int) -> int:
-    """Return the optimizer steps of the whole training on so many images (what `data.limit` leaves)."""
+    """Return the optimizer steps of the whole training on `train_samples` samples (what `data.limit` leaves)."""
     if recipe.train.steps is not None:
         return recipe.train.steps
     return _steps(recipe.train.epochs, recipe, train_samples)

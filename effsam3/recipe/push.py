@@ -28,4 +28,4 @@ class Push(Section):
     repo: Annotated[str, repository] | None = None  # OWNER/NAME on the Hub; made when it is not there
     private: bool = True  # false: a repository that is made is public, and one that is public already is accepted
     revision: str = "main"  # branch to commit to; made when it is not there
-    license: str | None = None  # file with the full text of the SAM License; null: the LICENSE beside the chassis
+    license: str | None = None  # file with the full text of the SAM License; null: the LICENSE next to the chassis

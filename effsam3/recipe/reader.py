@@ -36,10 +36,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Any:
     """Read a recipe, its parents and `section.key=value` overrides into the dataclass of its stage.
 
     A recipe that comes with the package goes by its short name, too, such as `stage1/image/es_rv_m`. The folder of a
-    run stands for the recipe in it, and for itself: a run that was moved or copied is one where it is.
+    run means the recipe in it, and the run itself: a run that was moved or copied is one where it is.
 
     Mappings of a child merge into those of its parent, everything else replaces. A section with a mistake in one of
-    its keys is not searched for contradictions between keys until that is mended.
+    its keys is not searched for contradictions between keys until that is fixed.
 
     Raises:
         RecipeError: naming all mistakes, each with the nearest thing that would be right.
@@ -238,7 +238,7 @@ def _meant(prefix: str, key: str, known: list[str]) -> str:
     if prefix + key in RENAMED:
         return f"; it is called {RENAMED[prefix + key]} now"
     if key == "inherits":
-        return "; it belongs at the top of a file, beside stage and name"
+        return "; it belongs at the top of a file, next to stage and name"
     same = [name for name in known if word[name] == key]
     for names, cutoff in [(here, 0.6)] * (not same) + [(known, 0.75)]:
         near = difflib.get_close_matches(key, [word[name] for name in names], n=1, cutoff=cutoff)

@@ -9,7 +9,7 @@ needs; each is imported only when it is asked for:
   it starts; NEEDS, what must be there before a training begins (`needs`).
 - `embedding.py`: TeacherPass, what `embed` runs (`protocol.TeacherPass`).
 - `merging.py`: `part_of_run`, what a run has learned as a part for its slot, FEATURES_FORM, what the run must say of
-  the features for that, and `untrained_part`; `describe` and `card`, who stands in the slot for `inspect` and for the
+  the features for that, and `untrained_part`; `describe` and `card`, who fills the slot for `inspect` and for the
   model card.
 - `measuring.py`: `benchmarks`, a generator of (name, result), `tables` of all results, and NEEDS.
 

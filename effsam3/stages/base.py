@@ -112,10 +112,10 @@ class FeatureStage(StageBase):
         return [] if self.teacher is None else [self.teacher]
 
     def set_statistics(self, statistics: dict[str, list[float]]) -> None:
-        """Keep the teacher's per-channel mean and deviation on the device; the student puts out features of that size.
+        """Keep the teacher's per-channel mean and deviation on the device; the student outputs features of that size.
 
         Raises:
-            UserError: they are not those of a teacher of so many channels.
+            UserError: they are not those of a teacher with that number of channels.
         """
         wrong = mismatch(statistics, STATISTICS_FORM)
         if wrong or {len(statistics[name]) for name in STATISTICS_FORM} != {self.facts["channels"]}:
@@ -176,7 +176,7 @@ class FeatureStage(StageBase):
 class CardEntry:
     """What the model card says of a student in its slot."""
 
-    called: str  # its published label and source, where it has them, beside its name
+    called: str  # its published label and source, where it has them, next to its name
     origin: str = ""  # whose weights it began with; nothing to say of random ones
     limits: tuple[str, ...] = ()
 

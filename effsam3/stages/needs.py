@@ -2,9 +2,9 @@
 """What the verbs of a recipe will need, asked before the first of them has cost anything.
 
 Each need is asked by the code that its verb will run into later: a student of untrained weights is put into its slot,
-held-out images are opened, the folder of videos is listed. What one stage needs stands in NEEDS of its training.py and
-measuring.py. `launch` refuses what any verb of its
-chain lacks; `embed` and `train` alone say in their header what later verbs lack, which may run on another machine.
+held-out images are opened, the folder of videos is listed. What one stage needs is in NEEDS of its training.py and
+measuring.py. `launch` refuses what any verb of its chain lacks. On their own, `embed` and `train` show in
+their header what later verbs lack, which may run on another machine.
 
 python -m effsam3.stages.needs RECIPE VERB[,VERB] [key=value ...]
 """
@@ -51,7 +51,7 @@ def same_run(recipe: StageRecipe) -> None:
 
 
 def room_for_checkpoints(recipe: StageRecipe, trained: int | None = None) -> None:
-    """Room for the checkpoints of a student with so many parameters, None to count them."""
+    """Room for the checkpoints of a student with that number of parameters, None to count them."""
     if trained is None:
         trained = sum(tensor.numel() for tensor in stages.training(recipe.stage).untrained_tensors(recipe).values())
     one, best = checkpoint_bytes(recipe, trained), trained * FP32

@@ -73,7 +73,7 @@ class Stage(Protocol):
         """
 
     def example(self, samples: int) -> Batch:
-        """Return a micro-batch of so many samples at their largest, as `train_batches` would.
+        """Return a micro-batch of N samples at their largest, as `train_batches` would.
 
         Tensors without contents are on `meta`; the others decide what is run.
         """

@@ -4,7 +4,7 @@
 `checkpoints/step-000100/` holds `student.safetensors` (the weights to release: the moving average if there is one),
 `trained.safetensors` (the weights themselves where those are an average), `optimizer.safetensors` and `trainer.json`:
 whole tensors by name, so that a run saved on any hardware resumes exactly on any other.
-`checkpoints/best-step-000100/` holds the weights to release alone. A folder without the suffix `.partial` is complete.
+`checkpoints/best-step-000100/` holds only the weights to release. A folder without the suffix `.partial` is complete.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def save(accelerator, student, optimizer, average, checkpoints: Path, trainer: d
     """Save a checkpoint, mark it best if it is, and drop all but the newest `keep`.
 
     `average` is the student with averaged weights, None without averaging. Collective: every rank calls it and gives
-    its part; rank 0 alone writes, and all of them fail if it cannot.
+    its part; only rank 0 writes, and all ranks fail if it cannot.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; older checkpoints are as they were.

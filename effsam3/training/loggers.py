@@ -92,7 +92,7 @@ class Loggers:
         for logger in self.accelerator.trackers:
             if logger.name == "wandb":
                 self._catch_up(logger, kept["logged"], step)
-            # TensorBoard's is a run of its own beside the curve, one for each time it is stored.
+            # TensorBoard shows it as a run of its own next to the curve, one for each time it is stored.
             if logger.name == "wandb" or step == 0:
                 logger.store_init_configuration(scalars)
 

@@ -25,8 +25,8 @@ from effsam3.stopping import is_alive
 Found = TypeVar("Found")
 FILE = "progress.json"
 STATES = ("running", "stopped", "complete", "failed")  # what a run says; `true_state` adds killed and silent
-# A run that says nothing for so many of its intervals, and at least so long (starting, validating and saving take
-# their time), is silent.
+# A run is silent after this many of its intervals without a sign of life, and at least this long, because starting,
+# validating and saving take their time.
 SILENT_INTERVALS, SILENT_S = 10, 600
 
 

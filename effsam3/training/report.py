@@ -120,7 +120,7 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Read a run's metrics.jsonl in the same way: lines of a step and numbers alone."""
+    """Read a run's metrics.jsonl in the same way: only lines of a step and numbers."""
     return [line for line in read_lines(path) if not mismatch(line, {"step": int, str: float})]
 
 

@@ -53,7 +53,7 @@ def resumable(recipe: StageRecipe, folder: Path, resume: str) -> Path | None:
 
     Args:
         folder: the run's own.
-        resume: `auto`: its newest checkpoint, if there is one; `never`: begin, and refuse to where a run stands
+        resume: `auto`: its newest checkpoint, if there is one; `never`: begin, and refuse if there is a run
             already; else a checkpoint, or a run's folder, that it begins with as long as it has none of its own.
 
     Raises:
@@ -135,7 +135,7 @@ def _named(path: Path) -> Path:
     if (newest := checkpoint.latest(path / "checkpoints")) is not None:
         return newest
     weights_alone = (path / checkpoint.WEIGHTS).is_file()
-    what = "holds weights alone, no optimizer state" if weights_alone else "is no checkpoint and no run with one"
+    what = "only holds weights, no optimizer state" if weights_alone else "is no checkpoint and no run with one"
     raise UserError(f"--resume: {path} {what}; name a run's folder or one of its checkpoints/step-*, auto or never")
 
 

@@ -38,7 +38,7 @@ def reloaded(stage: str, folder: Path) -> Tensor:
     detector = Sam3VideoModel.from_pretrained(folder).eval().detector_model
     if stage == "text":
         ids_BL, mask_BL = inputs(stage)
-        return MergedText(detector)(ids_BL, mask_BL)[mask_BL]  # what stands at padding means nothing
+        return MergedText(detector)(ids_BL, mask_BL)[mask_BL]  # features at padding are meaningless
     return detector.vision_encoder.backbone(*inputs(stage)).last_hidden_state
 
 

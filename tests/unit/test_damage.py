@@ -128,10 +128,10 @@ def test_tensors_that_cannot_be_weights(tmp_path, name, make, told):
 
     tensor = make()
     with pytest.raises(TensorFileError, match=told):
-        refuse_unusable({"first": torch.ones(2), name: tensor}, "here", "mend it")
+        refuse_unusable({"first": torch.ones(2), name: tensor}, "here", "fix it")
     torch.save({"model": WEIGHTS | {name: tensor}}, tmp_path / "m.pt")
     with pytest.raises(UserError, match=told):
-        refuse_unusable(open_pickled(tmp_path / "m.pt").tensors, "here", "mend it")
+        refuse_unusable(open_pickled(tmp_path / "m.pt").tensors, "here", "fix it")
     if type(tensor) is torch.Tensor and tensor.layout == torch.strided and not tensor.is_quantized:
         if tensor.device.type == "cpu" and tensor.is_contiguous():
             save_file(WEIGHTS | {name: tensor}, tmp_path / "student.safetensors")

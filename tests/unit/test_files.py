@@ -126,7 +126,7 @@ def test_a_stamp_lets_the_same_settings_pass_only(tmp_path):
     for part in ("data.index: ", "'images': 4", "'images': 5", "synthetic images", "delete this one"):
         assert part in str(error.value)
     file.write_text("{")
-    with pytest.raises(UserError, match="is damaged.*delete it with what lies beside it"):
+    with pytest.raises(UserError, match="is damaged.*delete it and what is next to it"):
         stamp(file, {"images": 4, "seed": 0}, "synthetic images", "data.index")
 
 

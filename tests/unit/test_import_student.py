@@ -231,7 +231,7 @@ def test_a_whole_file_needs_no_chassis():
     lacking = {name: tensor for name, tensor in content.items() if ".geometry_encoder." not in name}
     with pytest.raises(ImportedError, match=r"\(detector_model.geometry_encoder \d+; .*stage 3 files are known"):
         completed(find(lacking, "x.pt"), parts, config, None, "x.pt")
-    with pytest.raises(ImportedError, match="x.pt holds students alone; name the SAM 3 .* --sam3 facebook/sam3"):
+    with pytest.raises(ImportedError, match="x.pt only holds students; name the SAM 3 .* --sam3 facebook/sam3"):
         completed(find(image, "x.pt"), parts, config, None, "x.pt")
 
 
@@ -244,7 +244,7 @@ def test_dry_run_writes_nothing(image, somewhere, capsys):
     printed = capsys.readouterr().out
     assert "| image student | float32, int64 |     194 |" in printed and "ES-EV-S (efficientvit_b0)" in printed
     assert main(["import", file, "--dry-run"]) == 0  # what is in it can be said without the rest
-    assert "The file holds students alone: --sam3 names" in capsys.readouterr().out
+    assert "The file only holds students: --sam3 names" in capsys.readouterr().out
     assert [path.name for path in somewhere.iterdir()] == ["student.pt"]
 
 

@@ -219,7 +219,7 @@ def test_half_precision_and_averaged_weights_are_told(saved, original, folder):
     path = saved(own_file(original, folder, model_ema=halves))
     facts = examine(path)
     assert {kind for part in facts["parts"].values() for kind in part["types"]} == {"float16"}
-    assert "\nfound        under model_ema, averaged weights; beside it effsam3, model\n" in inspect(path)
+    assert "\nfound        under model_ema, averaged weights; next to it effsam3, model\n" in inspect(path)
     # What is learned from is float32, and so is what is hashed.
     folder = chassis_folder(path)
     assert {tensor.dtype for tensor in map_tensors(folder).values()} == {torch.float32}
@@ -259,7 +259,7 @@ def test_efficientsam3_is_recognised(saved, original, format):
     assert facts["parts"]["image trunk"]["parameters"] == sum(p.numel() for p in image.parameters())
     assert facts["parts"]["image trunk"]["tensors"] == len(image_names)
     assert ("text" in facts["slots"]) == whole == ("memory encoder" in facts["parts"])
-    assert ("SAM 3's own ViT, beside the student" in facts["parts"]) == (format == "with SAM 3's ViT")
+    assert ("SAM 3's own ViT, next to the student" in facts["parts"]) == (format == "with SAM 3's ViT")
     assert "unknown" not in facts["parts"]
     if whole:
         assert facts["slots"]["text"]["student"] == "mobileclip_s0"

@@ -210,7 +210,7 @@ def test_statistics_are_folded_into_the_heads_last_layer():
 
 
 def test_image_students_that_efficientsam3_does_not_have():
-    with pytest.raises(KeyMapError, match="the published head alone.*train with head=stride32"):
+    with pytest.raises(KeyMapError, match="only knows the published head.*train with head=stride32"):
         image_to_upstream(trunk("repvit_m0_9", head="fused").state_dict(), "repvit_m0_9")
     with pytest.raises(KeyMapError, match="no student with the trunk test_convnext; it has repvit_m0_9"):
         image_to_upstream(trunk("test_convnext").state_dict(), "test_convnext")

@@ -263,7 +263,7 @@ def test_random_weights_are_told(inputs, capsys):
         (["photo.png", "--point", "5,5", "--box", "1,1,9,9", "--box", "1,1,8,8"], "there can be one --box"),
         (["photo.png", "--mask", "objects.png"], "--mask shows objects on the first frame of a video"),
         (["clip", "--text", "a", "--box", "1,2,3,4"], "example boxes are for images"),
-        (["clip", "--mask", "objects.png", "--box", "1,2,3,4"], "give it alone"),
+        (["clip", "--mask", "objects.png", "--box", "1,2,3,4"], "give it on its own"),
         (["clip", "--mask", "nothing.png"], "--mask nothing.png cannot be read"),
         (["clip", "--mask", "photo.png"], "--mask photo.png is RGB of 120x90 px"),
         (["clip", "--mask", "empty.png"], "--mask empty.png is empty"),

@@ -134,7 +134,7 @@ def test_its_own_newest_may_be_named_but_not_an_earlier_one(begin, monkeypatch):
 def test_weights_alone_are_no_place_to_go_on_from(begin):
     _, other = begin("other")
     recipe, folder = begin("mine", steps=())
-    with pytest.raises(UserError, match="best-step-000010 holds weights alone, no optimizer state; name a run"):
+    with pytest.raises(UserError, match="best-step-000010 only holds weights, no optimizer state; name a run"):
         resumable(recipe, folder, str(other / "checkpoints/best-step-000010"))
 
 

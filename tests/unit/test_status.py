@@ -101,7 +101,7 @@ def test_what_to_do_next(tmp_path):
     again = f"the same command, or `effsam3 launch {folder} train`, resumes from step-000050"
     assert examine(folder)["next"] == again
     edit_progress(folder, state="failed", error="the disk is full")
-    assert examine(folder)["next"] == f"mend what the error names, then {again}"
+    assert examine(folder)["next"] == f"fix what the error names, then {again}"
     text = as_text(examine(folder, now=0.0))
     assert f"state     failed, 0 s ago; {HARDWARE}\n          the disk is full\n" in text
     edit_progress(folder, state="running", host=socket.gethostname(), pid=2**22 + 1)

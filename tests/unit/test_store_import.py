@@ -67,7 +67,7 @@ def test_import_of_torn_files(tmp_path):
     for content, keys, words in (
         (whole[:-1], "a\nb\n", "1 whole records of 8196 bytes.*8195 bytes more, 2 keys: the file is cut"),
         (whole, "", "2 whole records.*0 keys: this export was killed"),
-        (whole, None, "no rank0-keys.txt beside it"),
+        (whole, None, "no rank0-keys.txt next to it"),
     ):
         values.write_bytes(content)
         (source / "rank0-keys.txt").unlink()

@@ -71,7 +71,7 @@ def _clear(folder: Path) -> None:
 
 
 def draw(image_HW3: np.ndarray, instances: list[dict], width: int, prompts: Mapping) -> Image.Image:
-    """Draw masks, boxes, scores and texts over an image, and the prompts in white; a colour stands for an id.
+    """Draw masks, boxes, scores and texts over an image, and the prompts in white; a colour identifies an id.
 
     Letters are made to be read when the picture is shown `width` pixels wide.
     """

@@ -24,7 +24,7 @@ class CaptionBatches(Dataset):
     Args:
         texts: a part of `captions.Captions`: `len`, `texts(positions)` and `keys(positions)`.
         encode: texts to padded ids (B, L) and their mask, such as `models.tokens.Tokenizer.encode` at a length.
-        store: the teacher's features; None when the teacher runs beside the student.
+        store: the teacher's features; None when the teacher runs next to the student.
     """
 
     def __init__(self, texts, encode: Callable[[list[str]], tuple[Tensor, Tensor]], store: StoreReader | None = None):
@@ -76,7 +76,7 @@ class CaptionBatches(Dataset):
 
 
 class Distinct:
-    """A view of a part that holds every different text once, for a store."""
+    """A view of a part that holds every distinct text once, for a store."""
 
     def __init__(self, part):
         self.part, self.places = part, part.distinct()

@@ -50,7 +50,7 @@ def clean(value: object) -> tuple[str, str]:
 
 
 def code_of(text: str) -> int:
-    """Return the 64-bit hash of a text that stands for it; case and white space do not count."""
+    """Return the 64-bit hash of a text that identifies it; case and white space do not count."""
     import xxhash
 
     return xxhash.xxh3_64_intdigest(" ".join(text.lower().split()).encode())

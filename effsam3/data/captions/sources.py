@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captions and noun phrases as one map-style view: Recap-DataComp-1B parquet as published, and files of one's own.
 
-The first opening reads every file once and writes what is usable as an Arrow file beside it (CACHE), with a report of
+The first opening reads every file once and writes what is usable as an Arrow file next to it (CACHE), with a report of
 what is not. From then on texts are memory-mapped by Hugging Face `datasets`, and a position is all a sampler needs.
 """
 
@@ -25,8 +25,8 @@ from effsam3.data.images.sa1b import SPLITS, write_atomic
 from effsam3.data.indexing import run_jobs
 from effsam3.errors import UserError
 
-CACHE = ".captions"  # folder beside the files; may be deleted at any time
-# What is kept beside a copy: the column that was read, and how many entries were left out or changed, by reason.
+CACHE = ".captions"  # folder next to the files; may be deleted at any time
+# What is kept with a copy: the column that was read, and how many entries were left out or changed, by reason.
 REPORT_FORM = {"column": str, "left_out": {str: {"count": int, "examples": [str]}}}
 VERSION = 2  # of what it holds and of how texts are cleaned; another number makes older ones void
 SOURCES = {"captions": "data.column", "phrases": "data.phrase_column"}  # what is read: key of the column's name
@@ -102,7 +102,7 @@ class Part:
         return result
 
     def distinct(self) -> np.ndarray:
-        """Return the first position of every different key, ascending, int64: what to make a store of."""
+        """Return the first position of every distinct key, ascending, int64: what to make a store of."""
         return np.sort(np.unique(self.codes(np.arange(len(self))), return_index=True)[1])
 
 
@@ -153,7 +153,7 @@ def open_captions(
         phrases: lists of phrases, files of the same kinds; duplicates are dropped.
         phrase_share: how much of `train` and `val` is phrases, 0..1; 0 leaves them to `Captions.only`.
         held_out: share of the texts that is in `val` and never in `train`, by a hash of the text.
-        limit: use only the first so many usable captions, both splits together.
+        limit: use only the first N usable captions, both splits together.
         workers: processes that make the clean copies of files that have none yet.
         phrase_column: as `column`, of the lists of phrases.
 

@@ -11,7 +11,7 @@ import re
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"  # how they begin
 END_OF_IMAGE, START_OF_SCAN = 0xD9, 0xDA
 # 0xFF and a code. 0xFF00 is a byte of a scan that happens to be 0xFF, 0xFFFF is padding; 01 and D0 to D8 (TEM, restart
-# marks, SOI) stand alone. All others but the end are followed by their length, which counts its own two bytes.
+# marks, SOI) have no content. All others but the end are followed by their length, which counts its own two bytes.
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")
 
 

@@ -55,7 +55,7 @@ def build_index(
     progress: bool = True,
     own: bool = False,
 ) -> dict:
-    """Write the index `out` (.parquet) and `<stem>.report.json` beside it; return the report.
+    """Write the index `out` (.parquet) and `<stem>.report.json` next to it; return the report.
 
     `check`: `decode` decodes every image to its end, `header` reads sizes only and so lets truncated images through.
     `min_side` is in pixels. `workers` defaults to one per core; with 1 all is done in this process. `own`: photographs

@@ -120,7 +120,7 @@ def digest_of(data: bytes) -> str:
 
 
 def split_of(key: str, val_fraction: float) -> str:
-    """Return train or val from the key alone, so that no other file and no order has a say."""
+    """Return train or val from the key only, so that neither other files nor their order matter."""
     return "val" if split_code(key) < val_fraction * 2**64 else "train"
 
 
@@ -177,7 +177,7 @@ def read_indexed(row: dict, folder: Path, what: str) -> bytes:
 
 
 def read_file(row: dict, folder: Path, what: str) -> bytes:
-    """Return what stands where a row says, as far as it has the size that was indexed."""
+    """Return the bytes where a row points to, as far as it has the size that was indexed."""
     error = {"image": UnreadableImage, "annotation": UnreadableAnnotations}[what]
     file = Path(folder) / row[f"{what}_file"]
     try:

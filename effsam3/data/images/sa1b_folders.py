@@ -2,7 +2,7 @@
 """List the images and annotations of SA-1B in any folder tree it is kept in, without opening an image.
 
 Folder trees: a folder of `sa_N.jpg` + `sa_N.json`, also in subfolders, also any photographs without JSON;
-`images/{train,val}` + `annotations/{train,val}`; tars as released, alone or in folders.
+`images/{train,val}` + `annotations/{train,val}`; tars as released, also in folders.
 """
 
 from __future__ import annotations

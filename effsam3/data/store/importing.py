@@ -105,7 +105,9 @@ def _keys_of(values: Path) -> Path:
 def _count_keys(values: Path) -> int:
     path = _keys_of(values)
     if not path.exists():
-        raise StoreError(f"{values} has no {path.name} beside it: copy that too, without keys the records are useless")
+        raise StoreError(
+            f"{values} has no {path.name} next to it: copy that too, without keys the records are useless"
+        )
     return whole_lines(path).count(b"\n")
 
 
@@ -116,7 +118,7 @@ def _recognise(counts: dict[Path, int]) -> Field:
     sizes = ", ".join(f"{path.name}: {path.stat().st_size} bytes, {count} keys" for path, count in counts.items())
     raise StoreError(
         f"no file has the size of a known upstream export ({sizes}); say what a record holds with --channels and "
-        "--grid. No keys beside a large file mean that the export was killed: upstream writes keys only at the end"
+        "--grid. No keys next to a large file mean that the export was killed: upstream writes keys only at the end"
     )
 
 

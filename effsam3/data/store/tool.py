@@ -99,7 +99,7 @@ def verify(root: Path) -> int:
         print(f"  {record.key} in {record.shard.file}: {record.reason}")
     _print_rest(len(report.bad))
     for advice in dict.fromkeys(remedy(record.shard) for record in report.bad):
-        print(f"to mend: {advice}")
+        print(f"to fix it: {advice}")
     return 1
 
 

@@ -103,7 +103,7 @@ def make_synthetic_recap(folder: str | Path, rows: int, seed: int = 0) -> None:
 def make_synthetic_phrases(path: str | Path, count: int, seed: int = 0) -> None:
     """Write `count` different noun phrases, one per line, into a .txt; a file that is there is kept.
 
-    Raises UserError when the grammar does not have so many.
+    Raises UserError when the grammar does not have that many.
     """
     path = Path(path)
     if path.is_file():

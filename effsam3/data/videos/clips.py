@@ -26,7 +26,7 @@ from effsam3.errors import UserError
 OTHERS = 8  # videos tried in place of one that cannot be read
 TURN, SHEAR = 25, 20  # degrees either way, at most; as SAM 2 is trained, like the colours
 COLOUR = np.array([0.1, 0.03, 0.03])  # brightness, contrast and saturation of a clip change by this share
-FRAME_COLOUR = np.array([0.1, 0.05, 0.05])  # and those of each frame besides
+FRAME_COLOUR = np.array([0.1, 0.05, 0.05])  # and those of each frame
 FILL = 128  # what a turned frame shows where there is no video; the mean colour
 
 
@@ -44,7 +44,7 @@ class VideoClips(Dataset):
         folder: what the rows' files are relative to.
         image_size: S; the whole frame is resized to S x S, whatever its shape.
         frames: T, consecutive annotated frames (6 per second).
-        objects: N, the most objects of a clip; of those visible in its first frame, so many are drawn.
+        objects: N, the most objects of a clip, drawn from those visible in its first frame.
         reverse: share of the clips that run backwards.
         augment: mirror, turn, shear and recolour clips, each alike in all its frames but for a little colour.
         seed: of everything that is drawn.
@@ -98,11 +98,11 @@ class VideoClips(Dataset):
         return {name: value if name == "unreadable" else value[0] for name, value in batch.items()}
 
     def __getitems__(self, items: list[int | tuple[int, int]]) -> dict:
-        """Return the clips of `items`, each a (position, number) or a position alone, which is its own number.
+        """Return the clips of `items`, each a (position, number) or only a position, which is its own number.
 
         The number seeds what is drawn. Where a video cannot be read, a numbered item takes a clip of another video,
-        found by the number; a position alone asks for this very video (validation), and gives an empty clip, as does
-        `PADDING`.
+        found by the number. A position without a number asks for this very video (validation) and gives an empty clip,
+        as does `PADDING`.
 
         Keys of the batch: `pixels` uint8 (B, T, 3, S, S); `masks` bool (B, T, N, S, S), empty where an object is
         absent; `valid` bool (B, N), which slots hold an object, visible in the first frame, and all False for an empty

@@ -88,7 +88,7 @@ def decoded_table(path: Path) -> FrameTable:
 
 
 def listed_table(path: Path) -> FrameTable:
-    """Make a file's table of its packets alone: right if each that is not hidden holds one picture."""
+    """Make a file's table only from its packets: right if each that is not hidden holds one picture."""
     source = Source(path)
     times = [packet.pts for packet in source.packets() if packet.size and not packet.is_discard]
     return _table(source, sorted(times) if None not in times else times, None)

@@ -6,7 +6,7 @@
 | `00012`, `frame_000012`, `cam3_12_1080p` | the one that differs |
 | `walk_mp4-0012_jpg.rf.6f5902ac237024bdd0c176cb93063dc4` (Roboflow) | the same; a hash holds no numbers |
 | `shot2_0012_t0400` | the one that counts most closely, if all that count give one order |
-| `20261128_122007_300` (a clock) | the place in natural order, from 0: none of its numbers counts alone |
+| `20261128_122007_300` (a clock) | the place in natural order, from 0: none of its numbers counts on its own |
 
 Names with two readings that give two orders are refused.
 """

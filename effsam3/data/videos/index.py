@@ -59,7 +59,7 @@ def build_index(
     check: str = "decode",
     progress: bool = True,
 ) -> dict:
-    """Write the index `out` (.parquet) and `<stem>.report.json` beside it; return the report.
+    """Write the index `out` (.parquet) and `<stem>.report.json` next to it; return the report.
 
     `sources` are folders, searched with their subfolders for `<id>_manual.json`, `<id>_auto.json`, and `<id>.mp4` or
     a folder `<id>` of numbered frames, which is taken where both are there. `check`: `decode` decodes every video to

@@ -141,7 +141,7 @@ class Dry:
 
 
 def dry_stage(recipe: StageRecipe, samples: int) -> Dry:
-    """Build the stage of a recipe and a micro-batch of so many samples, without weights and data.
+    """Build the stage of a recipe and a micro-batch of `samples`, without weights and data.
 
     Raises:
         UserError: the sizes of the recipe's SAM 3 are not known.

@@ -220,7 +220,7 @@ def other_changes(recipe: StageRecipe, sizes: Sizes) -> Iterator[tuple[str, int]
 def advice(recipe: StageRecipe, sizes: Sizes, device: int, most: int = 2) -> list[str]:
     """Return the cheapest single changes after which the recipe fits, at most `most`, each with what it takes then.
 
-    If no single one is enough, the smallest micro-batch and what saves most besides.
+    If no single one is enough, the smallest micro-batch and what else saves most.
     """
     micro = largest_micro_batch(recipe, sizes, device)
     found = [micro] if micro else []
@@ -313,7 +313,7 @@ def _next_steps(recipe: StageRecipe, sizes: Sizes) -> Iterator[tuple[str, int]]:
 def explain_out_of_memory(
     recipe: StageRecipe, error: torch.OutOfMemoryError, device_gib: float | None = None
 ) -> UserError:
-    """Return what to say of a device that was too small: the stage's knobs as they stand, and what would help."""
+    """Return what to say of a device that was too small: the stage's knobs, and what would help."""
     values, sizes = flat(recipe), measure(recipe)
     found, device = estimate(recipe, sizes), device_bytes(device_gib)
     knobs = ", ".join(f"{key}={values[key]}" for key in recipe.knobs)

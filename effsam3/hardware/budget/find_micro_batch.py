@@ -81,7 +81,7 @@ class Trial:
         self.stage, self.device, self.precision, self.reserved = stage, device, precision, reserved
 
     def __call__(self, size: int) -> bool:
-        """Try a micro-batch of so many samples.
+        """Try a micro-batch of `size` samples.
 
         Raises:
             torch.OutOfMemoryError: it does not fit.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The card beside a merged model's config.json: who fills which slot, and what it must say."""
+"""The card next to a merged model's config.json: who fills which slot, and its form."""
 
-CARD = "effsam3.json"  # beside a merged model's config.json: who fills which slot
+CARD = "effsam3.json"  # next to a merged model's config.json: who fills which slot
 # Of a teacher everything is known, all but its fingerprint, or nothing.
 TEACHER_FORM = ({"checkpoint": str, "revision": (str, None), "fingerprint?": str}, {})
 CARD_FORM = {

@@ -35,9 +35,9 @@ from effsam3.models.keymaps import KeyMapError
 from effsam3.models.registry import SAM3, of_type
 from effsam3.tensor_files import refuse_unusable
 
-OWN = "effsam3"  # the entry beside the model in which this project's files say their config, as JSON
+OWN = "effsam3"  # the entry next to the model that holds the config in this project's files, as JSON
 WRITE_AGAIN = "write the file again with `effsam3 merge --format sam3`"
-SHARD_BYTES = 2**27  # a shard is in memory at once, beside the pages of the file that have been read
+SHARD_BYTES = 2**27  # a shard is in memory at once, next to the pages of the file that have been read
 EFFICIENTSAM3 = ".trunk.model.backbone.model."  # in the names of EfficientSAM3's image students
 
 

@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 TRUNK = "detector_model.vision_encoder.backbone."  # the slot `image`
 NECK = "detector_model.vision_encoder.neck."  # the detector's FPN; the tracker has its own, `tracker_neck.`
 PICKLED = (".pt", ".pth")  # files that torch.save wrote
-# Beside model.safetensors: what SAM 3's own format has and transformers has no place for, under SAM 3's names.
+# Next to model.safetensors: what SAM 3's own format has and transformers has no place for, under SAM 3's names.
 EXTRAS_FILE = "sam3_original.safetensors"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 AGAIN = "fetch or merge it again"

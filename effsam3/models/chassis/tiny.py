@@ -16,7 +16,7 @@ TEXT_WIDTH = 32
 
 
 def vision_config() -> dict:
-    """The tiny chassis' vision encoder as it stands in config.json."""
+    """The tiny chassis' vision encoder as it is in config.json."""
     return dict(
         model_type="sam3_vision_model",
         backbone_config=dict(

@@ -46,7 +46,7 @@ def load(path: Path) -> Any:
     """Read what `torch.save` wrote, tensors memory-mapped (those of its old format are read).
 
     Raises:
-        PickledError: no such file; cut short, damaged, or written by something else; objects in it besides tensors
+        PickledError: no such file; cut short, damaged, or written by something else; objects in it other than tensors
             and plain values.
     """
     is_zip = _is_zip(path)

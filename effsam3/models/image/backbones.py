@@ -188,7 +188,7 @@ def _measured(name: str, image_size: int) -> ImageStudent:
         shared = [parameter for parameter, _ in trunk.named_parameters(remove_duplicate=False) if parameter not in own]
         if shared:
             raise UserError(
-                f"student: {len(shared)} tensors of {name} stand in several of its modules at once (first: "
+                f"student: {len(shared)} tensors of {name} are shared by several of its modules (first: "
                 f"{shared[0]}), and checkpoints keep each tensor once; choose another backbone"
             )
     except UserError:

@@ -63,7 +63,7 @@ class Stride32Head(nn.Sequential):
 
     @property
     def last(self) -> nn.Conv2d:
-        """The layer that puts out the features."""
+        """The layer that outputs the features."""
         return self[3]
 
     def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
@@ -99,7 +99,7 @@ class FusedHead(nn.Module):
 
     @property
     def last(self) -> nn.Conv2d:
-        """The layer that puts out the features."""
+        """The layer that outputs the features."""
         return self.project
 
     def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
@@ -163,7 +163,7 @@ class StudentTrunk(PreTrainedModel):
     """A student in the place of SAM 3's ViT: normalised pixels (B, 3, S, S) to features (B, N, D), row-major.
 
     `feature_scale` and `feature_mean` are the teacher's per-channel deviation and mean, set once before training: the
-    network then works in standardised units whatever the size of the teacher's channels, and still puts out raw ones.
+    network then works in standardised units whatever the size of the teacher's channels, and still outputs raw ones.
     """
 
     config_class = StudentTrunkConfig

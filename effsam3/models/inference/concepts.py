@@ -113,7 +113,7 @@ class ConceptModel:
         Args:
             vision: what `look` made of the image.
             size: (H, W) of the original image.
-            text: None: the boxes alone.
+            text: None: only the boxes.
             boxes_N4: examples, x1, y1, x2, y2 in pixels of the original image.
             positive_N: bool, False for an example of what is not meant; None: all are meant.
             threshold: instances with a higher score are kept.

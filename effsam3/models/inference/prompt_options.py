@@ -29,7 +29,7 @@ class Asked:
 
     texts: tuple[str, ...]
     boxes: tuple[tuple[float, ...], ...]  # x1, y1, x2, y2 and 1, or 0 for an example of what is not meant
-    points: tuple[tuple[float, ...], ...]  # x, y and 1 on the object, or 0 beside it
+    points: tuple[tuple[float, ...], ...]  # x, y and 1 on the object, or 0 next to it
     mask: Path | None
     threshold: float | None
 
@@ -73,13 +73,13 @@ def parse(
             "a box with label 0 is an example of what --text does not mean; without --text it says nothing"
         )
     if asked.points and len(asked.boxes) > 1:
-        raise PredictError("points show one object, for which there can be one --box; boxes alone show one each")
-    if asked.points and all(label == 0 for _, _, label in asked.points) and not asked.boxes:
         raise PredictError(
-            "every point has label 0, beside the object; give a point on it (label 1) or a box around it"
+            "points show one object, for which there can be one --box; without points, each box shows one object"
         )
+    if asked.points and all(label == 0 for _, _, label in asked.points) and not asked.boxes:
+        raise PredictError("every point has label 0, off the object; give a point on it (label 1) or a box around it")
     if asked.mask is not None and (asked.boxes or asked.points):
-        raise PredictError("--mask shows the objects already; give it alone")
+        raise PredictError("--mask already shows the objects; give it on its own")
     if threshold is not None and not 0 <= threshold < 1:
         raise PredictError(f"--threshold {threshold}: a score is from 0 to 1")
     if threshold is not None and not asked.texts:

@@ -30,12 +30,12 @@ TRACKERS = {"sam3_tracker_video": Sam3TrackerVideoModel, "effsam3_tracker_video"
 class Prompts:
     """What is shown of objects on one image, in pixels of the original.
 
-    Masks alone, one per object; or boxes alone, one per object; or points of one object, with one box or none.
+    Only masks, one per object; or only boxes, one per object; or points of one object, with one box or none.
 
     Attributes:
         boxes_O4: x1, y1, x2, y2, float.
         points_N2: x, y, float.
-        labels_N: of the points: 1 on the object, 0 beside it.
+        labels_N: of the points: 1 on the object, 0 next to it.
         masks_OHW: bool, of the original size.
     """
 
@@ -161,7 +161,7 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """Logits (O, L, L) and predicted IoU (O,) for prompts in pixels of the model's image.
 
-    One point alone is ambiguous: of its three masks the best is taken.
+    A single point is ambiguous: of its three masks the best is taken.
     """
     sparse, dense = tracker.prompt_encoder(
         input_points=None if points_ON2 is None else points_ON2[None],

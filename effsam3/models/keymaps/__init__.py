@@ -7,8 +7,8 @@ A row is a template of the one format's name, a template of the other's, and how
     ("attn.qkv.{wb}", "attention.{q|k|v}_proj.{wb}")                      one tensor, and its thirds under three names
     ("text_projection", "text_projection.weight", "transposed")
 
-A hole in braces stands for the same in both names. It is a list of alternatives, or the name of an entry of `COMMON`
-or of the table's own `holes`: a regular expression, or {what stands in the first name: what in the second}. A
+A hole in braces is the same in both names. It is a list of alternatives, or the name of an entry of `COMMON`
+or of the table's own `holes`: a regular expression, or {value in the first name: value in the second}. A
 hole that is in one of the names only lists the parts, in their order along the first dimension, of what is one tensor
 in the other format; with `same`, each part is the whole tensor again.
 """
@@ -50,7 +50,7 @@ class Rule:
     """A row, read in one direction: from `source` names to `target` names."""
 
     def __init__(self, source: str, target: str, change: str, choices: Mapping[str, Choices]):
-        """`choices` has for every hole its regular expression, or {what stands in the source: in the target}."""
+        """`choices` has for every hole its regular expression, or {value in the source: value in the target}."""
         assert change in ("", "transposed", "same"), change
         self.source, self.target, self.change, self.choices = source, target, change, choices
         self.holes, targets = HOLE.findall(source), HOLE.findall(target)
@@ -67,7 +67,7 @@ class Rule:
         return choices if isinstance(choices, str) else "|".join(map(re.escape, choices))
 
     def match(self, name: str) -> dict[str, str] | None:
-        """Return what stands in the holes of a source name; None if this rule is not for it."""
+        """Return the values of the holes in a source name; None if this rule is not for it."""
         found = self.pattern.fullmatch(name)
         return found and dict(zip(self.holes, found.groups(), strict=True))
 
@@ -102,7 +102,7 @@ class Rule:
         return tensor.chunk(count)
 
     def gather(self, target: str, parts: Mapping[str, tuple[str, Tensor]]) -> Tensor:
-        """Put the parts {what stands in the hole: (name, tensor)} of one tensor together.
+        """Join the parts {value of the hole: (name, tensor)} of one tensor.
 
         Raises:
             KeyMapError: a part is missing, or they do not fit each other.
@@ -133,7 +133,7 @@ class Direction:
         self.rules, self.whose = rules, whose
 
     def matches(self, name: str) -> list[tuple[Rule, dict[str, str]]]:
-        """Return the rules for a name with what stands in their holes; in a sound table never more than one."""
+        """Return the rules for a name with the values of their holes; in a sound table never more than one."""
         found = ((rule, rule.match(name)) for rule in self.rules)
         return [(rule, pieces) for rule, pieces in found if pieces is not None]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MobileCLIP's text towers, in Apple's names and in open_clip's, and transformers' `Sam3LiteTextTextModel`.
 
-The rows have no prefix; who reads a file puts before them what stands there.
+The rows have no prefix; who reads a file puts the file's prefix before them.
 """
 
 from __future__ import annotations

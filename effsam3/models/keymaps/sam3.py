@@ -247,7 +247,7 @@ def to_original(
 
     Args:
         beside: what `to_transformers` gave besides; zeros take the place of what is not in it.
-        vit_config: of SAM 3's own trunk, whose rotary tables are made from it; None if a student stands there.
+        vit_config: of SAM 3's own trunk, whose rotary tables are made from it; None if a student replaces it.
 
     Raises:
         KeyMapError: a name that `Sam3VideoModel` does not have, a part of a tensor that is missing, or no

@@ -74,7 +74,7 @@ _TEXT = KeyMap(
 def _repvit_features(depths: tuple[int, ...]) -> dict[str, dict[str, str]]:
     """RepViT's layers as EfficientSAM3 counts them, in one list, and as timm does, by stage: blocks and downsamplers.
 
-    Before every stage but the first stand two: a block, which timm counts to the downsampler, and the downsampler.
+    Before every stage but the first there are two: a block, which timm counts to the downsampler, and the downsampler.
     """
     blocks, downs = [], {}
     for stage, depth in enumerate(depths):
@@ -105,7 +105,7 @@ def image_key_map(timm_name: str) -> KeyMap:
 def image_to_upstream(tensors: Mapping[str, Tensor], timm_name: str) -> dict[str, Tensor]:
     """Return a `StudentTrunk`'s tensors under EfficientSAM3's names.
 
-    EfficientSAM3's student has no statistics; the last layer of the head puts out features in the teacher's units:
+    EfficientSAM3's student has no statistics; the last layer of the head outputs features in the teacher's units:
     weight x scale, bias x scale + mean. (What comes after it, a bilinear resize, commutes with that.)
 
     Raises:
@@ -114,7 +114,7 @@ def image_to_upstream(tensors: Mapping[str, Tensor], timm_name: str) -> dict[str
     names = image_key_map(timm_name)
     if "head.project.weight" in tensors:
         raise KeyMapError(
-            "EfficientSAM3's model builder knows the published head alone, this student has our fused one; train with "
+            "EfficientSAM3's model builder only knows the published head, this student has our fused one; train with "
             "head=stride32 for a student that it can load"
         )
     statistics = {"feature_mean", "feature_scale"}

@@ -43,7 +43,7 @@ class EfficientTrackerConfig(Sam3TrackerVideoConfig):
 
     @property
     def pool(self) -> int:
-        """Side in cells of the windows that a map's tokens stand for, in this mode."""
+        """Side in cells of the windows that a map's tokens represent, in this mode."""
         return 1 if self.memory_mode == "dense" else self.memory_pool
 
     @property

@@ -56,7 +56,7 @@ def _forget_conditioning(outputs: dict[int, dict], frame: int, inputs: set[int],
 
 
 def _cold(output: dict, config) -> Tensor:
-    """The latents of a packed frame (N, 1, M), which stand last."""
+    """The latents of a packed frame (N, 1, M), which come last."""
     return output["maskmem_features"][-(config.memory_global_latents + config.memory_window_latents) :]
 
 

@@ -19,9 +19,9 @@ from effsam3.models.memory.training import PARTS, UNUSED, Prompts, Tracked, enco
 
 
 class TrackerStudent(nn.Module):
-    """The trained parts of a tracker, under the tracker's own names; the frozen rest stands beside, not inside.
+    """The trained parts of a tracker, under the tracker's own names; the frozen rest is next to it, not inside.
 
-    So checkpoints, optimizer and ZeRO see the trained parts alone, though the forward runs the whole tracker. Frozen
+    So checkpoints, optimizer and ZeRO only see the trained parts, though the forward runs the whole tracker. Frozen
     parts stay in eval mode whatever mode the student is in.
     """
 
@@ -49,7 +49,7 @@ class TrackerStudent(nn.Module):
         for prefix in prefixes:
             _adopt(self, tracker, prefix.removesuffix("."))
         for name, parameter in self.named_parameters():
-            # A copy: tracker and teacher may stand on the same memory, that of a mapped file.
+            # A copy: tracker and teacher may share the same memory, that of a mapped file.
             parameter.data = parameter.data.clone()
             parameter.requires_grad_(not name.startswith(unused))
         # Not attributes as torch knows them: these must not be optimised, saved or moved with the student.
@@ -70,8 +70,9 @@ class TrackerStudent(nn.Module):
         return copied
 
     def train(self, mode: bool = True) -> TrackerStudent:
-        """Set the trained parts to train or eval mode. Tracker and teacher have the flag alone, not their modules: it
-        says whether given masks are remembered soft, as in training, or sharp."""
+        """Set the trained parts to train or eval mode, and the flag of tracker and teacher, but not of their modules.
+
+        The flag decides whether given masks are remembered soft, as in training, or sharp."""
         super().train(mode)
         self.tracker.training = self.teacher.training = mode
         return self

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens a tracked frame reads: arithmetic alone, no torch, so that a recipe's number is there at once."""
+"""How many tokens a tracked frame reads: only arithmetic, no torch, so that `show` answers at once."""
 
 from __future__ import annotations
 

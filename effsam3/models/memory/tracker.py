@@ -2,7 +2,7 @@
 """SAM 3's tracker with an efficient memory: the slot `memory` of a release.
 
 It is transformers' `Sam3TrackerVideoModel` with another memory bank: processors, sessions and
-`propagate_in_video_iterator` work as they are, alone and inside `Sam3VideoModel`. Training calls `remember` and
+`propagate_in_video_iterator` work unchanged, on its own and inside `Sam3VideoModel`. Training calls `remember` and
 `recall` with many objects at once; a session calls the same two.
 
 Letters: O objects, G side of the grid, C channels of the tracker, M channels of the memory, L latents, N tokens,

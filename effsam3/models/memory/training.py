@@ -49,7 +49,7 @@ UNUSED = ("vision_encoder.neck.fpn_layers.3.",)
 
 
 def read_tracker_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read a chassis folder's tracker, its neck and the trunk, by the names that a tracker alone has."""
+    """Read a chassis folder's tracker, its neck and the trunk, by the names of a tracker on its own."""
     return {
         here + name: tensor for there, here in PLACES.items() for name, tensor in read_tensors(folder, there).items()
     }
@@ -159,7 +159,7 @@ def track(
     Args:
         frame_OT: which frame of `features` each object sees at each time.
         masks_OTSS: boolean true masks; only the first frame's, and those of corrected frames, reach the tracker.
-        teacher: a tracker whose memory sees the same masks and pointers; its features are returned beside.
+        teacher: a tracker whose memory sees the same masks and pointers; its features are returned as well.
         by_truth: take from the true masks whether an object is present, as in training; else from the tracker.
         recompute: keep no activations of a frame but compute them again in the backward pass.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of EfficientSAM3 holds: students, alone or in a whole model, however it was saved."""
+"""What a file of EfficientSAM3 holds: students, on their own or in a whole model, however it was saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from effsam3.errors import UserError
 from effsam3.models.keymaps.sam3 import TRUNK
 from effsam3.models.merging.formats import IMAGE_PREFIX, TEXT_PREFIX
 
-# What files of students alone begin their names with, and what a merged file has in its place.
+# What names begin with in files that only hold students, and what a merged file has in its place.
 ALONE = (
     (r"(?:student_trunk\.)?((?:backbone\.model|head)\..+)", IMAGE_PREFIX),
     (r"((?:encoder|projector)\..+)", TEXT_PREFIX),
@@ -28,7 +28,7 @@ class UpstreamFile:
     image: dict[str, Tensor] = field(default_factory=dict)
     text: dict[str, Tensor] = field(default_factory=dict)
     rest: dict[str, Tensor] = field(default_factory=dict)
-    left_over: dict[str, Tensor] = field(default_factory=dict)  # of SAM 3's own ViT, beside the student
+    left_over: dict[str, Tensor] = field(default_factory=dict)  # of SAM 3's own ViT, next to the student
 
     @property
     def has_student(self) -> bool:

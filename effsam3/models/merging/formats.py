@@ -142,7 +142,7 @@ def verify(where: str, written: dict[str, Tensor], tensors: dict[str, Tensor]) -
 
 
 def own_trunk(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """The config of SAM 3's own ViT, None when a student stands in its place."""
+    """The config of SAM 3's own ViT, None when a student replaces it."""
     backbone = SLOTS["image"].config_of(config)
     return backbone if backbone.model_type == of_type(config.model_type).trunk_type else None
 
@@ -218,7 +218,7 @@ def efficientsam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -
     """
     if other := slots.keys() - {"image", "text"}:
         raise MergeError(
-            "merge.formats: EfficientSAM3's builder knows students for image and text alone, not for "
+            "merge.formats: EfficientSAM3's builder only knows students for image and text, not for "
             f"{', '.join(other)}; leave efficientsam3 out (merge.formats=[transformers,sam3])"
         )
     tensors, rest = {}, dict(merged.tensors)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The slots of SAM 3: which tensors a student takes over, and how a config says that it stands there.
+"""The slots of SAM 3: which tensors a student takes over, and how the config records it.
 
 A `Part` fills one slot; models/combine.py puts any number of parts into one model.
 """
@@ -46,7 +46,7 @@ class Part:
         config: what the merged config.json says in the slot.
         tensors: by their names in the merged `Sam3VideoModel`, float32.
         teacher: `checkpoint`, `revision` and `fingerprint` of the SAM 3 it learned from, as far as known.
-        facts: what the merged model's effsam3.json says of the slot besides.
+        facts: what else the merged model's effsam3.json records of the slot.
         also: beginnings of the names of what it takes over outside its slot.
     """
 
@@ -99,7 +99,7 @@ def _with_text(config: PreTrainedConfig, student: PreTrainedConfig) -> PreTraine
 class Slot:
     """What a student of this slot owns in a `Sam3VideoModel`, where its config is, and what must be as in the chassis.
 
-    `module` is where the student's module stands. `alike` maps an attribute of the slot's config to its name in
+    `module` is where the student's module is. `alike` maps an attribute of the slot's config to its name in
     messages.
     """
 
@@ -188,7 +188,7 @@ def text_part(
 
 
 def read_card(folder: Path, also: Mapping[str, Any] = MappingProxyType({})) -> dict:
-    """Read a merged or imported model's effsam3.json, in which there must be what `also` says besides the slots.
+    """Read a merged or imported model's effsam3.json, which must also have the form of `also` next to the slots.
 
     Raises:
         MergeError: it cannot be read, or does not say who fills the slots.
@@ -311,11 +311,11 @@ def refuse_other_chassis(part: Part, chassis: Mapping[str, Tensor], checkpoint: 
     if not teacher:
         return
     learned = f"{part.student} in the slot {part.slot} ({part.origin}) learned from {teacher['checkpoint']}"
-    mend = "merge into the SAM 3 that it learned from (sam3.checkpoint, sam3.revision)"
+    hint = "merge into the one that it learned from (sam3.checkpoint, sam3.revision)"
     if "fingerprint" not in teacher:
         if (teacher["checkpoint"], teacher["revision"]) != (checkpoint, revision):
             raise MergeError(
-                f"{learned}, revision {teacher['revision']}, the chassis is {checkpoint}, revision {revision}; {mend}"
+                f"{learned}, revision {teacher['revision']}, the chassis is {checkpoint}, revision {revision}; {hint}"
             )
         return
     tensors = {key: tensor for key, tensor in chassis.items() if key.startswith(owns)}
@@ -323,5 +323,5 @@ def refuse_other_chassis(part: Part, chassis: Mapping[str, Tensor], checkpoint: 
         tensors = {key.removeprefix(owns[0]): tensor for key, tensor in tensors.items()}
     if (found := fingerprint(tensors)) != teacher["fingerprint"]:
         raise MergeError(
-            f"{learned} (fingerprint {teacher['fingerprint']}), the chassis {checkpoint} is another ({found}); {mend}"
+            f"{learned} (fingerprint {teacher['fingerprint']}), the chassis {checkpoint} is another ({found}); {hint}"
         )

@@ -85,7 +85,7 @@ AutoModel.register(AttendedLiteTextConfig, AttendedLiteTextModel)
 
 
 class Classes(NamedTuple):
-    """What a rule is made of: the text encoder alone, and SAM 3's detector with it."""
+    """What a rule is made of: only the text encoder, and SAM 3's detector with it."""
 
     text_config: type[Sam3LiteTextTextConfig]
     text_model: type[Sam3LiteTextTextModel]

@@ -154,7 +154,7 @@ class StudentText(nn.Module):
         return self.text_projection
 
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Return features (B, L, C); L is at most `context_length`, and what stands at padding means nothing."""
+        """Return features (B, L, C); L is at most `context_length`, and features at padding are meaningless."""
         length, missing = ids_BL.shape[1], self.context_length - ids_BL.shape[1]
         assert missing >= 0, f"{length} tokens, the student reads {self.context_length}"
         if missing and (self.padding == "attended" or self.text_encoder.config.use_repmixer_blocks):

@@ -63,9 +63,9 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in the vocabulary, in the vocabulary's order.
+    """The letter that represents each byte in the vocabulary, in the vocabulary's order.
 
-    The printable ones of Latin-1 stand for themselves and come first, letters from U+0100 on for the others.
+    The printable ones of Latin-1 represent themselves and come first, letters from U+0100 on for the others.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in printable]

@@ -70,8 +70,8 @@ def load_text_weights(student: StudentText, weights: str) -> WeightsReport:
     `weights` is a local file (.pt, .bin, .safetensors), an open_clip model such as `MobileCLIP-S1`, or a file on the
     Hub as ORG/REPO/FILE. A student's own are its row's `weights` in the registry.
 
-    Of the 77 positions the first `context_length` are taken: in them MobileCLIP saw the tokens that stand there. (To
-    interpolate would tell the student that its texts are 77 long.)
+    The first `context_length` of the 77 positions are taken: MobileCLIP was trained with real tokens there.
+    (Interpolating would tell the student that its texts are 77 long.)
 
     Raises:
         StudentError: no such weights; or a tensor without a use, without a source, or of another shape.

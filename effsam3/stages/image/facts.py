@@ -43,7 +43,7 @@ class ImageData(Data):
     resize: Literal["square", "longest_side"] = "square"  # square is SAM 3's own; longest_side pads to a square
     synthetic_images: NonNegativeInt = 0  # how many to draw, both splits together; source synthetic only
     synthetic_side_px: PositiveInt = 192  # longest side of a drawn image
-    limit: PositiveInt | None = None  # use only the first so many images of each split; null: all
+    limit: PositiveInt | None = None  # use only the first N images of each split; null: all
     workers: NonNegativeInt = 8  # data loader processes per rank; 0: load in the main process
     max_unreadable: NonNegativeInt = 100  # stop after more unreadable images than this in one run
 
@@ -123,7 +123,7 @@ class ImageRecipe(FeatureRecipe):
     student_image_size: Annotated[int, student_side] | None = None  # px that it sees of SAM 3's 1008; null: all
     student_init: Annotated[str, initialisation] = "imagenet"  # imagenet, random, weights file or model folder
     head: Literal["fused", "stride32"] = "fused"  # fused: strides 8, 16, 32; stride32: upstream's
-    teacher: Literal["stored", "online"] = "stored"  # stored: reads embed.to; online: runs the teacher beside it
+    teacher: Literal["stored", "online"] = "stored"  # stored: reads embed.to; online: runs the teacher next to it
     sam3: Sam3 = Sam3()
     data: ImageData
     embed: ImageEmbed
@@ -183,7 +183,7 @@ class ImageRecipe(FeatureRecipe):
         }
 
     def _counts(self) -> dict[str, int]:
-        """Return how many images of each split are used, from the report beside the index.
+        """Return how many images of each split are used, from the report next to the index.
 
         Raises:
             UserError: there is no report.
@@ -220,7 +220,7 @@ class ImageRecipe(FeatureRecipe):
 
     def _store_line(self) -> str:
         if self.teacher == "online":
-            return "none: the teacher runs beside the student"
+            return "none: the teacher runs next to the student"
         facts = chassis_facts(self.sam3.checkpoint)
         grid = self.embed.grid or facts.grid
         size = stride(record_fields(self.embed, self.channels, grid, facts.image_size))

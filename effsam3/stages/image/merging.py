@@ -39,7 +39,7 @@ def untrained_part(recipe: ImageRecipe, config: PreTrainedConfig, about: dict) -
 
 
 def refuse_neck(features: dict) -> None:
-    """Only trunk features can stand in the trunk's slot.
+    """Only trunk features can fill the trunk's slot.
 
     Raises:
         MergeError: the student learned the neck's output.

@@ -60,7 +60,7 @@ def ready_index(recipe: ImageRecipe, accelerator: Accelerator, say: Callable[[st
     `say` gets what is to be known of a folder of photographs: what was left out of the index, what has changed since.
 
     Raises:
-        UserError: an index of something else stands there already, or synthetic images of another number or size.
+        UserError: an index of something else is there already, or synthetic images of another number or size.
     """
     on_main(accelerator, partial(_make_index, recipe, say))
     return Path(recipe.data.index)
@@ -263,7 +263,7 @@ class ImageStage(FeatureStage):
         return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher, neck)
 
     def example(self, samples: int) -> Batch:
-        """Return a micro-batch of so many images; none has contents."""
+        """Return a micro-batch of `samples` images without contents."""
         side, grid, channels = (self.facts[name] for name in ("image_size", "grid", "channels"))
         batch = {"pixels": torch.empty(samples, 3, side, side, dtype=torch.uint8, device="meta")}
         if self.teacher is None:
@@ -288,7 +288,7 @@ class ImageStage(FeatureStage):
         replaced = chassis_facts(self.recipe.sam3.checkpoint).trunk_params
         own = self.student_parameters
         grid, channels = self.facts["grid"], self.facts["channels"]
-        source = "beside the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
+        source = "next to the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
         lines = {
             "student": f"{row.label} ({self.recipe.student}, head {self.recipe.head})  {own / 1e6:.2f} M parameters "
             f"instead of {replaced / 1e6:.2f} M, sees {seen} px",

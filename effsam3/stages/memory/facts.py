@@ -43,7 +43,7 @@ class MemoryData(Data):
     synthetic_videos: NonNegativeInt = 0  # how many to draw, both splits together; source synthetic only
     synthetic_frames: PositiveInt = 48  # of a drawn video, at 24 per second
     synthetic_side_px: PositiveInt = 128  # of a drawn video
-    limit: PositiveInt | None = None  # use only the first so many videos of each split; null: all
+    limit: PositiveInt | None = None  # use only the first N videos of each split; null: all
     workers: NonNegativeInt = 8  # data loader processes per rank; 0: load in the main process
     max_unreadable: NonNegativeInt = 100  # stop after more unreadable videos than this in one run
 
@@ -66,7 +66,7 @@ class MemoryModel(Section):
     # latents of a frame that read a window each; a square number whose root divides the grid
     window_latents: PositiveInt = 64
     depth: PositiveInt = 2  # layers of the resampler
-    pool: PositiveInt = 2  # pooled maps keep the mean of so many by so many cells
+    pool: PositiveInt = 2  # pooled maps keep the mean of N by N cells
     hot_frames: NonNegativeInt = 1  # hybrid: most recent frames that keep their map
     attention_layers: PositiveInt | None = None  # of the memory attention; null: as many as SAM 3's (4)
     fuser_layers: PositiveInt | None = None  # of the memory encoder; null: as many as SAM 3's (2)
@@ -131,9 +131,9 @@ class MemoryEvaluate(Section):
     videos: str | None = None  # a folder as SA-V, DAVIS, MOSE or YouTube-VOS has it; null: data's held-out videos
     split: str | None = None  # a list of `videos`, such as val: SA-V's <split>.txt, DAVIS' ImageSets/2017; null: all
     evaluator: VideoBenchmark = "sav"  # whose definition of J and F; they differ
-    modes: tuple[Mode, ...] = ()  # memory modes to measure besides the recipe's own
+    modes: tuple[Mode, ...] = ()  # memory modes to measure in addition to the recipe's own
     untrained: bool = False  # also measure the memory as it was before training
-    max_videos: PositiveInt = 50  # at most so many
+    max_videos: PositiveInt = 50  # at most N
     appearing_later: bool = False  # also prompt objects that are not in the first frame, when they come
     predictions: bool = False  # write all masks to eval/predictions, as the official evaluators read them
     pictures: NonNegativeInt = 4  # videos to draw
@@ -142,14 +142,14 @@ class MemoryEvaluate(Section):
         if self.split is not None and self.videos is None:
             yield f"split: {self.split!r} is a list in evaluate.videos, which is null; give that folder, or no split"
         if self.evaluator == "davis" and self.appearing_later:
-            yield "appearing_later: DAVIS scores the objects of the first frame alone; use evaluator: sav, or false"
+            yield "appearing_later: DAVIS only scores the objects of the first frame; use evaluator: sav, or false"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryRecipe(StageRecipe):
     """Stage 2, memory: the tracker learns to remember in far fewer tokens; all else stays as it is."""
 
-    why_no_more = "its frozen trunk runs beside the student, because clips differ in every step; continue with train"
+    why_no_more = "its frozen trunk runs next to the student, because clips differ in every step; continue with train"
     replaces = "video memory"
     metric = "val/j"
     card_keys = StageRecipe.card_keys | {"parts of the tracker": "memory.trains"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 2, memory: a tracker learns to remember in few tokens, beside a frozen one that remembers everything.
+"""Stage 2, memory: a tracker learns to remember in few tokens, next to a frozen one that remembers everything.
 
 Letters: B clips, T frames of a clip, N object slots of a clip, O objects of all clips, S image side in pixels, F
 corrected frames, K clicks on each of them.
@@ -53,7 +53,7 @@ def ready_index(recipe: MemoryRecipe, accelerator: Accelerator) -> Path:
     """Return the index's path; for `data.source: synthetic` draw videos and index them first, once.
 
     Raises:
-        UserError: synthetic videos of another number or size stand there already, or an index of real ones.
+        UserError: synthetic videos of another number or size are there already, or an index of real ones.
     """
     if recipe.data.source == "synthetic":
         on_main(accelerator, partial(_draw_videos, recipe.data))
@@ -74,7 +74,7 @@ def _draw_videos(data: MemoryData) -> None:
 
 
 def make_trackers(recipe: MemoryRecipe, own: PreTrainedConfig) -> tuple[EfficientTracker, EfficientTracker]:
-    """Build the tracker that learns and the dense one that teaches, which sees what the other's vision puts out.
+    """Build the tracker that learns and the dense one that teaches, which sees the other's vision features.
 
     `own` is the config of the chassis' tracker.
 
@@ -222,7 +222,7 @@ class MemoryStage(StageBase):
         return cls(recipe, place, *make_trackers(recipe, config_at_hand(recipe.sam3.checkpoint).tracker_config))
 
     def example(self, samples: int) -> Batch:
-        """Return a micro-batch of so many clips, with as many objects as a clip may have, each seen in every frame."""
+        """Return a micro-batch of `samples` clips with as many objects as allowed, each visible in every frame."""
         data, side = self.recipe.data, self.facts["image_size"]
         # Masks and prompts decide what is run.
         masks = torch.zeros(samples, data.frames, data.objects, side, side, dtype=torch.bool)

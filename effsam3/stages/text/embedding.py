@@ -22,7 +22,7 @@ from effsam3.stages.text.training import encoder, inputs, make_teacher, ready_ca
 
 
 class TeacherPass:
-    """What `embed` runs: the teacher over every different text, and what a record of the store is made of."""
+    """What `embed` runs: the teacher over every distinct text, and what a record of the store is made of."""
 
     def __init__(self, recipe: TextRecipe, accelerator: Accelerator):
         self.recipe, self.accelerator = recipe, accelerator
@@ -40,7 +40,7 @@ class TeacherPass:
         return record_fields(self.recipe.data.context_length, self.channels)
 
     def description(self) -> dict:
-        """What the manifest says about the features: they belong to this teacher and this tokenizer alone."""
+        """What the manifest says about the features: they belong to this teacher and this tokenizer only."""
         tied = {INPUTS: inputs()} if ties_inputs(self.recipe.embed.to) else {}
         return tied | {
             "kind": "text",

@@ -36,7 +36,7 @@ class TextData(Data):
 
     # files: captions of your own; synthetic: made from a grammar, never used unless asked for here
     source: Literal["recap", "files", "synthetic"]
-    # recap: folder of its parquet; files: txt, json, jsonl, csv, tsv or parquet; null: phrases alone
+    # recap: folder of its parquet; files: txt, json, jsonl, csv, tsv or parquet; null: only phrases
     captions: str | None = None
     # Of the captions. recap: re_caption, org_caption or mix, one of the two by the row's key; files: any name.
     column: str | None = None  # null: re_caption where there is one, else the one known name, such as caption or text
@@ -46,7 +46,7 @@ class TextData(Data):
     context_length: Annotated[int, context] = 32  # most tokens of a text, start and end included; SAM 3 reads 32
     held_out: Annotated[float, share] = 0.01  # of captions and phrases, chosen by their text
     synthetic_captions: NonNegativeInt = 0  # how many to make; source synthetic only
-    limit: PositiveInt | None = None  # use only the first so many captions; null: all
+    limit: PositiveInt | None = None  # use only the first N captions; null: all
     workers: NonNegativeInt = 4  # data loader processes per rank, and for the first reading; 0: the main process
 
     def check(self) -> Iterator[str]:
@@ -65,7 +65,7 @@ class TextData(Data):
         if self.captions is None and not self.phrases:
             yield "captions: neither data.captions nor data.phrases is given; there is nothing to read"
         if self.phrases and self.phrase_share == 0:
-            yield "phrase_share: data.phrases are given but their share is 0; set it above 0, 1 for phrases alone"
+            yield "phrase_share: data.phrases are given but their share is 0; set it above 0, 1 for phrases only"
         if not self.phrases and self.phrase_share > 0:
             yield f"phrase_share: {self.phrase_share:g}, but there are no data.phrases"
 
@@ -84,7 +84,7 @@ class TextLoss(Section):
 
     mse: NonNegativeFloat = 1.0  # mean squared error of standardised channels
     cosine: NonNegativeFloat = 1.0  # 1 - cosine similarity
-    padding_mask: bool = True  # count valid tokens alone; false: padding too, as upstream's first runs did
+    padding_mask: bool = True  # count only valid tokens; false: padding too, as upstream's first runs did
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +152,7 @@ class TextRecipe(FeatureRecipe):
 
     def _store_line(self) -> str:
         if self.teacher == "online":
-            return "none: the teacher runs beside the student"
+            return "none: the teacher runs next to the student"
         channels, length = chassis_facts(self.sam3.checkpoint).fpn_hidden_size, self.data.context_length
         return f"{stride(record_fields(length, channels)):,} bytes per text ({length} x {channels} float16)"
 

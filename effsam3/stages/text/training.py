@@ -46,7 +46,7 @@ def ready_captions(recipe: TextRecipe, accelerator: Accelerator) -> Captions:
     """Open the recipe's captions, rank 0 first; for `data.source: synthetic` make them before, once.
 
     Raises:
-        UserError: synthetic captions of another number stand there already, or no text is usable.
+        UserError: synthetic captions of another number are there already, or no text is usable.
     """
     data = recipe.data
     if data.source == "synthetic":
@@ -195,7 +195,7 @@ class TextStage(FeatureStage):
         return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher)
 
     def example(self, samples: int) -> Batch:
-        """Return a micro-batch of so many texts of full length. An online teacher runs on distinct texts only: here
+        """Return a micro-batch of `samples` texts of full length. An online teacher runs on distinct texts only: here
         all are distinct."""
         length = self.recipe.data.context_length
         shape = (samples, length, self.facts["channels"])
@@ -232,7 +232,7 @@ class TextStage(FeatureStage):
 
     def describe(self) -> dict[str, str]:
         row = text_student_row(self.recipe.student)
-        source = "beside the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
+        source = "next to the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
         lines = {
             "student": f"{row.label} ({self.recipe.student})  {self.student_parameters / 1e6:.2f} M parameters, "
             f"padding {self.recipe.student_padding}",
@@ -248,7 +248,7 @@ class TextStage(FeatureStage):
 
     def samples(self, batch: Batch) -> list[str]:
         """Keys of a batch's texts."""
-        # Of these alone, every step: the dataset's own list has the keys of all texts, gigabytes of them.
+        # Only of these, every step: the dataset's own list has the keys of all texts, gigabytes of them.
         return self.train_data.part.keys(batch["positions"].tolist())
 
     def target(self, batch: Batch) -> Tensor:
