@@ -182,7 +182,7 @@ def test_show_counts_it():
         (["student=resnet10t"], r"no image student is called 'resnet10t' \(backbones of timm are called timm/NAME\)"),
         (["student=timm/test_vit", "student_image_size=100"], r"100 px \(.+\); set another student_image_size"),
         (["student=timm/pit_ti_224"], "tensors of timm/pit_ti_224 lead to none of the maps .+body.norm.weight"),
-        (["student=timm/coat_tiny", "student_image_size=224"], r"\d+ tensors of timm/coat_tiny stand in several"),
+        (["student=timm/coat_tiny", "student_image_size=224"], r"\d+ tensors of timm/coat_tiny are shared by several"),
         (
             ["student=timm/test_vit", "head=stride32"],
             "stride32 reads a map of stride 32, the coarsest .+ has 16",
