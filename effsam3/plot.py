@@ -13,7 +13,7 @@ from pathlib import Path
 
 from effsam3 import stages
 from effsam3.errors import UserError, did_you_mean
-from effsam3.files import refuse_unwritable
+from effsam3.files import atomic_file, refuse_unwritable
 from effsam3.training.progress import each_run
 from effsam3.training.report import read_metrics
 
@@ -56,9 +56,8 @@ def plot(runs: Sequence[str], out: str | None = None, metrics: str | None = None
     known = list(dict.fromkeys(name for run in curves.values() for name in run))
     chosen = [name for name in DEFAULT if name in known][:PANELS] if metrics is None else choose(metrics, known)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{path.name}")
-    draw(curves, chosen, smooth).savefig(partial)
-    partial.replace(path)
+    with atomic_file(path) as partial:
+        draw(curves, chosen, smooth).savefig(partial, format=path.suffix[1:])
     return "\n".join([f"{path}: {', '.join(curves)}", *(f"left out: {reason}" for reason in left_out)])
 
 

@@ -17,6 +17,7 @@ from transformers import Sam3LiteTextModel
 
 from effsam3.benchmarks.speed import alternate, device_name, with_ratio
 from effsam3.errors import UserError
+from effsam3.files import atomic_file
 from effsam3.losses.features import agreement_sums, standardise
 from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.image.teacher import parameter_count
@@ -225,4 +226,5 @@ def plot_similarity(results: dict[str, dict], path: Path) -> None:
         axis.set_major_locator(MaxNLocator(integer=True))
     cosine.grid(alpha=0.3)
     cosine.legend(loc="best")
-    figure.savefig(path)
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png")

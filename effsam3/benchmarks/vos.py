@@ -12,9 +12,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-import shutil
 import statistics
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from effsam3.benchmarks.tables import Column, percent, result_table
 from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
 from effsam3.data.videos.vos import HIGHEST_ID, VosVideo
 from effsam3.errors import UserError, did_you_mean
-from effsam3.files import write_text
+from effsam3.files import atomic_folder, write_text
 
 
 @dataclass(frozen=True)
@@ -118,25 +118,26 @@ def vos(
     failed: dict[str, str] = {}
     count, left_out = 0, 0
     for video in videos:
-        keepers: list[PredictionFolder | ContactSheet] = []
         try:
             if not rules.overlap and not all(0 < number <= HIGHEST_ID for number in video.objects):
                 video = video.numbered_from_one()  # SA-V's objects begin at 0, which is background in DAVIS' PNGs
-            if predictions is not None:
-                keepers += [PredictionFolder(predictions / name, video, name, rules.overlap) for name in trackers]
-            if pictures is not None and count < max_pictures:
-                keepers.append(ContactSheet(pictures / f"{video.name}.png", video.name, video.annotated))
-            found, later = _one_video(trackers, video, rules, appearing_later, keepers)
+            with ExitStack() as folders:  # an error leaves what an earlier run has predicted
+                keepers: list[PredictionFolder | ContactSheet] = []
+                for name in trackers if predictions is not None else ():
+                    folder = folders.enter_context(atomic_folder(predictions / name / video.name))
+                    keepers.append(PredictionFolder(folder, video, name, rules.overlap))
+                if pictures is not None and count < max_pictures:
+                    keepers.append(ContactSheet(pictures / f"{video.name}.png", video.name, video.annotated))
+                found, later = _one_video(trackers, video, rules, appearing_later, keepers)
+                scores = {
+                    name: {number: score for (_, number), score in tally.scores.items()}
+                    for name, tally in found.items()
+                }
+                for keeper in keepers:
+                    keeper.finish(scores)
         except (UserError, OSError) as error:
             failed[video.name] = str(error)
-            for keeper in keepers:
-                keeper.discard()
             continue
-        scores = {
-            name: {number: score for (_, number), score in tally.scores.items()} for name, tally in found.items()
-        }
-        for keeper in keepers:
-            keeper.finish(scores)
         for name, tally in found.items():
             tallies[name].add(tally)
         count, left_out = count + 1, left_out + later
@@ -201,19 +202,17 @@ def _one_video(
 
 
 class PredictionFolder:
-    """One tracker's masks of one video as PNGs: `<video>/<object>/<frame>.png`, or one of ids, `<video>/<frame>.png`.
+    """One tracker's masks of one video as PNGs: `<object>/<frame>.png`, or one of ids, `<frame>.png`.
 
     A frame's PNG has the name of its image, as the annotated masks do, for the official evaluators pair files by name.
-    The folder gets its name when the video is done; a tracker's folder is the `pred_root` of the official evaluators.
+    The folder of all videos' folders is the `pred_root` of the official evaluators.
     """
 
-    def __init__(self, root: Path, video: VosVideo, tracker: str, per_object: bool):
-        self.folder, self.partial = root / video.name, root / f".{video.name}.partial"
-        self.files, self.size = [f"{name}.png" for name in video.frame_names], video.size
+    def __init__(self, folder: Path, video: VosVideo, tracker: str, per_object: bool):
+        """`folder` is that of the video, empty."""
+        self.folder, self.files, self.size = folder, [f"{name}.png" for name in video.frame_names], video.size
         self.video, self.tracker, self.per_object = video.name, tracker, per_object
         self.written: list[str] = []
-        self.discard()
-        self.partial.mkdir(parents=True)
 
     def add(self, frame: TrackedFrame) -> None:
         """Write a frame's masks."""
@@ -227,7 +226,7 @@ class PredictionFolder:
         self.written.append(file)
         if self.per_object:
             for number, mask in masks.items():
-                folder = self.partial / f"{number:03d}"
+                folder = self.folder / f"{number:03d}"
                 folder.mkdir(exist_ok=True)
                 Image.fromarray(mask).save(folder / file)
             return
@@ -236,21 +235,13 @@ class PredictionFolder:
             ids[mask] = number
         image = Image.fromarray(ids)
         image.putpalette(voc_palette())
-        image.save(self.partial / file)
-
-    def discard(self) -> None:
-        """Remove what there is of an unfinished video."""
-        if self.partial.is_dir():
-            shutil.rmtree(self.partial)
+        image.save(self.folder / file)
 
     def finish(self, _) -> None:
-        """Put empty masks where an object had not been shown yet, and replace what an earlier run has left."""
-        for folder in (folder for folder in self.partial.iterdir() if folder.is_dir()):
+        """Put empty masks where an object had not been shown yet."""
+        for folder in (folder for folder in self.folder.iterdir() if folder.is_dir()):
             for file in (file for file in self.written if not (folder / file).exists()):
                 Image.fromarray(np.zeros(self.size, bool)).save(folder / file)
-        if self.folder.is_dir():
-            shutil.rmtree(self.folder)
-        self.partial.rename(self.folder)
 
 
 def voc_palette() -> list[int]:

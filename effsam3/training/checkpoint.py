@@ -10,7 +10,6 @@ whole tensors by name, so that a run saved on any hardware resumes exactly on an
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from effsam3.errors import UserError
+from effsam3.files import atomic_folder
 from effsam3.tensor_files import read_safetensors
 from effsam3.training import optimizer_state
 
@@ -107,44 +107,20 @@ def save(accelerator, student, optimizer, average, checkpoints: Path, trainer: d
 
 
 def _write(folder: Path, files: dict[str, dict], trainer: dict, is_best: bool) -> None:
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    for torn in folder.parent.glob("*.partial"):  # of a kill; the room they take may be needed
+        shutil.rmtree(torn)
+    best = folder.with_name(f"best-{folder.name}")
+    with atomic_folder(folder) as partial:
         for name, tensors in files.items():
             save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, partial / name)
         (partial / "trainer.json").write_text(json.dumps(trainer, indent=1))
-        sync(partial)
         if is_best:  # before the step itself, whose trainer.json names it
-            _keep_best(partial, folder.with_name(f"best-{folder.name}"))
-    except (OSError, SafetensorError):
-        for torn in folder.parent.glob("*.partial"):  # the room they take may be what others need
-            shutil.rmtree(torn)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)  # of the same step, from before a resume
-    partial.rename(folder)
-
-
-def sync(folder: Path) -> None:
-    """Bring a finished folder to the disk, readable for colleagues, before it gets its final name."""
-    for path in [path for path in folder.rglob("*") if path.is_file()]:
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def _keep_best(folder: Path, best: Path) -> None:
-    partial = best.with_name(best.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for name in (WEIGHTS, "trainer.json"):
-        shutil.copyfile(folder / name, partial / name)
-    sync(partial)
-    shutil.rmtree(best, ignore_errors=True)
-    partial.rename(best)
-    for old in complete(folder.parent, best=True):
-        if old != best:
-            shutil.rmtree(old)
+            with atomic_folder(best) as partial_best:
+                for name in (WEIGHTS, "trainer.json"):
+                    shutil.copyfile(partial / name, partial_best / name)
+            for old in complete(folder.parent, best=True):
+                if old != best:
+                    shutil.rmtree(old)
 
 
 def read_weights(folder: Path) -> dict:

@@ -150,16 +150,16 @@ def test_killed_while_it_writes_a_checkpoint(shared, whole):
     partial = []
     while not partial:  # stopped too late for one checkpoint, it goes on to the next
         process.send_signal(signal.SIGCONT)
-        while not list((mine / "checkpoints").glob("step-*.partial")):
+        while not list((mine / "checkpoints").glob(".step-*.partial")):
             assert process.poll() is None, "the run ended before it could be stopped in a checkpoint"
         process.send_signal(signal.SIGSTOP)
         while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
             time.sleep(0.001)
-        partial = list((mine / "checkpoints").glob("step-*.partial"))
+        partial = list((mine / "checkpoints").glob(".step-*.partial"))
     process.kill()
     process.wait()
     before = checkpoint.latest(mine / "checkpoints")
-    assert before.name < partial[0].name
+    assert before.name < partial[0].name[1:]
     assert f"resuming from step {int(before.name[-6:])}" in run(folder, *arguments)
     assert_same(whole, mine, 1e-12)
     assert not list((mine / "checkpoints").glob("*.partial"))

@@ -296,7 +296,7 @@ def test_moments_of_another_student_are_refused():
 
 def test_a_merge_that_fails_while_it_writes_leaves_nothing(tmp_path, monkeypatch):
     run = image_run(tmp_path)
-    folder = tmp_path / "image" / "merged.partial" / "config.json"
+    folder = tmp_path / "image" / ".merged.partial" / "config.json"
 
     def full(path, content):
         assert folder.is_file()

@@ -77,6 +77,7 @@ def test_more_objects_than_a_png_can_hold(tracker, tmp_path):
     frame = TrackedFrame(0, np.zeros((20, 30, 3), np.uint8), None, {"it": video.masks(0)}, frozenset())
     with pytest.raises(UserError, match="v: 300 objects do not fit into PNGs of ids, which end at 254; set evaluate"):
         folder.add(frame)
+    (tmp_path / "each").mkdir()
     PredictionFolder(tmp_path / "each", video, "it", per_object=True).add(frame)
     assert len(list((tmp_path / "each").rglob("*.png"))) == 300
 

@@ -18,6 +18,7 @@ from effsam3.benchmarks.models import Pair
 from effsam3.benchmarks.pictures.videos import paint
 from effsam3.data.images.sa1b import Unreadable, mask_of, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
+from effsam3.files import atomic_file
 
 OBJECTS = 6  # prompted per picture
 
@@ -80,7 +81,8 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) ->
         for axis in figure.axes[: 4 * rows]:
             axis.set_axis_off()
         paths.append(out / f"{picture_name(row)}.png")
-        figure.savefig(paths[-1])
+        with atomic_file(paths[-1]) as file:
+            figure.savefig(file, format="png")
     return paths
 
 

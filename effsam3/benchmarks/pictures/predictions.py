@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
-from effsam3.benchmarks.pictures.videos import colour_of, evenly, paint
+from effsam3.benchmarks.pictures.videos import colour_of, evenly, paint, save_png
 from effsam3.files import write_json
 from effsam3.models.inference.concepts import Instances
 
@@ -46,8 +46,8 @@ def write_image(folder: Path, about: dict, image_HW3: np.ndarray, instances: lis
     _clear(folder)
     for instance in instances:
         instance["mask"] = f"mask_{instance['id']:03d}.png"
-        Image.fromarray(coco_mask.decode(instance["segmentation"]) * 255).save(folder / instance["mask"])
-    draw(image_HW3, instances, OVERLAY_WIDTH, about["prompts"]).save(folder / "overlay.png")
+        save_png(Image.fromarray(coco_mask.decode(instance["segmentation"]) * 255), folder / instance["mask"])
+    save_png(draw(image_HW3, instances, OVERLAY_WIDTH, about["prompts"]), folder / "overlay.png")
     write_json(folder / "predictions.json", about | {"instances": instances})
 
 
@@ -61,7 +61,7 @@ def write_video(folder: Path, about: dict, frames: Mapping[int, list[dict]], ima
         index: draw(images[index], frames[index], CELL_WIDTH, about["prompts"] if index == first else {})
         for index in chosen
     }
-    contact_sheet(pictures).save(folder / "overlay.png")
+    save_png(contact_sheet(pictures), folder / "overlay.png")
 
 
 def _clear(folder: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from effsam3.benchmarks.jaccard import ObjectScore, boundary
 from effsam3.benchmarks.tracking import Masks, TrackedFrame
+from effsam3.files import atomic_file
 
 # Far from one another and from most of what is filmed; used again from the start after the last.
 COLOURS = tuple(
@@ -75,6 +76,12 @@ def paint(image_HWC: np.ndarray, filled: Masks, outlined: Masks) -> Image.Image:
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    with atomic_file(path) as file:
+        picture.save(file, "PNG")
+
+
 class ContactSheet:
     """A PNG with a few frames across time: what is annotated in the first row, what each tracker finds below."""
 
@@ -87,9 +94,6 @@ class ContactSheet:
     def add(self, frame: TrackedFrame) -> None:
         if frame.index in self.chosen:
             self.frames.append(reduce(frame, CELL_WIDTH))
-
-    def discard(self) -> None:
-        self.frames.clear()
 
     def finish(self, scores: dict[str, dict[int, ObjectScore | None]]) -> None:
         """Draw the sheet; every tracker's row and the legend say the J&F."""
@@ -116,7 +120,7 @@ class ContactSheet:
                 _write(draw, (2 * GAP, top + LINE), _j_and_f(scores[name].values()), 14, PALE)
         self._legend(draw, (indent, down - 2 * LINE + GAP), scores)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(self.path)
+        save_png(sheet, self.path)
 
     def _legend(self, draw: ImageDraw.ImageDraw, at: tuple[int, int], scores: dict) -> None:
         left, top = at

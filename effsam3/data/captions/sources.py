@@ -8,7 +8,6 @@ what is not. From then on texts are memory-mapped by Hugging Face `datasets`, an
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,9 +20,10 @@ import numpy as np
 from effsam3.checked_files import read_json
 from effsam3.data.captions.cleaning import EXAMPLES, clean_rows, code_of, count, counted, first_train_code, key_of
 from effsam3.data.captions.text_files import ROWS, caption_files, read_texts
-from effsam3.data.images.sa1b import SPLITS, write_atomic
+from effsam3.data.images.sa1b import SPLITS
 from effsam3.data.indexing import run_jobs
 from effsam3.errors import UserError
+from effsam3.files import atomic_file, write_text
 
 CACHE = ".captions"  # folder next to the files; may be deleted at any time
 # What is kept with a copy: the column that was read, and how many entries were left out or changed, by reason.
@@ -265,23 +265,15 @@ def _make_copy(file: str, source: str, column: str | None, copy: Path) -> None:
     rows = clean_rows(texts.values, Path(file).name)
     report: dict[str, dict] = {}
     schema = pyarrow.schema({"text": pyarrow.string(), "code": pyarrow.uint64()})
-    partial = copy.with_name(f".{copy.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as sink:
-            with pyarrow.ipc.new_stream(sink, schema) as writer:
-                while some := list(islice(rows, ROWS)):
-                    for _, reason, where in some:
-                        if reason:
-                            count(report, reason, [where])
-                    usable = [text for text, _, _ in some if text]
-                    codes = [code_of(text) for text in usable]
-                    writer.write_batch(pyarrow.record_batch([usable, codes], schema=schema))
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(partial, copy)
-    finally:
-        partial.unlink(missing_ok=True)  # still there when the file cannot be read
-    write_atomic(copy.with_suffix(".json"), json.dumps({"column": texts.name, "left_out": report}, indent=1).encode())
+    with atomic_file(copy) as partial, pyarrow.ipc.new_stream(str(partial), schema) as writer:
+        while some := list(islice(rows, ROWS)):
+            for _, reason, where in some:
+                if reason:
+                    count(report, reason, [where])
+            usable = [text for text, _, _ in some if text]
+            codes = [code_of(text) for text in usable]
+            writer.write_batch(pyarrow.record_batch([usable, codes], schema=schema))
+    write_text(copy.with_suffix(".json"), json.dumps({"column": texts.name, "left_out": report}, indent=1))
 
 
 def _dataset(copies: list[Path]):

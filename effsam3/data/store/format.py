@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from effsam3.checked_files import read_json
 from effsam3.errors import UserError
+from effsam3.files import write_text
 
 if TYPE_CHECKING:
     import pyarrow
@@ -206,14 +207,9 @@ def untied(root: str | Path) -> str:
 
 def write_manifest(root: str | Path, manifest: Manifest) -> None:
     """Replaces manifest.json atomically."""
-    path = Path(root) / "manifest.json"
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump({"format": FORMAT, "version": VERSION, **asdict(manifest)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    write_text(
+        Path(root) / "manifest.json", json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1)
+    )
 
 
 def sync_folder(path: Path) -> None:

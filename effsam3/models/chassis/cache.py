@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from effsam3.errors import ChassisError
-from effsam3.training.checkpoint import sync
+from effsam3.files import atomic_folder, free_bytes, gigabytes
 
 
 def cache_folder() -> Path:
@@ -36,23 +34,13 @@ def kept_in_cache(name: str, write: Callable[[Path], None]) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{name}.lock")):
             if not folder.is_dir():
-                _write_whole(folder, write)
+                with atomic_folder(folder) as partial:
+                    write(partial)
     except (OSError, SafetensorError) as error:
         if not folder.is_dir():  # where locks do not hold, another process may have been first
-            free = shutil.disk_usage(next(path for path in folder.absolute().parents if path.is_dir())).free
+            free = gigabytes(free_bytes(folder))
             raise ChassisError(
-                f"sam3.checkpoint: {folder} cannot be written ({error}); {free / 1e9:.1f} GB are free there. Make "
-                "room, or set EFFSAM3_CACHE to a folder that has it"
+                f"sam3.checkpoint: {folder} cannot be written ({error}); {free} are free there. Make room, or set "
+                "EFFSAM3_CACHE to a folder that has it"
             ) from error
     return folder
-
-
-def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        partial.chmod(0o755)
-        write(partial)
-        sync(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

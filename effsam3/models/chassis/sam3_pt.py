@@ -6,7 +6,6 @@ A file that this project has written carries its config; without one, the sizes 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -140,7 +139,7 @@ def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
         where |= dict.fromkeys(names, file)
     size = sum((folder / file).stat().st_size for file in set(where.values()))
     index = {"metadata": {"total_size": size}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def _for_file(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from effsam3.files import write_json
+from effsam3.files import atomic_folder, write_json
 from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.classes import empty_model, key_map
 from effsam3.models.chassis.processor import PROCESSOR_FILES, processor
@@ -40,7 +40,6 @@ from effsam3.models.registry import TEXT_STUDENTS, of_type
 from effsam3.models.text.padding import padding_of
 from effsam3.models.text.student import DETECTOR
 from effsam3.tensor_files import read_safetensors, refuse_unusable
-from effsam3.training import checkpoint
 
 BUILDER = "build_efficientsam3_image_model"  # EfficientSAM3's
 
@@ -78,9 +77,8 @@ def write_model(
     if "efficientsam3" in formats and not allow_padding_mismatch:
         refuse_other_padding(merged, card["slots"])
     files = {name: FORMATS[name](merged, beside, card["slots"]) for name in formats if name in FORMATS}
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    notes = []
+    with atomic_folder(folder) as partial:
         model = empty_model(merged.config)  # only to be written: nothing is initialised that the tensors replace
         model.load_state_dict(merged.tensors, assign=True)
         with quiet_transformers():
@@ -94,8 +92,7 @@ def write_model(
             save_file(beside, partial / EXTRAS_FILE, {"format": "pt"})
         card = card | {"weights": fingerprint(merged.tensors)}  # what an evaluation is tied to
         write_json(partial / CARD, card)
-        verify(partial.name, read_tensors(partial), merged.tensors)
-        notes = []
+        verify(folder.name, read_tensors(partial), merged.tensors)
         for name, (tensors, lines) in files.items():
             path = partial / f"{name}.pt"
             # EfficientSAM3's file says nothing of itself: its builder is told everything.
@@ -103,11 +100,6 @@ def write_model(
             save_pickled(path, tensors, about)
             verify(path.name, torch.load(path, mmap=True, weights_only=True)["model"], tensors)
             notes += [f"{folder / path.name}: {path.stat().st_size / 1e6:,.1f} MB", *lines]
-        checkpoint.sync(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)  # what a full disk or a difference leaves
     return notes
 
 
