@@ -8,10 +8,11 @@ optimizer is counted as torch and DeepSpeed allocate it.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from effsam3.recipe.reader import flat
 Found = TypeVar("Found")
 GIB = 1 << 30
 FP32 = 4  # bytes; weights, gradients and optimizer state are float32 in every precision
+MICRO_BATCH = "train.micro_batch_size"
 LIBRARIES = GIB  # the CUDA context, cuBLAS' and NCCL's own buffers: outside of torch's allocator
 FREE = 0.1  # share of a device that fragmentation and kernels' workspaces may take
 DEVICES = {24: "RTX 4090, A10", 40: "A100 40 GB", 48: "L40S", 80: "A100, H100", 141: "H200", 180: "B200"}
@@ -72,7 +74,7 @@ def measure(recipe: StageRecipe) -> Sizes:
 
 def resized(recipe: StageRecipe, sizes: Sizes, micro_batch: int) -> tuple[StageRecipe, Sizes]:
     """Return the recipe and its sizes with another micro-batch; only what is not proportional is measured again."""
-    other = recipe.changed("train.micro_batch_size", micro_batch)
+    other = recipe.changed(MICRO_BATCH, micro_batch)
     if not recipe.samples_are_separate:
         return other, measure(other)
     return other, replace(sizes, micro_batch=sizes.micro_batch * micro_batch // recipe.train.micro_batch_size)
@@ -185,17 +187,11 @@ def micro_batches(recipe: StageRecipe, processes: int) -> list[int]:
 
 def largest_micro_batch(recipe: StageRecipe, sizes: Sizes, device: int) -> tuple[str, int] | None:
     """Return the change to the largest smaller micro-batch that fits and what is taken then, None if none fits."""
-    hardware, best = read_hardware(recipe.hardware), None
+    hardware = read_hardware(recipe.hardware)
     smaller = [size for size in micro_batches(recipe, hardware.processes) if size < recipe.train.micro_batch_size]
-    while smaller:
-        middle = len(smaller) // 2
-        total = estimate(*resized(recipe, sizes, smaller[middle]), hardware).total
-        if fits(total, device):
-            best = (f"train.micro_batch_size={smaller[middle]}", total)
-            smaller = smaller[middle + 1 :]
-        else:
-            smaller = smaller[:middle]
-    return best
+    total = cache(lambda size: estimate(*resized(recipe, sizes, size), hardware).total)
+    fitting = bisect_left(smaller, True, key=lambda size: not fits(total(size), device))
+    return (f"{MICRO_BATCH}={smaller[fitting - 1]}", total(smaller[fitting - 1])) if fitting else None
 
 
 def other_changes(recipe: StageRecipe, sizes: Sizes) -> Iterator[tuple[str, int]]:
@@ -233,7 +229,7 @@ def advice(recipe: StageRecipe, sizes: Sizes, device: int, most: int = 2) -> lis
     if found:
         return [f"{text} would take {_gib(total)}" for text, total in found]
     hardware = read_hardware(recipe.hardware)
-    tried.append(("train.micro_batch_size=1", estimate(*resized(recipe, sizes, 1), hardware).total))
+    tried.append((f"{MICRO_BATCH}=1", estimate(*resized(recipe, sizes, 1), hardware).total))
     least = sorted(tried, key=lambda change: change[1])[:most]
     return [f"{text} would take {_gib(total)}, too much by itself" for text, total in least]
 
@@ -306,7 +302,7 @@ def _next_steps(recipe: StageRecipe, sizes: Sizes) -> Iterator[tuple[str, int]]:
     smaller = [size for size in micro_batches(recipe, hardware.processes) if size < recipe.train.micro_batch_size]
     if smaller:
         total = estimate(*resized(recipe, sizes, smaller[-1]), hardware).total
-        yield f"train.micro_batch_size={smaller[-1]}", total
+        yield f"{MICRO_BATCH}={smaller[-1]}", total
     yield from other_changes(recipe, sizes)
 
 

@@ -6,6 +6,7 @@ The search knows no model, the trial no search. A trial leaves the student as it
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +18,12 @@ from torch import nn
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast
 from effsam3.hardware.budget.dry_run import is_meta
-from effsam3.hardware.budget.estimates import FP32, micro_batches, running_hardware, states
+from effsam3.hardware.budget.estimates import FP32, MICRO_BATCH, micro_batches, running_hardware, states
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.derived import accumulation
 from effsam3.recipe.reader import load_recipe
 from effsam3.stages.protocol import Stage
 from effsam3.training.report import Report
-
-KEY = "train.micro_batch_size"
 
 
 def find(candidates: Sequence[int], trial: Callable[[int], bool]) -> int:
@@ -35,20 +34,20 @@ def find(candidates: Sequence[int], trial: Callable[[int], bool]) -> int:
     Raises:
         UserError: not even the smallest fits.
     """
-    low, high = 0, len(candidates)  # all below low fit, none from high on does
-    while low < high:
-        middle = (low + high) // 2
+
+    def is_too_large(size: int) -> bool:
         try:
-            fits = trial(candidates[middle])
+            return not trial(size)
         except torch.OutOfMemoryError:
-            fits = False
-        low, high = (middle + 1, high) if fits else (low, middle)
-    if low == 0:
+            return True
+
+    fitting = bisect_left(candidates, True, key=is_too_large)
+    if fitting == 0:
         raise UserError(
             f"train.find_micro_batch: not even micro_batch_size={candidates[0]} fits this device; `effsam3 show "
             "RECIPE --budget` says what takes the memory and what to change"
         )
-    return candidates[low - 1]
+    return candidates[fitting - 1]
 
 
 @contextmanager
@@ -110,7 +109,7 @@ def kept(recipe: StageRecipe, folder: Path) -> StageRecipe:
     file = folder / "recipe.yaml"
     if not recipe.train.find_micro_batch or not (folder / "checkpoints").is_dir() or not file.is_file():
         return recipe
-    return recipe.changed(KEY, load_recipe(file).train.micro_batch_size)
+    return recipe.changed(MICRO_BATCH, load_recipe(file).train.micro_batch_size)
 
 
 def run(recipe: StageRecipe, stage: Stage, accelerator: Accelerator, report: Report) -> StageRecipe:
@@ -135,11 +134,11 @@ def run(recipe: StageRecipe, stage: Stage, accelerator: Accelerator, report: Rep
     mine = find(micro_batches(recipe, accelerator.num_processes), trial)
     found = int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).min())
     torch.cuda.reset_peak_memory_stats()  # the run reports its own
-    micros = accumulation(recipe.changed(KEY, found), accelerator.num_processes)
-    report.say(f"found    {KEY}={found}, {micros} accumulated; recipe.yaml keeps it")
+    micros = accumulation(recipe.changed(MICRO_BATCH, found), accelerator.num_processes)
+    report.say(f"found    {MICRO_BATCH}={found}, {micros} accumulated; recipe.yaml keeps it")
     for warning in warnings(stage.student, found):
         report.say(warning)
-    return recipe.changed(KEY, found)
+    return recipe.changed(MICRO_BATCH, found)
 
 
 def warnings(student: nn.Module, found: int) -> Iterator[str]:
@@ -149,6 +148,6 @@ def warnings(student: nn.Module, found: int) -> Iterator[str]:
     if norms:
         yield (
             f"WARNING  this student has {', '.join(norms)}: it normalises by its micro-batch, so on another device, "
-            f"where another size is found, it learns otherwise. To repeat this run set {KEY}={found} and "
+            f"where another size is found, it learns otherwise. To repeat this run set {MICRO_BATCH}={found} and "
             "train.find_micro_batch=false"
         )
