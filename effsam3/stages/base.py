@@ -211,34 +211,35 @@ def untied_note(store: StoreReader | None) -> dict[str, str]:
     return {} if store is None or store.manifest.ties_inputs else {"note": untied(store.root)}
 
 
-def stored_facts(recipe: FeatureRecipe, store: StoreReader, form: dict) -> dict:
-    """Return what a store's manifest says of its features, in which there must be what `form` says.
+def open_store(recipe: FeatureRecipe, form: dict[str, Any], *keys: str) -> StoreReader:
+    """Open the store of the features that the recipe asks for.
+
+    Its description must have what `form` says, and the recipe's values of these `keys` of section `data`.
 
     Raises:
-        StoreError: it holds features of another stage, or its manifest is damaged.
+        StoreError: it holds features of another stage or teacher, or made otherwise, or its manifest is damaged.
     """
+    store, embed = StoreReader(recipe.embed.to), recipe.embed.to
     facts, stage = store.manifest.description, recipe.stage
     if (kind := facts.get("kind")) in stages.STAGES and kind != stage:
         raise StoreError(
-            f"embed.to: the store at {store.root} holds {kind} features, the recipe's stage is {stage}; name a store "
-            f"that a recipe of stage {stage} has embedded"
+            f"embed.to: the store at {embed} holds {kind} features, the recipe's stage is {stage}; name a store that "
+            f"a recipe of stage {stage} has embedded"
         )
-    if wrong := mismatch(facts, form):
+    if wrong := mismatch(facts, form | {"teacher": dict}):
         raise StoreError(f"{store.root}/manifest.json is damaged: its description, {wrong}; {RESTORE}")
-    return facts
-
-
-def refuse_other_teacher(recipe: FeatureRecipe, teacher: dict) -> None:
-    """Refuse a store whose manifest names another teacher than the recipe; upstream's stores name none.
-
-    Raises:
-        StoreError: another checkpoint, or another fingerprint than `sam3.fingerprint`.
-    """
-    made_by, asked = teacher["checkpoint"], recipe.sam3.checkpoint
-    fingerprint = recipe.sam3.fingerprint
-    if "fingerprint" in teacher and (made_by != asked or fingerprint not in (None, teacher["fingerprint"])):
+    for key in keys:
+        if (asked := getattr(recipe.data, key)) != facts[key]:
+            raise StoreError(
+                f"the store at {embed} was made with {key}={facts[key]}, the recipe says data.{key}={asked}; change "
+                f"data.{key}, or embed again to another embed.to"
+            )
+    made_by, checkpoint, fingerprint = facts["teacher"], recipe.sam3.checkpoint, recipe.sam3.fingerprint
+    known = made_by.get("fingerprint")  # upstream's stores have none
+    if known is not None and (made_by["checkpoint"] != checkpoint or fingerprint not in (None, known)):
         raise StoreError(
-            f"the store at {recipe.embed.to} was made by {made_by} (fingerprint {teacher['fingerprint']}), the "
-            f"recipe says sam3.checkpoint={asked}{f' with fingerprint {fingerprint}' if fingerprint else ''}; change "
-            "sam3, or embed to another embed.to"
+            f"the store at {embed} was made by {made_by['checkpoint']} (fingerprint {known}), the recipe says "
+            f"sam3.checkpoint={checkpoint}{f' with fingerprint {fingerprint}' if fingerprint else ''}; change sam3, "
+            "or embed to another embed.to"
         )
+    return store

@@ -22,7 +22,6 @@ from effsam3.data.images.photographs import ready_photographs
 from effsam3.data.images.sa1b import SPLITS, load_index
 from effsam3.data.loader import loader
 from effsam3.data.statistics import statistics_sample
-from effsam3.data.store.format import StoreError
 from effsam3.data.store.reader import StoreReader
 from effsam3.data.synthetic.images import make_synthetic_sa1b
 from effsam3.data.transforms import normalise, valid_mask
@@ -41,7 +40,7 @@ from effsam3.models.image.teacher import (
     to_map,
 )
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts
+from effsam3.stages.base import FeatureStage, open_store, start_from_model
 from effsam3.stages.image.facts import ImageRecipe, record_fields
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.report import Report
@@ -101,7 +100,7 @@ def image_dataset(
 
 
 # What a store must say of its features before a student learns from them.
-FACTS = {"tap": str, "grid": int, "channels": int, "image_size": int, "resize": str, "teacher": dict}
+FACTS = {"tap": str, "grid": int, "channels": int, "image_size": int, "resize": str}
 
 
 def make_teacher(recipe: ImageRecipe, accelerator: Accelerator) -> Teacher:
@@ -160,23 +159,6 @@ def whole_maps(recipe: ImageRecipe) -> None:
 NEEDS = (initial_weights, both_splits, whole_maps)
 
 
-def open_store(recipe: ImageRecipe) -> StoreReader:
-    """Open the store of the features that the recipe asks for.
-
-    Raises:
-        StoreError: it holds other features, or its manifest is damaged.
-    """
-    store = StoreReader(recipe.embed.to)
-    facts = stored_facts(recipe, store, FACTS)
-    if recipe.data.resize != facts["resize"]:
-        raise StoreError(
-            f"the store at {recipe.embed.to} was made with resize={facts['resize']}, the recipe says data.resize="
-            f"{recipe.data.resize}; change data.resize, or embed again to another embed.to"
-        )
-    refuse_other_teacher(recipe, facts["teacher"])
-    return store
-
-
 def refuse_partial_maps(recipe: ImageRecipe, tap: str, grid: int) -> None:
     """Refuse features that the neck cannot read, where the loss looks at what it makes of them.
 
@@ -225,7 +207,7 @@ class ImageStage(FeatureStage):
                 "teacher": {"checkpoint": recipe.sam3.checkpoint, "fingerprint": teacher.fingerprint},
             }
         else:
-            store = open_store(recipe)
+            store = open_store(recipe, FACTS, "resize")
             facts = store.manifest.description
         side = facts["image_size"]
         train_data = image_dataset(recipe, index, "train", side, store)

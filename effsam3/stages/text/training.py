@@ -19,7 +19,6 @@ from effsam3.data.captions.batches import CaptionBatches, Distinct, First, as_ma
 from effsam3.data.captions.sources import Captions, open_captions
 from effsam3.data.statistics import statistics_sample
 from effsam3.data.store.format import INPUTS, StoreError
-from effsam3.data.store.reader import StoreReader
 from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
 from effsam3.files import stamp
@@ -36,7 +35,7 @@ from effsam3.models.text.student import StudentText, TextTeacher, text_student
 from effsam3.models.text.tokens import Tokenizer, tokenizer_fingerprint
 from effsam3.models.text.weights import WeightsReport, load_text_weights
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import FeatureStage, refuse_other_teacher, start_from_model, stored_facts
+from effsam3.stages.base import FeatureStage, open_store, start_from_model
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.stages.text.facts import TextRecipe
 from effsam3.training.report import Report
@@ -128,28 +127,6 @@ def inputs() -> str:
     return f"hash of the text, tokenizer {tokenizer_fingerprint()}"
 
 
-def open_store(recipe: TextRecipe) -> StoreReader:
-    """Open the store of the features that the recipe asks for.
-
-    Raises:
-        StoreError: it holds other features, or its manifest is damaged.
-    """
-    store = StoreReader(recipe.embed.to)
-    facts = stored_facts(recipe, store, {"channels": int, "context_length": int, "teacher": dict})
-    refuse_other_teacher(recipe, facts["teacher"])
-    if facts["context_length"] != recipe.data.context_length:
-        raise StoreError(
-            f"the store at {recipe.embed.to} holds {facts['context_length']} tokens a text, the recipe says "
-            f"data.context_length={recipe.data.context_length}; change it, or embed again to another embed.to"
-        )
-    if facts.get(INPUTS, inputs()) != inputs():
-        raise StoreError(
-            f"the store at {recipe.embed.to} was made with another tokenizer ({facts[INPUTS]}, here {inputs()}); "
-            "embed again to another embed.to"
-        )
-    return store
-
-
 class TextStage(FeatureStage):
     """A student text encoder, texts and their features."""
 
@@ -166,8 +143,13 @@ class TextStage(FeatureStage):
             made_by = {"checkpoint": recipe.sam3.checkpoint, "fingerprint": teacher.fingerprint}
             facts = {"kind": "text", "tap": "text", "channels": teacher.channels, "teacher": made_by}
         else:
-            store = open_store(recipe)
+            store = open_store(recipe, {"channels": int, "context_length": int}, "context_length")
             facts = store.manifest.description
+            if facts.get(INPUTS, inputs()) != inputs():
+                raise StoreError(
+                    f"the store at {recipe.embed.to} was made with another tokenizer ({facts[INPUTS]}, here "
+                    f"{inputs()}); embed again to another embed.to"
+                )
         captions = ready_captions(recipe, accelerator)
         val = First(captions.val, min(len(captions.val), recipe.train.eval_samples))
         train_data, val_data = (CaptionBatches(part, encoder(recipe), store) for part in (captions.train, val))
