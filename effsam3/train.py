@@ -68,6 +68,7 @@ def run(recipe: StageRecipe, resume: str = AUTO) -> None:
     """
     refuse_missing_gpu(recipe.hardware)
     folder = recipe.folder
+    # A search of an earlier start decides: another micro-batch would change what BatchNorm learns.
     recipe = find_micro_batch.kept(recipe, folder)
     micros = accumulation(recipe, launched_processes())
     accelerator = make_accelerator(
@@ -78,6 +79,7 @@ def run(recipe: StageRecipe, resume: str = AUTO) -> None:
         recipe.train.loggers,
         str(folder),
     )
+    # Before the expensive part: a folder without write access should not cost a model's loading.
     on_main(accelerator, partial(refuse_unwritable, folder, "train.runs"))
     report = Report(folder, accelerator.is_main_process)
     hardware = describe_hardware(accelerator)
@@ -92,10 +94,12 @@ def learn(
     """The body of `run`: set-up, loop and end."""
     # ---- model and data: the stage builds them as the recipe says
     folder = report.folder
+    # Decide first where to start: the answer must not depend on files that this start writes.
     last = resumable(recipe, folder, resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     stage = stages.training(recipe.stage).STAGE.from_recipe(recipe, report, accelerator)
     on_main(accelerator, partial(needs.room_for_checkpoints, recipe, stage.student_parameters))
+    # Only a fresh run may search: a resumed one must keep the size that it has learned with.
     if recipe.train.find_micro_batch and last is None:
         recipe = find_micro_batch.run(recipe, stage, accelerator, report)
         micros = accumulation(recipe, accelerator.num_processes)
@@ -104,6 +108,7 @@ def learn(
     # ---- length, optimizer, averaged weights
     steps, warmup = (count(recipe, stage.train_size) for count in (total_steps, warmup_steps))
     optim = recipe.optim
+    # Built on the bare student: accelerate and DeepSpeed wrap both together in `prepare`.
     optimizer = adamw(stage.student, optim.lr, optim.weight_decay, optim.betas, optim.eps, stage.lr_scales)
     if recipe.train.sync_batchnorm:
         stage.student = share_batchnorm(stage.student, accelerator)
@@ -116,7 +121,9 @@ def learn(
         moments = resume_weights(last, stage.student, ema)
     student, optimizer = accelerator.prepare(stage.student.train(), optimizer)
     if last is not None:
+        # After `prepare`, because only then does each rank know which part of the state is its own.
         optimizer_state.scatter(accelerator, student, optimizer, moments, state["step"])
+    # Steps after the checkpoint will be taken again; their old lines would appear twice.
     report.forget_metrics_after(state["step"] if last is not None else -1)
     # Recompute: train.patience may have been raised.
     state["ended"] = state["step"] == steps or 0 < recipe.train.patience <= state["worse"]
@@ -134,6 +141,7 @@ def learn(
         report.say(f"this run is complete: {state['step']} steps, nothing to do")
     elif any_asked(accelerator):
         end_stopped(progress, report, loggers, state["step"], steps)
+    # The untrained student's numbers show how much of the final ones is due to training.
     if state["step"] == 0:
         state["untrained"] = validate(recipe, stage, accelerator, average or student, unreadable, 0)
         report.metrics(state["untrained"], 0)
@@ -153,8 +161,10 @@ def learn(
     for step in range(state["step"], state["step"] if state["ended"] else steps):
         # ---- step
         lr = lr_at(step, steps, warmup, optim.lr, optim.min_lr, optim.warmup_lr)
+        # Set, not scheduled: the rate is a function of the step, so resuming and accumulation cannot shift it.
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        # Losses are only collected here; without `skip`, one exchange per step decides whether all were finite.
         finite.begin(step + 1)
         for micro in range(micros):
             batch = window.wait_for(batches)
@@ -168,17 +178,23 @@ def learn(
                     grad_norm = accelerator.clip_grad_norm_(student.parameters(), optim.clip_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
+            # Kept on the device: reading a loss here would make the CPU wait for the GPU in every micro-batch.
             window.add(terms)
         if ema is not None:
+            # ZeRO-3 must gather the weights, because averaging needs them whole. Without it this costs nothing.
             with optimizer_state.whole(accelerator, student) as weights:
                 ema.update(weights, step=step + 1)
         bar.update()
 
         # ---- agree: all ranks go the same way
         state["step"] = done = step + 1
+        # One exchange a step decides for all ranks. If ranks decided on their own, one would stop while the others
+        # wait for it.
         asked, missing, bad = agree(accelerator, STOP.asked, len(unreadable.keys), finite.count(grad_norm))
+        # Before anything is saved: the last checkpoint must not hold weights that NaN has reached.
         finite.refuse(bad)
         unreadable.refuse(missing, stage.max_unreadable, stage.files)
+        # The last step always validates and saves, whatever the intervals.
         final, improved = done == steps, False
         due = {name: final or done % getattr(recipe.train, name) == 0 for name in ("eval_every", "save_every")}
 
@@ -191,11 +207,14 @@ def learn(
             progress.update("running", done, steps, values["perf/samples_per_s"])
 
         # ---- validate
+        # Ranks have seen different samples, so their BatchNorm statistics differ; what is measured and saved must
+        # agree.
         if any(due.values()) or asked:
             share_buffers(accelerator, student, average)
         if due["eval_every"]:
             with window.paused():
                 values = validate(recipe, stage, accelerator, average or student, unreadable, done)
+            # A NaN compares as no improvement; the run would continue to its end and keep an old best.
             refuse_not_finite(values[recipe.metric], done)
             improved = state["best"] is None or values[recipe.metric] > state["best"][recipe.metric]
             state["worse"] = 0 if improved else state["worse"] + 1
@@ -209,10 +228,12 @@ def learn(
         # ---- save
         enough = 0 < recipe.train.patience <= state["worse"]
         state["ended"] = final or enough
+        # Best weights are saved at once: a crash later must not lose the only good ones.
         if improved or asked or enough or due["save_every"]:
             keep, home = recipe.train.keep_checkpoints, folder / "checkpoints"
             with window.paused():
                 checkpoint.save(accelerator, student, optimizer, average, home, state, keep, improved)
+        # After saving. A run that was asked to stop at its last step is complete instead.
         if asked and not final:
             end_stopped(progress, report, loggers, done, steps)
         if enough:

@@ -31,6 +31,7 @@ class StepSampler:
     ):
         """`arrange` may reorder a step's positions before they are divided, such as by length. `numbered` pairs every
         position with its place in the endless sequence, which seeds whatever is drawn at random for it."""
+        # Otherwise ranks would take different numbers of micro-batches, and collectives would never meet.
         assert global_batch % (micro_batch * world) == 0
         self.arrange, self.numbered = arrange, numbered
         self.size, self.seed = size, seed
@@ -40,6 +41,7 @@ class StepSampler:
 
     def positions(self, step: int) -> np.ndarray:
         """Return the global batch of a step: int64 (G,)."""
+        # Epochs follow each other without a gap, so a batch may span two; no sample is dropped at an epoch's end.
         first = step * self.global_batch
         sequence = np.arange(first, first + self.global_batch)
         return np.array([self._permutation(n // self.size)[n % self.size] for n in sequence.tolist()])
@@ -50,8 +52,11 @@ class StepSampler:
         for step in range(start, stop):
             positions = self.positions(step)
             if self.arrange is not None:
+                # Within the step only: arranging may move samples between ranks, never between steps.
                 positions = self.arrange(positions)
+            # The ranks' slices interleave, so that accumulating more on fewer ranks visits the same samples.
             micros = positions.reshape(-1, self.world, self.micro_batch)
+            # Numbered by place, not by sample: the second epoch draws other crops or clips of the same sample.
             numbers = (step * self.global_batch + np.arange(self.global_batch)).reshape(micros.shape)
             for micro, number in zip(micros[:, self.rank], numbers[:, self.rank], strict=True):
                 yield list(zip(micro.tolist(), number.tolist(), strict=True)) if self.numbered else micro.tolist()
@@ -59,6 +64,7 @@ class StepSampler:
     def _permutation(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
             self._epoch = epoch
+            # Only one epoch is kept: steps ask in order, and eleven million positions take long to shuffle.
             self._order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
         return self._order
 

@@ -19,6 +19,7 @@ def standardise(feat_BCHW: Tensor, mean_C: Tensor, deviation_C: Tensor) -> Tenso
 def mean_over_images(value_BHW: Tensor, valid_B1HW: Tensor) -> Tensor:
     """Mean over each image's valid positions, then over the images that have any; 0 if none has."""
     valid_BHW = valid_B1HW[:, 0]
+    # Per image first: a narrow image has fewer valid positions, but must not count less.
     count_B = valid_BHW.sum((1, 2))
     mean_B = (value_BHW * valid_BHW).sum((1, 2)) / count_B.clamp(min=1)
     return mean_B.sum() / (count_B > 0).sum().clamp(min=1)
@@ -54,6 +55,7 @@ def relative_error(pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor) -
     """
     error = mean_over_images(mse_per_position(pred_BCHW, target_BCHW, "mean"), valid_B1HW)
     energy = mean_over_images(target_BCHW.float().square().mean(1), valid_B1HW)
+    # Relative, because a neck's output has no recorded statistics and any scale.
     return error / energy.clamp(min=1e-12)
 
 
@@ -74,5 +76,6 @@ def agreement_sums(
         "mse": mse_per_position(centred, target_centred, "mean"),
         "cosine_of_mean": F.cosine_similarity(mean_C[:, None, None].expand_as(target), target, dim=1),
     }
+    # Double, because a float32 sum of ones stops growing at 16.8 million positions.
     valid = valid_B1HW[:, 0].double()
     return {name: (value * valid).sum() for name, value in per_position.items()} | {"positions": valid.sum()}

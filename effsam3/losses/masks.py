@@ -61,9 +61,11 @@ def mask_losses(
         weights: those of `focal` and `dice` in the loss, which decide the candidate; others are not read.
         squared_iou: square the error of the predicted IoU, as in SAM; else its absolute value, as in SAM 2.
     """
+    # Sums over a million pixels and powers of small numbers need more than bf16.
     logits_NMHW, target_NHW = logits_NMHW.float(), target_NHW.float()
     present_N = target_NHW.flatten(1).any(1).float()
     focal_NM, dice_NM = focal(logits_NMHW, target_NHW), dice(logits_NMHW, target_NHW)
+    # Only the best candidate learns, so the three can specialise in part, object and group instead of averaging them.
     best_N1 = (weights["focal"] * focal_NM + weights["dice"] * dice_NM).argmin(1, keepdim=True)
     error_NM = iou_NM.float() - iou(logits_NMHW, target_NHW)
     return {
@@ -91,4 +93,5 @@ def object_weights(clip_N: Tensor, clips: int) -> Tensor:
     So a micro-batch's loss is a mean over its clips, and dividing a batch in another way changes nothing.
     """
     count_B = torch.bincount(clip_N, minlength=clips)
+    # Without this, a clip with three objects would count three times as much as one with a single object.
     return 1 / (count_B[clip_N] * clips)

@@ -39,6 +39,8 @@ def gather(accelerator, student: nn.Module, optimizer) -> dict[str, Tensor]:
     for name, parameter in trained(accelerator.unwrap_model(student)):
         for moment in MOMENTS:
             value = read(parameter, moment)
+            # Every rank reads, because reading is collective under ZeRO; only one keeps the result, or all would fill
+            # their RAM.
             if accelerator.is_main_process and value is not None:
                 gathered[f"{moment}/{name}"] = value.detach().cpu()
     return gathered
@@ -52,6 +54,8 @@ def scatter(accelerator, student: nn.Module, optimizer, tensors: Mapping[str, Te
         for _, parameter in parameters:
             inner.state[parameter] = _fresh(parameter, step, inner)
     elif stage < 3:
+        # ZeRO creates its state in the first step, so a resumed run must create it here, to have something to write
+        # into.
         for flat in inner.single_partition_of_fp32_groups:
             inner.optimizer.state[flat] = _fresh(flat, step, inner.optimizer)
         _link(inner)

@@ -52,6 +52,7 @@ os.register_at_fork(after_in_child=_release_in_child)
 def _lock(root: Path, writer: int) -> int:
     fd = os.open(root / f"writer-{writer:05d}.lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        # A lock of the kernel, because it ends with its process: a file with a pid would survive a kill.
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(fd)
@@ -78,6 +79,7 @@ def repair_store(root: str | Path) -> dict[str, int]:
     manifest = open_manifest(root)
     shards: dict[int, list[Path]] = {}
     for path in sorted(root.glob("shard-*.bin")):
+        # Grouped by writer: only a writer's last shard can be torn.
         shards.setdefault(int(path.name.split("-")[1]), []).append(path)
     dropped = {}
     for writer, paths in shards.items():
@@ -96,8 +98,11 @@ def _repair_shard(path: Path, manifest: Manifest, last: bool) -> int:
     payload, stride, header = manifest.payload, manifest.stride, f"{manifest.header}\n".encode()
     with open(path, "r+b", buffering=0) as shard, open(path.with_suffix(".tsv"), "a+b", buffering=0) as journal:
         lines = journal_lines(path.with_suffix(".tsv"), manifest).split(b"\n")[:-1]
+        # A line without a whole payload, or a payload without a line, is what a kill leaves; both are dropped. The
+        # last record may lack its padding.
         keep = min(len(lines), (os.fstat(shard.fileno()).st_size + stride - payload) // stride)
         if last:  # the others were synced before the next one began
+            # A power cut may lose blocks in any order since the last sync, so as much is checked again by checksum.
             for i in range(max(0, keep - SYNC_BYTES // stride - 2), keep):
                 line = JOURNAL_LINE.fullmatch(lines[i])
                 content = os.pread(shard.fileno(), payload, i * stride)
@@ -108,6 +113,7 @@ def _repair_shard(path: Path, manifest: Manifest, last: bool) -> int:
         if not whole_lines(path.with_suffix(".tsv")):  # new, or killed while it wrote the header
             journal.truncate(0)
             journal.write(header)
+        # The journal first: a payload without a line does not exist, a line without a payload would be a lie.
         journal.truncate(size)
         shard.truncate(keep * stride)
         os.fsync(shard.fileno())
@@ -151,24 +157,30 @@ class StoreWriter:
             raise StoreError(f"key {key!r} is already stored in {self.root}: keys must be unique")
         if record.keys() != {field.name for field in self.manifest.fields}:
             raise StoreError(f"record {key!r} has fields {list(record)}; the manifest has {self.manifest.header[4:]}")
+        # Checked before the first byte is written, so that a wrong record leaves no trace.
         views = [_as_bytes(record[field.name], field, key) for field in self.manifest.fields]
         checksum = xxhash.xxh3_64()
         for view in views:
             checksum.update(view)
         stride = self.manifest.stride
         try:
+            # Shards of a few GiB can be copied, checked and repaired one by one.
             if self._count and (self._count + 1) * stride > self.shard_bytes:
                 self._close_shard()
                 self._open_shard(self._number + 1)
             offset = self._count * stride
             for view in views:
+                # A write may be short, on a nearly full disk or beyond 2 GiB.
                 while view.nbytes:
                     written = os.pwrite(self._payload, view, offset)
                     view, offset = view[written:], offset + written
+            # Last: the line is what makes the record exist.
             _append(self._journal, f"{key}\t{checksum.hexdigest()}\n")
             self.done.add(key)
             self._count += 1
             self._unsynced += stride
+            # Rarely, because each sync waits for the disk; never, and a power cut would cost hours of the teacher's
+            # work.
             if self._unsynced >= SYNC_BYTES:
                 self._sync()
         except OSError as error:
@@ -179,6 +191,7 @@ class StoreWriter:
         _check_key(key)
         try:
             with open(self.root / f"skipped-{self.writer:05d}.tsv", "ab", buffering=0) as file:
+                # One write of a whole line: a kill leaves all of it or a torn tail, which repair cuts.
                 _append(file.fileno(), f"{key}\t{' '.join(reason.split())}\n")
         except OSError as error:
             raise self._disk_error(key, error) from error
@@ -240,6 +253,7 @@ def _append(fd: int, line: str) -> None:
     data = line.encode()
     written = os.write(fd, data)
     if written < len(data):
+        # Half a line would make the next one unreadable.
         os.ftruncate(fd, os.fstat(fd).st_size - written)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -260,6 +274,7 @@ def finish_store(root: str | Path, expected_keys: Iterable[str], statistics: dic
     stored = set(journal_column(root, manifest, shards, "key").to_pylist())
     lines = [line for path in sorted(root.glob("skipped-*.tsv")) for line in whole_lines(path).decode().splitlines()]
     reasons = dict(line.split("\t", 1) for line in lines)
+    # Skipped ones are accounted for; anything else means that a writer has not done its share.
     missing = [key for key in expected if key not in stored and key not in reasons]
     if missing:
         raise StoreError(

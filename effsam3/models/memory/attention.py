@@ -55,6 +55,7 @@ class MemoryTokens:
 def rotate(tokens_OHND: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Apply rotary position encoding, in float32 whatever the tokens' type."""
     cos_1ND, sin_1ND = rope
+    # As in transformers: bf16 would round the rotation, and with it the position.
     full = tokens_OHND.float()
     return (full * cos_1ND + rotate_pairwise(full) * sin_1ND).to(tokens_OHND.dtype)
 
@@ -72,10 +73,12 @@ class MemoryCrossAttention(Sam3TrackerVideoRoPEAttention):
         def heads(projected_ONC: Tensor) -> Tensor:
             return projected_ONC.unflatten(2, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
 
+        # As in SAM 3, only keys carry the encoding: it decides what is read, but not what is passed on.
         keys_ONM = memory.values_ONM + memory.encoding_NM.to(memory.values_ONM.dtype)
         query = rotate(heads(self.q_proj(query_ONC)), query_rope)
         key = rotate(heads(self.k_proj(keys_ONM)), memory_rope)
         value = heads(self.v_proj(memory.values_ONM))
+        # Without a bias, PyTorch can choose its flash kernel, which takes no mask.
         bias = None if memory.bias_N is None else memory.bias_N.to(query.dtype).expand(len(query), 1, 1, -1)
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=self.dropout_p if self.training else 0.0, scale=self.scaling
@@ -122,10 +125,12 @@ class EfficientMemoryAttention(Sam3TrackerVideoMemoryAttention):
         self, top_OCGG: Tensor, memory: MemoryTokens
     ) -> Tensor:
         """Condition features (O, C, G, G) on memory; returns (O, C, G, G)."""
+        # Of one image: all objects see the same grid, so the encoding broadcasts.
         encoding_1CGG = self.query_encoding((1, *top_OCGG.shape[1:]), top_OCGG.device, torch.float32)
         query_OCGG = top_OCGG + (QUERY_ENCODING_SCALE * encoding_1CGG).to(top_OCGG.dtype)
         query_ONC = query_OCGG.flatten(2).transpose(1, 2)
         query_rope = self.rotary_emb(query_ONC, self.position_ids)
+        # Pooled tokens lie between cells, so they are rotated by their own position, not by a cell's number.
         memory_rope = self.rotary_emb(query_ONC, memory.position_NX)
         for layer in self.layers:
             query_ONC = layer(query_ONC, query_rope, memory, memory_rope)

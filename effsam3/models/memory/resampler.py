@@ -22,6 +22,7 @@ from effsam3.models.memory.config import MemoryConfigError
 def windows(map_OMGG: Tensor, side: int) -> Tensor:
     """Cut a map into square windows of `side` x `side` cells: (O, W, K, M), windows and cells row by row."""
     across = map_OMGG.shape[-1] // side
+    # Pure reshaping, so that pooling and resampling see exactly the same windows.
     cut = map_OMGG.unflatten(3, (across, side)).unflatten(2, (across, side))
     return cut.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
@@ -90,16 +91,19 @@ class ResamplerLayer(nn.Module):
     def forward(self, latents_OLM: Tensor, map_OWKM: Tensor, encoding_WKM: Tensor, encoding_LM: Tensor) -> Tensor:
         cells_OWKM = self.map_norm(map_OWKM)
         query_OLM = self.cross_norm(latents_OLM)
+        # There is one latent per window, and they come last; the rest are global.
         count = latents_OLM.shape[1] - map_OWKM.shape[1]
         # Only here do global latents learn where something is: so the encoding is in their values too.
         cells_ONM = (cells_OWKM + encoding_WKM).flatten(1, 2)
         global_OLM = self.cross_attn(query_OLM[:, :count], cells_ONM, cells_ONM)
+        # Windows become the batch: one call of 64 small attentions instead of a mask over all cells.
         own_BKM = cells_OWKM.flatten(0, 1)
         window_OLM = self.cross_attn(query_OLM[:, count:].reshape(-1, 1, own_BKM.shape[-1]), own_BKM, own_BKM)
         read_OLM = torch.cat([global_OLM, window_OLM.reshape(query_OLM[:, count:].shape)], 1)
         latents_OLM = latents_OLM + read_OLM
         latents_OLM = latents_OLM + self.cross_feed_forward(latents_OLM)
         normed_OLM = self.self_norm(latents_OLM)
+        # Positions only in queries and keys: latents learn who is near, without mixing places into their content.
         placed_OLM = normed_OLM + encoding_LM
         latents_OLM = latents_OLM + self.self_attn(placed_OLM, placed_OLM, normed_OLM)
         return latents_OLM + self.self_feed_forward(latents_OLM)
@@ -128,14 +132,17 @@ class PerceiverResampler(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise the resampler to average pooling."""
+        # Noise, because equal global latents would receive equal gradients and stay equal.
         nn.init.normal_(self.global_offset, std=0.02)
         nn.init.zeros_(self.window_offset)
+        # A window's latent replaces side x side cells: with ln of their number it draws as much attention as they did.
         nn.init.constant_(self.window_log_multiplicity, 2 * math.log(self.side))
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         for module in self.layers.modules():
             if isinstance(module, ResamplerAttention):
+                # Zero outputs make every update vanish at first: the untrained resampler is exactly average pooling.
                 nn.init.zeros_(module.o_proj.weight)
             elif isinstance(module, ResamplerFeedForward):
                 nn.init.zeros_(module.linear2.weight)
@@ -156,6 +163,7 @@ class PerceiverResampler(nn.Module):
 
     def forward(self, map_OMGG: Tensor, encoding_MGG: Tensor) -> Tensor:
         """Return latents (O, L, M) of memory maps, given the grid's position encoding."""
+        # The encoding is cut in the same way as the map, so that each cell keeps its own.
         map_OWKM = windows(map_OMGG, self.side)
         encoding_WKM = windows(encoding_MGG[None].to(map_OMGG.dtype), self.side)[0]
         encoding_LM = self.place(encoding_MGG).to(map_OMGG.dtype)

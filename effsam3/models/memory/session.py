@@ -26,24 +26,28 @@ def forget(session, frame: int, config) -> None:
 def _forget_tracked(outputs: dict[int, dict], frame: int, anchors: set[int], config) -> None:
     """Trim the frames that were tracked: pointers reach further than memories, memories further than maps."""
     for index in list(outputs):
+        # Every frame with inputs is an anchor: tracking may restart there, and will then read its neighbours.
         distance = min(abs(index - anchor) for anchor in anchors)
         output = outputs[index]
         if distance >= config.max_object_pointers_in_encoder:
             del outputs[index]
             continue
         output.pop("high_res_masks", None)
+        # A later click on this very frame needs its mask as a prompt; on other frames nothing reads it.
         if index != frame:
             output.pop("pred_masks", None)
         if distance >= config.num_maskmem:
             output.pop("maskmem_features", None)
             output.pop("maskmem_pos_enc", None)
         if "maskmem_features" in output:
+            # Only recent frames are read as maps; of the others the latents are enough, a tenth of the bytes.
             hot = abs(index - frame) <= config.memory_hot_frames or not config.keeps_latents
             output["maskmem_features"] = _own(output["maskmem_features"] if hot else _cold(output, config))
 
 
 def _forget_conditioning(outputs: dict[int, dict], frame: int, inputs: set[int], config) -> None:
     """Trim conditioning frames; their low-resolution masks stay, a session shows them again."""
+    # Frames that the user has prompted always stay; those that the detector made compete for a limited number.
     made = sorted((index for index in outputs if index not in inputs), key=lambda index: abs(index - frame))
     limit = len(made) if config.max_cond_frame_num == -1 else config.max_cond_frame_num
     for index in made[limit:]:

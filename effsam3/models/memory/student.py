@@ -45,6 +45,7 @@ class TrackerStudent(nn.Module):
         super().__init__()
         tracker.eval().requires_grad_(False)
         prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
+        # Without latents the resampler is never called; training it would only decay its weights.
         unused = UNUSED if tracker.config.keeps_latents else (*UNUSED, "memory_resampler.")
         for prefix in prefixes:
             _adopt(self, tracker, prefix.removesuffix("."))
@@ -61,6 +62,7 @@ class TrackerStudent(nn.Module):
 
     def __deepcopy__(self, memo: dict) -> TrackerStudent:
         """Copy what is trained, for averaged weights; what is frozen is shared."""
+        # `deepcopy` finds these tensors in `memo` and does not copy them: an average of frozen weights is the weights.
         for module in (self.tracker, self.teacher):
             for tensor in (*module.parameters(), *module.buffers()):
                 if not tensor.requires_grad:
@@ -91,9 +93,11 @@ class TrackerStudent(nn.Module):
         # put them side by side in that order and add the ranks' rows.
         touched = sum(parameter.sum() for parameter in self.parameters() if parameter.requires_grad)
         frames = pixels_BT3SS.shape[1]
+        # Once for all objects: the trunk is most of the cost and does not depend on the prompts.
         features = encode_frames(self.tracker, pixels_BT3SS.flatten(0, 1), self.trunk_batch, self.trunk_frozen)
         frame_OT = clip_O[:, None] * frames + torch.arange(frames, device=clip_O.device)
         results = []
+        # Activations grow with objects times frames; in groups only one group's are alive with `recompute`.
         for objects_N in torch.arange(len(clip_O), device=clip_O.device).split(self.objects_at_once or len(clip_O)):
             tracked = track(
                 self.tracker,
@@ -101,12 +105,14 @@ class TrackerStudent(nn.Module):
                 frame_OT[objects_N],
                 masks_OTSS[objects_N],
                 prompts.some(objects_N),
+                # The teacher's memory is the expensive one: it only runs where its term has a weight.
                 teacher=self.teacher if self.training and self.weights["memory"] else None,
                 by_truth=self.training,
                 recompute=self.recompute,
             )
             masks_NTSS = masks_OTSS[objects_N]
             if self.training:
+                # Sums, not means: the weights of all objects add up to 1, so groups add up to the whole.
                 results.append(self.losses(tracked, masks_NTSS, weight_O[objects_N]))
             else:
                 results.append({"j": overlap(tracked, masks_NTSS)})
@@ -115,6 +121,7 @@ class TrackerStudent(nn.Module):
         zero = weight_O.new_zeros(())
         terms = {name: sum((result[name] for result in results), zero) for name in results[0]}
         total = sum((self.weights[name] * value for name, value in terms.items()), zero)
+        # Times zero: gradients exist without changing their value.
         return {"loss": total + 0 * touched, **terms}
 
     def losses(self, tracked: list[Tracked], masks_NTSS: Tensor, weight_N: Tensor) -> dict[str, Tensor]:
@@ -122,6 +129,7 @@ class TrackerStudent(nn.Module):
         zero = weight_N.new_zeros(())
         terms = {name: zero for name, weight in self.weights.items() if name != "memory" or weight}
         for time, frame in enumerate(tracked):
+            # Each correction is scored as well, so that the first answer and the corrected one both improve.
             for part in frame.predictions:
                 logits, target = at_side(part.logits_NMLL, masks_NTSS[part.objects_N, time], self.side_px)
                 scores = (logits, part.iou_NM, part.presence_N, target, self.weights, self.squared_iou)

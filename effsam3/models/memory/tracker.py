@@ -87,10 +87,12 @@ class EfficientTracker(Sam3TrackerVideoModel):
         logits_O1SS = mask_logits_O1SS.float()  # torch's antialiased kernel knows no bfloat16 on the CPU
         if logits_O1SS.shape[-1] != side:
             logits_O1SS = F.interpolate(logits_O1SS, (side, side), mode="bilinear", antialias=True)
+        # As in SAM 2: a given mask is exact at inference, but hard values have no gradient in training.
         mask_O1SS = (logits_O1SS > 0).float() if is_prompted and not self.training else logits_O1SS.sigmoid()
         mask_O1SS = mask_O1SS * config.sigmoid_scale_for_mem_enc + config.sigmoid_bias_for_mem_enc
         map_OMGG, _ = self.memory_encoder(top_OCGG, mask_O1SS.to(top_OCGG.dtype))
         if self.occlusion_spatial_embedding_parameter is not None:
+            # An absent object's map would look like background; the embedding marks it as absent instead.
             absent_O111 = (~present_O)[:, None, None, None]
             map_OMGG = map_OMGG + absent_O111 * self.occlusion_spatial_embedding_parameter[..., None, None]
         return FrameMemory(
@@ -136,14 +138,18 @@ class EfficientTracker(Sam3TrackerVideoModel):
         # What is constant over frames is brought to tokens exactly as the features were.
         constant_CGG = torch.cat([self._grid_encoding(device), coordinates(config.grid, device)])
         map_NC, latents_LC = self._map_tokens(constant_CGG[None])[0], self.memory_resampler.place(constant_CGG)
+        # A pooled token replaces pool x pool cells: ln of their number gives it the attention that they would have
+        # drawn.
         map_bias_N = map_NC.new_full((len(map_NC),), 2 * math.log(config.pool))
         latents_bias_L = self.memory_resampler.log_multiplicity()
 
         maps, latents = [], []
         for offset, memory in frames:
             temporal_M = self.memory_temporal_positional_encoding[offset - 1].flatten()
+            # Offset 0 is a conditioning frame, so prompted frames always count as recent.
             hot = config.memory_mode != "hybrid" or offset <= config.memory_hot_frames
             if memory.map_ONM is not None and hot:
+                # The last two channels are the coordinates, which must not receive the temporal encoding.
                 maps.append((memory.map_ONM, map_NC[:, :-2] + temporal_M, map_NC[:, -2:], map_bias_N))
             else:
                 encoding_LM = latents_LC[:, :-2] + temporal_M
@@ -155,6 +161,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
             torch.cat([tokens_ONM.to(top_OCGG.dtype) for tokens_ONM in values], 1),
             torch.cat(encodings),
             torch.cat(positions),
+            # None where all biases are zero, because attention without a mask can use faster kernels.
             torch.cat(biases) if latents or (maps and config.pool > 1) else None,
         )
 
@@ -163,6 +170,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
         pointer_OPC = torch.stack([pointer_OC for _, pointer_OC in pointers], 1)
         value_OPM = pointer_OPC.unflatten(2, (-1, self.mem_dim)).flatten(1, 2)
         longest = self.config.max_object_pointers_in_encoder
+        # A short video must spread its distances over the same range as a long one, as SAM 3 was trained.
         longest = longest if video_frames is None else min(video_frames, longest)
         distance_P = torch.tensor([distance for distance, _ in pointers], device=pointer_OPC.device)
         sine_PC = get_1d_sine_pe(distance_P / max(longest - 1, 1), dim=self.hidden_dim)
@@ -171,6 +179,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
         return (
             value_OPM,
             encoding_PM,
+            # A pointer belongs to no place: position (0, 0) leaves it unrotated.
             encoding_PM.new_zeros(len(encoding_PM), 2),
             encoding_PM.new_zeros(len(encoding_PM)),
         )
@@ -187,6 +196,8 @@ class EfficientTracker(Sam3TrackerVideoModel):
         """Remember a frame of a session: tokens (N, O, M), map first, and no position encodings to store."""
         top_OCGG = current_vision_feats.permute(1, 2, 0).unflatten(2, self.backbone_feature_sizes[-1])
         memory = self.remember(top_OCGG, pred_masks_high_res, object_score_logits.flatten() > 0, is_mask_from_pts)
+        # A session stores one tensor per frame, so map and latents are packed; the number of tokens tells what is
+        # inside.
         kept = [tokens_ONM for tokens_ONM in (memory.map_ONM, memory.latents_OLM) if tokens_ONM is not None]
         packed_NOM = torch.cat(kept, 1).to(STORED).transpose(0, 1)
         return packed_NOM, packed_NOM.new_empty(0, *packed_NOM.shape[1:])
@@ -215,6 +226,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
     ) -> Tensor:
         """Recall a session's memory for one object: features (N, 1, C) to (1, C, G, G)."""
         top_OCGG = current_vision_features.permute(1, 2, 0).unflatten(2, self.backbone_feature_sizes[-1])
+        # Nothing is remembered yet. SAM 3 adds this embedding instead of attending to an empty memory.
         if is_initial_conditioning_frame:
             return top_OCGG + self.no_memory_embedding.reshape(1, -1, 1, 1)
         bank = self._gather_memory_frame_outputs(inference_session, obj_idx, frame_idx, track_in_reverse_time)

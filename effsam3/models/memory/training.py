@@ -134,6 +134,7 @@ class Tracked:
 def encode_frames(tracker: EfficientTracker, pixels_F3SS: Tensor, chunk: int, frozen: bool) -> Features:
     """Run trunk and tracker neck over F frames in -1..1, `chunk` at a time; without gradients if frozen."""
     parts = []
+    # The frozen trunk's activations would be most of the memory, for gradients that nobody reads.
     with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
         for pixels in pixels_F3SS.split(chunk):
             flat_maps = tracker.get_image_features(pixels, return_dict=True).fpn_hidden_states
@@ -191,6 +192,8 @@ class _Pass:
 
     def run(self, function: Callable, *inputs):
         """Call a function, keeping its activations or not."""
+        # Not reentrant, because reentrant checkpoints lose gradients to tensors captured from outside, such as the
+        # bank.
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
@@ -201,10 +204,14 @@ class _Pass:
         everyone_O = torch.ones(len(masks_OSS), dtype=torch.bool, device=masks_OSS.device)
         by_mask_O = prompts.by_mask_O if time == 0 else ~everyone_O
         if time == 0:
+            # SAM 3 adds it where there is nothing to recall, but not under a given mask, which is not decoded from the
+            # image.
             no_memory_1C11 = self.tracker.no_memory_embedding.reshape(1, -1, 1, 1)
             image_OCGG = seen.top + no_memory_1C11 * ~by_mask_O[:, None, None, None]
             points, labels = prompts.points_OP2, prompts.labels_OP
             single_O = (labels != NO_POINT).sum(1) > 1  # a box says which mask is meant
+            # One decoder call serves prompts of one kind only: a single click is ambiguous and wants three candidates,
+            # a box one.
             groups = [by_mask_O, ~by_mask_O & ~single_O, ~by_mask_O & single_O]
         else:
             image_OCGG = conditioned = self.run(self.recall, self.tracker, seen.top, time, length, False)
@@ -219,24 +226,30 @@ class _Pass:
             for place, group_O in enumerate(groups)
             if group_O.any()
         ]
+        # What was given is not predicted: scoring it would reward copying.
         predictions = [part.only(~by_mask_O) for part in decoded]
         clicked_O = ~by_mask_O
         corrected = time in prompts.corrections and bool(clicked_O.any())
         for chance_O in prompts.corrections[time].unbind(1) if corrected else ():
             logits_OLL = self.assemble(decoded)[0]
+            # Clicks are drawn from the prediction as a user would see it, without a gradient through the choice.
             pred_OSS = enlarge(logits_OLL.detach(), masks_OSS.shape[-1]) > 0
             points_O12, labels_O1 = draw_clicks(pred_OSS, masks_OSS, chance_O)
             points, labels = torch.cat([points, points_O12], 1), torch.cat([labels, labels_O1], 1)
             multimask = bool((labels != NO_POINT).sum(1).max() <= 1)
             better = self.decode(clicked_O, image_OCGG, seen, points, labels, logits_OLL[:, None], multimask)
+            # The corrected mask enters memory, as in a session after a user's click.
             decoded = [*(part.only(by_mask_O) for part in decoded), better]
             predictions.append(better)
         logits_OLL, token_OC, presence_O = self.assemble(decoded)
+        # The truth decides in training: an early mistake about presence would erase the object from memory for the
+        # whole clip.
         present_O = masks_OSS.flatten(1).any(1)
         if not self.by_truth:
             present_O = torch.where(by_mask_O, present_O, presence_O > 0)
         given_OSS = masks_OSS * MASK_SCALE + MASK_BIAS
         logits_OSS = torch.where(by_mask_O[:, None, None], given_OSS, enlarge(logits_OLL, masks_OSS.shape[-1]))
+        # SAM's convention for an absent object, which the memory encoder has learned to read.
         logits_OSS = torch.where(present_O[:, None, None], logits_OSS, ABSENT_LOGIT)
         self.remember(seen.top, logits_OSS, token_OC, present_O, given=time == 0 or corrected)
         return Tracked([part for part in predictions if len(part.objects_N)], logits_OSS, conditioned, distilled)
@@ -294,6 +307,7 @@ class _Pass:
     def remember(self, top_OCGG, logits_OSS, token_OC, present_O, given: bool) -> None:
         """Put a frame into the bank."""
         present_O1 = present_O[:, None]
+        # An absent object's pointer says that it is absent, instead of pointing at whatever the decoder has found.
         pointer_OC = torch.where(
             present_O1, self.tracker.object_pointer_proj(token_OC), self.tracker.no_object_pointer
         )
@@ -308,13 +322,16 @@ class _Pass:
         """Condition a frame's features on the bank, by the tracker's memory or the teacher's."""
         # Up to this frame: computed again in the backward pass, the bank holds later ones too.
         given = [past for past, entry in enumerate(self.bank[:time]) if entry.given]
+        # Same order and limits as a transformers session, so that training sees the memory that inference will see.
         most = tracker.config.max_cond_frame_num  # -1: all, as in transformers
         near = sorted(given, key=lambda past: time - past)[: None if most == -1 else most]
         recent = [past for past in range(time - tracker.num_maskmem + 1, time) if past >= 0 and past not in near]
+        # Offset 0 marks conditioning frames, whatever their distance; it selects the encoding that SAM 3 gives them.
         order = [(0, past) for past in sorted(near)] + [(time - past, past) for past in recent]
         frames = [
             (offset, self.bank[past].teacher_memory if taught else self.bank[past].memory) for offset, past in order
         ]
+        # Pointers reach further back than maps: they cost four tokens each.
         reach = min(length, tracker.config.max_object_pointers_in_encoder)
         pointing = given + [past for past in range(time - 1, max(time - reach, -1), -1) if past not in given]
         pointers = [(time - past, self.bank[past].pointer_OC) for past in pointing]

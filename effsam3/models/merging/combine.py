@@ -40,6 +40,7 @@ def combine(config: PreTrainedConfig, rest: dict[str, dict[str, Tensor]], parts:
     for part in parts:
         slot = SLOTS[part.slot]
         refuse_misfit(part, slot.config_of(config), slot.alike)
+        # Configs change one after the other, because the model that the result must fit depends on all of them.
         config = slot.install(config, part.config)
         dropped[part.slot] = [
             tensor.numel()
@@ -47,6 +48,7 @@ def combine(config: PreTrainedConfig, rest: dict[str, dict[str, Tensor]], parts:
             for name, tensor in tensors.items()
             if name.startswith(part.owns)
         ]
+    # The real classes, built without memory, say which tensors the merged model has; nothing is assumed about names.
     expected = shapes(empty_tensors(config))
     offers = {part.slot: part.tensors for part in parts}
     owners = assign(
