@@ -13,14 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from effsam3.models.image.backbones import image_student
-from effsam3.models.registry import (
-    IMAGE_STUDENTS,
-    SAM3,
-    TEXT_STUDENTS,
-    ImageStudent,
-    TextStudent,
-    head_params,
-)
+from effsam3.models.registry import IMAGE_STUDENTS, SAM3, TEXT_STUDENTS, ImageStudent, TextStudent, head_params
+from effsam3.training.report import table
 
 HEADS = ("fused", "stride32")
 COUNTS = SAM3.counts
@@ -108,40 +102,33 @@ def compare(others: Sequence[str] = (), as_json: bool = False) -> str:
     if as_json:
         return json.dumps(numbers(others), indent=2)
     teacher, image, text = numbers(others).values()
-    wide = max(len(row["student"]) for row in image)
     rest = f"{teacher['rest'] / 1e6:.2f} M geometry, detector and tracker"
     parts = f"{teacher['vision'] / 1e6:.2f} M vision + {teacher['text'] / 1e6:.2f} M text + {rest}"
     necks = f"{teacher['trunk'] / 1e6:.2f} M trunk (ViT) + {teacher['necks'] / 1e6:.2f} M necks"
-    lines = [
-        f"{SAM3.label:<8} {teacher['total'] / 1e6:.2f} M = {parts}",
-        f"vision   {teacher['vision'] / 1e6:.2f} M = {necks}; a student replaces the trunk, the necks stay",
-        "",
-        f"{'':<8} {'':<{wide}} {'published':^17} {'exact':>11} {'with fused head':^26} {'with stride32 head':^26}",
-        f"{'image':<8} {'student':<{wide}} {'M':>8} {'saved':>8} {'trunk':>11}"
-        + 2 * f" {'M':>8} {'saved':>8} {'model M':>8}",
-    ]
-    for row in image:
-        published = f"{'-':>8} {'-':>8}"
-        if row["published_millions"] is not None:
-            published = f"{row['published_millions']:>8.2f} {row['published_saved_percent']:>6.2f} %"
-        shipped = "".join(
-            f" {head['trunk_and_head'] / 1e6:>8.2f} {head['saved_percent']:>6.2f} % {head['whole_model'] / 1e6:>8.2f}"
+    heads = [column for head in HEADS for column in (f"{head} head M", "saved %", "model M")]
+    image_rows = [
+        [row["label"] if row["published_millions"] else "-", row["student"], *_published(row), f"{row['trunk']:,}"]
+        + [
+            f"{number:.2f}"
             for head in (row[name] for name in HEADS)
-        )
-        label = row["label"] if row["published_millions"] is not None else "-"
-        lines.append(f"{label:<8} {row['student']:<{wide}} {published} {row['trunk']:>11,}{shipped}")
-    lines += [
-        "",
-        f"{'':<8} {'':<16} {'published':^17} {'exact':>11} {'with projector':^17}",
-        f"{'text':<8} {'tower':<16} {'M':>8} {'saved':>8} {'encoder':>11} {'M':>8} {'saved':>8}",
+            for number in (head["trunk_and_head"] / 1e6, head["saved_percent"], head["whole_model"] / 1e6)
+        ]
+        for row in image
     ]
-    for row in text:
-        published = f"{row['published_millions']:>8.2f} {row['published_saved_percent']:>6.2f} %"
-        shipped = f"{row['encoder_and_projector'] / 1e6:>8.2f} {row['saved_percent']:>6.2f} %"
-        lines.append(f"{row['label']:<8} {row['tower']:<16} {published} {row['encoder']:>11,} {shipped}")
+    text_rows = [
+        [row["label"], row["tower"], *_published(row), f"{row['encoder']:,}"]
+        + [f"{row['encoder_and_projector'] / 1e6:.2f}", f"{row['saved_percent']:.2f}"]
+        for row in text
+    ]
+    published = ["published M", "saved %"]
     return "\n".join(
         [
-            *(line.rstrip() for line in lines),
+            f"{SAM3.label:<8} {teacher['total'] / 1e6:.2f} M = {parts}",
+            f"vision   {teacher['vision'] / 1e6:.2f} M = {necks}; a student replaces the trunk, the necks stay",
+            "",
+            table(image_rows, ["image", "student", *published, "exact trunk", *heads], text_columns=2),
+            "",
+            table(text_rows, ["text", "tower", *published, "exact encoder", "with projector M", "saved %"], 2),
             "",
             f"published  saved = 1 - M / {millions(COUNTS.vision)} (image), 1 - M / {millions(COUNTS.text)} (text)",
             f"with head  saved = 1 - M / {millions(SAM3.sizes.trunk_params)}, the trunk which they replace",
@@ -149,3 +136,9 @@ def compare(others: Sequence[str] = (), as_json: bool = False) -> str:
             "docs/parameters.md explains every difference.",
         ]
     )
+
+
+def _published(row: dict[str, Any]) -> list[str]:
+    if row["published_millions"] is None:
+        return ["-", "-"]
+    return [f"{row['published_millions']:.2f}", f"{row['published_saved_percent']:.2f}"]

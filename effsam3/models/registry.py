@@ -197,12 +197,19 @@ class TextStudent:
     published_millions: float | None  # as the EfficientSAM3 documents print it; None: not one of theirs
     encoder_params: int  # only the tower, with its 77-token position table
     total_params: int  # with the projector to SAM 3's 256 channels
+=======
+    encoder_params: int  # the tower alone, with its 77-token position table
     hidden_size: int  # its MLPs are four times as wide
     num_hidden_layers: int
     num_attention_heads: int
     use_repmixer_blocks: bool  # the first and the last layer are convolutions with BatchNorm
     weights: str | None  # where MobileCLIP's own are, as models/text_weights.py reads it
     source: str  # paper and licence of the weights
+
+    @property
+    def total_params(self) -> int:
+        """With the projector to SAM 3's 256 channels."""
+        return self.params(77, 256)
 
     def params(self, context_length: int, channels: int) -> int:
         """Parameters of the student with `context_length` positions and a projector to `channels`."""
@@ -215,89 +222,31 @@ _TINYVIT = {"family": "TinyViT", "source": "Wu et al., ECCV 2022, arXiv:2207.106
 _EFFICIENTVIT = {"family": "EfficientViT", "source": "Cai et al., ICCV 2023, arXiv:2205.14756; Apache-2.0"}
 
 IMAGE_STUDENTS = {
-    "repvit_m0_9": ImageStudent(
-        label="ES-RV-S",
-        timm_name="repvit_m0_9",
-        published_millions=4.72,
-        trunk_params=4_717_792,
-        channels=(48, 96, 192, 384),
-        **_REPVIT,
-    ),
-    "repvit_m1_1": ImageStudent(
-        label="ES-RV-M",
-        timm_name="repvit_m1_1",
-        published_millions=7.77,
-        trunk_params=7_774_864,
-        channels=(64, 128, 256, 512),
-        **_REPVIT,
-    ),
-    "repvit_m2_3": ImageStudent(
-        label="ES-RV-L",
-        timm_name="repvit_m2_3",
-        published_millions=22.40,
-        trunk_params=22_404_232,
-        channels=(80, 160, 320, 640),
-        **_REPVIT,
-    ),
-    "tiny_vit_5m": ImageStudent(
-        label="ES-TV-S",
-        timm_name="tiny_vit_5m_224",
-        published_millions=5.07,
-        trunk_params=5_071_124,
-        channels=(64, 128, 160, 320),
-        **_TINYVIT,
-    ),
-    "tiny_vit_11m": ImageStudent(
-        label="ES-TV-M",
-        timm_name="tiny_vit_11m_224",
-        published_millions=10.55,
-        trunk_params=10_547_076,
-        channels=(64, 128, 256, 448),
-        **_TINYVIT,
-    ),
-    "tiny_vit_21m": ImageStudent(
-        label="ES-TV-L",
-        timm_name="tiny_vit_21m_224",
-        published_millions=20.62,
-        trunk_params=20_620_416,
-        channels=(96, 192, 384, 576),
-        **_TINYVIT,
-    ),
-    "efficientvit_b0": ImageStudent(
-        label="ES-EV-S",
-        timm_name="efficientvit_b0",
-        published_millions=0.68,
-        trunk_params=682_608,
-        channels=(16, 32, 64, 128),
-        **_EFFICIENTVIT,
-    ),
-    "efficientvit_b1": ImageStudent(
-        label="ES-EV-M",
-        timm_name="efficientvit_b1",
-        published_millions=4.64,
-        trunk_params=4_643_936,
-        channels=(32, 64, 128, 256),
-        **_EFFICIENTVIT,
-    ),
-    "efficientvit_b2": ImageStudent(
-        label="ES-EV-L",
-        timm_name="efficientvit_b2",
-        published_millions=14.98,
-        trunk_params=14_977_008,
-        channels=(48, 96, 192, 384),
-        **_EFFICIENTVIT,
-    ),
-    # For tests and the smoke recipe: no BatchNorm, so its trajectory does not depend on the micro-batch.
-    "tiny_convnext": ImageStudent(
-        label="tiny",
-        timm_name="test_convnext",
-        published_millions=None,
-        trunk_params=207_000,
-        channels=(24, 32, 48, 64),
-        family="ConvNeXt",
-        source="timm's test model; Apache-2.0",
-    ),
+    name: ImageStudent(
+        label=label, timm_name=timm_name, published_millions=millions, trunk_params=exact, channels=channels, **family
+    )
+    for name, label, timm_name, millions, exact, channels, family in (
+        ("repvit_m0_9", "ES-RV-S", "repvit_m0_9", 4.72, 4_717_792, (48, 96, 192, 384), _REPVIT),
+        ("repvit_m1_1", "ES-RV-M", "repvit_m1_1", 7.77, 7_774_864, (64, 128, 256, 512), _REPVIT),
+        ("repvit_m2_3", "ES-RV-L", "repvit_m2_3", 22.40, 22_404_232, (80, 160, 320, 640), _REPVIT),
+        ("tiny_vit_5m", "ES-TV-S", "tiny_vit_5m_224", 5.07, 5_071_124, (64, 128, 160, 320), _TINYVIT),
+        ("tiny_vit_11m", "ES-TV-M", "tiny_vit_11m_224", 10.55, 10_547_076, (64, 128, 256, 448), _TINYVIT),
+        ("tiny_vit_21m", "ES-TV-L", "tiny_vit_21m_224", 20.62, 20_620_416, (96, 192, 384, 576), _TINYVIT),
+        ("efficientvit_b0", "ES-EV-S", "efficientvit_b0", 0.68, 682_608, (16, 32, 64, 128), _EFFICIENTVIT),
+        ("efficientvit_b1", "ES-EV-M", "efficientvit_b1", 4.64, 4_643_936, (32, 64, 128, 256), _EFFICIENTVIT),
+        ("efficientvit_b2", "ES-EV-L", "efficientvit_b2", 14.98, 14_977_008, (48, 96, 192, 384), _EFFICIENTVIT),
+    )
 }
+# For tests and the smoke recipe: no BatchNorm, so its trajectory does not depend on the micro-batch.
+IMAGE_STUDENTS["tiny_convnext"] = ImageStudent(
+    label="tiny",
+    timm_name="test_convnext",
+    published_millions=None,
+    trunk_params=207_000,
+    channels=(24, 32, 48, 64),
+    family="ConvNeXt",
+    source="timm's test model; Apache-2.0",
+)
 
 # apple-amlr is Apple's licence for research purposes only.
 _MOBILECLIP = {"source": "Vasu et al., CVPR 2024, arXiv:2311.17049; weights apple-amlr"}
@@ -309,7 +258,6 @@ TEXT_STUDENTS = {
         tower="MobileCLIP-S0",
         published_millions=42.57,
         encoder_params=42_441_216,
-        total_params=42_572_544,
         hidden_size=512,
         num_hidden_layers=6,
         num_attention_heads=8,
@@ -322,7 +270,6 @@ TEXT_STUDENTS = {
         tower="MobileCLIP-S1",
         published_millions=63.56,
         encoder_params=63_428_096,
-        total_params=63_559_424,
         hidden_size=512,
         num_hidden_layers=12,
         num_attention_heads=8,
@@ -335,7 +282,6 @@ TEXT_STUDENTS = {
         tower="MobileCLIP2-L",
         published_millions=123.6,
         encoder_params=123_650_304,
-        total_params=123_847_168,
         hidden_size=768,
         num_hidden_layers=12,
         num_attention_heads=12,
@@ -351,7 +297,6 @@ TINY_TEXT_STUDENTS = {
     "tiny_text": TextStudent(
         tower="RepMixer, transformer layer, RepMixer",
         encoder_params=1_616_064,
-        total_params=1_624_512,
         hidden_size=32,
         num_hidden_layers=3,
         num_attention_heads=2,
@@ -361,7 +306,6 @@ TINY_TEXT_STUDENTS = {
     "tiny_text_plain": TextStudent(
         tower="two transformer layers",
         encoder_params=1_610_016,
-        total_params=1_618_464,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,

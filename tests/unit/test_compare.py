@@ -115,8 +115,8 @@ def test_json_is_the_numbers_and_the_tables_show_them():
     assert json.loads(compare(as_json=True)) == numbers()
     text = compare()
     for row in numbers()["image"]:
-        line = next(line for line in text.splitlines() if line.startswith(row["label"]))
-        values = line.replace("%", "").split()[2:]
+        line = next(line for line in text.splitlines() if line.startswith(f"| {row['label']}"))
+        values = line.replace("|", "").split()[2:]
         fused, stride32 = row["fused"], row["stride32"]
         assert values == [
             f"{row['published_millions']:.2f}",
