@@ -196,9 +196,6 @@ class TextStudent:
     tower: str
     published_millions: float | None  # as the EfficientSAM3 documents print it; None: not one of theirs
     encoder_params: int  # only the tower, with its 77-token position table
-    total_params: int  # with the projector to SAM 3's 256 channels
-=======
-    encoder_params: int  # the tower alone, with its 77-token position table
     hidden_size: int  # its MLPs are four times as wide
     num_hidden_layers: int
     num_attention_heads: int
