@@ -23,6 +23,7 @@ class _Loader(DataLoader):
     """Starts its workers where no request to stop can reach them: torch's own handler would end them."""
 
     def __iter__(self):
+        # A fork inherits pending signals' handlers; torch's would end a worker on the first SIGTERM.
         with requests_held_back():
             return super().__iter__()
 
@@ -49,6 +50,7 @@ def _end_workers() -> None:
     """Kill what is left of data workers at exit: multiprocessing would send SIGTERM, which they ignore, and wait."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes it for a failure
     for child in multiprocessing.active_children():
+        # Other children, such as wandb's, are not ours to end.
         if child.daemon:
             child.kill()
 

@@ -86,6 +86,7 @@ def make_accelerator(
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = Accelerator(
         cpu=not on_gpu and not deepspeed,
+        # DeepSpeed has its own precision settings, and accelerate refuses to have both.
         mixed_precision=None if deepspeed else PRECISION[precision],
         gradient_accumulation_steps=accumulation,
         log_with=list(loggers) or None,

@@ -45,8 +45,10 @@ class NotFinite:
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return the stage's loss and terms of a micro-batch; of one left out, zeros that have gradients."""
+        # BatchNorm has already averaged the NaN in when the loss is known, so its buffers must be put back.
         buffers = [buffer.clone() for buffer in student.buffers()] if self.skip else []
         terms = self.stage.loss(student, batch)
+        # Names now, because the batch is gone when the step's losses are looked at.
         self.samples.append(self.stage.samples(batch))
         self.losses.append(terms["loss"].detach())
         if not self.skip or not self.bad():
@@ -76,6 +78,7 @@ class NotFinite:
 
     def count(self, grad_norm) -> Tensor:
         """How many of this step's losses and gradient norms are not finite on this rank, on its device."""
+        # On the device, to be summed with the other things that ranks agree on: no extra sync.
         flags = ~torch.isfinite(torch.stack(self.losses))
         if grad_norm is not None:  # DeepSpeed keeps it to itself at stage 0, and says -1 where it is not finite
             norm = torch.as_tensor(grad_norm, device=flags.device, dtype=torch.float32).reshape(1)
@@ -102,6 +105,7 @@ class NotFinite:
     def stop(self, named: list[dict], note: str) -> NoReturn:
         """Write down the micro-batches and end the run."""
         if self.accelerator.is_main_process:
+            # Written before the run ends, because the samples are what the user needs next.
             text = json.dumps({"step": self.step, "micro_batches": named}, indent=1)
             write_text(self.folder / FILE, text)
         worst = next((one for one in named if not isinstance(one["loss"], float)), None)

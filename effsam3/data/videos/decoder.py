@@ -56,6 +56,7 @@ class FrameTable:
 
     def keys_before(self, index: int) -> np.ndarray:
         """Return the rows of `keys_K2` that a frame can be decoded from, the nearest first."""
+        # The nearest key frame is right for almost every file; broken ones need an earlier one, hence the whole list.
         return self.keys_K2[: np.searchsorted(self.keys_K2[:, 0], self.times_T[index], "right")][::-1]
 
 
@@ -69,6 +70,7 @@ def frame_table(path: Path, seekable: bool) -> FrameTable:
         stat = path.stat()
     except OSError as fault:
         raise UnreadableVideo(path.name, "missing", f"{path}: {fault.strerror}") from fault
+    # Size and time are part of the cache's key, so a file that is replaced while training gets a new table.
     return _kept_table(path, stat.st_size, stat.st_mtime_ns, seekable)
 
 
@@ -83,6 +85,7 @@ def decoded_table(path: Path) -> FrameTable:
     times, digests = [], []
     for frame in source.pictures():
         times.append(frame.pts)
+        # A digest of 8 bytes tells pictures apart without keeping them: a minute of video would be gigabytes.
         digests.append(digest(source.rgb(frame)))
     return _table(source, times, np.array(digests, np.uint64))
 
@@ -105,6 +108,7 @@ def seeks_agree(path: Path) -> bool:
         return False
     decoder = Decoder(path, listed)
     starts = np.unique([0, *np.searchsorted(truth.times_T, truth.keys_K2[:, 0])])
+    # From the last key frame to the first, because a forward order would decode on without ever seeking.
     for start, stop in reversed(list(zip(starts, [*starts[1:], truth.frames], strict=True))):
         for index in range(start, stop):
             if digest(decoder.picture(index)) != truth.digests_T[index] or decoder.astray:
@@ -166,6 +170,7 @@ class Decoder:
     def _ways(self, index: int) -> Iterator:
         """Yield what to call before decoding on to a frame, the cheapest first."""
         keys_2 = self.table.keys_before(index) if self.table.times_T is not None else []
+        # Decoding on is cheaper than a seek as long as no key frame lies between here and there.
         nearest = np.searchsorted(self.table.times_T, keys_2[0][0]) if len(keys_2) else 0
         if self._next is not None and nearest <= self._next <= index:
             yield lambda: None
@@ -184,8 +189,10 @@ class Decoder:
 
     def _reach(self, index: int) -> np.ndarray | None:
         """Decode on to a frame; None if it does not come, or another in its place."""
+        # Unknown until the frame is found: after a failure the decoder is somewhere in the file.
         place, self._next = self._next, None
         for frame in self._frames:
+            # Without usable times, frames can only be counted, which is right from the beginning of the file.
             if self.table.times_T is None:
                 early, late = place < index, False
                 place += 1
@@ -196,6 +203,7 @@ class Decoder:
                 return None
             if not early:
                 picture, self._matrix = self._source.rgb(frame), self._source.matrix(frame)
+                # A seek may land on a packet whose picture needs earlier ones: right time, wrong pixels.
                 if self.table.digests_T is not None and digest(picture) != self.table.digests_T[index]:
                     return None
                 self._next = index + 1
@@ -250,6 +258,7 @@ class Source:
                 return
             if packet.is_corrupt:
                 raise self._truncated("a packet is not whole")
+            # Collected on the way, because not all containers have an index that can be trusted.
             if packet.is_keyframe and packet.pts is not None:
                 self.keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
             self._last_dts = packet.dts if packet.dts is not None else self._last_dts
@@ -267,6 +276,7 @@ class Source:
         """
         begun = False
         for packet in self.packets():
+            # After a cut, files begin with packets whose references are gone; players skip them too.
             if not begun and not packet.is_keyframe:
                 continue
             begun = True
@@ -295,6 +305,7 @@ class Source:
         if frame.is_corrupt:
             raise self._truncated(f"the frame at {frame.time} s is damaged")
         size = frame.height, frame.width
+        # Masks belong to one size, so a stream that changes it cannot be used at all.
         self._size = self._size or size
         if size != self._size:
             detail = f"(height, width) are {self._size}, and {size} from {frame.time} s on"
@@ -325,6 +336,7 @@ class Source:
     def _refuse_cut(self) -> None:
         """Raise UnreadableVideo at the end of a file that says it has more."""
         with self.path.open("rb") as file:
+            # FFmpeg ends a cut file without an error, so the containers' own lengths are compared.
             claimed = _claimed_bytes(file.read(4096))
         size = self.path.stat().st_size
         if claimed is not None and claimed > size:
@@ -343,6 +355,7 @@ def turned(picture_HW3: np.ndarray, matrix: tuple[int, int, int, int]) -> np.nda
     """
     a, b, c, d = matrix
     if b:
+        # Views only: turning costs nothing until the pixels are copied into a clip.
         picture_HW3 = picture_HW3.transpose(1, 0, 2)
     if a + c < 0:
         picture_HW3 = picture_HW3[:, ::-1]

@@ -110,6 +110,7 @@ def assign(
     Raises:
         MergeError: a tensor without an owner, with two, of another shape, or left over.
     """
+    # By prefix, not by name: a slot's old tensors go whole, whatever they are called in this SAM 3.
     dropped = tuple(prefix for slot in students for prefix in SLOTS[slot].owns) + also
     kept = {
         owner: {name: shape for name, shape in tensors.items() if not name.startswith(dropped)}
@@ -119,6 +120,7 @@ def assign(
     owners, problems = {}, []
     for name, shape in expected.items():
         owning = [owner for owner, tensors in offers.items() if name in tensors]
+        # All problems are collected before any is reported, because one wrong prefix causes many.
         if len(owning) != 1:
             problems.append(f"{name} has {'no owner' if not owning else 'the owners ' + ' and '.join(owning)}")
         elif offers[owning[0]][name] != shape:
@@ -126,6 +128,7 @@ def assign(
         else:
             owners[name] = owning[0]
     for owner, tensors in offers.items():
+        # A trained tensor that nobody would load is as wrong as a missing one.
         problems += [f"{name} of {owner} lands nowhere" for name in tensors if name not in expected]
     if problems:
         raise MergeError(f"{len(problems)} tensors cannot be merged: " + "; ".join(problems[:5]))
