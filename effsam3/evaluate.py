@@ -7,8 +7,9 @@ python scripts/evaluate.py recipes/stage1/image/es_rv_m.yaml
 from __future__ import annotations
 
 from effsam3 import stages
+from effsam3.benchmarks.results import Results
 from effsam3.errors import UserError
-from effsam3.files import write_json, write_text
+from effsam3.files import write_text
 from effsam3.hardware.accelerator import refuse_missing_gpu
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.merging.slots import read_card
@@ -47,30 +48,21 @@ def run(recipe: Recipe) -> dict:
     chassis = chassis_folder(merged["chassis"], merged["revision"])
     made_by = provenance() | {key: merged[key] for key in ("chassis", "slots", "weights") if key in merged}
     (folder / "eval").mkdir(exist_ok=True)
-    results, tables, pictures, left_out = {}, [], [], []
+    found, tables = [], []
     for slot, own in asked.items():
-        measuring = stages.measuring(slot)
-        prefix = "" if own is recipe else f"{slot}_"
-        found = {}
-        for name, result in measuring.benchmarks(own, folder, chassis, merged):
-            if name == "pictures":
-                pictures += result
-                continue
-            if name == "left out":
-                left_out += result
-                continue
-            found[name] = results[prefix + name] = result
-            write_json(folder / "eval" / f"{prefix}{name}.json", result | {"provenance": made_by})
-        tables += measuring.tables(found)
-    summary = summarise([*tables, *left_out], merged)
+        results = Results(folder / "eval", "" if own is recipe else f"{slot}_", made_by)
+        stages.measuring(slot).measure(own, folder, chassis, merged["chassis"], results)
+        tables += stages.measuring(slot).tables(results.by_name)
+        found.append(results)
+    summary = summarise([*tables, *(line for results in found for line in results.left_out)], merged)
     write_text(folder / "eval" / "summary.md", summary + "\n")
     report.say(summary)
     for line in unmeasured(recipe):
         report.say(f"\n{line}")
-    if pictures:
-        report.say(f"\n{len(pictures)} pictures in {folder / 'pictures'}")
+    if pictures := sum(len(results.pictures) for results in found):
+        report.say(f"\n{pictures} pictures in {folder / 'pictures'}")
     report.say(f"numbers in {folder}/eval/*.json, this table in {folder / 'eval' / 'summary.md'}")
-    return results
+    return {results.prefix + name: result for results in found for name, result in results.by_name.items()}
 
 
 def summarise(tables: list[str], merged: dict) -> str:

@@ -11,7 +11,7 @@ needs; each is imported only when it is asked for:
 - `merging.py`: `part_of_run`, what a run has learned as a part for its slot, FEATURES_FORM, what the run must say of
   the features for that, and `untrained_part`; `describe` and `card`, who fills the slot for `inspect` and for the
   model card.
-- `measuring.py`: `benchmarks`, a generator of (name, result), `tables` of all results, and NEEDS.
+- `measuring.py`: `measure`, which adds to `benchmarks.results.Results`; `tables` of what it has found, and NEEDS.
 
 A stage that learns has its slot's name (`models.merging.slots`).
 """

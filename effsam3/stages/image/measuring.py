@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from effsam3.benchmarks.fidelity import feature_fidelity
 from effsam3.benchmarks.masks import prompted_mask_quality
 from effsam3.benchmarks.models import load_pair
 from effsam3.benchmarks.pictures.images import draw
+from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.speed import speed
 from effsam3.benchmarks.tables import Column, millions, percent, result_table, speed_table
 from effsam3.data.images.features import ImageFeatures
@@ -67,12 +66,11 @@ def photographs(recipe: ImageRecipe) -> None:
 NEEDS = (something_to_measure, photographs)
 
 
-def benchmarks(recipe: ImageRecipe, folder: Path, chassis: Path, merged: dict) -> Iterator[tuple[str, Any]]:
-    """Yield (name, result) as they are made, pictures last."""
+def measure(recipe: ImageRecipe, folder: Path, chassis: Path, teacher_name: str, results: Results) -> None:
+    """Run the recipe's benchmarks on `folder`/merged and on its teacher, a folder that is called `teacher_name`."""
     index_path, asked = Path(recipe.data.index), recipe.evaluate
     index = load_index(index_path, "val", recipe.data.limit)
-    measured, left_out = measurable(recipe)
-    yield "left out", left_out
+    measured, results.left_out = measurable(recipe)
     pair = load_pair(chassis, folder / "merged")
     rows = index.select(range(min(asked.max_images, len(index))))
     images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
@@ -81,19 +79,15 @@ def benchmarks(recipe: ImageRecipe, folder: Path, chassis: Path, merged: dict) -
     if not pair.mean_C.any():  # an imported student brings no statistics of the teacher's features
         pair = pair.with_statistics(held_out)
     if "fidelity" in measured:
-        yield "fidelity", feature_fidelity(pair, held_out)
+        results.add("fidelity", feature_fidelity(pair, held_out))
     if "masks" in measured:
-        yield (
-            "masks",
-            prompted_mask_quality(
-                pair, index, index_path.parent, asked.prompts, asked.max_images, asked.masks_per_image
-            ),
-        )
+        limits = asked.prompts, asked.max_images, asked.masks_per_image
+        results.add("masks", prompted_mask_quality(pair, index, index_path.parent, *limits))
     if "speed" in measured:
-        yield "speed", speed(pair, {"teacher": elements(chassis), "student": elements(folder / "merged")})
+        results.add("speed", speed(pair, {"teacher": elements(chassis), "student": elements(folder / "merged")}))
     # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.
-    with_masks = "masks" in measured and not is_made_up(merged["chassis"])
-    yield "pictures", draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
+    with_masks = "masks" in measured and not is_made_up(teacher_name)
+    results.pictures = draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
 
 
 FIDELITY: list[Column] = [
@@ -110,7 +104,7 @@ MASKS: list[Column] = [
 ]
 
 
-def tables(results: dict) -> list[str]:
+def tables(results: dict[str, dict]) -> list[str]:
     """The image benchmarks' results as Markdown."""
     parts = []
     if (fidelity := results.get("fidelity")) is not None:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.vos import vos, vos_table, write_objects
 from effsam3.data.videos.sav import load_index
 from effsam3.data.videos.vos import SavFile, VosVideo, open_vos
@@ -29,8 +28,8 @@ def videos_to_track(recipe: MemoryRecipe) -> None:
 NEEDS = (videos_to_track,)
 
 
-def benchmarks(recipe: MemoryRecipe, folder: Path, chassis: Path, merged: dict) -> Iterator[tuple[str, Any]]:
-    """Yield (name, result) as they are made, pictures last."""
+def measure(recipe: MemoryRecipe, folder: Path, chassis: Path, teacher_name: str, results: Results) -> None:
+    """Run the recipe's benchmarks on `folder`/merged and on its teacher, a folder that is called `teacher_name`."""
     asked, data = recipe.evaluate, recipe.data
     if asked.videos is not None:
         videos = open_vos(asked.videos, split=asked.split)
@@ -40,7 +39,7 @@ def benchmarks(recipe: MemoryRecipe, folder: Path, chassis: Path, merged: dict) 
             VosVideo(row["key"], root / row["video_file"], SavFile(root / row["annotation_file"])) for row in rows
         ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trackers = {f"{merged['chassis']}, dense": load_tracker(chassis).to(device)}
+    trackers = {f"{teacher_name}, dense": load_tracker(chassis).to(device)}
     student = load_tracker(folder / "merged").to(device)
     if isinstance(student, EfficientTracker):
         trackers |= {f"{student.config.memory_mode}, trained": student}
@@ -63,11 +62,11 @@ def benchmarks(recipe: MemoryRecipe, folder: Path, chassis: Path, merged: dict) 
     )
     result["available"] = len(videos)
     write_objects(result, folder / "eval" / "objects.csv")
-    yield "vos", result
-    yield "pictures", sorted((folder / "pictures").glob("*.png"))
+    results.add("vos", result)
+    results.pictures = sorted((folder / "pictures").glob("*.png"))
 
 
-def tables(results: dict) -> list[str]:
+def tables(results: dict[str, dict]) -> list[str]:
     """The video benchmark's results as Markdown."""
     result = results["vos"]
     parts, tracked = [vos_table(result)], result["videos"] + len(result["failed"])

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.tables import Column, millions, result_table, speed_table
 from effsam3.benchmarks.text import load_text_features, plot_similarity, text_similarity, text_speed
 from effsam3.data.captions.sources import open_captions
@@ -31,8 +30,8 @@ def phrase_list(recipe: TextRecipe) -> None:
 NEEDS = (phrase_list,)
 
 
-def benchmarks(recipe: TextRecipe, folder: Path, chassis: Path, merged: dict) -> Iterator[tuple[str, Any]]:
-    """Yield (name, result) as they are made, pictures last."""
+def measure(recipe: TextRecipe, folder: Path, chassis: Path, teacher_name: str, results: Results) -> None:
+    """Run the recipe's benchmarks on `folder`/merged and on its teacher, a folder that is called `teacher_name`."""
     teacher, student = TextTeacher.from_folder(chassis), load_text_features(folder / "merged")
     asked, data = recipe.evaluate, recipe.data
     if "similarity" in asked.benchmarks:
@@ -56,14 +55,13 @@ def benchmarks(recipe: TextRecipe, folder: Path, chassis: Path, merged: dict) ->
             if len(part) > 1:
                 texts = part.texts(range(min(len(part), asked.max_captions)))
                 result[source] = text_similarity(teacher, student, encode, texts)
-        yield "similarity", result
+        results.add("similarity", result)
         picture = folder / "pictures" / "similarity.png"
         picture.parent.mkdir(exist_ok=True)
         plot_similarity(result, picture)
+        results.pictures = [picture]
     if "speed" in asked.benchmarks:
-        yield "speed", text_speed(teacher, fold_repmixer(student))
-    if "similarity" in asked.benchmarks:
-        yield "pictures", [picture]
+        results.add("speed", text_speed(teacher, fold_repmixer(student)))
 
 
 SIMILARITY: list[Column] = [
@@ -83,7 +81,7 @@ SPEED: list[Column] = [
 ]
 
 
-def tables(results: dict) -> list[str]:
+def tables(results: dict[str, dict]) -> list[str]:
     """The text benchmarks' results as Markdown."""
     parts = []
     if (similarity := results.get("similarity")) is not None:
