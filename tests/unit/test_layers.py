@@ -15,7 +15,6 @@ PACKAGE = ROOT / "effsam3"
 LAYERS = [
     {  # light: no torch, so that recipes can be checked and shown at once
         "__init__",
-        "registration",
         "errors",
         "files",
         "hub",
@@ -41,8 +40,8 @@ LAYERS = [
         "models.inference.prompt_options",
         "models.memory.token_counts",
     },
-    {"models", "data", "losses", "training", "tensor_files", "hardware.accelerator"},
-    {"stages", "benchmarks", "publish", "hardware.budget", "training.resume", "training.not_finite"},
+    {"auto", "models", "data", "losses", "training", "tensor_files", "hardware.accelerator"},
+    {"predictor", "stages", "benchmarks", "publish", "hardware.budget", "training.resume", "training.not_finite"},
     {
         "embed",
         "train",
@@ -76,8 +75,11 @@ def modules():
 
 
 def imports(file, top_level_only=False):
-    """Return the dotted names of everything a file imports, `from a import b` as a.b and relative ones resolved."""
+    """Return the dotted names of everything a file imports when it runs, `from a import b` as a.b."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
     nodes = tree.body if top_level_only else ast.walk(tree)
     names = set()
     for node in nodes:

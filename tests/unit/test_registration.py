@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`import effsam3` makes transformers know the students, in any order of imports, and costs nothing by itself."""
+"""`import effsam3.auto` makes transformers know the students, in any order of imports."""
 
 import json
 import os
@@ -55,7 +55,6 @@ from transformers import MODEL_MAPPING, AutoConfig
 config = AutoConfig.from_pretrained({folder!r})
 trunk, tracker = config.detector_config.vision_config.backbone_config, config.tracker_config
 found["registered"] = [MODEL_MAPPING[type(part)].__name__ for part in (trunk, tracker)]
-found["watching"] = [type(finder).__module__ for finder in sys.meta_path].count("effsam3.registration")
 print(json.dumps(found))
 """
 
@@ -65,16 +64,15 @@ def report(code: str, releases: dict[str, str]) -> dict:
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert found.pop("registered") == ["StudentTrunk", "EfficientTracker"]
-    assert found.pop("watching") == 0
     return found
 
 
-@pytest.mark.parametrize("first", ["effsam3", "transformers"])
+@pytest.mark.parametrize("first", ["effsam3.auto", "transformers"])
 def test_a_release_loads_in_a_fresh_process(releases, first):
     loads = [("image", "Sam3Model"), ("image", "Sam3TrackerVideoModel"), ("memory", "AutoModel")]
     code = f"""
 import {first}
-import effsam3, transformers
+import effsam3.auto, transformers
 found = {{"loaded": []}}
 for slot, name in {loads}:
     model, info = getattr(transformers, name).from_pretrained({releases}[slot], output_loading_info=True)
@@ -85,71 +83,10 @@ for slot, name in {loads}:
     assert loaded == [[name, [], []] for name in ("Sam3Model", "Sam3TrackerVideoModel", "Sam3VideoModel")]
 
 
-def test_one_of_our_own_modules_may_be_the_first_to_need_transformers(releases):
-    assert report("import effsam3.models.memory.attention\nfound = {}\n", releases) == {}
-
-
-# ---- how imports are watched, with a small package in the place of transformers
-
-
-@pytest.fixture
-def stand_in(tmp_path):
-    """Run code with a stand-in for transformers, and modules `effsam3.outer` and `effsam3.inner` that import it."""
-    files = {
-        "site/transformers/__init__.py": "print('transformers')\n",
-        "site/transformers/models.py": "",
-        "site/students.py": "import transformers.models\nfrom effsam3.outer import whole\nprint('registered')\n",
-        "own/outer.py": "import transformers\nimport effsam3.inner\nwhole = True\nprint('outer')\n",
-        "own/inner.py": "print('inner')\n",
-    }
-
-    def run(code: str, **changes: str) -> subprocess.CompletedProcess:
-        for name, content in (files | changes).items():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(content)
-        setting = f"""
-import effsam3, effsam3.registration
-effsam3.registration.REGISTERING = ("students",)
-effsam3.__path__.append({str(tmp_path / "own")!r})
-"""
-        return python(setting + code, tmp_path / "site")
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("code", "printed"),
-    [
-        ("import effsam3.inner", ["inner"]),
-        ("import transformers", ["transformers", "inner", "outer", "registered"]),
-        ("import transformers.models", ["transformers", "inner", "outer", "registered"]),
-        ("import effsam3.outer", ["transformers", "inner", "outer", "registered"]),
-        ("import effsam3.outer, transformers, effsam3.inner", ["transformers", "inner", "outer", "registered"]),
-        ("import effsam3.inner, students", ["inner", "transformers", "outer", "registered"]),
-    ],
-)
-def test_the_students_are_registered_once_and_when_all_is_whole(stand_in, code, printed):
-    result = stand_in(code)
-    assert result.stdout.splitlines() == printed, result.stderr
-
-
-def test_errors_of_our_modules_are_not_swallowed(stand_in):
-    code = """
-for attempt in range(2):
-    try:
-        import transformers
-    except ImportError as error:
-        print(error)
-"""
-    result = stand_in(code, **{"site/students.py": "raise ImportError('timm is missing')\n"})
-    assert result.stdout.splitlines() == ["transformers", "timm is missing"] * 2
-
-
-def test_what_is_not_there_is_not_found(stand_in):
-    assert "No module named 'effsam3.nothing'" in stand_in("import effsam3.nothing").stderr
-    # What `python -m` and tools ask of a loader is still there.
-    code = "from importlib.util import find_spec; print(find_spec('effsam3.inner').loader.get_source('effsam3.inner'))"
-    assert stand_in(code).stdout.startswith("print('inner')")
+def test_whoever_reads_a_config_with_effsam3_needs_no_import(releases):
+    code = "from pathlib import Path; from effsam3.models.chassis.tensors import read_config\n"
+    code += f"read_config(Path({releases['memory']!r}))\nfound = {{}}\n"
+    assert report(code, releases) == {}
 
 
 def test_the_package_alone_is_light():

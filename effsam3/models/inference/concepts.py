@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,17 @@ def _add_padding_box(detector: nn.Module, arguments: tuple, named: dict) -> tupl
     return arguments, named | {"input_boxes": box_B14, "input_boxes_labels": labels_B1}
 
 
+def load_model(folder: Path) -> Any:
+    """Load a chassis or merged folder, float32, frozen, in eval mode; its detector encodes the geometry always.
+
+    Raises:
+        ChassisError: the folder lacks tensors or holds others, or some that are not finite.
+    """
+    model: Any = load_whole(model_class(read_config(folder).model_type), folder)
+    encode_geometry_always(model.detector_model)
+    return model
+
+
 class ConceptModel:
     """A whole SAM 3, its image, text or memory replaced or not, prompted by concepts; float32, frozen."""
 
@@ -73,12 +85,9 @@ class ConceptModel:
         Raises:
             ChassisError: the folder lacks tensors or holds others, or some that are not finite.
         """
-        folder = Path(folder)
-        whole = load_whole(model_class(read_config(folder).model_type), folder)
-        self.model = torch.nn.Module.to(whole, device)
+        self.model = torch.nn.Module.to(load_model(Path(folder)), device)
         self.processor = processor(self.model.config)
         self.processor.tokenizer = PromptTokenizer()
-        encode_geometry_always(self.model.detector_model)
         self.best_score = 0.0  # of all candidates so far, however low
         self.model.detector_model.register_forward_hook(self._look_at_scores)
 

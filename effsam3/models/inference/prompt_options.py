@@ -53,13 +53,28 @@ def parse(
     Raises:
         PredictError: no prompt, an empty one, or prompts that do not go together.
     """
-    asked = Asked(
-        texts=tuple(text.strip() for text in texts),
-        boxes=tuple(_numbers("--box", text, ("x1", "y1", "x2", "y2")) for text in boxes),
-        points=tuple(_numbers("--point", text, ("x", "y")) for text in points),
-        mask=None if mask is None else Path(mask),
-        threshold=threshold,
+    return checked(
+        texts,
+        tuple(_numbers("--box", text, ("x1", "y1", "x2", "y2")) for text in boxes),
+        tuple(_numbers("--point", text, ("x", "y")) for text in points),
+        None if mask is None else Path(mask),
+        threshold,
     )
+
+
+def checked(
+    texts: Sequence[str],
+    boxes: tuple[tuple[float, ...], ...],
+    points: tuple[tuple[float, ...], ...],
+    mask: Path | None,
+    threshold: float | None,
+) -> Asked:
+    """Return the prompts, checked against one another; as the fields of `Asked`.
+
+    Raises:
+        PredictError: no prompt, an empty one, or prompts that do not go together.
+    """
+    asked = Asked(tuple(text.strip() for text in texts), boxes, points, mask, threshold)
     if not (texts or boxes or points or mask):
         raise PredictError("nothing to look for; give --text, --box, --point or, for a video, --mask")
     if "" in asked.texts:
