@@ -41,19 +41,20 @@ from effsam3.models.text.tokens import TextTooLong, Tokenizer
 IMAGE_THRESHOLD = 0.5
 
 
-def load_model(model: str | Path) -> PreTrainedModel:
+def load_model(model: str | Path, revision: str | None = None) -> PreTrainedModel:
     """Load a whole SAM 3, whichever of its parts are students: float32, in eval mode, on the CPU.
 
     `detector_model` finds concepts on images, as SAM 3 does: the geometry encoder runs also where there are no boxes.
 
     Args:
         model: a merged or run folder, a checkpoint file, a Hub id, `tiny` or `random`.
+        revision: of a Hub id: branch, tag or commit.
 
     Raises:
         PredictError: there is no such model.
         ChassisError: it is not whole, or has tensors that are not finite.
     """
-    return concepts.load_model(model_folder(str(model)))
+    return concepts.load_model(model_folder(str(model), revision))
 
 
 class Predictor:
@@ -62,17 +63,17 @@ class Predictor:
     Prompts are in pixels of the original and named as the options of `effsam3 predict`, by which errors call them.
     """
 
-    def __init__(self, model: str | Path, device: torch.device | str | None = None):
+    def __init__(self, model: str | Path, revision: str | None = None, device: torch.device | str | None = None):
         """Find a model; it is loaded by the first question.
 
         Args:
-            model: as for `load_model`.
+            model, revision: as for `load_model`.
             device: None: a GPU, where there is one.
 
         Raises:
             PredictError: there is no such model.
         """
-        self.folder = model_folder(str(model))
+        self.folder = model_folder(str(model), revision)
         self.made_up = made_up(str(model), self.folder)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -115,7 +116,7 @@ class Predictor:
         if isinstance(image, (str, Path)):
             image_HW3 = read_image(image)
         else:
-            image_HW3 = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+            image_HW3 = np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
         if image_HW3.dtype != np.uint8 or image_HW3.ndim != 3 or image_HW3.shape[2] != 3:
             raise PredictError(
                 f"image is {image_HW3.dtype} of {image_HW3.shape}; expected uint8 of (height, width, 3)"
@@ -311,14 +312,14 @@ def read_masks(path: Path, size: tuple[int, int]) -> Tensor:
 # ---- the model
 
 
-def model_folder(model: str) -> Path:
+def model_folder(model: str, revision: str | None = None) -> Path:
     """The folder of MODEL in transformers' format.
 
     Raises:
         PredictError: there is none.
     """
     try:
-        return chassis_folder(model)
+        return chassis_folder(model, revision)
     except (ChassisError, PickledError) as error:
         raise PredictError(f"MODEL: {str(error).removeprefix('sam3.checkpoint: ')}") from error
 

@@ -72,10 +72,7 @@ def run(recipe, dry_run: bool = False) -> str | None:
     for name in upload(asked, files, f"{recipe.name}: {' and '.join(release.merged['slots'])} of {release.chassis}"):
         report.say(f"  removed: {name}")
     source = f'"{repo}"' if asked.revision == "main" else f'"{repo}", revision="{asked.revision}"'
-    report.say(
-        f"\n{url}\n  import effsam3, transformers\n"
-        f"  model = transformers.{release.sam3.model_class}.from_pretrained({source})"
-    )
+    report.say(f"\n{url}\n  from effsam3 import Predictor\n  predictor = Predictor({source})")
     return url
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from string import Template
 
 import yaml
 
@@ -121,106 +120,37 @@ def _chassis_config(chassis: str):
 
 # ---- how to use it
 
-CONCEPTS = Template("""\
-import effsam3  # registers the students' classes with transformers
-import torch
-from effsam3.models.inference.concepts import encode_geometry_always
-from effsam3.models.text.tokens import PromptTokenizer
-from PIL import Image
-from $detector_module import $detector
-from transformers import Sam3Processor
-
-model = $detector.from_pretrained($source).eval()
-processor = Sam3Processor.from_pretrained($source)
-processor.tokenizer = PromptTokenizer()  # cleans texts as SAM 3 does; transformers' does not
-encode_geometry_always(model)  # as SAM 3 does; transformers leaves it out where there are no boxes
-
-image = Image.open("photo.jpg").convert("RGB")
-inputs = processor(images=image, text="a dog", return_tensors="pt")
-with torch.no_grad():
-    outputs = model(**inputs)
-found = processor.post_process_instance_segmentation(outputs, threshold=0.5, target_sizes=[image.size[::-1]])[0]
-print(found["scores"], found["boxes"], found["masks"].shape)
-""")
-PROMPTS = Template("""\
-import effsam3
-import torch
-from PIL import Image
-from $tracker_module import $tracker
-from transformers import Sam3TrackerVideoProcessor
-
-tracker = $tracker.from_pretrained($source).eval()
-processor = Sam3TrackerVideoProcessor.from_pretrained($source)
-
-# A video of one frame; give more to track what is prompted, by tracker.propagate_in_video_iterator(session).
-image = Image.open("photo.jpg").convert("RGB")
-session = processor.init_video_session(video=[image])
-# One prompt per object, in pixels: a box (x1, y1, x2, y2), or points (x, y) with label 1 on the object, 0 next to it.
-prompts = {
-    1: {"input_boxes": [[[10, 20, 90, 80]]]},
-    2: {"input_points": [[[[60, 40], [5, 5]]]], "input_labels": [[[1, 0]]]},
-}
-for object_id, prompt in prompts.items():
-    processor.add_inputs_to_inference_session(session, frame_idx=0, obj_ids=object_id, **prompt)
-    with torch.no_grad():
-        outputs = tracker(session, frame_idx=0)
-size = [session.video_height, session.video_width]
-masks = processor.post_process_masks([outputs.pred_masks], original_sizes=[size])[0]
-print(masks.shape, masks.dtype)  # objects, 1, height, width
-""")
-VIDEO = Template("""\
-from pathlib import Path
-
-import effsam3
-import torch
-from effsam3.models.inference.concepts import encode_geometry_always
-from effsam3.models.text.tokens import PromptTokenizer
-from PIL import Image
-from transformers import $whole, Sam3VideoProcessor
-
-model = $whole.from_pretrained($source).eval()
-processor = Sam3VideoProcessor.from_pretrained($source)
-processor.tokenizer = PromptTokenizer()
-encode_geometry_always(model.detector_model)
-
-frames = [Image.open(file).convert("RGB") for file in sorted(Path("frames").glob("*.jpg"))]
-session = processor.init_video_session(video=frames)
-processor.add_text_prompt(session, "a dog")
-with torch.no_grad():
-    for outputs in model.propagate_in_video_iterator(session):
-        found = processor.postprocess_outputs(session, outputs)
-        print(outputs.frame_idx, found["object_ids"], found["scores"], found["masks"].shape)
-""")
 BLOCKS = {
-    "All that a text names, in an image": CONCEPTS,
-    "Boxes and points": PROMPTS,
-    "All that a text names, through a video": VIDEO,
-}
-# model_type in config.json -> module and class that loads it
-DETECTORS = {
-    "sam3": ("transformers", "Sam3Model"),
-    "sam3_lite_text": ("transformers", "Sam3LiteTextModel"),
-    "effsam3_attended_lite_text": ("effsam3.models.text.padding", "AttendedLiteTextModel"),
-}
-TRACKERS = {
-    "sam3_tracker_video": ("transformers", "Sam3TrackerVideoModel"),
-    "effsam3_tracker_video": ("effsam3.models.memory.tracker", "EfficientTracker"),
+    "On an image": """\
+from effsam3 import Predictor
+
+predictor = Predictor($source)
+found = predictor.image("photo.jpg", text="a dog", threshold=0.5)  # every dog
+print(found.scores_O, found.boxes_O4, found.masks_OHW.shape)
+
+# Objects, in pixels: a box each (x1, y1, x2, y2), or points of one (x, y, and 1 on the object or 0 next to it).
+boxes = predictor.image("photo.jpg", box=[[10, 20, 90, 80], [5, 5, 40, 60]])
+points = predictor.image("photo.jpg", point=[[60, 40, 1], [5, 5, 0]])
+""",
+    "Through a video, by a text, or by boxes or points on its first frame": """\
+from effsam3 import Predictor
+
+for frame, found in Predictor($source).video("clip.mp4", text="a dog"):
+    print(frame, found.ids, found.scores_O, found.masks_OHW.shape)
+""",
+    "With transformers' own classes": """\
+import effsam3.auto  # registers the students' classes with transformers
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained($source)
+print(type(model).__name__)
+""",
 }
 
 
 def _use(release: Release, repo: str, revision: str) -> str:
-    config = read_config(release.model)
-    module, tracker = TRACKERS[config.tracker_config.model_type]
-    detector_module, detector = DETECTORS[config.detector_config.model_type]
-    names = {
-        "source": f'"{repo}"' if revision == "main" else f'"{repo}", revision="{revision}"',
-        "detector_module": detector_module,
-        "detector": detector,
-        "whole": release.sam3.model_class,
-        "tracker_module": module,
-        "tracker": tracker,
-    }
-    blocks = [f"{title}:\n\n```python\n{code.substitute(names)}```" for title, code in BLOCKS.items()]
+    source = f'"{repo}"' if revision == "main" else f'"{repo}", revision="{revision}"'
+    blocks = [f"{title}:\n\n```python\n{code.replace('$source', source)}```" for title, code in BLOCKS.items()]
     others = [f"`{file}`, {whose} names" for file, whose in OTHER_FORMATS.items() if (release.model / file).is_file()]
     if others:
         blocks.append(f"The same model in other formats: {'; '.join(others)}.")

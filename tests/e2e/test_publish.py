@@ -16,7 +16,7 @@ from run_folders import merged_run
 # Weights and outputs of the folder here and of the repository there, both read from files: the same bit for bit.
 COMPARE = """
 import sys
-import effsam3
+import effsam3.auto
 import torch
 from transformers import Sam3Model, Sam3Processor, Sam3VideoModel
 

@@ -87,7 +87,7 @@ def test_what_arrives_is_what_lies_here(folder, hub, capsys):
         assert files[name] == home.read_bytes(), name
     printed = capsys.readouterr().out
     assert len(re.findall(r"^ +[\d.]+ MB  \S+$", printed, re.M)) == 12 and "removed" not in printed
-    assert printed.rstrip().endswith('model = transformers.Sam3VideoModel.from_pretrained("tester/model")')
+    assert printed.rstrip().endswith('predictor = Predictor("tester/model")')
     assert f"{hub.url}/tester/model\n" in printed
 
 
