@@ -17,6 +17,7 @@ from effsam3.models.registry import IMAGE_STUDENTS, SAM3, TEXT_STUDENTS, ImageSt
 from effsam3.training.report import table
 
 HEADS = ("fused", "stride32")
+assert SAM3.counts is not None
 COUNTS = SAM3.counts
 
 

@@ -35,6 +35,22 @@ SLURM_STEP = ("SLURM_STEP_NUM_NODES", "SLURM_STEP_NUM_TASKS", "SLURM_NODEID")  #
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """The machines that processes are started on, and which of them this is."""
+
+    nodes: int
+    node_rank: int
+    main_address: str | None  # None on one node
+    main_port: int
+    processes_per_node: int
+
+    @property
+    def processes(self) -> int:
+        """On all nodes together."""
+        return self.nodes * self.processes_per_node
+
+
+@dataclass(frozen=True)
 class Machines:
     """What `launch` is told of the machines; `resolve` fills in what is None from the hardware's config."""
 
@@ -44,14 +60,14 @@ class Machines:
     main_port: int | None = None
     processes_per_node: int | None = None
 
-    def resolve(self, hardware: str) -> Machines:
+    def resolve(self, hardware: str) -> Cluster:
         """Return the machines with every number known.
 
         Raises:
             UserError: the numbers contradict each other or the hardware, or several nodes could not find each other.
         """
         file = config_file(hardware)
-        nodes, rank = slurm_step() if self.nodes == "slurm" else (self.nodes or config_nodes(file), 0)
+        nodes, rank = slurm_step() if isinstance(self.nodes, str) else (self.nodes or config_nodes(file), 0)
         port = config_port(file) if self.main_port is None else self.main_port
         per_node = self.processes_per_node or config_processes(file) // config_nodes(file)
         if config_kind(file) == "NO" and nodes * per_node > 1:
@@ -78,7 +94,7 @@ class Machines:
         rank = rank if self.node_rank is None else self.node_rank
         if not 0 <= rank < nodes:
             raise UserError(f"--node-rank {rank}: of {nodes} nodes (--nodes) it must be 0 to {nodes - 1}")
-        return Machines(nodes, rank, self.main_address, port, per_node)
+        return Cluster(nodes, rank, self.main_address, port, per_node)
 
 
 def slurm_step() -> tuple[int, int]:
@@ -130,20 +146,20 @@ def launch(
     refuse_unwritable(recipe.folder, recipe.runs_key)
     if "embed" in verbs:
         refuse_unwritable(Path(recipe.embed.to), "embed.to")
-    machines = machines.resolve(recipe.hardware)
-    refuse_missing_extras(recipe, verbs, machines.nodes * machines.processes_per_node)
+    cluster = machines.resolve(recipe.hardware)
+    refuse_missing_extras(recipe, verbs, cluster.processes)
     if "train" in verbs:
-        refuse_indivisible_batch(recipe, machines)
-    if len(verbs) > 1 and machines.node_rank == 0 and (code := ask_for_needs(recipe_path, verbs, overrides)):
+        refuse_indivisible_batch(recipe, cluster)
+    if len(verbs) > 1 and cluster.node_rank == 0 and (code := ask_for_needs(recipe_path, verbs, overrides)):
         return code
     inputs = [recipe_path, *overrides]
     own = {"train": ["--resume", resume]} if resume is not None else {}
     commands = {
-        verb: command_of(verb, recipe.hardware, [*inputs, *own.get(verb, [])], machines, log_dir) for verb in verbs
+        verb: command_of(verb, recipe.hardware, [*inputs, *own.get(verb, [])], cluster, log_dir) for verb in verbs
     }
     for verb, command in commands.items():
-        if machines.node_rank > 0 and not DISTRIBUTED[verb]:
-            print(f"{verb} runs on node 0 only; this is node {machines.node_rank}", flush=True)
+        if cluster.node_rank > 0 and not DISTRIBUTED[verb]:
+            print(f"{verb} runs on node 0 only; this is node {cluster.node_rank}", flush=True)
             continue
         print(f"+ {shlex.join(command)}", flush=True)
         before = read_progress(recipe.folder)
@@ -170,29 +186,29 @@ def ask_for_needs(recipe_path: str, verbs: Sequence[str], overrides: Sequence[st
     ).returncode
 
 
-def refuse_indivisible_batch(recipe: StageRecipe, machines: Machines) -> None:
+def refuse_indivisible_batch(recipe: StageRecipe, cluster: Cluster) -> None:
     """Refuse now what every rank would refuse after it has started.
 
     Raises:
         UserError: the global batch cannot be divided over that number of processes.
     """
     try:
-        accumulation(recipe, machines.nodes * machines.processes_per_node)
+        accumulation(recipe, cluster.processes)
     except RecipeError as error:
-        shape = f"--nodes {machines.nodes} x --processes-per-node {machines.processes_per_node}"
+        shape = f"--nodes {cluster.nodes} x --processes-per-node {cluster.processes_per_node}"
         raise UserError(f"{error}, which here is {shape}") from error
 
 
 def command_of(
-    verb: str, hardware: str, arguments: Sequence[str], machines: Machines, log_dir: str | None = None
+    verb: str, hardware: str, arguments: Sequence[str], cluster: Cluster, log_dir: str | None = None
 ) -> list[str]:
-    """Return the command line that runs a verb on hardware and (resolved) machines.
+    """Return the command line that runs a verb on hardware and (resolved) cluster.
 
     Raises:
         UserError: there is no such hardware.
     """
     file = config_file(hardware)
-    nodes, processes = machines.nodes, machines.nodes * machines.processes_per_node
+    nodes, processes = cluster.nodes, cluster.processes
     # One process needs no launcher, which would come between it and the signals of a batch system.
     if not DISTRIBUTED[verb] or processes == 1:
         return [sys.executable, "-m", "effsam3", verb, *arguments]
@@ -200,13 +216,13 @@ def command_of(
     if nodes > 1 or processes != config_processes(file):
         options += ["--num_machines", str(nodes), "--num_processes", str(processes)]
     if nodes > 1:
-        options += ["--machine_rank", str(machines.node_rank), "--main_process_ip", machines.main_address]
+        options += ["--machine_rank", str(cluster.node_rank), "--main_process_ip", str(cluster.main_address)]
         if config_kind(file) == "DEEPSPEED":  # its default is pdsh: node 0 starts the others through ssh
             options += ["--deepspeed_multinode_launcher", "standard"]
-    if machines.main_port != config_port(file) or nodes > 1:
-        options += ["--main_process_port", str(machines.main_port)]
+    if cluster.main_port != config_port(file) or nodes > 1:
+        options += ["--main_process_port", str(cluster.main_port)]
     if log_dir is not None:
-        options += ["--tee", "3", "--log_dir", f"{log_dir}/node-{machines.node_rank}"]  # 3: stdout and stderr
+        options += ["--tee", "3", "--log_dir", f"{log_dir}/node-{cluster.node_rank}"]  # 3: stdout and stderr
     return [sys.executable, "-m", LAUNCHER, *options, "--module", "effsam3", verb, *arguments]
 
 

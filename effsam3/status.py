@@ -144,7 +144,7 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
     if facts["samples_per_s_per_device"] is None and speed and hardware:
         facts["samples_per_s_per_device"] = speed / int(hardware.split(" x ")[0])
     facts["eta_s"] = None
-    if facts["state"] == "running" and speed:
+    if facts["state"] == "running" and speed and progress is not None:
         facts["eta_s"] = (progress.steps - progress.step) * progress.global_batch / speed
     return facts | {"next": _next(facts, folder)}
 

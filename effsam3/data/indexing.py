@@ -59,7 +59,7 @@ def worker_pool(workers: int) -> Iterator[Callable[..., Future]]:
 
 
 def _run_now(function: Callable, *arguments) -> Future:
-    future = Future()
+    future: Future = Future()
     future.set_result(function(*arguments))
     return future
 
@@ -71,7 +71,9 @@ def start_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # a worker has one
+    parent.join()
     os._exit(1)  # a killed parent leaves nobody who could stop this worker
 
 

@@ -7,6 +7,7 @@ Letters: B texts of a batch, L tokens of the longest.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +56,13 @@ class CaptionBatches(Dataset):
         kept = np.maximum(positions, 0).tolist()
         ids, mask = self.encode(self.part.texts(kept))
         counts = torch.tensor([position != PADDING for position in positions])
-        batch = {"ids": ids, "mask": mask, "counts": counts, "positions": torch.tensor(positions), "unreadable": []}
+        batch: dict[str, Any] = {
+            "ids": ids,
+            "mask": mask,
+            "counts": counts,
+            "positions": torch.tensor(positions),
+            "unreadable": [],
+        }
         if self.store is not None:
             keys = self.part.keys(kept)
             batch |= self.store.read(self.store.positions(keys))

@@ -33,16 +33,17 @@ def fetch(
         HubError: the Hub does not answer, refuses, or has no such files.
         UserError: another fraction, or a folder that cannot be written or has too little room.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, RepoFile, snapshot_download
 
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction {fraction} must be above 0 and at most 1; 0.01 is 1 %")
     repo = repo or REPO
     refuse_unwritable(out, "--out")
     with hub_errors(repo, "or fetch on another machine and copy the folder", HubError):
-        commit = HfApi().dataset_info(repo, revision=revision).sha
+        commit = str(HfApi().dataset_info(repo, revision=revision).sha)
         found = HfApi().list_repo_tree(repo, FOLDER, revision=commit, repo_type="dataset")
-        files = sorted((one for one in found if Path(one.path).match("train*.parquet")), key=lambda one: one.path)
+        files = [one for one in found if isinstance(one, RepoFile) and Path(one.path).match("train*.parquet")]
+        files.sort(key=lambda one: one.path)
         wanted = files[: max(1, round(fraction * len(files)))]
         if not wanted:
             raise HubError(f"{repo} has no train*.parquet in {FOLDER}; the captions are in {REPO}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,7 +35,7 @@ SOURCES = {"captions": "data.column", "phrases": "data.phrase_column"}  # what i
 class Texts(NamedTuple):
     """Rows of one source: captions or phrases."""
 
-    dataset: object  # datasets.Dataset with the column `text`, shared by both splits
+    dataset: Any  # datasets.Dataset with the column `text`, shared by both splits
     rows: np.ndarray  # int64 (N,), in the dataset
     codes: np.ndarray  # uint64 (N,), of the texts
 
@@ -70,9 +70,9 @@ class Part:
     def __len__(self) -> int:
         return self._length
 
-    def _locate(self, positions: Sequence[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return for each source (places in `positions`, numbers of its rows)."""
-        positions = np.asarray(positions, np.int64)
+    def _locate(self, asked: Sequence[int] | np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return for each source (places in `asked`, numbers of its rows)."""
+        positions = np.asarray(asked, np.int64)
         assert not len(positions) or (positions.min() >= 0 and positions.max() < self._length)
         before = positions * self.share.numerator // self.share.denominator
         after = (positions + 1) * self.share.numerator // self.share.denominator
@@ -94,7 +94,7 @@ class Part:
         """Return the texts' keys, 16 hex digits each; equal texts have equal keys (see `cleaning.code_of`)."""
         return [key_of(code) for code in self.codes(positions).tolist()]
 
-    def codes(self, positions: Sequence[int]) -> np.ndarray:
+    def codes(self, positions: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the keys as numbers, uint64."""
         result = np.empty(len(positions), np.uint64)
         for texts, (places, numbers) in zip(self.sources, self._locate(positions), strict=True):
@@ -168,8 +168,12 @@ def open_captions(
     phrase_copies = copies.of([str(file) for file in phrases], "phrases", phrase_column)
     sources = _texts(caption_copies, limit), _without_duplicates(_texts(phrase_copies), report)
     trained = [texts.codes >= np.uint64(first_train) for texts in sources]
-    train = Part(*(texts.select(mask) for texts, mask in zip(sources, trained, strict=True)), share, repeat=True)
-    val = Part(*(texts.select(~mask) for texts, mask in zip(sources, trained, strict=True)), share, repeat=False)
+    learned, held = (
+        [texts.select(mask == chosen) for texts, mask in zip(sources, trained, strict=True)]
+        for chosen in (True, False)
+    )
+    train = Part(learned[0], learned[1], share, repeat=True)
+    val = Part(held[0], held[1], share, repeat=False)
     for texts, part, source, where in (
         (train.sources[0], 1 - share, "captions", captions),
         (train.sources[1], share, "phrases", ", ".join(map(str, phrases))),

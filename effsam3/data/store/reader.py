@@ -172,7 +172,7 @@ class StoreReader:
             self._index = hashes, order, seed
         return self._index
 
-    def read(self, positions: Sequence[int]) -> dict[str, torch.Tensor]:
+    def read(self, positions: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """Field name -> CPU tensor [N, *shape]. Raises StoreError naming a truncated shard."""
         import torch
 

@@ -109,7 +109,8 @@ class VideoClips(Dataset):
         clip; `frames` int64 (B, T), numbers of the video's frames; lists `keys` ("" for an empty clip) and `numbers`
         (0 for padding); `unreadable`, pairs (key, reason), of all videos that could not be read.
         """
-        clips, unreadable = [], []
+        clips = []
+        unreadable: list[tuple[str, str]] = []
         pairs = [item if isinstance(item, tuple) else (item, item) for item in items]
         for item, (position, number) in zip(items, pairs, strict=True):
             if position == PADDING:
@@ -148,7 +149,7 @@ class VideoClips(Dataset):
         annotated = list(range(start, start + self.frames))[:: -1 if backwards else 1]
         annotations = read_sav(row, self.folder)
         masks_TNHW = self._draw_objects(annotations, row, annotated, rng)
-        size = masks_TNHW.shape[2:]
+        size = masks_TNHW.shape[2], masks_TNHW.shape[3]
         file = self.folder / row["video_file"]
         frames = torch.from_numpy(read_annotated_frames(file, annotated, size, row["seekable"], row["video_bytes"]))
         if self.augment:

@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -55,7 +56,9 @@ class FrameTable:
     digests_T: np.ndarray | None
 
     def keys_before(self, index: int) -> np.ndarray:
-        """Return the rows of `keys_K2` that a frame can be decoded from, the nearest first."""
+        """Return the rows of `keys_K2` that a frame can be decoded from, the nearest first; none without times."""
+        if self.times_T is None:
+            return self.keys_K2[:0]
         # The nearest key frame is right for almost every file; broken ones need an earlier one, hence the whole list.
         return self.keys_K2[: np.searchsorted(self.keys_K2[:, 0], self.times_T[index], "right")][::-1]
 
@@ -94,7 +97,8 @@ def listed_table(path: Path) -> FrameTable:
     """Make a file's table only from its packets: right if each that is not hidden holds one picture."""
     source = Source(path)
     times = [packet.pts for packet in source.packets() if packet.size and not packet.is_discard]
-    return _table(source, sorted(times) if None not in times else times, None)
+    known = [time for time in times if time is not None]
+    return _table(source, sorted(known) if len(known) == len(times) else times, None)
 
 
 def seeks_agree(path: Path) -> bool:
@@ -104,8 +108,9 @@ def seeks_agree(path: Path) -> bool:
         UnreadableVideo: it does not decode to its end.
     """
     truth, listed = frame_table(path, False), listed_table(path)
-    if truth.times_T is None or not np.array_equal(truth.times_T, listed.times_T):
+    if truth.times_T is None or listed.times_T is None or not np.array_equal(truth.times_T, listed.times_T):
         return False
+    assert truth.digests_T is not None  # of a decoded table
     decoder = Decoder(path, listed)
     starts = np.unique([0, *np.searchsorted(truth.times_T, truth.keys_K2[:, 0])])
     # From the last key frame to the first, because a forward order would decode on without ever seeking.
@@ -141,7 +146,7 @@ class Decoder:
     def __init__(self, path: Path, table: FrameTable):
         self.path, self.table, self.astray = path, table, False
         self._begin()
-        self._shown = None, None  # index and picture of the frame read last
+        self._shown: tuple[int, np.ndarray] | None = None  # index and picture of the frame read last
 
     def image(self, index: int) -> np.ndarray:
         """Return frame `index`, 0 to T - 1, turned as it is shown: uint8 RGB (H, W, 3)."""
@@ -149,7 +154,7 @@ class Decoder:
 
     def picture(self, index: int) -> np.ndarray:
         """Return the same as it is coded."""
-        if self._shown[0] != index:
+        if self._shown is None or self._shown[0] != index:
             self._shown = index, self._find(index)
         return self._shown[1]
 
@@ -169,9 +174,10 @@ class Decoder:
 
     def _ways(self, index: int) -> Iterator:
         """Yield what to call before decoding on to a frame, the cheapest first."""
-        keys_2 = self.table.keys_before(index) if self.table.times_T is not None else []
+        keys_2 = self.table.keys_before(index)
+        times_T = self.table.times_T
         # Decoding on is cheaper than a seek as long as no key frame lies between here and there.
-        nearest = np.searchsorted(self.table.times_T, keys_2[0][0]) if len(keys_2) else 0
+        nearest = np.searchsorted(times_T, keys_2[0][0]) if times_T is not None and len(keys_2) else 0
         if self._next is not None and nearest <= self._next <= index:
             yield lambda: None
         for key_2 in keys_2[:KEYS_TRIED]:
@@ -182,7 +188,8 @@ class Decoder:
 
     def _begin(self) -> None:
         self._source = Source(self.path)
-        self._frames, self._next = self._source.pictures(), 0
+        self._frames = self._source.pictures()
+        self._next: int | None = 0  # number of the picture that comes next, None after a seek
 
     def _seek(self, time: int) -> None:
         self._frames = self._source.pictures_from(time)
@@ -190,7 +197,7 @@ class Decoder:
     def _reach(self, index: int) -> np.ndarray | None:
         """Decode on to a frame; None if it does not come, or another in its place."""
         # Unknown until the frame is found: after a failure the decoder is somewhere in the file.
-        place, self._next = self._next, None
+        place, self._next = self._next or 0, None
         for frame in self._frames:
             # Without usable times, frames can only be counted, which is right from the beginning of the file.
             if self.table.times_T is None:
@@ -221,14 +228,16 @@ class Source:
     def __init__(self, path: Path):
         if not path.is_file():
             raise UnreadableVideo(path.name, "missing", f"no file {path}")
-        self.path, self.keys = path, []
-        self._last_dts = self._size = None
+        self.path = path
+        self.keys: list[tuple[int, int]] = []
+        self._last_dts: int | None = None
+        self._size: tuple[int, int] | None = None
         try:
             # A playlist that is called .mp4 does not make us fetch what it lists.
             options = {"protocol_whitelist": "file"}
             self._container = av.open(str(path), options=options, metadata_errors="replace")
         except av.FFmpegError as fault:
-            raise UnreadableVideo(path.name, "corrupt", fault.strerror) from fault
+            raise UnreadableVideo(path.name, "corrupt", str(fault.strerror)) from fault
         # PyAV's containers and streams hold each other: many would stay open until the garbage collector comes.
         weakref.finalize(self, self._container.close).atexit = False
         cover = av.stream.Disposition.attached_pic
@@ -253,7 +262,7 @@ class Source:
             try:
                 packet = next(packets, None)
             except av.FFmpegError as fault:
-                raise self._truncated(fault.strerror) from fault
+                raise self._truncated(str(fault.strerror)) from fault
             if packet is None:
                 return
             if packet.is_corrupt:
@@ -283,7 +292,7 @@ class Source:
             try:
                 frames = packet.decode()
             except av.FFmpegError as fault:
-                raise self._truncated(fault.strerror) from fault
+                raise self._truncated(str(fault.strerror)) from fault
             yield from frames
         if not begun:
             raise self._truncated("no key frame")
@@ -318,7 +327,7 @@ class Source:
         Raises:
             UnreadableVideo: by an angle that is no multiple of 90 degrees.
         """
-        data = frame.side_data.get("DISPLAYMATRIX")
+        data: Any = frame.side_data.get("DISPLAYMATRIX")
         if data is None:
             return 1, 0, 0, 1
         a, b, _, c, d = (int(number) for number in np.sign(np.frombuffer(data, np.int32)[:5]))
@@ -328,9 +337,9 @@ class Source:
         return (a, b, c, d) if a and d or b and c else (1, 0, 0, 1)  # some files have a matrix of zeros
 
     def _truncated(self, detail: str) -> UnreadableVideo:
-        place = (
-            "at its beginning" if self._last_dts is None else f"{float(self._last_dts * self.stream.time_base):.3f} s"
-        )
+        place = "at its beginning"
+        if self._last_dts is not None and self.stream.time_base is not None:
+            place = f"{float(self._last_dts * self.stream.time_base):.3f} s"
         return UnreadableVideo(self.path.name, "truncated", f"does not decode to its end ({place}): {detail}")
 
     def _refuse_cut(self) -> None:
@@ -366,14 +375,14 @@ def turned(picture_HW3: np.ndarray, matrix: tuple[int, int, int, int]) -> np.nda
 
 def digest(picture_HW3: np.ndarray) -> int:
     """Return a number that two pictures share only when they are equal."""
-    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(picture_HW3))
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(picture_HW3).data)
 
 
-def _table(source: Source, times: list[int | None], digests_T: np.ndarray | None) -> FrameTable:
+def _table(source: Source, times: Sequence[int | None], digests_T: np.ndarray | None) -> FrameTable:
     if not times:
         raise UnreadableVideo(source.path.name, "corrupt", "there is no picture in it")
-    in_order = None not in times and all(np.diff(times) > 0)
-    times_T = np.array(times, np.int64) if in_order else None
+    known = np.array([time for time in times if time is not None], np.int64)
+    times_T = known if len(known) == len(times) and all(np.diff(known) > 0) else None
     keys_K2 = np.array(sorted(source.keys), np.int64).reshape(-1, 2)
     return FrameTable(len(times), times_T, keys_K2, digests_T)
 
@@ -385,10 +394,10 @@ def _claimed_bytes(head: bytes) -> int | None:
         return length + 8 if length else None
     if head[:4] == b"\x1a\x45\xdf\xa3":
         header, start = _vint(head, 4)
-        segment = start + header
+        segment = start + (header or 0)
         if head[segment : segment + 4] == b"\x18\x53\x80\x67":
-            length, start = _vint(head, segment + 4)
-            return None if length is None else start + length
+            content, start = _vint(head, segment + 4)
+            return None if content is None else start + content
     return None
 
 

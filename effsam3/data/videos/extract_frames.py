@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def extract_frames(
     stamp(out / ".extracted.json", {"every": every, "quality": quality}, "frames", "--out")
     waiting = {name: path for name, path in videos.items() if not (out / name).is_dir()}
     jobs = [(path, out / name, every, quality) for name, path in waiting.items()]
-    bad = sum(run_jobs(_extract, jobs, workers or os.cpu_count(), "videos", progress), [])
+    bad = list(itertools.chain(*run_jobs(_extract, jobs, workers or os.cpu_count() or 1, "videos", progress)))
     return len(waiting) - len(bad), len(videos) - len(waiting), bad
 
 

@@ -58,7 +58,7 @@ class FrameFolder:
         Raises:
             UnreadableVideo: an image beyond the last, one that does not decode, or images of several sizes.
         """
-        images = []
+        images: list[np.ndarray] = []
         for index in indexes:
             if not 0 <= index < self.frames:
                 detail = f"image {index} of a folder of {self.frames} images"

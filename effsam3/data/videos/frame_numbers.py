@@ -50,7 +50,7 @@ def number_names(names: Sequence[str]) -> dict[str, int]:
         for (key, one), (same, other) in itertools.pairwise(sorted(zip(natural, names, strict=True))):
             if key == same:
                 raise UnclearNames(f"{one} and {other} both are frame {key[-1]}; keep one of them")
-        readings = [natural, *(numbers[place] for place in counting if not _is_clock(columns, place))]
+        readings: list[list] = [natural, *(numbers[place] for place in counting if not _is_clock(columns, place))]
         if (decimals := _decimals(names)) is not None:
             readings.append(decimals)
     else:

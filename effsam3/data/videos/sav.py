@@ -64,8 +64,10 @@ class SavAnnotations:
         Raises:
             UnreadableAnnotations: bad_mask.
         """
+        rles = self.masklet[annotated]
+        assert rles is not None, f"frame {annotated} is not annotated"
         try:
-            return coco.decode(self.masklet[annotated][position], self.height, self.width)
+            return coco.decode(rles[position], self.height, self.width)
         except coco.Malformed as fault:
             raise self._bad_mask(annotated, fault) from fault
 
@@ -126,7 +128,7 @@ def _check_sav(content, key: str) -> SavAnnotations:
     if len(masklet) != expected:
         detail = f"{len(masklet)} annotated frames, {expected} for a video of {frames} frames"
         raise coco.Malformed(detail, "frame_count")
-    checked = []
+    checked: list[list[dict] | None] = []
     for annotated, rles in enumerate(masklet):
         # An annotated frame of which any object is missing is no use for tracking, as in SA-V's own loader.
         if rles is None or None in coco.listed(rles, f"masklet[{annotated}]"):

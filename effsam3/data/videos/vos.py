@@ -133,6 +133,7 @@ def open_vos(root: str | Path, split: str | None = None) -> list[VosVideo]:
     if not root.is_dir():
         raise UserError(f"there is no folder {root}")
     tree = _tree_of(root)
+    videos: dict[str, tuple[Path, Annotations]] = {}
     if tree == "sav":
         frames, masks = root / "JPEGImages_24fps", root / "Annotations_6fps"
         videos = {path.name: (frames / path.name, ObjectFolders(path, frames / path.name)) for path in _folders(masks)}
@@ -140,9 +141,8 @@ def open_vos(root: str | Path, split: str | None = None) -> list[VosVideo]:
         frames, masks = _resolution(root / "JPEGImages"), _resolution(root / "Annotations")
         videos = {path.name: (frames / path.name, PaletteFrames(path, frames / path.name)) for path in _folders(masks)}
     else:
-        videos = {}
         for kind in reversed(KINDS):  # manual ones replace automatic ones
-            found = {}
+            found: dict[str, Path] = {}
             for path in sorted(root.rglob(f"*_{kind}.json")):
                 name = path.stem.removesuffix(f"_{kind}")
                 if (other := found.setdefault(name, path)) != path:
@@ -330,7 +330,7 @@ def _frames_of(files: list[Path], frames: Path, video: str) -> dict[Path, int]:
 
 def _by_number(paths: list[Path], video: str) -> dict[int, Path]:
     """Return folders by the numbers that are their names, ascending."""
-    found = {}
+    found: dict[int, Path] = {}
     for path in sorted(paths):
         if not path.stem.isdecimal():
             raise UnreadableAnnotations(video, "names", f"{path} must have a number for a name, such as 002")

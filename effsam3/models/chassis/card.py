@@ -3,7 +3,7 @@
 
 CARD = "effsam3.json"  # next to a merged model's config.json: who fills which slot
 # Of a teacher everything is known, all but its fingerprint, or nothing.
-TEACHER_FORM = ({"checkpoint": str, "revision": (str, None), "fingerprint?": str}, {})
+TEACHER_FORM: tuple[dict, ...] = ({"checkpoint": str, "revision": (str, None), "fingerprint?": str}, {})
 CARD_FORM = {
     "slots": {str: {"student": str, "from": str, "teacher?": TEACHER_FORM, "also?": [str]}},
     "chassis?": str,

@@ -179,7 +179,7 @@ def to_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of a folder's tensors, without reading them."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     files = shard_of(folder)
     for path in set(files.values()):
         with open_safetensors(path, AGAIN, ChassisError) as file:

@@ -196,7 +196,7 @@ class StudentTrunk(PreTrainedModel):
         super().train(True)
         return super().train(mode)
 
-    def get_input_embeddings(self) -> None:
+    def get_input_embeddings(self) -> None:  # type: ignore[override]  # pixels have none
         """None: there are no token embeddings. transformers asks every backbone."""
 
     def set_feature_statistics(self, mean_D: Tensor, deviation_D: Tensor) -> None:

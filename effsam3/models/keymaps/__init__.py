@@ -75,7 +75,9 @@ class Rule:
         """Return the target names, one for each part that the tensor is split into."""
         names = [self.target]
         for hole in self.splits:
-            names = [name.replace(f"{{{hole}}}", part) for name in names for part in self.choices[hole].values()]
+            parts = self.choices[hole]
+            assert not isinstance(parts, str)  # a split names its parts
+            names = [name.replace(f"{{{hole}}}", part) for name in names for part in parts.values()]
         for hole, piece in pieces.items():
             choices = self.choices[hole]
             other = piece if isinstance(choices, str) else choices[piece]
@@ -181,10 +183,11 @@ class KeyMap:
     def __init__(self, rows: Iterable[Row], holes: Mapping[str, Choices], first: str, second: str):
         """`first` and `second` say in messages whose names they are, such as `transformers'`."""
         forward, backward = [], []
-        for one, other, *change in rows:
+        for one, other, *changes in rows:
+            change = changes[0] if changes else ""
             choices = {hole: _choices(hole, {**COMMON, **holes}) for hole in HOLE.findall(one + other)}
-            forward.append(Rule(one, other, *change or [""], choices))
-            backward.append(Rule(other, one, *change or [""], {hole: _inverse(choices[hole]) for hole in choices}))
+            forward.append(Rule(one, other, change, choices))
+            backward.append(Rule(other, one, change, {hole: _inverse(choices[hole]) for hole in choices}))
         self.forward, self.backward = Direction(forward, first), Direction(backward, second)
 
 

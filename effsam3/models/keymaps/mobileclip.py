@@ -6,10 +6,10 @@ The rows have no prefix; who reads a file puts the file's prefix before them.
 
 from __future__ import annotations
 
-from effsam3.models.keymaps import section
+from effsam3.models.keymaps import Choices, section
 
 MLP = {"c_fc": "fc1", "c_proj": "fc2"}
-HOLES = {
+HOLES: dict[str, Choices] = {
     "fc": MLP,
     "apple_norm": {"pre_norm_mha.0": "layer_norm1", "pre_norm_ffn.0": "layer_norm2"},
     "apple_fc": {"1": "fc1", "4": "fc2"},

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from math import isqrt
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Sam3ViTConfig
 
-from effsam3.models.keymaps import KeyMap, KeyMapError, section
+from effsam3.models.keymaps import Choices, KeyMap, KeyMapError, Row, section
 from effsam3.models.keymaps.mobileclip import MLP, OPEN_CLIP_LAYER
 
-HOLES = {
+HOLES: dict[str, Choices] = {
     "student_trunk": r"(?:trunk|head)\..+|feature_(?:mean|scale)",
     "student_text": r"(?:embeddings|layers|final_layer_norm|projection)\..+",
     # MLPs: the detector's number their layers from 1, the tracker's name the first and the last.
@@ -186,7 +187,7 @@ _MASK_DECODER = [
     ("transformer.layers.{n}.mlp.{lin}.{wb}", "transformer.layers.{n}.mlp.{lin}.{wb}"),
     ("transformer.norm_final_attn.{wb}", "transformer.layer_norm_final_attn.{wb}"),
 ]
-_SHARED = [
+_SHARED: list[Row] = [
     *section(TRUNK, MODEL_TRUNK, _TRUNK),
     *section("detector.backbone.vision_backbone.convs.", "detector_model.vision_encoder.neck.fpn_layers.", _NECK),
     *section("detector.backbone.vision_backbone.sam2_convs.", "tracker_neck.fpn_layers.", _NECK),
@@ -201,11 +202,11 @@ _SHARED = [
     *section("tracker.sam_mask_decoder.", "tracker_model.mask_decoder.", _MASK_DECODER),
 ]
 # transformers calls both encoders' projection `text_projection`, so which of them a model has decides what it becomes.
-_SAM3_TEXT = [
+_SAM3_TEXT: list[Row] = [
     *section(LANGUAGE + "encoder.", MODEL_TEXT, _TEXT),
     (LANGUAGE + "resizer.{wb}", "detector_model.text_projection.{wb}"),
 ]
-_STUDENT_TEXT = [
+_STUDENT_TEXT: list[Row] = [
     (LANGUAGE + "text_encoder.{student_text}", MODEL_TEXT + "{student_text}"),
     (LANGUAGE + "text_projection.{wb}", "detector_model.text_projection.{wb}"),
 ]
@@ -282,10 +283,13 @@ def rotary_table(config: Sam3ViTConfig, block: int) -> Tensor:
     positions of blocks that attend globally are squeezed into a window's (Su et al., arXiv:2104.09864, in two
     dimensions).
     """
-    is_global = block in config.global_attn_indexes
-    side = config.image_size // config.patch_size if is_global else config.window_size
+    is_global = block in (config.global_attn_indexes or [])
+    image_size: Any = config.image_size  # transformers' declarations allow lists, its SAM 3 does not
+    patch_size: Any = config.patch_size
+    side = image_size // patch_size if is_global else config.window_size
     channels = config.hidden_size // config.num_attention_heads
-    frequencies = 1 / config.rope_parameters["rope_theta"] ** (torch.arange(0, channels, 4).float() / channels)
+    rope: Any = config.rope_parameters
+    frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, channels, 4).float() / channels)
     angles = torch.outer(torch.arange(side).float() * (config.window_size / side), frequencies)
     turns = torch.polar(torch.ones_like(angles), angles)
     return torch.cat([turns.repeat(side, 1), turns.repeat_interleave(side, 0)], dim=1)

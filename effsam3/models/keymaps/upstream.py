@@ -12,7 +12,7 @@ from functools import cache
 
 from torch import Tensor
 
-from effsam3.models.keymaps import NORM, KeyMap, KeyMapError, Row, section
+from effsam3.models.keymaps import NORM, Choices, KeyMap, KeyMapError, Row, section
 from effsam3.models.keymaps.mobileclip import APPLE, POSITIONS
 from effsam3.models.keymaps.mobileclip import HOLES as TEXT_HOLES
 from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, TINY_TEXT_STUDENTS
@@ -21,7 +21,7 @@ TRUNK, OUR_TRUNK = "backbone.model.", "trunk."
 FIRST_LAYER = {"EfficientViT": "input_stem.", "TinyViT": "patch_embed.", "RepViT": "features."}  # tells the family
 REPVIT_DEPTHS = {"repvit_m0_9": (2, 2, 14, 2), "repvit_m1_1": (2, 2, 12, 2), "repvit_m2_3": (6, 6, 34, 2)}  # blocks
 
-HOLES = {
+HOLES: dict[str, Choices] = {
     "stage": r"\d+",
     # EfficientViT
     "stem": {"0": "stem_in_conv", "1": "stem_res0"},
@@ -76,7 +76,8 @@ def _repvit_features(depths: tuple[int, ...]) -> dict[str, dict[str, str]]:
 
     Before every stage but the first there are two: a block, which timm counts to the downsampler, and the downsampler.
     """
-    blocks, downs = [], {}
+    blocks: list[str] = []
+    downs: dict[str, str] = {}
     for stage, depth in enumerate(depths):
         if stage:
             blocks.append(f"stages_{stage}.downsample.pre_block")
