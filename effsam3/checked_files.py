@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reader of every JSON and YAML file that this project wrote itself: whole and of the expected form, or refused.
 
-A form says what a value must be:
+A form describes what a value must be:
     str, bool, int, float, dict, list, None    a value of that type; float: any number
     object                                     anything
     (a, b)                                     one of several forms

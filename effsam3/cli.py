@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
         with STOP.noted() if verb in SAVING else stopped_at_once():
             return _run(verb, rest)
     except RecipeError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank has the same recipe: say it once
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every rank has the same recipe: print it once
             print(f"error: {error}", file=sys.stderr)
         return 2
     except UserError as error:

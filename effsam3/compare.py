@@ -27,7 +27,7 @@ def saved_percent(millions: float, of_millions: float) -> float:
 
 
 def numbers(others: Sequence[str] = ()) -> dict[str, Any]:
-    """Return everything the tables print, in parameters unless a name says millions or percent.
+    """Return everything the tables print, in parameters unless the name contains millions or percent.
 
     `others` are names of image students, in addition to the published ones.
 

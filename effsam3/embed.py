@@ -51,7 +51,7 @@ def run(recipe: FeatureRecipe, check: int | None = None) -> None:
     """
     if recipe.teacher == "online" and check is None:
         raise UserError(
-            "the recipe says teacher: online, so train needs no store and there is nothing to embed; set "
+            "the recipe has teacher: online, so train needs no store and there is nothing to embed; set "
             "teacher=stored to embed"
         )
     refuse_missing_gpu(recipe.hardware)
@@ -95,7 +95,7 @@ def open_store(recipe: FeatureRecipe, root: Path, teacher_pass: TeacherPass, rep
 
 
 def close_store(root: Path, teacher_pass: TeacherPass, embedded: int, started: float, report: Report) -> None:
-    """Complete the store once all ranks have written their records, `embedded` in all, and say what is in it."""
+    """Complete the store once all ranks have written their records, `embedded` in all, and report what is in it."""
     expected = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
     refuse_many_skipped(expected, root, teacher_pass.max_unreadable)
     manifest = finish_store(root, expected, _statistics(root, teacher_pass))

@@ -24,7 +24,7 @@ def run(recipe: Recipe) -> dict:
 
     A release runs the benchmarks of every part's own recipe on the release's model; their names begin with the slot's.
 
-    What the data do not allow is left out, and the summary says so.
+    What the data do not allow is skipped, as the summary reports.
 
     Raises:
         UserError: there is no merged model yet, it has no student where the recipe measures one, or nothing can be
@@ -42,7 +42,7 @@ def run(recipe: Recipe) -> dict:
             f"{folder}/merged has no student in the slot {slot} (it has {', '.join(merged['slots']) or 'none'}); "
             "evaluate a recipe of that stage, or merge again"
         )
-    if merged["chassis"] == merged.get("imported"):  # its own chassis: the recipe says against which it is measured
+    if merged["chassis"] == merged.get("imported"):  # its own chassis: the recipe names the one to measure against
         merged |= {"chassis": recipe.sam3.checkpoint, "revision": recipe.sam3.revision}
     report = Report(folder)
     chassis = chassis_folder(merged["chassis"], merged["revision"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every write of the package, whole or not at all; room on the disk; folders that say how they were made.
+"""Every write of the package, whole or not at all; room on the disk; folders that record how they were made.
 
 A file or folder is written under a hidden name next to its own, brought to the disk (fsync) and renamed. So even after
 a kill or a power cut it has the old content or the new. Only logs and journals, which grow, are written in place.
@@ -102,7 +102,7 @@ def stamp(file: Path, settings: dict[str, Any], what: str, key: str, real: Path 
 
     Args:
         what: they are, such as "synthetic images".
-        key: of the recipe, or option, that says where they are.
+        key: of the recipe, or option, that names where they are.
         real: what must not be touched when it is there without a stamp.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong between here and the Hugging Face Hub, in words that say what to do."""
+"""What goes wrong between here and the Hugging Face Hub, in words that tell what to do."""
 
 from __future__ import annotations
 

@@ -158,7 +158,9 @@ def text_remark(rows: int, length: int) -> str:
     """What to know about a text student whose table of positions had `rows` rows and is brought to `length`."""
     remark = "" if rows == length else f", interpolated to {length}"
     if rows < length:
-        remark += f". It learned on {rows} tokens, which its authors found to do badly on more: train it further"
+        remark += (
+            f". It learned on {rows} tokens, which its authors report to work poorly on longer texts: train it further"
+        )
     return remark + "; it attends to padding, as in EfficientSAM3 (student_padding: attended)"
 
 
@@ -199,7 +201,7 @@ def refuse_incomplete(config: PreTrainedConfig, rest: dict[str, dict], parts: li
     """Refuse a file that does not bring all of SAM 3 that its students leave in place, when no chassis does.
 
     Raises:
-        ImportedError: tensors are missing; the message says of which parts, and how to get them.
+        ImportedError: tensors are missing; the message names the parts and how to get them.
     """
     replaced = tuple(prefix for part in parts for prefix in SLOTS[part.slot].owns)
     needed = {name for name in empty_tensors(config) if not name.startswith(replaced)}

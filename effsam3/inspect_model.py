@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `inspect`: say what a checkpoint is, who fills its slots and how big its parts are, without loading it.
+"""The verb `inspect`: show what a checkpoint is, who fills its slots and how big its parts are, without loading it.
 
 effsam3 inspect runs/stage1-image-es_rv_m     a run folder and its merged model
 effsam3 inspect sam3.pt --json                the same facts for programs
@@ -218,7 +218,7 @@ def run_folder(folder: Path) -> dict[str, Any]:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    """What a run's resolved recipe says of the student, read as plain YAML: an older version's is good enough."""
+    """Read the student from a run's resolved recipe as plain YAML, so that older versions work."""
     recipe = read_yaml(path, {"name?": str, "stage?": str}, "inspect what is next to it: checkpoints, merged")
     return {key: recipe[key] for key in ("name", "stage", "student", "head", "parts") if key in recipe}
 

@@ -166,7 +166,7 @@ def launch(
         if code := _run(command, config_environment(config_file(recipe.hardware))):
             # The launcher of several processes has one code of its own for every end. The file, which is compared
             # with itself because the clocks of two machines may differ, tells a saved run from a failed one. What was
-            # asked to stop before it has said anything, or by a verb that keeps no such file, begins again.
+            # asked to stop before its first heartbeat, or by a verb that keeps no such file, begins again.
             after = read_progress(recipe.folder) if verb == "train" else None
             state = after.state if after is not None and after != before else None
             if state == "stopped" or (STOP.asked and state != "failed"):

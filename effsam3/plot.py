@@ -20,7 +20,7 @@ from effsam3.training.report import read_metrics
 Curve = list[tuple[int, float]]  # (step, value)
 
 PREFIXES = ("", "train/", "val/", "perf/")  # tried in this order: `loss` is train/loss
-# What is drawn unless it is asked otherwise, as far as a run has it.
+# Metrics drawn by default, if the run has them.
 METRICS = sorted({metric for stage in stages.STAGES if (metric := stages.recipe_class(stage).metric)})
 DEFAULT = ("train/loss", *METRICS, "train/lr", "train/grad_norm", "perf/samples_per_s", "perf/data_wait")
 PANELS = 6  # at most
@@ -30,7 +30,7 @@ SUFFIXES = (".png", ".pdf", ".svg")
 
 
 def plot(runs: Sequence[str], out: str | None = None, metrics: str | None = None, smooth: float | None = None) -> str:
-    """Draw the curves of runs and say where; of several, those without curves are left out and named.
+    """Draw the curves of runs and print where the picture is; runs without curves are skipped by name.
 
     Args:
         runs: run folders, or recipes of runs.

@@ -29,7 +29,7 @@ def run(model: str, source: str, asked: Asked, out: str | None = None) -> Path:
         out: the folder; None: predictions/<name of the source>.
 
     Raises:
-        PredictError: as the class says.
+        PredictError: see the class.
         ChassisError: a model that is not whole.
     """
     moves = is_video(source)

@@ -104,13 +104,13 @@ def megabytes(*files: Path) -> str:
 
 
 def open_repository(push: Push) -> bool:
-    """Make the repository and the branch unless they are there, see that this token may write; says if it is private.
+    """Make repository and branch if needed, check that this token may write; return whether it is private.
 
     Raises:
         PushError: it may not, the Hub cannot be reached, or the repository is public or holds something else.
     """
     if push.repo is None:
-        raise PushError("push.repo is not set; say where to: push.repo=OWNER/NAME")
+        raise PushError("push.repo is not set; name where to: push.repo=OWNER/NAME")
     if get_token() is None and not constants.HF_HUB_OFFLINE:
         raise PushError(
             f"no token for {constants.ENDPOINT} is at hand; `hf auth login`, or set HF_TOKEN to one that may write"

@@ -44,7 +44,7 @@ def budget(recipe: Recipe, device_gib: float | None = None) -> str:
     if device_gib is not None and not device_gib > 0:
         raise UserError(f"--device-gib: {device_gib:g} is not above 0")
     if "train" not in recipe.verbs:
-        return "# device    nothing is trained here; the recipes of its parts say what theirs takes"
+        return "# device    nothing is trained here; show the recipes of its parts instead"
     from effsam3.hardware.budget.estimates import table
 
     text = _known(partial(table, recipe, device_gib))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `status`: how a run is, read from its files alone, whether it still runs, has ended or has died.
+"""The verb `status`: report whether a run is alive, finished or dead, from its files only.
 
 effsam3 status runs/stage1-image-es_rv_m                 one run, everything
 effsam3 status runs/* --watch 10                         several runs, a line each, until all have ended
@@ -81,7 +81,7 @@ def _text(found: list[dict[str, Any]], left_out: list[str], as_json: bool) -> st
 
 
 def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
-    """Return what a run folder says; None means unknown.
+    """Return the facts of a run folder; None means unknown.
 
     `now` is the time in seconds since 1970, by default the present.
     """
@@ -266,7 +266,7 @@ def _state_line(facts: dict[str, Any]) -> str:
     if facts["state"] == "unknown":
         return "unknown: there is no progress.json"
     process = f"; process {facts['pid']} on {facts['host']}" if facts["state"] in ALIVE else ""
-    sign = "last sign " if facts["state"] in (*ALIVE, "killed") else ""  # the others said themselves that they end
+    sign = "last sign " if facts["state"] in (*ALIVE, "killed") else ""  # the others have recorded their end
     when = f", {sign}{duration(facts['age_s'])} ago" if facts["age_s"] is not None else ""
     error = f"\n{'':<9} {facts['error']}" if facts["error"] else ""
     return f"{facts['state']}{when}; {facts['hardware']}{process}{error}"

@@ -59,7 +59,7 @@ from effsam3.training.resume import AUTO, resumable, resume_weights, resumed_sta
 
 
 def run(recipe: StageRecipe, resume: str = AUTO) -> None:
-    """Train the recipe's student; `resume` says where to resume from, see `resume.resumable`.
+    """Train the recipe's student; `resume` decides where it starts, see `resume.resumable`.
 
     Raises:
         UserError: the run folder holds a run of another recipe, a batch cannot be divided over the processes, the
@@ -92,7 +92,7 @@ def learn(
     recipe: StageRecipe, resume: str, accelerator: Accelerator, micros: int, report: Report, progress: Progress
 ) -> None:
     """The body of `run`: set-up, loop and end."""
-    # ---- model and data: the stage builds them as the recipe says
+    # ---- model and data: the stage builds them from the recipe
     folder = report.folder
     # Decide first where to start: the answer must not depend on files that this start writes.
     last = resumable(recipe, folder, resume)
@@ -155,7 +155,7 @@ def learn(
     flops = None if sizes is None else sizes.flops
     window = Window(accelerator, recipe.train.global_batch_size, flops, recipe.train.per_rank)
     if recipe.train.precision != "bf16":
-        window.peak = None  # which is bfloat16's
+        window.peak = None  # the peak table is for bf16
     started, first = time.monotonic(), state["step"]
     finite = NotFinite(stage, accelerator, folder, recipe.train.not_finite == "skip")
     for step in range(state["step"], state["step"] if state["ended"] else steps):

@@ -119,7 +119,7 @@ VERBS = {
         "run one verb, or all four in order, on the recipe's `hardware`",
         launch,
         [
-            arg("--nodes", type=nodes, metavar="N", help="number of machines; slurm: as the srun step says"),
+            arg("--nodes", type=nodes, metavar="N", help="number of machines; slurm: from the srun step"),
             arg("--node-rank", type=int, metavar="K", help="which of them this is, from 0; 0 merges and evaluates"),
             arg("--main-address", metavar="HOST", help="name or IP address of node 0"),
             arg("--main-port", type=int, metavar="P", help="a free port of node 0, the same on all nodes"),

@@ -2,7 +2,7 @@
 """J and F of video object segmentation, and how DAVIS 2017 and SA-V turn them into one number per object.
 
 J is the region similarity, F the boundary measure, both 0..1 (Perazzi et al. 2016, section 4). The two protocols
-differ in which objects and frames count; where an official tool stops, the scorers say what they do instead.
+differ in which objects and frames count; where an official tool stops, the scorers document what they do instead.
 
 Letters: H W rows and columns of the video. A mask is bool (H, W).
 """
@@ -199,7 +199,7 @@ class SavScorer(_Scorer):
     def add(self, truths: Mapping[int, np.ndarray], predictions: Mapping[int, np.ndarray]) -> None:
         """Score the next annotated frame, {object: mask} each.
 
-        An empty annotated mask says that the object is absent; no mask at all, that it is not annotated on this frame.
+        An empty annotated mask means that the object is absent, no mask that it is not annotated on this frame.
         Predictions of objects that are not annotated are not looked at.
 
         Raises:

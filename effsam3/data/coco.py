@@ -2,7 +2,7 @@
 """Masks, boxes and points in COCO's form, checked before they are used.
 
 pycocotools fills what a run-length encoding leaves out with whatever was in memory, and takes sizes, boxes and
-polygons as they come. Everything here says what is wrong instead, and fills in what other tools leave out.
+polygons as they come. Everything here reports what is wrong instead, and fills in what other tools leave out.
 
 An RLE is {"size": [height, width], "counts": ...}: the lengths of runs down the columns, background first, as a list
 (uncompressed) or as a string.

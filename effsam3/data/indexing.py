@@ -22,7 +22,7 @@ from pathlib import Path
 from effsam3.errors import UserError
 from effsam3.stopping import leave_stopping_to_the_parent, stopped_at_once
 
-DETAILS = 100  # files of each reason of which a report says in full what is wrong
+DETAILS = 100  # files of each reason that a report explains in full
 
 # ---- workers
 
@@ -85,7 +85,7 @@ def make_parts(
 ) -> None:
     """Call `make_part(entries, *arguments, file)` for every file of {file: entries} that is not there.
 
-    `unit` says in the progress bar what the entries are.
+    `unit` names the entries in the progress bar.
     """
     from tqdm import tqdm
 

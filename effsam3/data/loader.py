@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from effsam3.errors import UserError
 from effsam3.stopping import leave_stopping_to_the_parent, requests_held_back
 
-TIMEOUT_S = 900  # shorter than the ranks' patience with each other, so that the reason is said
+TIMEOUT_S = 900  # shorter than the process-group timeout, so that the real cause is reported
 SIGNAL_S = 1  # by then a process hears that its child has died
 
 
@@ -60,12 +60,12 @@ atexit.register(_end_workers)  # after torch has imported multiprocessing, so th
 
 @contextmanager
 def worker_failures_explained() -> Iterator[None]:
-    """Turn what torch says of a data worker into an error that says what to do.
+    """Turn torch's error about a data worker into one that tells what to do.
 
     It wraps the whole loop: torch tells of a worker's death by a signal, in the middle of any other work.
 
     Raises:
-        UserError: a data worker has died or has given no sign for too long.
+        UserError: a data worker has died or has not responded for too long.
     """
     try:
         try:

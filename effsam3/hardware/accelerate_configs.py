@@ -72,7 +72,7 @@ def config_on_cpu(file: Path) -> bool:
 
 
 def no_devices(devices: str) -> bool:
-    """Return whether a list of devices, as in `gpu_ids` and CUDA_VISIBLE_DEVICES, says that there shall be none."""
+    """Return whether a list of devices, as in `gpu_ids` and CUDA_VISIBLE_DEVICES, asks for none."""
     return bool(devices) and set(devices.split(",")) == {"-1"}
 
 

@@ -62,7 +62,7 @@ def relative_error(pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor) -
 def agreement_sums(
     pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor, mean_C: Tensor, deviation_C: Tensor
 ) -> dict[str, Tensor]:
-    """Sums over valid positions of what says how near a student is, to be added up over batches and ranks.
+    """Sum over valid positions how close a student is, to be added up over batches and ranks.
 
     `positions` counts them. `cosine` is on raw features; `cosine_centred` and `mse` are on features standardised by
     the teacher's mean and deviation, where always predicting the mean scores 0 and 1; `cosine_of_mean` is the raw

@@ -3,7 +3,7 @@
 
 A SAM 3 is a row of `SAM3S`; nothing else in the package knows its Hub id, sizes, counts, classes or licence.
 
-Counts are exact numbers of parameters; docs/parameters.md says where each comes from.
+Counts are exact numbers of parameters; docs/parameters.md explains where each comes from.
 """
 
 from __future__ import annotations

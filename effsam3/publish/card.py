@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card: what a merged model is, how it is loaded, what was measured, under which licence it falls.
 
-Everything on it is read from the run folder. What is in no file there is not said.
+Everything on it is read from the run folder.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _slots(release: Release) -> str:
 
 
 def _entries(release: Release) -> dict[str, CardEntry]:
-    """What every student's stage says of it."""
+    """Describe every student by its stage."""
     config = read_config(release.model)
     return {
         slot: stages.merging(slot).card(filled, SLOTS[slot].config_of(config), release.model)

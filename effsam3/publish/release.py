@@ -117,14 +117,14 @@ def _began(provenance: dict) -> float:
     try:
         return datetime.strptime(provenance["started"], "%Y-%m-%dT%H:%M:%S%z").timestamp()
     except ValueError as error:
-        raise ReleaseError(f"provenance.started says no time ({error}); evaluate again") from error
+        raise ReleaseError(f"provenance.started is not a time ({error}); evaluate again") from error
 
 
 def unmeasured(recipe: Recipe) -> list[str]:
-    """Return a line for every part that has no recipe which says how to measure it."""
+    """Return a line for every part without a recipe to measure it by."""
     learned = recipe.learned()
     return [
-        f"parts.{slot}: {part} has no recipe.yaml that says what to measure it on; run `effsam3 evaluate` on a recipe "
+        f"parts.{slot}: {part} has no recipe.yaml with the data to measure it on; run `effsam3 evaluate` on a recipe "
         f"of stage {slot} with name={recipe.name}"
         for slot, part in recipe.sources().items()
         if slot not in learned

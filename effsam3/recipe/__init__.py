@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a recipe may say, and how its YAML is read, checked and typed."""
+"""What a recipe may contain, and how its YAML is read, checked and typed."""

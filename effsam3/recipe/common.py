@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sections that every stage has: where SAM 3 is, how is learned, what is merged."""
+"""Sections of every stage: where SAM 3 is found, how the student is trained, what is merged."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Saving(NamedTuple):
     """Another value of a key that decides the device memory."""
 
     value: int | bool
-    proportional: bool = False  # a micro-batch takes as much as the key says, nearly; else it must be measured
+    proportional: bool = False  # a micro-batch's memory is nearly proportional to the key; else it must be measured
 
 
 class Data(Section):
@@ -125,7 +125,7 @@ class Data(Section):
 
 
 class Recipe(Section):
-    """A recipe, and what can be said of its stage without torch. RECIPE of every stage's facts.py is a subclass."""
+    """A recipe, and what its stage can answer without torch. RECIPE of every stage's facts.py is a subclass."""
 
     verbs: ClassVar[tuple[str, ...]]  # that `effsam3 launch` knows for this stage, in order
     why_no_more: ClassVar[str] = ""  # why the stage lacks a verb, and what to do instead

@@ -60,7 +60,7 @@ def index_counts(index: str, what: str, remedy: str) -> dict[str, int]:
     """Return how many images or videos (`what`) of each split an index has, from the report next to it.
 
     Raises:
-        UserError: there is no report; `remedy` says what will make it.
+        UserError: there is no report; `remedy` tells what makes it.
     """
     report = Path(index.removesuffix(".parquet") + ".report.json")
     if not report.is_file():

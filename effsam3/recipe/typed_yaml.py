@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML whose values stay text until the declared type of their key says what they are.
+"""YAML whose values stay text until their key's declared type decides what they are.
 
 So YAML's own guesses (`no` is false, `1e-3` is text, `012` is ten, `1:30` is ninety) never happen, and a repeated key
 is noticed.
@@ -73,7 +73,7 @@ Tree = Mapping | Items | Scalar
 def parse(text: str, name: str, problems: list[str], where: str | None = None) -> Tree:
     """Return the tree of one YAML document, adding repeated keys to `problems`.
 
-    `name` is what messages call the document; `where`, if given, is said of every value instead of `name` and line.
+    `name` is what messages call the document; `where`, if given, replaces `name` and line in messages.
 
     Raises:
         RecipeError: it is not YAML.

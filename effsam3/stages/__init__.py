@@ -8,8 +8,8 @@ needs; each is imported only when it is asked for:
 - `training.py`: STAGE, the class that `train` builds (`protocol.Stage`); `untrained_tensors`, those of its student as
   it starts; NEEDS, what must be there before a training begins (`needs`).
 - `embedding.py`: TeacherPass, what `embed` runs (`protocol.TeacherPass`).
-- `merging.py`: `part_of_run`, what a run has learned as a part for its slot, FEATURES_FORM, what the run must say of
-  the features for that, and `untrained_part`; `describe` and `card`, who fills the slot for `inspect` and for the
+- `merging.py`: `part_of_run`, what a run has learned as a part for its slot; FEATURES_FORM, what the run must record
+  of the features for that; and `untrained_part`; `describe` and `card`, who fills the slot for `inspect` and for the
   model card.
 - `measuring.py`: `measure`, which adds to `benchmarks.results.Results`; `tables` of what it has found, and NEEDS.
 

@@ -31,7 +31,7 @@ from effsam3.recipe.rules import names_a_model
 from effsam3.stages.protocol import Batch, Place
 from effsam3.training.report import Report, table
 
-TEACHER_FORM = {"fingerprint?": str}  # what a run must say of its teacher, to be merged
+TEACHER_FORM = {"fingerprint?": str}  # what a run must record of its teacher, to be merged
 STATISTICS_FORM = {"mean": [float], "deviation": [float]}
 
 
@@ -129,7 +129,7 @@ class FeatureStage(StageBase):
         self.student.set_feature_statistics(self.mean_C, self.deviation_C)
 
     def initialise_from_model(self) -> dict[str, str]:
-        """Start from the model that `student_init` names, if it names one; return the header's line that says so.
+        """Start from the model that `student_init` names, if it names one; return a line for the header.
 
         Its last layer is rescaled to this teacher's statistics, which must be set.
         """
@@ -174,17 +174,17 @@ class FeatureStage(StageBase):
 
 @dataclass(frozen=True, kw_only=True)
 class CardEntry:
-    """What the model card says of a student in its slot."""
+    """A student in its slot, as the model card describes it."""
 
     called: str  # its published label and source, where it has them, next to its name
-    origin: str = ""  # whose weights it began with; nothing to say of random ones
+    origin: str = ""  # whose weights it started from; empty for random ones
     limits: tuple[str, ...] = ()
 
 
 def began_with(slot: str, filled: dict) -> str:
     """Say whose weights a student began with, of those that are no one's in particular.
 
-    `filled` is what the model's effsam3.json says of the slot.
+    `filled` is the slot's entry in the model's effsam3.json.
     """
     start, student = filled.get("student_init"), f"The student in the slot `{slot}`"
     if start == "random":
@@ -214,7 +214,7 @@ def untied_note(store: StoreReader | None) -> dict[str, str]:
 def open_store(recipe: FeatureRecipe, form: dict[str, Any], *keys: str) -> StoreReader:
     """Open the store of the features that the recipe asks for.
 
-    Its description must have what `form` says, and the recipe's values of these `keys` of section `data`.
+    Its description must have the form `form`, and the recipe's values of these `keys` of section `data`.
 
     Raises:
         StoreError: it holds features of another stage or teacher, or made otherwise, or its manifest is damaged.
@@ -231,14 +231,14 @@ def open_store(recipe: FeatureRecipe, form: dict[str, Any], *keys: str) -> Store
     for key in keys:
         if (asked := getattr(recipe.data, key)) != facts[key]:
             raise StoreError(
-                f"the store at {embed} was made with {key}={facts[key]}, the recipe says data.{key}={asked}; change "
+                f"the store at {embed} was made with {key}={facts[key]}, the recipe has data.{key}={asked}; change "
                 f"data.{key}, or embed again to another embed.to"
             )
     made_by, checkpoint, fingerprint = facts["teacher"], recipe.sam3.checkpoint, recipe.sam3.fingerprint
     known = made_by.get("fingerprint")  # upstream's stores have none
     if known is not None and (made_by["checkpoint"] != checkpoint or fingerprint not in (None, known)):
         raise StoreError(
-            f"the store at {embed} was made by {made_by['checkpoint']} (fingerprint {known}), the recipe says "
+            f"the store at {embed} was made by {made_by['checkpoint']} (fingerprint {known}), the recipe has "
             f"sam3.checkpoint={checkpoint}{f' with fingerprint {fingerprint}' if fingerprint else ''}; change sam3, "
             "or embed to another embed.to"
         )

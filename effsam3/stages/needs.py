@@ -158,7 +158,7 @@ def needs_of(recipe: Recipe, verb: str) -> list[Callable[[], str | None]]:
     """Return what asks for a verb's needs: each raises UserError where one is not there, and may return a remark."""
     if verb == "push":
         return [partial(licence, recipe)]
-    if verb == "evaluate":  # a release is measured as the recipes of its parts say
+    if verb == "evaluate":  # a release is measured by the recipes of its parts
         learned = recipe.learned().items()
         return [partial(need, own) for stage, own in learned for need in stages.measuring(stage).NEEDS]
     if not isinstance(recipe, StageRecipe):

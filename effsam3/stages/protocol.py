@@ -87,7 +87,7 @@ class Stage(Protocol):
         """Yield this rank's micro-batches of steps `start` (0 is the first) to `steps` - 1, in order."""
 
     def samples(self, batch: Batch) -> list[str]:
-        """Name a micro-batch's samples, to say which ones made trouble."""
+        """Name a micro-batch's samples, to report which ones caused trouble."""
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return a micro-batch's weighted `loss` and its named terms, scalars; `student` may be wrapped, as by DDP."""
@@ -117,7 +117,7 @@ class TeacherPass(Protocol):
     datasets: Sequence[StoredSamples]  # the train split first
     channels: int  # of the features
     max_unreadable: int  # samples that may be left out
-    less_room: str  # what would make the store smaller, to be said when a disk is too small
+    less_room: str  # what would make the store smaller, for the error when a disk is too small
 
     def __init__(self, recipe: FeatureRecipe, accelerator: Accelerator):
         """Load the teacher and open the data. Collective."""
@@ -126,7 +126,7 @@ class TeacherPass(Protocol):
         """Return the fields of a record."""
 
     def description(self) -> dict[str, Any]:
-        """Return what the manifest says of the features: another description is another store."""
+        """Return the manifest's description of the features: another description is another store."""
 
     def describe(self) -> dict[str, str]:
         """Return lines for the header by title."""

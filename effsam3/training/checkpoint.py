@@ -95,7 +95,7 @@ def save(accelerator, student, optimizer, average, checkpoints: Path, trainer: d
             _write(folder, files, trainer, is_best)
             for old in complete(checkpoints)[:-keep]:
                 shutil.rmtree(old)
-        except (OSError, SafetensorError) as error:  # safetensors wraps what the disk says
+        except (OSError, SafetensorError) as error:  # safetensors wraps the disk's error
             problem = str(error)
     (problem,) = broadcast_object_list([problem])  # else the others would wait for rank 0 until they time out
     if problem:

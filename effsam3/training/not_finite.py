@@ -33,8 +33,8 @@ class NotFinite:
 
     def __init__(self, stage: Stage, accelerator: Accelerator, folder: Path, skip: bool):
         self.stage, self.accelerator, self.folder, self.skip = stage, accelerator, folder, skip
-        self.usable: Batch | None = None  # a micro-batch of before, which takes the place of one left out
-        self.in_a_row = 0  # left out, up to now
+        self.usable: Batch | None = None  # the last good micro-batch, replayed for a skipped one
+        self.in_a_row = 0  # consecutive skips so far
         self.begin(0)
 
     def begin(self, step: int) -> None:
@@ -80,7 +80,7 @@ class NotFinite:
         """How many of this step's losses and gradient norms are not finite on this rank, on its device."""
         # On the device, to be summed with the other things that ranks agree on: no extra sync.
         flags = ~torch.isfinite(torch.stack(self.losses))
-        if grad_norm is not None:  # DeepSpeed keeps it to itself at stage 0, and says -1 where it is not finite
+        if grad_norm is not None:  # DeepSpeed keeps it to itself at stage 0, and gives -1 where it is not finite
             norm = torch.as_tensor(grad_norm, device=flags.device, dtype=torch.float32).reshape(1)
             flags = torch.cat([flags, ~torch.isfinite(norm) | (norm < 0)])
         return flags.sum()

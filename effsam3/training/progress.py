@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of itself while it runs: progress.json, written by rank 0, and how others read it.
+"""A run's heartbeat: progress.json, written by rank 0, and how others read it.
 
 Light: the standard library only, so that a run can be asked how it is without starting torch.
 """
@@ -24,7 +24,7 @@ from effsam3.stopping import is_alive
 
 Found = TypeVar("Found")
 FILE = "progress.json"
-STATES = ("running", "stopped", "complete", "failed")  # what a run says; `true_state` adds killed and silent
+STATES = ("running", "stopped", "complete", "failed")  # as a run writes it; `true_state` adds killed and silent
 # A run is silent after this many of its intervals without a sign of life, and at least this long, because starting,
 # validating and saving take their time.
 SILENT_INTERVALS, SILENT_S = 10, 600
@@ -53,7 +53,7 @@ class RunProgress:
         return max(0.0, (time.time() if now is None else now) - self.updated)
 
     def true_state(self, now: float | None = None) -> str:
-        """The state in truth: of one that says `running`, also `killed` or `silent`.
+        """Return the true state: a run that last wrote `running` may be `killed` or `silent`.
 
         A run of this host is `killed` when its process is gone. Any run is `silent` when its last sign is too old: it
         hangs, or its host has died.
@@ -84,9 +84,9 @@ class Progress:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Say of a run that ends by an error that it failed; one that asked to end (SystemExit) has said so itself.
+        """Record that a run failed if it ends by an error; one that was asked to stop (SystemExit) has recorded that.
 
-        Any rank says it, the first one counts: the others only lose their connection to it, or are killed.
+        Any rank may, and the first one counts: the others only lose their connection to it, or are killed.
         """
         if not self.begun or error is None or kind is SystemExit:
             return
@@ -134,7 +134,7 @@ PROGRESS_FORM |= {"hardware?": str, "layout?": str}  # runs of before called the
 
 
 def read_progress(folder: str | Path) -> RunProgress | None:
-    """Read what a run last said, None if it has said nothing (yet).
+    """Read a run's last heartbeat, None if there is none (yet).
 
     Raises:
         UserError: the file is damaged.

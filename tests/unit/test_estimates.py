@@ -212,7 +212,7 @@ def test_an_estimate_adds_up():
     assert found.checkpoints == 2 * 16_000 + 4000
 
 
-# ---- what is said
+# ---- output
 
 
 def test_micro_batches_divide_the_global_batch():

@@ -243,13 +243,13 @@ def test_what_is_not_a_whole_sam3(saved, tensors, cache, change, match):
 
 
 def test_without_a_config_the_sizes_must_be_the_published_ones(saved, tensors):
-    with pytest.raises(ChassisError, match="of the published sizes, which it must be as it says no others"):
+    with pytest.raises(ChassisError, match="of the published sizes, which it must have as it names no others"):
         chassis_folder(saved(tensors, config=None))
 
 
 def test_a_config_that_cannot_be_read(saved):
     for broken in ("{", "[]", '{"slots": {}}'):
-        with pytest.raises(ChassisError, match="what .* says of itself under 'effsam3' is damaged"):
+        with pytest.raises(ChassisError, match="the description of .* under 'effsam3' is damaged"):
             chassis_folder(saved(ONE, config=None, effsam3=broken))
 
 

@@ -118,7 +118,7 @@ def test_an_index_of_something_else_is_refused(photos, tmp_path):
     (tmp_path / "others").mkdir()
     with pytest.raises(UserError, match=r"data.index: .* is an index of .*photos, data.folder is .*others"):
         ready_photographs(str(tmp_path / "others"), index, 0.3)
-    with pytest.raises(UserError, match=r"data.held_out: .* was made with 0.3, the recipe says 0.2"):
+    with pytest.raises(UserError, match=r"data.held_out: .* was made with 0.3, the recipe has 0.2"):
         ready_photographs(str(photos), index, 0.2)
     with pytest.raises(UserError, match="no folder .*nowhere"):
         ready_photographs(str(tmp_path / "nowhere"), tmp_path / "new.parquet", 0.3)

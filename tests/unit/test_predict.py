@@ -240,7 +240,7 @@ def test_random_weights_are_told(inputs, capsys):
         (["photo.png", "--box", "1,2,3,x"], "--box 1,2,3,x: expected"),
         (["photo.png", "--box", "1,2,3,nan"], "--box 1,2,3,nan: expected"),
         (["photo.png", "--box", "1,2,3,4,2"], "a label 1 or 0"),
-        (["photo.png", "--box", "1,2,3,4,0"], "without --text it says nothing"),
+        (["photo.png", "--box", "1,2,3,4,0"], "without --text it has no meaning"),
         (["photo.png", "--box", "10,10,121,20"], "10,10,121,20 is not a box in an image of 120x90 px"),
         (["photo.png", "--box", "30,10,20,40"], "expected x1 < x2"),
         (["photo.png", "--point", "120,5"], "outside the image, which is 120x90 px"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of itself: progress.json, what is true of it, and finding runs."""
+"""A run's heartbeat: progress.json, what is true of it, and finding runs."""
 
 import os
 import subprocess

@@ -147,7 +147,7 @@ def test_a_second_push_sends_what_is_new_and_removes_what_is_gone(folder, hub):
 
 
 def test_what_is_missing_is_named(folder, hub, monkeypatch):
-    with pytest.raises(PushError, match="push.repo is not set; say where to: push.repo=OWNER/NAME"):
+    with pytest.raises(PushError, match="push.repo is not set; name where to: push.repo=OWNER/NAME"):
         push.run(recipe_of(folder))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PushError, match="HF_HUB_OFFLINE is set"):

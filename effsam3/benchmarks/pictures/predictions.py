@@ -20,7 +20,7 @@ from effsam3.models.inference.concepts import Instances
 SHOWN = 12  # frames on a video's contact sheet
 CELL_WIDTH = 400  # pixels of a frame there
 COLUMNS = 4
-OVERLAY_WIDTH = 900  # pixels at which one image is thought to be looked at
+OVERLAY_WIDTH = 900  # assumed display width; sets label size
 SHADES = ((0, 0, 0), (255, 255, 255))  # of prompts with label 0 and 1
 GAP = 6  # pixels
 

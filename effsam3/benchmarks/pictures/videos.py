@@ -96,7 +96,7 @@ class ContactSheet:
             self.frames.append(reduce(frame, CELL_WIDTH))
 
     def finish(self, scores: dict[str, dict[int, ObjectScore | None]]) -> None:
-        """Draw the sheet; every tracker's row and the legend say the J&F."""
+        """Draw the sheet; every tracker's row and the legend show the J&F."""
         height, width = self.frames[0].image_HWC.shape[:2]
         trackers = list(scores)
         indent = round(max(_font(15).getlength(name) for name in ["annotated", *trackers])) + 5 * GAP

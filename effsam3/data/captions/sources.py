@@ -259,7 +259,7 @@ def _make_copies(jobs: list[tuple[str, str, str | None, Path]], workers: int) ->
 
 
 def _make_copy(file: str, source: str, column: str | None, copy: Path) -> None:
-    """Write a file's usable texts with their codes, then its report, which says that the copy is whole.
+    """Write a file's usable texts with their codes, then its report, which marks the copy as complete.
 
     Several processes may do this at the same time: they write the same under names of their own.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Texts out of files that people make: .txt, .json, .jsonl, .csv, .tsv and .parquet, whatever column and encoding.
 
-Nothing is guessed where two guesses are possible: the error says what there is and which key chooses.
+Nothing is guessed where two guesses are possible: the error lists what there is and the key that chooses.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
 
 ESCAPED = re.compile("[\udc80-\udcff]")  # what surrogateescape makes of bytes that are no UTF-8
 SAVE_AS_UTF8 = "save the file as UTF-8, such as by iconv -f WINDOWS-1252 -t UTF-8"
-NUL = "NUL characters; if the file is UTF-16 or UTF-32, it has no byte order mark that says so. Save the file as UTF-8"
+NUL = "NUL characters; if the file is UTF-16 or UTF-32, it has no byte order mark. Save the file as UTF-8"
 
 
 class TextColumn(NamedTuple):
@@ -164,7 +164,7 @@ def _hidden(path: Path) -> bool:
 
 
 def lines(file: str) -> Iterator[str]:
-    """Yield a file's lines with their ends: UTF-8, or what a byte order mark says.
+    """Yield a file's lines with their ends: UTF-8, or as a byte order mark declares.
 
     Raises:
         UserError: the file is not in its encoding; the message names the line.

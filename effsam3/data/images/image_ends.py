@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether an image file is whole, by its own marks: decoders paint what is missing grey or black and say nothing.
+"""Whether an image file is whole, by its own marks: decoders silently paint what is missing grey or black.
 
 Only JPEG and PNG mark their end. Of a WebP, BMP or TIFF that ends in zeros nothing tells that they are not its own.
 """

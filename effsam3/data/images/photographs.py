@@ -47,7 +47,7 @@ def ready_photographs(folder: str, index: Path, held_out: float, workers: int | 
         )
     if made["val_fraction"] != held_out:
         raise UserError(
-            f"data.held_out: {index} was made with {made['val_fraction']}, the recipe says {held_out}; set it back, "
+            f"data.held_out: {index} was made with {made['val_fraction']}, the recipe has {held_out}; set it back, "
             "or delete the index to divide the photographs anew"
         )
     _refuse_one_sided(folder, index, made["images"])

@@ -77,7 +77,7 @@ PILLOW_FAULTS = (
 
 
 class Unreadable(UserError):
-    """One file that cannot be used: `reason` is one word for reports, `detail` says it in full."""
+    """One file that cannot be used: `reason` is one word for reports, `detail` the full explanation."""
 
     what = ""
 
@@ -273,7 +273,7 @@ def _open(data: bytes, max_pixels: int, key: str) -> tuple[Image.Image, list[str
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except PILLOW_FAULTS:  # damaged metadata says nothing about how to turn the image
+    except PILLOW_FAULTS:  # damaged metadata does not tell how to turn the image
         return 1
 
 

@@ -37,7 +37,7 @@ DTYPES = {"float16": 2, "float32": 4, "int8": 1, "uint8": 1, "int32": 4}  # name
 
 
 class StoreError(UserError):
-    """An embedding store that cannot be used as asked; says which file, record or setting, and what to do."""
+    """An embedding store that cannot be used as asked; names the file, record or setting, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Manifest:
 
     fields: tuple[Field, ...]
     description: dict
-    expected: int | None = None  # keys that it was started for, where it said so
+    expected: int | None = None  # keys that it was started for, if known
     records: int | None = None
     skipped: tuple[dict[str, str], ...] = ()  # key, reason
     statistics: dict | None = None
@@ -233,7 +233,7 @@ def journal_lines(path: Path, manifest: Manifest) -> bytes:
     header, _, lines = whole_lines(path).partition(b"\n")
     if header and header.decode(errors="replace") != manifest.header:
         raise StoreError(
-            f"wrong manifest: {path} belongs to records of {header.decode(errors='replace')!r}, manifest.json says "
+            f"wrong manifest: {path} belongs to records of {header.decode(errors='replace')!r}, manifest.json has "
             f"{manifest.header!r}; restore the manifest that was embedded with these shards"
         )
     return lines

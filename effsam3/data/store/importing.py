@@ -117,7 +117,7 @@ def _recognise(counts: dict[Path, int]) -> Field:
             return field
     sizes = ", ".join(f"{path.name}: {path.stat().st_size} bytes, {count} keys" for path, count in counts.items())
     raise StoreError(
-        f"no file has the size of a known upstream export ({sizes}); say what a record holds with --channels and "
+        f"no file has the size of a known upstream export ({sizes}); describe a record with --channels and "
         "--grid. No keys next to a large file mean that the export was killed: upstream writes keys only at the end"
     )
 

@@ -17,7 +17,7 @@ SHOWN = 10  # skipped images and bad records listed by name
 
 
 def show(root: Path) -> int:
-    """Prints what the manifest says, and how many bytes the shards take."""
+    """Print the manifest, and how many bytes the shards take."""
     manifest = open_manifest(root)
     shards = list_shards(root, manifest)
     stored = sum(shard.records for shard in shards)

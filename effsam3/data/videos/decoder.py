@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A video file decoded by PyAV: frame k is the k-th picture that a player shows.
 
-Neither a file's header nor its packets say which pictures that are: edit lists hide packets, packets can be without a
-picture or without a time, and a seek may land on another packet than asked for or on one whose picture needs earlier
+Neither a file's header nor its packets tell which pictures these are: edit lists hide packets, packets can lack a
+picture or a time, and a seek may land on another packet than asked for or on one whose picture needs earlier
 ones. So a file is decoded once from beginning to end, and the time and a digest of every picture are noted
 (`decoded_table`). A frame is then read from a key frame before it, found by its time and compared with its digest;
 where it is another picture, from an earlier key frame, and in the end from the beginning of the file.
@@ -140,7 +140,7 @@ class Decoder:
         astray: whether some frame did not come from the key frame before it, but only from an earlier one.
 
     Raises:
-        UnreadableVideo: on opening or reading, as the class says.
+        UnreadableVideo: on opening or reading, as listed in the class.
     """
 
     def __init__(self, path: Path, table: FrameTable):
@@ -309,7 +309,7 @@ class Source:
         """Return a picture as uint8 RGB (H, W, 3), by the colour matrix and range that the file names.
 
         Raises:
-            UnreadableVideo: the decoder says that it is damaged, or it has another size than those before it.
+            UnreadableVideo: the decoder reports damage, or it has another size than those before it.
         """
         if frame.is_corrupt:
             raise self._truncated(f"the frame at {frame.time} s is damaged")
@@ -343,7 +343,7 @@ class Source:
         return UnreadableVideo(self.path.name, "truncated", f"does not decode to its end ({place}): {detail}")
 
     def _refuse_cut(self) -> None:
-        """Raise UnreadableVideo at the end of a file that says it has more."""
+        """Raise UnreadableVideo at the end of a file that claims to have more."""
         with self.path.open("rb") as file:
             # FFmpeg ends a cut file without an error, so the containers' own lengths are compared.
             claimed = _claimed_bytes(file.read(4096))
@@ -388,7 +388,7 @@ def _table(source: Source, times: Sequence[int | None], digests_T: np.ndarray | 
 
 
 def _claimed_bytes(head: bytes) -> int | None:
-    """Return how long an AVI, Matroska or WebM file says it is; None where it does not."""
+    """Return the length that an AVI, Matroska or WebM file declares; None without one."""
     if head[:4] == b"RIFF":
         length = int.from_bytes(head[4:8], "little")
         return length + 8 if length else None

@@ -346,7 +346,7 @@ def _read_png(path: Path, video: str) -> np.ndarray:
     uint8, or int32 if the PNG has 16 bits.
     """
     try:
-        with Image.open(path, formats=("PNG",)) as image:  # whatever its name says, a JPEG has no exact values
+        with Image.open(path, formats=("PNG",)) as image:  # whatever its name, a JPEG has no exact values
             if image.mode not in MASK_TYPES:
                 wanted = "palette or grey PNG, whose values are the objects' ids"
                 detail = f"{path} is {image.mode}; save masks as {wanted}"

@@ -2,7 +2,7 @@
 """A stage's loss without weights, data or a device: what a micro-batch allocates and computes.
 
 Fake tensors have shapes and no contents. The stage's own loss runs forward and backward on them while a ledger follows
-every allocation and product, so what is counted is what the code does, frozen parts and recomputing among it.
+every allocation and product, so the count includes frozen parts and recomputation.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if isinstance(arguments[0] if arguments else None, FakeTensor):
             if function is torch.ops.aten._local_scalar_dense.default:
-                return True  # a question that only contents could answer: the larger of both ways is taken
-            if function is torch.ops.aten.index.Tensor:  # which are wanted is known, what they hold is not
+                return True  # a branch that depends on contents: assume true, the more expensive path
+            if function is torch.ops.aten.index.Tensor:  # masks are real, so indices are known although values are not
                 arguments = (arguments[0], [_numbers(index) for index in arguments[1]])
         result = function(*arguments, **(options or {}))
         if (formula := flop_registry.get(function.overloadpacket)) is not None:

@@ -164,7 +164,7 @@ def estimate(recipe: StageRecipe, sizes: Sizes, hardware: Hardware | None = None
     return Estimate({name: size for name, size in device.items() if size}, host, checkpoint, kept)
 
 
-# ---- what is said
+# ---- output
 
 
 def device_bytes(device_gib: float | None = None) -> int | None:
@@ -259,7 +259,7 @@ def table(recipe: StageRecipe, device_gib: float | None = None) -> str:
     elif hardware.has_gpu:
         enough = next((size for size in DEVICES if fits(found.total, size * GIB)), None)
         named = f"{enough} GiB ({DEVICES[enough]}) are enough" if enough else "no common device is enough"
-        lines.append(f"verdict   {named}; --device-gib N says whether N are, and what to change")
+        lines.append(f"verdict   {named}; --device-gib N tells whether N are, and what to change")
     lines.append(
         f"disk      about {_gib(found.checkpoint)} for a checkpoint, {_gib(found.checkpoints)} for the "
         f"{recipe.train.keep_checkpoints} that are kept and the best one's weights"
@@ -309,7 +309,7 @@ def _next_steps(recipe: StageRecipe, sizes: Sizes) -> Iterator[tuple[str, int]]:
 def explain_out_of_memory(
     recipe: StageRecipe, error: torch.OutOfMemoryError, device_gib: float | None = None
 ) -> UserError:
-    """Return what to say of a device that was too small: the stage's knobs, and what would help."""
+    """Explain an error on a device that was too small: the stage's knobs, and what would help."""
     values, sizes = flat(recipe), measure(recipe)
     found, device = estimate(recipe, sizes), device_bytes(device_gib)
     knobs = ", ".join(f"{key}={values[key]}" for key in recipe.knobs)

@@ -29,7 +29,7 @@ from effsam3.training.report import Report
 def find(candidates: Sequence[int], trial: Callable[[int], bool]) -> int:
     """Return the largest candidate for which `trial` returns true and does not run out of memory.
 
-    `candidates` ascend; what a candidate does not hold, no larger one does.
+    `candidates` ascend; if one does not fit, no larger one does.
 
     Raises:
         UserError: not even the smallest fits.
@@ -45,7 +45,7 @@ def find(candidates: Sequence[int], trial: Callable[[int], bool]) -> int:
     if fitting == 0:
         raise UserError(
             f"train.find_micro_batch: not even micro_batch_size={candidates[0]} fits this device; `effsam3 show "
-            "RECIPE --budget` says what takes the memory and what to change"
+            "RECIPE --budget` shows what takes the memory and what to change"
         )
     return candidates[fitting - 1]
 

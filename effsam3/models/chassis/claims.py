@@ -37,7 +37,7 @@ def check_weights(teacher: OfSam3, claim: str, expected_fingerprint: str | None 
     found = sum(parameter.numel() for parameter in teacher.own.parameters())
     if row is not None and row.counts is not None and found != (wanted := PARAMETERS[teacher.part](row)):
         raise ChassisError(
-            f"the teacher says it is {claim} but its {teacher.part} has {found:,} parameters; {row.label}'s has "
+            f"the teacher claims to be {claim} but its {teacher.part} has {found:,} parameters; {row.label}'s has "
             f"{wanted:,}. Check sam3.checkpoint"
         )
     if expected_fingerprint is not None and teacher.fingerprint != expected_fingerprint:

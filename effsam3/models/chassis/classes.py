@@ -16,7 +16,7 @@ from effsam3.models.registry import of_type
 
 
 def model_class(config_type: str) -> type[PreTrainedModel]:
-    """Return the class of the whole model whose config says this `model_type`."""
+    """Return the class of the whole model whose config has this `model_type`."""
     return getattr(transformers, of_type(config_type).model_class)
 
 

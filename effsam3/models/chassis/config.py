@@ -41,7 +41,7 @@ NO_MODEL = (
 
 
 def config_from(content: dict[str, Any], where: str, remedy: str) -> PreTrainedConfig:
-    """Make a config of what a config.json says, once a model of it has been built without its numbers.
+    """Make a config from a config.json, once a model of it has been built without its numbers.
 
     Raises:
         ChassisError: it describes no model of this kind; the message calls it `where` and ends with `remedy`.
@@ -60,13 +60,13 @@ def config_from(content: dict[str, Any], where: str, remedy: str) -> PreTrainedC
 
 
 def _without_text(detector: dict[str, Any]) -> str:
-    """Return what is wrong with where a detector's config says its text encoder's sizes; empty when nothing is."""
+    """Return what is wrong with the text encoder's sizes in a detector's config; empty if nothing is."""
     key = ATTENDED_KEY if detector["model_type"] == AttendedLiteTextConfig.model_type else "text_config"
     return mismatch(detector, {key: dict}, "detector_config")
 
 
 def _out_of_range(value: Any, name: str) -> Iterator[str]:
-    """Yield what no config of a SAM 3 says."""
+    """Yield what no config of a SAM 3 contains."""
     if isinstance(value, dict):
         heads, width = value.get("num_attention_heads"), value.get("hidden_size")
         if type(heads) is int and type(width) is int and heads > 0 and width % heads:

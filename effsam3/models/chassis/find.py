@@ -26,7 +26,7 @@ from effsam3.models.registry import SAM3, SAM3S, is_made_up, named
 from effsam3.tensor_files import open_safetensors
 from effsam3.training.checkpoint import WEIGHTS
 
-MADE_AS = "2"  # to be changed with what `_make` writes, so that no cache keeps the old
+MADE_AS = "2"  # bump when `_make` changes, to invalidate caches
 ACCEPTED = (
     "expected a folder in transformers' format, a run folder that has been merged, a sam3.pt (.pt or .pth), a Hub id "
     f"such as {SAM3.hub_id}, `tiny` or `random`"
@@ -70,7 +70,7 @@ def _model_folder(folder: Path) -> Path:
     """Return the folder in transformers' format that a local folder is or holds.
 
     Raises:
-        ChassisError: it is something else; the message says what, if that is known.
+        ChassisError: it is something else; the message names it, if that is known.
     """
     for model in (folder, folder / "merged"):
         if (model / "config.json").is_file():

@@ -51,7 +51,7 @@ def open_pickled(path: str | Path) -> Pickled:
     Entries such as `model` are unwrapped and the prefixes of wrappers (`module.`, `_orig_mod.`, `model.`) removed.
 
     Raises:
-        PickledError: as `torch_file.load`; no model, or several without saying which; a name twice.
+        PickledError: as `torch_file.load`; no model, or several with no way to choose; a name twice.
     """
     path = Path(path)
     return _find(load(path), path, ())

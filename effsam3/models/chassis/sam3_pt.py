@@ -63,7 +63,7 @@ def _write(path: Path, folder: Path) -> None:
         tensors, beside = key_map(config).to_transformers(pickled.tensors)
     except KeyMapError as error:
         raise ChassisError(f"sam3.checkpoint: {path} is not in SAM 3's own format: {error}") from error
-    sizes = "" if OWN in pickled.aside else " of the published sizes, which it must be as it says no others"
+    sizes = "" if OWN in pickled.aside else " of the published sizes, which it must have as it names no others"
     refuse_unusable(
         tensors | beside, f"sam3.checkpoint: {path}", "take another checkpoint, or fetch it again", ChassisError
     )
@@ -98,14 +98,14 @@ def config_of(pickled: Pickled, path: Path) -> PreTrainedConfig:
 
 
 def own_card(pickled: Pickled, path: Path) -> dict[str, Any]:
-    """What a file of this project says of itself: its `config`, who fills its `slots`; other files fill none.
+    """Read how a file of this project describes itself: its `config`, who fills its `slots`; others fill none.
 
     Raises:
         ChassisError: it cannot be read.
     """
     if OWN not in pickled.aside:
         return {"slots": {}}
-    said, where = pickled.aside[OWN], f"sam3.checkpoint: what {path} says of itself under {OWN!r}"
+    said, where = pickled.aside[OWN], f"sam3.checkpoint: the description of {path} under {OWN!r}"
     if not isinstance(said, str):
         raise ChassisError(f"{where} is damaged: it is of type {type(said).__name__}, expected text; {WRITE_AGAIN}")
     return parse_json(said, CARD_FORM | {"config": dict}, where, WRITE_AGAIN, ChassisError)

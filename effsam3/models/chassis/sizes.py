@@ -53,7 +53,7 @@ def sam3_of(checkpoint: str) -> Sam3:
             f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT ({type(error).__name__}: {error}); {GIVE}"
         ) from error
     refuse_unsupported(texts, f"sam3.checkpoint: {source}")
-    if "effsam3" not in texts[:-1]:  # where a sam3.pt of this project says its config; others have the published sizes
+    if "effsam3" not in texts[:-1]:  # where a sam3.pt of this project has its config; others have the published sizes
         return SAM3
     said = texts[texts.index("effsam3") + 1]
     config = parse_json(said, dict, f"sam3.checkpoint: {source}", GIVE)
@@ -72,7 +72,7 @@ def chassis_facts(checkpoint: str) -> Sizes:
 
 
 def _texts_in(file: Path) -> list[str]:
-    """All texts in a sam3.pt: names of tensors and entries, and what a file of this project says of itself.
+    """All texts in a sam3.pt: names of tensors and entries, and the description in a file of this project.
 
     Its pickle is only listed, so this takes neither torch nor trust.
     """

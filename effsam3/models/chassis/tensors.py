@@ -76,7 +76,7 @@ def shard_of(folder: Path) -> dict[str, Path]:
 
     Raises:
         ChassisError: no safetensors, or two models of them; a file that the index names is not there, or does not
-            hold what the index says.
+            hold what the index lists.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.exists() and index.exists():
@@ -125,7 +125,7 @@ def read_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def map_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The same in the types of the files, and so without reading anything.
+    """Like read_tensors, in stored dtypes, so nothing is read yet.
 
     Raises:
         ChassisError: none has the prefix.
@@ -212,7 +212,7 @@ def load_part(model: Part, tensors: dict[str, torch.Tensor]) -> Part:
         ChassisError: a tensor is missing, left over or of another shape; the message names the first ones.
     """
     info = misfits(model.state_dict(), tensors)
-    refuse_partial(info, f"the checkpoint's tensors do not fit {type(model).__name__} as its config.json says")
+    refuse_partial(info, f"the checkpoint's tensors do not fit {type(model).__name__} as its config.json describes it")
     # Not `from_pretrained`, which under ZeRO-3 divides a frozen model among the ranks; assigned, so that the tensors
     # keep their types and stay where they are mapped.
     model.load_state_dict(tensors, assign=True)
@@ -239,7 +239,7 @@ def misfits(wanted: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor
 
 
 def refuse_partial(info: dict, problem: str) -> None:
-    """Raise unless transformers' loading info says that every tensor found its place.
+    """Raise unless every tensor found its place by transformers' loading info.
 
     Raises:
         ChassisError: it does not; the message begins with `problem` and names the first tensors of each kind.

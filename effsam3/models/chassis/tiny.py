@@ -71,7 +71,7 @@ def tiny_config():
     )
     tracker = dict(
         model_type="sam3_tracker_video",
-        image_size=IMAGE_SIZE,  # must be said: the config class otherwise resets every size to 1008 px
+        image_size=IMAGE_SIZE,  # must be given: the config class otherwise resets every size to 1008 px
         vision_config=vision_config(),
         prompt_encoder_config=dict(hidden_size=WIDTH, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE),
         mask_decoder_config=dict(

@@ -35,7 +35,7 @@ def refuse_unsupported(names: Iterable[str], where: str) -> None:
     """Refuse the tensors of a SAM 3 that cannot be built; `where` is what the message calls their file.
 
     Raises:
-        ChassisError: they are; the message says what the file is and what can be used instead.
+        ChassisError: they are; the message names what the file is and what can be used instead.
     """
     if problem := what_unsupported(names):
         raise ChassisError(f"{where} {problem}")

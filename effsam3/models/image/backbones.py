@@ -127,7 +127,7 @@ def build_trunk(timm_name: str, image_size: int, out_indices: tuple[int, ...] | 
 def feature_maps(trunk: nn.Module, pixels_B3SS: Tensor) -> list[Tensor]:
     """Run a trunk; returns its maps (B, C, H, W), finest first."""
     maps = trunk(pixels_B3SS)
-    # timm's trunks say when theirs are channels-last; those of MobileNets say nothing, and are not.
+    # timm's trunks declare channels-last maps; MobileNets declare nothing and are channels-first.
     if getattr(trunk, "output_fmt", "NCHW") == "NHWC":
         return [feat_BHWC.permute(0, 3, 1, 2) for feat_BHWC in maps]
     return maps

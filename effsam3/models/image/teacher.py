@@ -90,7 +90,7 @@ class Teacher(nn.Module):
         return self.trunk
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in eval mode whatever the loop around says."""
+        """Stay in eval mode whatever mode the loop sets."""
         return super().train(False)
 
     @torch.no_grad()

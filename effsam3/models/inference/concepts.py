@@ -131,7 +131,7 @@ class ConceptModel:
             The instances, best first. The score is the instance's times that of the concept being there at all.
 
         Raises:
-            TextTooLong: the text has more tokens than SAM 3 reads. (The original cuts it and says nothing.)
+            TextTooLong: the text has more tokens than SAM 3 reads. (The original cuts it silently.)
         """
         device = self.model.device
         text = ANY_CONCEPT if text is None else text
@@ -166,7 +166,7 @@ class ConceptModel:
         Args:
             frames: normalised pixels (3, S, S) of each frame, read as they are needed and not kept.
             size: (H, W) of the original frames.
-            threshold: score from which a new instance is tracked; None: as config.json says (SAM 3: 0.7).
+            threshold: score from which a new instance is tracked; None: config.json's (SAM 3: 0.7).
 
         Raises:
             TextTooLong: a text has more tokens than SAM 3 reads.

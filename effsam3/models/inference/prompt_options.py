@@ -34,7 +34,7 @@ class Asked:
     threshold: float | None
 
     def as_json(self) -> dict:
-        """What predictions.json says was asked for."""
+        """Return the request as predictions.json records it."""
         found: dict[str, Any] = {
             "texts": self.texts,
             "boxes": self.boxes,
@@ -78,14 +78,14 @@ def checked(
     if not (texts or boxes or points or mask):
         raise PredictError("nothing to look for; give --text, --box, --point or, for a video, --mask")
     if "" in asked.texts:
-        raise PredictError('--text is empty; say what to look for, such as --text "a dog"')
+        raise PredictError('--text is empty; name what to look for, such as --text "a dog"')
     if asked.texts and (asked.points or asked.mask):
         raise PredictError("--text finds all instances, --point and --mask show one object; give one or the other")
     if len(asked.texts) > 1 and asked.boxes:
         raise PredictError("boxes are examples of the one text that they come with; give a single --text")
     if not asked.texts and any(box[4] == 0 for box in asked.boxes):
         raise PredictError(
-            "a box with label 0 is an example of what --text does not mean; without --text it says nothing"
+            "a box with label 0 is an example of what --text does not mean; without --text it has no meaning"
         )
     if asked.points and len(asked.boxes) > 1:
         raise PredictError(
@@ -120,7 +120,7 @@ def refuse_swapped(model: str, source: str) -> None:
     """Refuse an image or video in the place of the model, or the other way round.
 
     Raises:
-        PredictError: they are; the message says which comes first.
+        PredictError: they are; the message names the one that comes first.
     """
     if Path(model).suffix.lower() in MEDIA and not Path(model).is_dir():
         raise PredictError(

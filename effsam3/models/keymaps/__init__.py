@@ -131,7 +131,7 @@ class Direction:
     """A table read in one direction."""
 
     def __init__(self, rules: Sequence[Rule], whose: str):
-        """`whose` says whose names these rules know."""
+        """`whose` is whose names these rules know."""
         self.rules, self.whose = rules, whose
 
     def matches(self, name: str) -> list[tuple[Rule, dict[str, str]]]:
@@ -181,7 +181,7 @@ class KeyMap:
     """A table in both directions: `forward` takes the first format's names to the second's, `backward` undoes it."""
 
     def __init__(self, rows: Iterable[Row], holes: Mapping[str, Choices], first: str, second: str):
-        """`first` and `second` say in messages whose names they are, such as `transformers'`."""
+        """`first` and `second` name in messages whose names they are, such as `transformers'`."""
         forward, backward = [], []
         for one, other, *changes in rows:
             change = changes[0] if changes else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an efficient memory is made of, as a tracker's config says it."""
+"""What an efficient memory is made of: a tracker's config."""
 
 from __future__ import annotations
 

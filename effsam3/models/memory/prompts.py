@@ -50,7 +50,7 @@ def draw_clicks(pred_NSS: Tensor, masks_NSS: Tensor, chance_N: Tensor) -> tuple[
 
     One of the pixels where prediction and truth (both boolean) differ: 1 where something was missed, 0 where too much
     was taken. A perfect prediction gets a 0 from outside the object, or a 1 if it fills the image. `chance_N`, uniform
-    in 0..1, says which pixel: drawn for each object apart, it gives the same click whatever else is in the batch.
+    in 0..1, selects the pixel: drawn for each object apart, it gives the same click whatever else is in the batch.
     """
     wrong_NSS = pred_NSS != masks_NSS
     perfect_N = ~wrong_NSS.flatten(1).any(1)

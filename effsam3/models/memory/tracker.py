@@ -80,7 +80,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
 
         `top_OCGG` is the tracker neck's last level as it comes, for every object or one for all.
         `mask_logits_O1SS` are logits of any size; if `is_prompted`, evaluation takes them as hard masks. `present_O`
-        (bool) says which objects are visible: the others get the occlusion embedding.
+        (bool) marks visible objects: the others get the occlusion embedding.
         """
         config = self.config
         side = 4 * self.prompt_encoder.mask_input_size[0]
@@ -346,5 +346,5 @@ AutoModel.register(EfficientTrackerConfig, EfficientTracker)
 # transformers finds a tracker's weights in the folder of a Sam3VideoModel by renames. By the class's name, not by the
 # config's model_type: that is SAM 3's own when the folder is.
 register_checkpoint_conversion_mapping(EfficientTracker.__name__, get_checkpoint_conversion_mapping("sam3_tracker"))
-# Classes that are not found by name are looked up by what config.json says of the tracker.
+# Classes that are not found by name are looked up by the tracker's entry in config.json.
 register_checkpoint_conversion_mapping(EfficientTrackerConfig.model_type, [_Refusal(".", ".")])

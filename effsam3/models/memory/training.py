@@ -90,7 +90,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What the mask decoder says about the objects `objects_N` on one frame; logits are not gated by presence."""
+    """What the mask decoder predicts for the objects `objects_N` on one frame; logits are not gated by presence."""
 
     objects_N: Tensor
     logits_NMLL: Tensor
@@ -209,7 +209,7 @@ class _Pass:
             no_memory_1C11 = self.tracker.no_memory_embedding.reshape(1, -1, 1, 1)
             image_OCGG = seen.top + no_memory_1C11 * ~by_mask_O[:, None, None, None]
             points, labels = prompts.points_OP2, prompts.labels_OP
-            single_O = (labels != NO_POINT).sum(1) > 1  # a box says which mask is meant
+            single_O = (labels != NO_POINT).sum(1) > 1  # a box leaves no doubt which mask is meant
             # One decoder call serves prompts of one kind only: a single click is ambiguous and wants three candidates,
             # a box one.
             groups = [by_mask_O, ~by_mask_O & ~single_O, ~by_mask_O & single_O]
@@ -267,7 +267,7 @@ class _Pass:
         """Run prompt encoder and mask decoder for the objects of a group."""
         objects_N = group_O.nonzero()[:, 0]
         points_N1P2, labels_N1P = points_OP2[objects_N][:, None], labels_OP[objects_N][:, None]
-        if not points_N1P2.shape[2]:  # SAM's way of saying that there is no point
+        if not points_N1P2.shape[2]:  # SAM's convention for no point
             points_N1P2 = points_N1P2.new_zeros(len(objects_N), 1, 1, 2)
             labels_N1P = labels_N1P.new_full((len(objects_N), 1, 1), NO_POINT)
         sparse, dense = self.tracker.prompt_encoder(
@@ -307,7 +307,7 @@ class _Pass:
     def remember(self, top_OCGG, logits_OSS, token_OC, present_O, given: bool) -> None:
         """Put a frame into the bank."""
         present_O1 = present_O[:, None]
-        # An absent object's pointer says that it is absent, instead of pointing at whatever the decoder has found.
+        # An absent object's pointer marks it as absent, instead of pointing at whatever the decoder has found.
         pointer_OC = torch.where(
             present_O1, self.tracker.object_pointer_proj(token_OC), self.tracker.no_object_pointer
         )

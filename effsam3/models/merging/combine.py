@@ -48,7 +48,7 @@ def combine(config: PreTrainedConfig, rest: dict[str, dict[str, Tensor]], parts:
             for name, tensor in tensors.items()
             if name.startswith(part.owns)
         ]
-    # The real classes, built without memory, say which tensors the merged model has; nothing is assumed about names.
+    # The real classes, built without memory, list the merged model's tensors; nothing is assumed about names.
     expected = shapes(empty_tensors(config))
     offers = {part.slot: part.tensors for part in parts}
     owners = assign(
@@ -105,7 +105,7 @@ def assign(
     Args:
         expected: {name: shape} of the merged model.
         students: {slot: {name: shape}} with names of the merged model.
-        rest: {owner: {name: shape}}, of which a filled slot's tensors are dropped, and what begins as `also` says.
+        rest: {owner: {name: shape}}; tensors of a filled slot are dropped, and those that begin with one of `also`.
 
     Raises:
         MergeError: a tensor without an owner, with two, of another shape, or left over.
@@ -138,7 +138,7 @@ def assign(
 def slot_table(merged: Merged, origins: dict[str, str]) -> str:
     """The account of a merged model: who owns how many tensors and elements, and what was dropped.
 
-    `origins` says of every owner where its tensors come from.
+    `origins` names for every owner where its tensors come from.
     """
     tensors, elements = Counter(merged.owners.values()), Counter()
     for name, owner in merged.owners.items():

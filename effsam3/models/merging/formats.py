@@ -62,7 +62,7 @@ def write_model(
     """Write a whole model, readable at once or not there at all; returns lines worth telling.
 
     Args:
-        card: what effsam3.json says.
+        card: the content of effsam3.json.
         chassis: whose processor files go along; None: new ones.
         beside: what transformers cannot hold, by SAM 3's own names.
         formats: `sam3` and `efficientsam3` add a file each; see the top of this file.
@@ -72,7 +72,7 @@ def write_model(
         MergeError: a tensor cannot be a weight, a format cannot hold this model, or what was written does not read
             back bit for bit.
     """
-    # First of all: what cannot be written must not cost anything.
+    # Convert first: fail before anything is written.
     refuse_unusable(merged.tensors | beside, str(folder), "nothing was written; merge another checkpoint", MergeError)
     if "efficientsam3" in formats and not allow_padding_mismatch:
         refuse_other_padding(merged, card["slots"])
@@ -95,7 +95,7 @@ def write_model(
         verify(folder.name, read_tensors(partial), merged.tensors)
         for name, (tensors, lines) in files.items():
             path = partial / f"{name}.pt"
-            # EfficientSAM3's file says nothing of itself: its builder is told everything.
+            # EfficientSAM3's file does not describe itself, so its builder must be told everything.
             about = {"effsam3": json.dumps(card | {"config": merged.config.to_dict()})} if name == "sam3" else {}
             save_pickled(path, tensors, about)
             verify(path.name, torch.load(path, mmap=True, weights_only=True)["model"], tensors)

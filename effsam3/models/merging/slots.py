@@ -43,7 +43,7 @@ class Part:
     """A student, ready for its slot.
 
     Attributes:
-        config: what the merged config.json says in the slot.
+        config: the slot's part of the merged config.json.
         tensors: by their names in the merged `Sam3VideoModel`, float32.
         teacher: `checkpoint`, `revision` and `fingerprint` of the SAM 3 it learned from, as far as known.
         facts: what else the merged model's effsam3.json records of the slot.
@@ -65,7 +65,7 @@ class Part:
         return SLOTS[self.slot].owns + self.also
 
     def card(self) -> dict:
-        """What effsam3.json says of the slot."""
+        """Return the slot's entry in effsam3.json."""
         also = {"also": list(self.also)} if self.also else {}
         return {"student": self.student, "from": self.origin, "teacher": self.teacher, **also, **self.facts}
 
@@ -191,7 +191,7 @@ def read_card(folder: Path, also: Mapping[str, Any] = MappingProxyType({})) -> d
     """Read a merged or imported model's effsam3.json, which must also have the form of `also` next to the slots.
 
     Raises:
-        MergeError: it cannot be read, or does not say who fills the slots.
+        MergeError: it cannot be read, or does not name who fills the slots.
     """
     card = read_json(folder / CARD, CARD_FORM | also, "merge or import the model again", MergeError)
     if not can_be_path(card.get("chassis", "")):

@@ -41,7 +41,7 @@ class AttendedTextModel(Sam3LiteTextTextModel):
     config_class = AttendedTextConfig
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
-        """Return what the parent does; `attention_mask` (B, L), 1 on tokens, says where the padding is."""
+        """Return what the parent does; `attention_mask` (B, L) is 1 on tokens, 0 on padding."""
         if attention_mask is not None:
             input_ids = input_ids.masked_fill(attention_mask == 0, FILLING_ID)
         return super().forward(input_ids=input_ids, **kwargs)
@@ -100,7 +100,7 @@ RULES = {
 
 
 def padding_of(config: PreTrainedConfig) -> str:
-    """Return the rule that a text encoder's or a detector's config says; of SAM 3's own, `masked`."""
+    """Return the rule in a text encoder's or a detector's config; SAM 3's own is `masked`."""
     return "attended" if isinstance(config, AttendedTextConfig | AttendedLiteTextConfig) else "masked"
 
 

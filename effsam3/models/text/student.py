@@ -82,12 +82,15 @@ class TextTeacher(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> TextTeacher:
-        """Stay in eval mode whatever the loop around says."""
+        """Stay in eval mode whatever mode the loop sets."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Return features (B, L, C), float32. It is causal: padding changes no token's, its own mean nothing."""
+        """Return features (B, L, C), float32.
+
+        The encoder is causal, so padding never affects a token; features at padding are meaningless.
+        """
         hidden_BLD = self.text_encoder.text_model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
         return self.text_projection(hidden_BLD).float()
 
@@ -121,7 +124,7 @@ class StudentText(nn.Module):
     It computes what `Sam3LiteTextModel.get_text_features` will on the same texts padded to `context_length`, which is
     the length of its table of positions. transformers stretches the table over any other length, and its SAM 3
     processors always pad to 32: a student for them has `context_length` 32, however short its training texts are.
-    `padding` is its padding rule, which the config says.
+    `padding` is its padding rule, kept in the config.
 
     `feature_scale` and `feature_mean` are the teacher's per-channel deviation and mean: the network works in
     standardised units. `to_lite_text_tensors` multiplies them into the projection.

@@ -132,7 +132,7 @@ class Tokenizer:
         for text, row in zip(texts, rows, strict=True):
             if len(row) > context_length:
                 raise TextTooLong(
-                    f"the text {text!r} is {len(row) - 2} tokens long; SAM 3 reads {context_length - 2}: say it "
+                    f"the text {text!r} is {len(row) - 2} tokens long; SAM 3 reads {context_length - 2}: put it "
                     "shorter"
                 )
         return rows

@@ -115,7 +115,7 @@ def _first_match(table: list[tuple[str, str]], name: str) -> str | None:
 
 
 def _convert(keymap: KeyMap, name: str, tensor: Tensor, positions: int) -> dict[str, tuple[Tensor, str]]:
-    """Return the student's tensors made of one of the source's, each with the words that say so; none if unknown."""
+    """Return the student's tensors made of one of the source's, each with a description; none if unknown."""
     targets = keymap.forward.targets(name)
     if not targets:
         return {}

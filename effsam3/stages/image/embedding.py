@@ -48,7 +48,7 @@ class TeacherPass:
         return record_fields(self.recipe.embed, teacher.channels, teacher.grid, teacher.image_size)
 
     def description(self) -> dict:
-        """What the manifest says about the features: they belong to this teacher and this preprocessing only."""
+        """Describe the features for the manifest: they belong to this teacher and this preprocessing only."""
         teacher = self.teacher
         return self.inputs | {
             "kind": "image",

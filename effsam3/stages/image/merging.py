@@ -16,7 +16,7 @@ from effsam3.stages.base import TEACHER_FORM, CardEntry, began_with
 from effsam3.stages.image.facts import ImageRecipe
 from effsam3.stages.image.training import untrained_tensors
 
-# What a run must say of the features that it learned.
+# What a run must record of the features that it learned.
 FEATURES_FORM = {"teacher": TEACHER_FORM, "tap": str, "channels": int, "image_size": int}
 
 
@@ -67,7 +67,7 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def card(filled: dict, config: PreTrainedConfig, model: Path) -> CardEntry:
-    """Return what the model card says of the student; `filled` is what `model`'s effsam3.json says of the slot."""
+    """Describe the student for the model card; `filled` is the slot's entry in `model`'s effsam3.json."""
     row = image_student(filled["student"], config.seen_size)
     called = f"{row.label} (`{filled['student']}`; {row.source})"
     if config.student_image_size is not None:

@@ -56,7 +56,7 @@ SYNTHETIC_HELD_OUT = 0.2  # of the drawn images: they are few
 def ready_index(recipe: ImageRecipe, accelerator: Accelerator, say: Callable[[str], object] = print) -> Path:
     """Return the index's path; for `data.source: folder` make it first, for `synthetic` the images, too, once.
 
-    `say` gets what is to be known of a folder of photographs: what was left out of the index, what has changed since.
+    `say` prints news of a folder of photographs: what the index skipped, what has changed since.
 
     Raises:
         UserError: an index of something else is there already, or synthetic images of another number or size.
@@ -99,7 +99,7 @@ def image_dataset(
     return ImageFeatures(rows, index.parent, image_size, recipe.data.resize, store, tied)
 
 
-# What a store must say of its features before a student learns from them.
+# What a store must record of its features before a student learns from them.
 FACTS = {"tap": str, "grid": int, "channels": int, "image_size": int, "resize": str}
 
 
@@ -113,7 +113,7 @@ def make_teacher(recipe: ImageRecipe, accelerator: Accelerator) -> Teacher:
 
 
 def make_student(recipe: ImageRecipe, channels: int, image_size: int, patch_size: int) -> StudentTrunk:
-    """Build the recipe's student for features of this width and images of this size, initialised as it says."""
+    """Build the recipe's student for features of this width and images of this size, and initialise it."""
     sizes = {"hidden_size": channels, "image_size": image_size, "patch_size": patch_size}
     config = student_config(recipe.student, recipe.head, recipe.student_image_size, **sizes)
     with torch.random.fork_rng(devices=[]):

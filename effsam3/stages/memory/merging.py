@@ -14,7 +14,7 @@ from effsam3.stages.base import TEACHER_FORM, CardEntry
 from effsam3.stages.memory.facts import MemoryRecipe
 from effsam3.stages.memory.training import trained_tensors, untrained_tensors
 
-FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must say of the features that it learned
+FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must record of the features that it learned
 
 
 def part_of_run(trained: MemoryRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
@@ -47,5 +47,5 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def card(filled: dict, config: PreTrainedConfig, model: Path) -> CardEntry:
-    """Return what the model card says of the student; `filled` is what `model`'s effsam3.json says of the slot."""
+    """Describe the student for the model card; `filled` is the slot's entry in `model`'s effsam3.json."""
     return CardEntry(called=f"`{filled['student']}`")  # it begins with the chassis' own memory, copied, cut and pooled

@@ -40,7 +40,7 @@ class TeacherPass:
         return record_fields(self.recipe.data.context_length, self.channels)
 
     def description(self) -> dict:
-        """What the manifest says about the features: they belong to this teacher and this tokenizer only."""
+        """Describe the features for the manifest: they belong to this teacher and this tokenizer only."""
         tied = {INPUTS: inputs()} if ties_inputs(self.recipe.embed.to) else {}
         return tied | {
             "kind": "text",

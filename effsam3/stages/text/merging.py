@@ -15,7 +15,7 @@ from effsam3.stages.base import TEACHER_FORM, CardEntry, began_with
 from effsam3.stages.text.facts import TextRecipe
 from effsam3.stages.text.training import untrained_tensors
 
-FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must say of the features that it learned
+FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must record of the features that it learned
 
 
 def part_of_run(trained: TextRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
@@ -46,7 +46,7 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def card(filled: dict, config: PreTrainedConfig, model: Path) -> CardEntry:
-    """Return what the model card says of the student; `filled` is what `model`'s effsam3.json says of the slot."""
+    """Describe the student for the model card; `filled` is the slot's entry in `model`'s effsam3.json."""
     name, start, limits = filled["student"], filled.get("student_init"), []
     if padding_of(config) == "attended":
         limits.append(

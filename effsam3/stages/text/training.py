@@ -87,7 +87,7 @@ def make_teacher(recipe: TextRecipe, accelerator: Accelerator) -> TextTeacher:
 
 
 def make_student(recipe: TextRecipe, channels: int) -> tuple[StudentText, WeightsReport | None]:
-    """Build the recipe's student, initialised as it says; returns it and the report on its weights."""
+    """Build and initialise the recipe's student; return it and the report on its weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
         # Always SAM 3's own length: transformers' processors pad every prompt to it, however short the training texts.
@@ -189,7 +189,7 @@ class TextStage(FeatureStage):
         }
 
     def initialise_from_model(self) -> dict[str, str]:
-        """As for every stage; says, too, when the model had another padding rule than the recipe."""
+        """As for every stage; also report when the model had another padding rule than the recipe."""
         found = super().initialise_from_model()
         if found:
             config = read_config(model_folder(Path(self.recipe.student_init)))
