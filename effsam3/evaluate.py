@@ -67,8 +67,9 @@ def run(recipe: Recipe) -> dict:
 
 def summarise(tables: list[str], merged: dict) -> str:
     """The tables under a title; `merged` is the model's effsam3.json."""
-    filled = ", ".join(f"{slot['student']} in the slot `{name}`" for name, slot in merged["slots"].items())
-    parts = [f"# {filled} of {merged['chassis']}", *tables]
+    inside = [f"{slot['student']} in the slot `{name}`" for name, slot in merged["slots"].items()]
+    inside += [f"{one['name']} adapted" for one in merged.get("adapted", ())]
+    parts = [f"# {', '.join(inside)} of {merged['chassis']}", *tables]
     if is_made_up(merged["chassis"]):
         parts.append(
             f"The chassis `{merged['chassis']}` has random weights: its features and masks mean nothing, only how "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstr
 from effsam3.models.merging.combine import Merged, combine, slot_table
 from effsam3.models.merging.efficientsam3 import UpstreamFile, divide
 from effsam3.models.merging.formats import extras, write_model
-from effsam3.models.merging.slots import SLOTS, Part, image_part, inherited_slots, text_part
+from effsam3.models.merging.slots import SLOTS, Part, image_part, owners_card, text_part
 from effsam3.models.registry import IMAGE_STUDENTS, SAM3
 from effsam3.training.report import provenance, table
 
@@ -61,15 +62,14 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     chassis = None if sam3 is None else chassis_folder(sam3)
     config = SAM3.config() if chassis is None else read_config(chassis)
     parts = students(found, config, {"origin": source.name, "facts": {"content": content_key(source)}})
+    parts = [replace(part, facts=part.facts | {"fingerprint": fingerprint(part.tensors)}) for part in parts]
     merged, beside = completed(found, parts, config, chassis, source)
     origins = {part.slot: f"{part.student}, {source.name}" for part in parts} | {"file": source.name, "chassis": sam3}
     givers = set(merged.owners.values())
     print(f"\n{slot_table(merged, {owner: origin for owner, origin in origins.items() if owner in givers})}")
     if dry_run:
         return None
-    card = {
-        "slots": ({} if chassis is None else inherited_slots(chassis))
-        | {part.slot: part.card() | {"fingerprint": fingerprint(part.tensors)} for part in parts},
+    card = owners_card(chassis, parts) | {
         "chassis": str(source) if sam3 is None else sam3,
         "revision": None,
         "imported": str(source),

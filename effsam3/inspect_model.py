@@ -121,6 +121,7 @@ def model_folder(folder: Path) -> dict[str, Any]:
         "format": "transformers folder",
         "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         "chassis": card.get("chassis"),
+        "adapted": card.get("adapted", []),
         **_model(tensors, read_config(folder), card["slots"], beside),
     }
 
@@ -314,6 +315,8 @@ def _about_model(facts: dict[str, Any]) -> dict[str, str]:
         about["images"] = f"{side} px square, patches of {patch} px, grid {grid} x {grid}"
     for slot, filled in facts["slots"].items():
         about[f"slot {slot}"] = filled["is"] + (f"; from {filled['from']}" if "from" in filled else "")
+    for one in facts.get("adapted", ()):
+        about[f"adapted {one['name']}"] = f"{len(one['tensors']):,} tensors changed in place; from {one['from']}"
     if facts.get("chassis") is not None:
         about["chassis"] = facts["chassis"]
     if "found" in facts:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `merge`: put trained students into their slots of a SAM 3 checkpoint, every tensor owned exactly once.
+"""The verb `merge`: put trained students and changed tensors into a SAM 3 checkpoint, every tensor owned exactly once.
 
 python scripts/merge.py recipes/stage1/image/es_rv_m.yaml
 python scripts/merge.py recipes/release/es_rv_m_mc_s.yaml --format sam3
@@ -16,13 +16,14 @@ from effsam3.checked_files import read_json
 from effsam3.files import refuse_unwritable, write_text
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_config, read_tensors
+from effsam3.models.merging.adapt import read_adapted
 from effsam3.models.merging.combine import combine, slot_table
 from effsam3.models.merging.formats import extras, write_model
 from effsam3.models.merging.slots import (
     MergeError,
     Part,
-    inherited_slots,
     model_folder,
+    owners_card,
     part_of_model,
     refuse_other_chassis,
 )
@@ -51,9 +52,10 @@ def run(recipe: Recipe) -> Path:
     rest = read_tensors(chassis)
     for part in parts:
         refuse_other_chassis(part, rest, sam3.checkpoint, sam3.revision)
-    merged = combine(config, {"chassis": rest}, parts)
-    card = {
-        "slots": inherited_slots(chassis) | {part.slot: part.card() for part in parts},
+    adapted = [read_adapted(folder) for folder in recipe.adapted()]
+    merged = combine(config, {"chassis": rest}, parts, adapted)
+    owners = owners_card(chassis, parts, [one.card() for one in adapted])
+    card = owners | {
         "chassis": sam3.checkpoint,
         "revision": sam3.revision,
         "provenance": provenance(),
@@ -71,8 +73,9 @@ def run(recipe: Recipe) -> Path:
     )
     if is_release:
         write_text(folder / "recipe.yaml", dump_recipe(recipe))
-        report.write_json("provenance.json", provenance() | {"recipe": recipe.name, "slots": card["slots"]})
+        report.write_json("provenance.json", provenance() | {"recipe": recipe.name} | owners)
     origins = {part.slot: f"{part.student}, {part.origin}" for part in parts} | {"chassis": sam3.checkpoint}
+    origins |= {one.name: f"changed in place, {one.origin}" for one in adapted}
     report.say(slot_table(merged, origins))
     for note in notes:
         report.say(note)

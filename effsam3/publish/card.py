@@ -56,9 +56,11 @@ def metadata(release: Release) -> dict:
 
 def _introduction(release: Release) -> str:
     replaced = " and ".join(f"the {stages.recipe_class(slot).replaces}" for slot in release.merged["slots"])
+    changed = [f"students have taken the place of {replaced}"] if replaced else []
+    changed += ["some tensors have been adapted"] if "adapted" in release.merged else []
     rest = (
-        f"in which students have taken the place of {replaced}. It takes text, boxes, points and masks as prompts, on "
-        "images and in videos. Made with effsam3."
+        f"in which {' and '.join(changed)}. It takes text, boxes, points and masks as prompts, on images and in "
+        "videos. Made with effsam3."
     )
     if release.has_sam3:
         return f"[{release.sam3.label}](https://huggingface.co/{release.sam3.hub_id}) {rest}"
@@ -75,6 +77,10 @@ def _slots(release: Release) -> str:
         if slot in entries:
             row[2:] = [entries[slot].called, f"`{release.merged['slots'][slot]['from']}`"]
         rows.append(row)
+    for one in release.merged.get("adapted", ()):
+        places = {".".join(name.split(".")[:2]) for name in one["tensors"]}
+        changed = f"adapted, `{one['name']}`: {len(one['tensors']):,} tensors"
+        rows.append(["", ", ".join(f"`{place}`" for place in sorted(places)), changed, f"`{one['from']}`"])
     return table(rows, ["slot", "part of SAM 3", "replaced by", "from"], text_columns=4)
 
 

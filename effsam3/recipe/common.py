@@ -156,6 +156,10 @@ class Recipe(Section):
         """Return what `merge` puts together: {slot: folder of a run or of a model}."""
         raise NotImplementedError
 
+    def adapted(self) -> tuple[Path, ...]:
+        """Return the folders of tensors that `merge` changes in place."""
+        return ()
+
     def learned(self) -> dict[str, StageRecipe]:
         """Return {slot: recipe by which its student learned}, as far as they are known."""
         raise NotImplementedError

@@ -26,7 +26,7 @@ from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import map_tensors, read_config, shapes_of
 from effsam3.models.merging.combine import combine
 from effsam3.models.merging.formats import FORMATS, extras, refuse_other_padding
-from effsam3.models.merging.slots import SLOTS, inherited_slots
+from effsam3.models.merging.slots import SLOTS, owners_card
 from effsam3.models.registry import is_made_up
 from effsam3.publish.release import refuse_unlicensed, sam_license
 from effsam3.recipe.common import Recipe, StageRecipe
@@ -106,9 +106,9 @@ def whole_merge(recipe: StageRecipe) -> str:
     config = read_config(folder)
     about = {"origin": f"{recipe.name}, untrained", "facts": {}}
     part = stages.merging(recipe.stage).untrained_part(recipe, config, about)
-    slots = inherited_slots(folder) | {part.slot: part.card()}
+    slots = owners_card(folder, [part])["slots"]
     rest = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(folder).items()}
-    inherited = tuple(prefix for slot in inherited_slots(folder) for prefix in SLOTS[slot].owns)
+    inherited = tuple(prefix for slot in owners_card(folder, [])["slots"] for prefix in SLOTS[slot].owns)
     # A format may compute with the values of students that are in it already.
     rest |= {name: one for name, one in map_tensors(folder).items() if name.startswith(inherited)}
     merged = combine(config, {"chassis": rest}, [part])

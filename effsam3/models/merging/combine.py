@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from effsam3.models.chassis.classes import empty_tensors
+from effsam3.models.merging.adapt import Adapted, adapt
 from effsam3.models.merging.slots import SLOTS, MergeError, Part
 from effsam3.training.report import table
 
@@ -20,7 +21,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Merged:
-    """A whole model: its config, its tensors, the owner of each (a slot, or a name in `rest`), what was dropped."""
+    """A whole model: its config, its tensors, the owner of each (a slot, a name in `rest`, or of who changed it), and
+    what was dropped."""
 
     config: PreTrainedConfig
     tensors: dict[str, Tensor]
@@ -28,12 +30,19 @@ class Merged:
     dropped: dict[str, list[int]]  # slot -> elements of every tensor that a student replaced
 
 
-def combine(config: PreTrainedConfig, rest: dict[str, dict[str, Tensor]], parts: Sequence[Part]) -> Merged:
+def combine(
+    config: PreTrainedConfig,
+    rest: dict[str, dict[str, Tensor]],
+    parts: Sequence[Part],
+    adapted: Sequence[Adapted] = (),
+) -> Merged:
     """Put parts into the SAM 3 that `config` describes and whose tensors `rest` holds by owner, such as `chassis`.
 
+    Tensors of the chassis and of parts may then be changed in place (`adapted`).
+
     Raises:
-        MergeError: a part is of another size than the chassis, two parts take over the same, or a tensor has no owner
-            or two.
+        MergeError: a part is of another size than the chassis, two parts take over the same, a tensor has no owner or
+            two, or a changed one does not fit.
     """
     refuse_overlap(parts)
     dropped = {}
@@ -59,6 +68,7 @@ def combine(config: PreTrainedConfig, rest: dict[str, dict[str, Tensor]], parts:
     )
     offers |= rest
     tensors = {name: offers[owner][name] for name, owner in owners.items()}
+    tensors, owners = adapt(tensors, owners, adapted)
     return Merged(config=config, tensors=tensors, owners=owners, dropped=dropped)
 
 
@@ -69,7 +79,9 @@ def refuse_overlap(parts: Sequence[Part]) -> None:
         MergeError: two do; the message names them and what both bring.
     """
     for one, other in combinations(parts, 2):
-        if both := [prefix for prefix in one.owns if prefix in other.owns]:
+        both = [prefix for prefix in one.owns if prefix.startswith(other.owns)]
+        both += [prefix for prefix in other.owns if prefix.startswith(one.owns) and prefix not in both]
+        if both:
             raise MergeError(
                 f"both {one.student} in the slot {one.slot} ({one.origin}) and {other.student} in the slot "
                 f"{other.slot} ({other.origin}) bring {', '.join(both)}; leave one out, or train the second on the "

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The slots of SAM 3: which tensors a student takes over, and how the config records it.
 
-A `Part` fills one slot; models/combine.py puts any number of parts into one model.
+A `Part` fills one slot; models/merging/combine.py puts any number of parts into one model. A slot is a row of `SLOTS`:
+the tensors that it owns may be those of several modules, and of other slots, which then cannot be filled besides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ class Part:
         teacher: `checkpoint`, `revision` and `fingerprint` of the SAM 3 it learned from, as far as known.
         facts: what else the merged model's effsam3.json records of the slot.
         also: beginnings of the names of what it takes over outside its slot.
+        adapted: what effsam3.json says of those of its tensors that were changed since, see models/merging/adapt.py.
     """
 
     slot: str
@@ -58,6 +60,7 @@ class Part:
     teacher: dict = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
     also: tuple[str, ...] = ()
+    adapted: tuple[dict, ...] = ()
 
     @property
     def owns(self) -> tuple[str, ...]:
@@ -201,9 +204,41 @@ def read_card(folder: Path, also: Mapping[str, Any] = MappingProxyType({})) -> d
     return card
 
 
-def inherited_slots(chassis: Path) -> dict:
-    """Return the slots that students fill in the chassis already, when it is itself a merged model."""
-    return read_card(chassis)["slots"] if (chassis / CARD).is_file() else {}
+def owners_card(chassis: Path | None, parts: Sequence[Part], adapted: Sequence[dict] = ()) -> dict:
+    """Return what effsam3.json says of who fills the `slots` and who changed tensors in place (`adapted`).
+
+    What a chassis that is itself a merged model says of them stays true for the tensors that no part replaces.
+
+    Args:
+        adapted: entries of what is changed now.
+
+    Raises:
+        MergeError: the chassis' card cannot be read, or a part replaces half of what a student in it filled.
+    """
+    inside = read_card(chassis) if chassis is not None and (chassis / CARD).is_file() else {"slots": {}}
+    replaced = tuple(prefix for part in parts for prefix in part.owns)
+    slots = {}
+    for slot, filled in inside["slots"].items():
+        lost = [prefix for prefix in SLOTS[slot].owns if prefix.startswith(replaced)]
+        if lost and len(lost) < len(SLOTS[slot].owns):
+            raise MergeError(
+                f"{chassis} has {filled['student']} in the slot {slot}, of which {', '.join(lost)} would be replaced; "
+                "merge into a SAM 3 without it"
+            )
+        if not lost:
+            also = [prefix for prefix in filled.get("also", ()) if not prefix.startswith(replaced)]
+            slots[slot] = {key: value for key, value in filled.items() if key != "also"}
+            slots[slot] |= {"also": also} if also else {}
+    slots |= {part.slot: part.card() for part in parts}
+    entries = [_entry(one, lambda name: not name.startswith(replaced)) for one in inside.get("adapted", ())]
+    entries += [entry for part in parts for entry in part.adapted] + list(adapted)
+    entries = [entry for entry in entries if entry["tensors"]]
+    return {"slots": slots} | ({"adapted": entries} if entries else {})
+
+
+def _entry(entry: dict, kept: Callable[[str], bool]) -> dict:
+    """An entry of effsam3.json's `adapted` with some of its tensors."""
+    return entry | {"tensors": [name for name in entry["tensors"] if kept(name)]}
 
 
 def first_chassis(card: dict) -> tuple[str, str | None]:
@@ -242,8 +277,8 @@ def part_of_model(slot: str, place: Path) -> Part:
             f"{folder} has no {CARD}: it was neither merged nor imported here. `effsam3 import` makes such a folder "
             "of an EfficientSAM3 checkpoint"
         )
-    slots = read_card(folder)["slots"]
-    if slot not in slots:
+    whole = read_card(folder)
+    if slot not in (slots := whole["slots"]):
         raise MergeError(f"{folder} has no student in the slot {slot}; it has {', '.join(slots) or 'none'}")
     card = dict(slots[slot])
     also = tuple(card.pop("also", ()))
@@ -257,6 +292,7 @@ def part_of_model(slot: str, place: Path) -> Part:
         facts=card,
         config=SLOTS[slot].config_of(read_config(folder)),
         tensors={name: tensor for name, tensor in read_tensors(folder).items() if name.startswith(owns)},
+        adapted=tuple(_entry(one, lambda name: name.startswith(owns)) for one in whole.get("adapted", ())),
     )
 
 

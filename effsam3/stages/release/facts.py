@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from effsam3.checked_files import read_json
 from effsam3.errors import UserError
 from effsam3.recipe.common import Chassis, Merge, Recipe, StageRecipe
 from effsam3.recipe.push import Push
 from effsam3.recipe.reader import load_recipe
-from effsam3.recipe.rules import FileName, Section
+from effsam3.recipe.rules import FileName, Section, each_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +24,18 @@ class Parts(Section):
     image: str | None = None  # who fills the vision trunk
     text: str | None = None  # who fills the text encoder
     memory: str | None = None  # who fills the tracker's memory
+    adapted: Annotated[tuple[str, ...], each_once] = ()  # folders of tensors to change in place, see docs/formats.md
+
+    def slots(self) -> dict[str, str | None]:
+        """Return {slot: who fills it}."""
+        return {slot: folder for slot, folder in vars(self).items() if slot != "adapted"}
 
     def filled(self) -> dict[str, Path]:
         """Return the slots that get a part: {slot: where it is}."""
-        return {slot: Path(folder) for slot, folder in vars(self).items() if folder is not None}
+        return {slot: Path(folder) for slot, folder in self.slots().items() if folder is not None}
 
     def check(self) -> Iterator[str]:
-        if not self.filled():
+        if not self.filled() and not self.adapted:
             yield "image: no slot gets a part; name a run folder, such as parts.image=runs/stage1-image-es_rv_m"
 
 
@@ -59,12 +64,15 @@ class ReleaseRecipe(Recipe):
     def sources(self) -> dict[str, Path]:
         return self.parts.filled()
 
+    def adapted(self) -> tuple[Path, ...]:
+        return tuple(Path(folder) for folder in self.parts.adapted)
+
     def learned(self) -> dict[str, StageRecipe]:
         files = {slot: folder / "recipe.yaml" for slot, folder in self.sources().items()}
         return {slot: load_recipe(file) for slot, file in files.items() if file.is_file()}
 
     def derived(self) -> dict[str, Callable[[], str]]:
-        return {slot: partial(self._part_line, slot) for slot in vars(self.parts)}
+        return {slot: partial(self._part_line, slot) for slot in self.parts.slots()}
 
     def _part_line(self, slot: str) -> str:
         """Say who fills a slot, as far as that run or model is there."""
