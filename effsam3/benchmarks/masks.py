@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from effsam3.benchmarks.models import Pair
+from effsam3.data.coco import rles_of
 from effsam3.data.images.sa1b import Unreadable, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.errors import UserError
@@ -59,7 +60,7 @@ def segment(model, embeddings, annotations: list[dict], prompt: str, height: int
 
 def iou_each(masks_OHW: Tensor, rles: list[dict]) -> list[float]:
     """Intersection over union of mask o with RLE o; two empty masks agree."""
-    own = coco_mask.encode(np.asfortranarray(masks_OHW.numpy().astype(np.uint8).transpose(1, 2, 0)))
+    own = rles_of(masks_OHW.numpy())
     values = []
     for mask, rle in zip(own, rles, strict=True):
         both_empty = not coco_mask.area(mask) and not coco_mask.area(rle)
@@ -104,9 +105,7 @@ def prompted_mask_quality(pair: Pair, index, folder, prompts: tuple[str, ...], m
                 name: segment(model, embeddings[name], chosen, prompt, height, width, pair.image_size)
                 for name, model in (("teacher", pair.teacher), ("student", pair.student))
             }
-            teacher_rles = coco_mask.encode(
-                np.asfortranarray(masks["teacher"].numpy().astype(np.uint8).transpose(1, 2, 0))
-            )
+            teacher_rles = rles_of(masks["teacher"].numpy())
             scores = zip(
                 iou_each(masks["student"], truths), iou_each(masks["teacher"], truths),
                 iou_each(masks["student"], teacher_rles), chosen, strict=True,

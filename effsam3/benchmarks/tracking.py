@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerVideoProcessor
-from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
+from transformers import Sam3TrackerVideoModel
 from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import Sam3TrackerVideoInferenceSession
 
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.videos.vos import VosVideo
 from effsam3.errors import UserError
+from effsam3.models.inference.prompted import prompt_processor
 from effsam3.models.memory.attention import MemoryTokens
 
 Masks = dict[int, np.ndarray]  # {object: bool (H, W)}
@@ -53,7 +53,7 @@ class TrackerRun:
         """`overlap`: whether two objects may have the same pixel; otherwise it goes to the one of higher logit."""
         self.tracker, self.size, self.overlap = tracker, size, overlap
         self.frames = _FrameWindow(frames)
-        self.processor = _processor(tracker.config.image_size)
+        self.processor = prompt_processor(tracker)
         self.sessions: list[Sam3TrackerVideoInferenceSession] = []
         self.seconds: list[float] = []  # of every frame without prompts
         self.most_tokens = 0  # of memory that one object attended to on one frame
@@ -124,12 +124,6 @@ class _FrameWindow:
     def __getitem__(self, index: int) -> Tensor:
         assert index == self.index and self.pixels is not None, f"frame {index} is asked for on frame {self.index}"
         return self.pixels
-
-
-def _processor(side: int) -> Sam3TrackerVideoProcessor:
-    """It only resizes prompts here: frames come resized and normalised."""
-    size = {"height": side, "width": side}
-    return Sam3TrackerVideoProcessor(Sam3ImageProcessor(size=size), Sam2VideoVideoProcessor(size=size))
 
 
 def _tensors(value) -> Iterator[Tensor]:

@@ -166,6 +166,13 @@ def decode(segmentation, height: int, width: int) -> np.ndarray:
     return mask.decode(rle).astype(bool)
 
 
+def rles_of(masks_OHW: np.ndarray) -> list[dict]:
+    """Return masks as compressed RLEs, whose counts are bytes."""
+    from pycocotools import mask
+
+    return mask.encode(np.asfortranarray(np.asarray(masks_OHW, np.uint8).transpose(1, 2, 0)))
+
+
 # ---- annotations
 
 

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
 from effsam3.benchmarks.pictures.videos import colour_of, evenly, paint, save_png
+from effsam3.data.coco import rles_of
 from effsam3.files import write_json
 from effsam3.models.inference.concepts import Instances
 
@@ -27,7 +28,7 @@ GAP = 6  # pixels
 
 def records(found: Instances) -> list[dict]:
     """The instances for JSON: id, text, score, box (x1, y1, x2, y2) and the mask as a COCO RLE."""
-    rles = coco_mask.encode(np.asfortranarray(found.masks_OHW.numpy().transpose(1, 2, 0), dtype=np.uint8))
+    rles = rles_of(found.masks_OHW.numpy())
     rows = zip(found.ids, found.texts, found.scores_O.tolist(), found.boxes_O4.tolist(), rles, strict=True)
     return [
         {

@@ -46,18 +46,13 @@ PREPROCESSING_WARNING = (
 
 
 def import_upstream(
-    source: str | Path,
-    root: str | Path,
-    field: Field | None = None,
-    description: dict | None = None,
-    report: Callable[[str], object] = print,
+    source: str | Path, root: str | Path, field: Field | None = None, report: Callable[[str], object] = print
 ) -> Manifest:
     """Writes a manifest into `root` that refers to the files in `source`, which must stay where they are.
 
     Args:
         source: folder with rank{r}-keys.txt and rank{r}-values.bin.
         field: what follows the seed in a record; None recognises the shapes of upstream's recipes by their size.
-        description: facts to add to the manifest's description.
         report: gets a line for each thing to know: ignored tails, repeated keys, other preprocessing.
 
     Raises:
@@ -84,7 +79,7 @@ def import_upstream(
         report(PREPROCESSING_WARNING)
     facts |= {"payload": field.dtype, "teacher": {"checkpoint": "unknown, upstream does not record it"}}
     report(f"note: {untied(root)}")
-    manifest = Manifest((field,), facts | (description or {}), shards=shards)
+    manifest = Manifest((field,), facts, shards=shards)
     check_sizes(root, manifest, shards)
     root.mkdir(parents=True, exist_ok=True)
     write_manifest(root, manifest)

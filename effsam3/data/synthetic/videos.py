@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from effsam3.data.coco import rles_of
 from effsam3.data.videos.sav import FRAME_STRIDE, VIDEO_FPS
 from effsam3.files import write_bytes, write_text
 
@@ -67,15 +68,10 @@ def mp4_bytes(frames_THW3: np.ndarray) -> bytes:
 
 def sav_record(name: str, masks_TNHW: np.ndarray) -> dict:
     """Return what SA-V's manual JSON holds for the masks of all frames; every fourth frame is annotated."""
-    from pycocotools import mask
-
     count, _, height, width = masks_TNHW.shape
     masks_ANHW = masks_TNHW[::FRAME_STRIDE]
     masklet = [
-        [
-            {"size": [height, width], "counts": rle["counts"].decode("ascii")}
-            for rle in mask.encode(np.asfortranarray(masks_NHW.transpose(1, 2, 0), dtype=np.uint8))
-        ]
+        [{"size": [height, width], "counts": rle["counts"].decode("ascii")} for rle in rles_of(masks_NHW)]
         for masks_NHW in masks_ANHW
     ]
     present_AN = masks_ANHW.any((2, 3))

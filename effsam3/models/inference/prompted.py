@@ -128,9 +128,7 @@ def tracked_masks(
     Yields:
         The frame's index, masks (O, H, W), bool, and the probability (O,) that each object is visible, on the CPU.
     """
-    side = {"height": tracker.config.image_size, "width": tracker.config.image_size}
-    # It resizes prompts only: frames come resized.
-    processor = Sam3TrackerVideoProcessor(Sam3ImageProcessor(size=side), Sam2VideoVideoProcessor(size=side))
+    processor = prompt_processor(tracker)
     session = processor.init_video_session(inference_device=tracker.device, dtype=torch.float32)
     session.processed_frames, (session.video_height, session.video_width) = frames, size
     if prompts.masks_OHW is not None:
@@ -150,6 +148,12 @@ def tracked_masks(
         refuse_nan(output.pred_masks, output.object_score_logits)
         masks_OHW = at_full_size(output.pred_masks[:, 0], size)
         yield index, masks_OHW, output.object_score_logits.flatten().sigmoid().cpu()
+
+
+def prompt_processor(tracker: Sam3TrackerVideoModel) -> Sam3TrackerVideoProcessor:
+    """Return a processor that only resizes prompts: frames come resized and normalised."""
+    size = {"height": tracker.config.image_size, "width": tracker.config.image_size}
+    return Sam3TrackerVideoProcessor(Sam3ImageProcessor(size=size), Sam2VideoVideoProcessor(size=size))
 
 
 def _decode(
