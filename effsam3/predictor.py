@@ -23,6 +23,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from transformers import PreTrainedModel
 
+from effsam3.data.coco import rles_of
 from effsam3.data.images.sa1b import decode_image
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.videos.files import VIDEO_EXTENSIONS, open_video
@@ -347,7 +348,7 @@ def together(found: Sequence[Instances]) -> Instances:
 
 def of_prompts(masks_OHW: Tensor, scores_O: Tensor) -> Instances:
     """The objects that were shown as instances: numbered from 1, their boxes around their masks."""
-    rles = coco_mask.encode(np.asfortranarray(masks_OHW.numpy().transpose(1, 2, 0), dtype=np.uint8))
+    rles = rles_of(masks_OHW.numpy())
     boxes_O4 = box_convert(torch.from_numpy(coco_mask.toBbox(rles)), "xywh", "xyxy")
     return Instances(masks_OHW, boxes_O4, scores_O, list(range(1, len(masks_OHW) + 1)), [""] * len(masks_OHW))
 
