@@ -109,17 +109,18 @@ def learn(
     steps, warmup = (count(recipe, stage.train_size) for count in (total_steps, warmup_steps))
     optim = recipe.optim
     # Built on the bare student: accelerate and DeepSpeed wrap both together in `prepare`.
-    optimizer = adamw(stage.student, optim.lr, optim.weight_decay, optim.betas, optim.eps, stage.lr_scales)
+    bare = stage.student
+    optimizer = adamw(bare, optim.lr, optim.weight_decay, optim.betas, optim.eps, stage.lr_scales)
     if recipe.train.sync_batchnorm:
-        stage.student = share_batchnorm(stage.student, accelerator)
-    ema = make_ema(recipe, accelerator, stage.student)
+        bare = share_batchnorm(bare, accelerator)
+    ema = make_ema(recipe, accelerator, bare)
 
     # ---- resume; `prepare` lets the hardware divide what it divides
     state: dict[str, Any] = {"step": 0, "best": None, "untrained": None, "worse": 0, "ended": False}
     if last is not None:
         state |= resumed_state(last, folder, steps)
-        moments = resume_weights(last, stage.student, ema)
-    student, optimizer = accelerator.prepare(stage.student.train(), optimizer)
+        moments = resume_weights(last, bare, ema)
+    student, optimizer = accelerator.prepare(bare.train(), optimizer)
     if last is not None:
         # After `prepare`, because only then does each rank know which part of the state is its own.
         optimizer_state.scatter(accelerator, student, optimizer, moments, state["step"])

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, cast
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,7 +29,16 @@ class _Loader(DataLoader):
             return super().__iter__()
 
 
-def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, pin: bool) -> DataLoader:
+class Samples(Protocol):
+    """A data set that builds a whole batch at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, positions: list) -> dict:
+        """Return the batch of these positions."""
+
+
+def loader(dataset: Samples, batches: Iterable[list[int]], workers: int, pin: bool) -> DataLoader:
     """Yield `dataset.__getitems__(positions)` for every list of positions.
 
     `workers` processes read ahead, 0 reads in this one; `pin` puts tensors into page-locked memory for a GPU. A worker
@@ -36,7 +46,7 @@ def loader(dataset: Dataset, batches: Iterable[list[int]], workers: int, pin: bo
     ignore requests to stop, so that this process can finish its step when all of them are signalled.
     """
     return _Loader(
-        dataset,
+        cast(Dataset, dataset),
         batch_sampler=batches,
         collate_fn=_as_it_is,
         num_workers=workers,

@@ -116,6 +116,12 @@ class Saving(NamedTuple):
     proportional: bool = False  # a micro-batch's memory is nearly proportional to the key; else it must be measured
 
 
+class Embed(Section):
+    """The teacher's features, for `teacher: stored`."""
+
+    to: str  # store folder
+
+
 class Data(Section):
     """Where samples come from: what every stage's section `data` has."""
 
@@ -186,6 +192,7 @@ class StageRecipe(Recipe):
 
     verbs = ("train", "merge", "evaluate")
     runs_key = "train.runs"
+    metric: ClassVar[str]
     # The model card: how the student learned, title -> key; what it calls a data.source that has another name there
     card_keys: ClassVar[dict[str, str]] = {
         "teacher": "sam3.checkpoint",
@@ -239,6 +246,8 @@ class FeatureRecipe(StageRecipe):
     verbs = ("embed", "train", "merge", "evaluate")
 
     teacher: str  # stored or online
+    sam3: Sam3
+    embed: Embed
 
     @property
     def launched(self) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from effsam3.errors import UserError, did_you_mean
 from effsam3.models.image.backbones import refuse_unknown_student
@@ -109,6 +109,8 @@ def exactly_one(section: object, *names: str) -> Iterator[str]:
 
 class Section:
     """A group of keys of a recipe."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]  # every section is a dataclass
 
     def check(self) -> Iterator[str]:
         """Yield a sentence, beginning with a key of this section, for every mistake that two or more keys make."""

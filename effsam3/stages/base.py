@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from effsam3 import stages
 from effsam3.checked_files import mismatch, read_json
-from effsam3.data.loader import loader
+from effsam3.data.loader import Samples, loader
 from effsam3.data.sampler import StepSampler
 from effsam3.data.statistics import FeatureStatistics
 from effsam3.data.store.format import RESTORE, StoreError, untied
@@ -24,14 +23,17 @@ from effsam3.data.store.reader import StoreReader
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import on_main
 from effsam3.losses.features import agreement_sums
+from effsam3.models.image.student import StudentTrunk
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.merging.slots import start_from
+from effsam3.models.text.student import StudentText
 from effsam3.recipe.common import FeatureRecipe, StageRecipe
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.protocol import Batch, Place
 from effsam3.training.report import Report, table
 
 TEACHER_FORM = {"fingerprint?": str}  # what a run must record of its teacher, to be merged
+Student = StudentTrunk | StudentText
 STATISTICS_FORM = {"mean": [float], "deviation": [float]}
 
 
@@ -41,8 +43,8 @@ class StageBase:
     files = "images"
     max_unreadable = 0
     lr_scales: Mapping[str, float] = {}
-    train_data: Dataset
-    val_data: Dataset
+    train_data: Samples
+    val_data: Samples
 
     def __init__(self, recipe: StageRecipe, place: Place):
         self.recipe, self.place, self.device = recipe, place, place.device
@@ -50,9 +52,6 @@ class StageBase:
     @property
     def train_size(self) -> int:
         return len(self.train_data)
-
-    def samples(self, batch: Batch) -> list[str]:
-        return [self.train_data.keys[position] for position in batch["positions"].tolist()]
 
     def train_batches(self, start: int, steps: int, micro_batch: int) -> Iterable[Batch]:
         return self.divide(start, steps, micro_batch)
@@ -82,16 +81,14 @@ class StageBase:
 
 
 class FeatureStage(StageBase):
-    """A student that learns a frozen teacher's features.
-
-    A subclass has `target`, `predict`, `valid` and `statistics_batches`.
-    """
+    """A student that learns a frozen teacher's features."""
 
     unit: str  # what samples are called
     recipe: FeatureRecipe
+    student: Student
 
     def __init__(
-        self, recipe: FeatureRecipe, place: Place, facts: dict[str, Any], student: nn.Module, teacher: nn.Module | None
+        self, recipe: FeatureRecipe, place: Place, facts: dict[str, Any], student: Student, teacher: nn.Module | None
     ):
         """`facts` describe the features, `channels` among them; `teacher` is None where a store has them."""
         super().__init__(recipe, place)
@@ -107,18 +104,35 @@ class FeatureStage(StageBase):
         self.set_statistics(known)
         self.notes = self.initialise_from_model() | untied_note(store)
 
+    def target(self, batch: Batch) -> Tensor:
+        """Return the teacher's features as a map (B, C, H, W), float32."""
+        raise NotImplementedError
+
+    def predict(self, student: nn.Module, batch: Batch) -> Tensor:
+        """Return the student's, of the same shape."""
+        raise NotImplementedError
+
+    def valid(self, batch: Batch) -> Tensor:
+        """Return which positions count: (B, 1, H, W), 1 or 0."""
+        raise NotImplementedError
+
+    def statistics_batches(self) -> Iterable[Batch]:
+        """Yield the sample of the training data that statistics are made of."""
+        raise NotImplementedError
+
     @property
     def frozen(self) -> list[nn.Module]:
         return [] if self.teacher is None else [self.teacher]
 
-    def set_statistics(self, statistics: dict[str, list[float]]) -> None:
+    def set_statistics(self, statistics: dict[str, list[float]] | None) -> None:
         """Keep the teacher's per-channel mean and deviation on the device; the student outputs features of that size.
 
         Raises:
             UserError: they are not those of a teacher with that number of channels.
         """
         wrong = mismatch(statistics, STATISTICS_FORM)
-        if wrong or {len(statistics[name]) for name in STATISTICS_FORM} != {self.facts["channels"]}:
+        channels = self.facts["channels"]
+        if wrong or statistics is None or {len(statistics[name]) for name in STATISTICS_FORM} != {channels}:
             raise UserError(
                 f"the statistics of the teacher's features are damaged: {wrong or 'not one of each channel'}; embed "
                 "again, or restore the store's manifest.json"

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
+from effsam3.data.loader import Samples
 from effsam3.data.store.format import Field
 from effsam3.data.store.reader import StoreReader
-from effsam3.recipe.common import FeatureRecipe, StageRecipe
+from effsam3.recipe.common import FeatureRecipe
 from effsam3.training.report import Report
 
 Batch = dict[str, Any]  # a micro-batch by field: tensors and lists with one entry a sample
@@ -38,13 +38,19 @@ class Place(Protocol):
 class Stage(Protocol):
     """A student, what it learns from, and its loss."""
 
-    student: nn.Module  # what learns: the loop optimises, averages and saves it
     student_parameters: int  # numbers that learn, counted before a layout divides them
     lr_scales: Mapping[str, float]  # beginning of a parameter's name -> multiple of the learning rate
     facts: dict[str, Any]  # what is learned, for provenance.json
-    val_data: Dataset  # the held-out samples
     files: str  # what samples are read from, such as "images"
     max_unreadable: int  # files that may be unreadable before the run stops
+
+    @property
+    def student(self) -> nn.Module:
+        """What learns: the loop optimises, averages and saves it."""
+
+    @property
+    def val_data(self) -> Samples:
+        """The held-out samples."""
 
     @property
     def train_size(self) -> int:
@@ -54,10 +60,10 @@ class Stage(Protocol):
     def frozen(self) -> Sequence[nn.Module]:
         """What runs next to the student and does not learn."""
 
-    # ---- two ways to build it
+    # ---- two ways to build it, each by a recipe of the stage's own class
 
     @classmethod
-    def from_recipe(cls, recipe: StageRecipe, report: Report, accelerator: Accelerator) -> Stage:
+    def from_recipe(cls, recipe: Any, report: Report, accelerator: Accelerator) -> Stage:
         """Build it with weights and data, on the accelerator's device. Collective.
 
         Raises:
@@ -65,7 +71,7 @@ class Stage(Protocol):
         """
 
     @classmethod
-    def from_shapes(cls, recipe: StageRecipe, place: Place) -> Stage:
+    def from_shapes(cls, recipe: Any, place: Place) -> Stage:
         """Build the same modules without reading weights or data; under `torch.device("meta")` they take no memory.
 
         Raises:
@@ -102,7 +108,7 @@ class Stage(Protocol):
         """Return a table: the student's metrics at the start and at the best step (`best["step"]`)."""
 
 
-class StoredSamples(Protocol):
+class StoredSamples(Samples, Protocol):
     """A data set whose samples have a record each in a store."""
 
     keys: Sequence[str]  # names of the samples

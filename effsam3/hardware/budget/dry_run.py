@@ -69,8 +69,9 @@ class Ledger(TorchDispatchMode):
 
 
 def _numbers(index: Tensor | None) -> Tensor | None:
-    mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
-    return index.nonzero()[:, 0] if mask else index
+    if index is None or index.dtype != torch.bool or isinstance(index, FakeTensor):
+        return index
+    return index.nonzero()[:, 0]
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -200,7 +200,7 @@ def other_changes(recipe: StageRecipe, sizes: Sizes) -> Iterator[tuple[str, int]
     for key in recipe.knobs:
         if key == "hardware":
             name, folder = recipe.hardware, config_file(recipe.hardware).parent
-            while (name := LESS.get(name)) is not None and (folder / f"{name}.yaml").is_file():
+            while (folder / f"{(name := LESS.get(name, ''))}.yaml").is_file():
                 yield f"hardware={name}", estimate(recipe, sizes, read_hardware(name)).total
         elif key == "train.ema" and recipe.train.ema:
             yield "train.ema=0", estimate(recipe.changed(key, 0.0), sizes, hardware).total
@@ -234,7 +234,7 @@ def advice(recipe: StageRecipe, sizes: Sizes, device: int, most: int = 2) -> lis
     return [f"{text} would take {_gib(total)}, too much by itself" for text, total in least]
 
 
-def _gib(size: int) -> str:
+def _gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
 
 
@@ -292,7 +292,7 @@ def header_lines(recipe: StageRecipe, hardware: Hardware, sizes: Sizes) -> dict[
     """Return one line for a run's header."""
     found, device = estimate(recipe, sizes, hardware), device_bytes()
     of = "" if device is None else f" of {_gib(device)}"
-    largest = sorted(found.device, key=found.device.get, reverse=True)[:2]
+    largest = sorted(found.device, key=found.device.__getitem__, reverse=True)[:2]
     parts = ", ".join(f"{name} {_gib(found.device[name])}" for name in largest)
     return {"budget": f"about {_gib(found.total)}{of} ({parts}); a checkpoint takes {_gib(found.checkpoint)}"}
 

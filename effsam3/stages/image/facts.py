@@ -12,7 +12,7 @@ from effsam3.errors import UserError
 from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
 from effsam3.models.registry import SAM3, head_params
-from effsam3.recipe.common import Data, FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
+from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
 from effsam3.recipe.derived import index_counts, total_steps, warmup_steps
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -64,7 +64,7 @@ class ImageData(Data):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEmbed(Section):
+class ImageEmbed(Embed):
     """The teacher's features: where they are kept and which. `tap` and `grid` hold for an online teacher too."""
 
     to: str  # store folder; shared by all students of one teacher and data set

@@ -177,6 +177,9 @@ class ImageStage(FeatureStage):
 
     unit = "images"
     recipe: ImageRecipe
+    teacher: Teacher | None
+    train_data: ImageFeatures
+    val_data: ImageFeatures
 
     def __init__(
         self,
@@ -257,6 +260,9 @@ class ImageStage(FeatureStage):
     @property
     def frozen(self) -> list[nn.Module]:
         return super().frozen + ([] if self.neck is None else [self.neck])
+
+    def samples(self, batch: Batch) -> list[str]:
+        return [self.train_data.keys[position] for position in batch["positions"].tolist()]
 
     def statistics_batches(self) -> DataLoader:
         """A fixed sample of the training images, in batches."""

@@ -11,7 +11,7 @@ from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError, did_you_mean
 from effsam3.models.chassis.sizes import chassis_facts, sam3_of
 from effsam3.models.registry import text_student_row
-from effsam3.recipe.common import Data, FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
+from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
     FileName,
@@ -71,7 +71,7 @@ class TextData(Data):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEmbed(Section):
+class TextEmbed(Embed):
     """The teacher's features, for `teacher: stored`."""
 
     to: str = "data/teacher/sam3-text"  # store folder

@@ -133,6 +133,7 @@ class TextStage(FeatureStage):
     unit = "texts"
     recipe: TextRecipe
     train_data: CaptionBatches
+    val_data: CaptionBatches
     captions: Captions
 
     @classmethod
