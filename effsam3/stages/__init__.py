@@ -5,8 +5,8 @@ A stage is a folder. Adding one takes its folder, its name in STAGES, and recipe
 needs; each is imported only when it is asked for:
 
 - `facts.py`, light: RECIPE, the class of its recipes, which answers what needs no torch (`recipe.common.Recipe`).
-- `training.py`: STAGE, the class that `train` builds (`protocol.Stage`); `untrained_tensors`, those of its student as
-  it starts; NEEDS, what must be there before a training begins (`needs`).
+- `training.py`: STAGE, the class that `train` builds (`protocol.Stage`); `untrained`, its student as it starts; NEEDS,
+  what must be there before a training begins (`needs`).
 - `embedding.py`: TeacherPass, what `embed` runs (`protocol.TeacherPass`).
 - `merging.py`: `part_of_run`, what a run has learned as a part for its slot; FEATURES_FORM, what the run must record
   of the features for that; and `untrained_part`; `describe` and `card`, who fills the slot for `inspect` and for the

@@ -29,8 +29,9 @@ from effsam3.models.merging.formats import FORMATS, extras, refuse_other_padding
 from effsam3.models.merging.slots import SLOTS, owners_card
 from effsam3.models.registry import is_made_up
 from effsam3.publish.release import refuse_unlicensed, sam_license
-from effsam3.recipe.common import Recipe, StageRecipe
+from effsam3.recipe.common import FeatureRecipe, Recipe, StageRecipe
 from effsam3.recipe.reader import load_recipe
+from effsam3.stages.base import start_from_model
 from effsam3.training import checkpoint
 from effsam3.training.resume import AUTO, resumable
 
@@ -50,10 +51,16 @@ def same_run(recipe: StageRecipe) -> None:
     resumable(recipe, recipe.folder, AUTO)
 
 
+def initial_weights(recipe: FeatureRecipe) -> None:
+    """The student, and the weights that it starts from."""
+    start_from_model(stages.training(recipe.stage).untrained(recipe), recipe)
+
+
 def room_for_checkpoints(recipe: StageRecipe, trained: int | None = None) -> None:
     """Room for the checkpoints of a student with that number of parameters, None to count them."""
     if trained is None:
-        trained = sum(tensor.numel() for tensor in stages.training(recipe.stage).untrained_tensors(recipe).values())
+        student = stages.training(recipe.stage).untrained(recipe)
+        trained = sum(tensor.numel() for tensor in student.state_dict().values())
     one, best = checkpoint_bytes(recipe, trained), trained * FP32
     kept = recipe.train.keep_checkpoints
     if recipe.train.steps is not None:
@@ -165,6 +172,8 @@ def needs_of(recipe: Recipe, verb: str) -> list[Callable[[], str | None]]:
         return []
     if verb == "train":
         own = stages.training(recipe.stage).NEEDS
+        if isinstance(recipe, FeatureRecipe):
+            own = (initial_weights, *own)
         return [partial(need, recipe) for need in (writable_folder, same_run, *own, room_for_checkpoints)]
     return [partial(need, recipe) for need in (kept_checkpoint, whole_merge)]
 

@@ -65,6 +65,8 @@ RECIPE = CountingRecipe
 '''
 
 TRAINING = """
+import torch
+
 from effsam3.errors import UserError
 
 
@@ -76,8 +78,8 @@ def few_apples(recipe):
 NEEDS = (few_apples,)
 
 
-def untrained_tensors(recipe):
-    return {}
+def untrained(recipe):
+    return torch.nn.Linear(1, 1)
 """
 
 MEASURING = """

@@ -14,7 +14,7 @@ from effsam3.models.merging.slots import SLOTS, MergeError, Part, image_part
 from effsam3.models.registry import IMAGE_STUDENTS
 from effsam3.stages.base import TEACHER_FORM, CardEntry, began_with
 from effsam3.stages.image.facts import ImageRecipe
-from effsam3.stages.image.training import untrained_tensors
+from effsam3.stages.image.training import untrained
 
 # What a run must record of the features that it learned.
 FEATURES_FORM = {"teacher": TEACHER_FORM, "tap": str, "channels": int, "image_size": int}
@@ -35,7 +35,7 @@ def untrained_part(recipe: ImageRecipe, config: PreTrainedConfig, about: dict) -
     """Return the part that a run of the recipe will give, with the weights that it starts from."""
     side = chassis_facts(recipe.sam3.checkpoint).image_size
     features = {"tap": recipe.embed.tap, "image_size": side, "channels": recipe.channels}
-    return part_of_run(recipe, features, untrained_tensors(recipe), config, about)
+    return part_of_run(recipe, features, untrained(recipe).state_dict(), config, about)
 
 
 def refuse_neck(features: dict) -> None:

@@ -40,7 +40,7 @@ from effsam3.models.image.teacher import (
     to_map,
 )
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import FeatureStage, open_store, start_from_model
+from effsam3.stages.base import FeatureStage, open_store
 from effsam3.stages.image.facts import ImageRecipe, record_fields
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.report import Report
@@ -130,16 +130,6 @@ def untrained(recipe: ImageRecipe) -> StudentTrunk:
     return make_student(recipe, recipe.channels, facts.image_size, facts.patch_size)
 
 
-def untrained_tensors(recipe: ImageRecipe) -> dict[str, Tensor]:
-    """Return the tensors of the student as it starts."""
-    return untrained(recipe).state_dict()
-
-
-def initial_weights(recipe: ImageRecipe) -> None:
-    """The student, and the weights that it starts from."""
-    start_from_model(untrained(recipe), recipe)
-
-
 def both_splits(recipe: ImageRecipe) -> None:
     """Images to learn from and images held out; an index that is still to be made will have both."""
     data = recipe.data
@@ -156,7 +146,7 @@ def whole_maps(recipe: ImageRecipe) -> None:
     refuse_partial_maps(recipe, recipe.embed.tap, recipe.embed.grid or own)
 
 
-NEEDS = (initial_weights, both_splits, whole_maps)
+NEEDS = (both_splits, whole_maps)
 
 
 def refuse_partial_maps(recipe: ImageRecipe, tap: str, grid: int) -> None:

@@ -12,7 +12,7 @@ from effsam3.models.memory.slot import memory_config, memory_tensors, owned_by, 
 from effsam3.models.merging.slots import Part, refuse_other_student
 from effsam3.stages.base import TEACHER_FORM, CardEntry
 from effsam3.stages.memory.facts import MemoryRecipe
-from effsam3.stages.memory.training import trained_tensors, untrained_tensors
+from effsam3.stages.memory.training import trained_tensors, untrained
 
 FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must record of the features that it learned
 
@@ -34,7 +34,7 @@ def part_of_run(trained: MemoryRecipe, features: dict, weights: dict, config: Pr
 
 def untrained_part(recipe: MemoryRecipe, config: PreTrainedConfig, about: dict) -> Part:
     """Return the part that a run of the recipe will give, with the weights that it starts from."""
-    return part_of_run(recipe, {}, untrained_tensors(recipe), config, about)
+    return part_of_run(recipe, {}, untrained(recipe).state_dict(), config, about)
 
 
 def describe(config: PreTrainedConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from effsam3.models.image.teacher import parameter_count
 from effsam3.models.memory.attention import memory_tokens
 from effsam3.models.memory.config import EfficientTrackerConfig
 from effsam3.models.memory.prompts import draw_kind, draw_prompt
-from effsam3.models.memory.slot import MEMORY, memory_config, tracker_config
+from effsam3.models.memory.slot import MEMORY, tracker_config
 from effsam3.models.memory.student import TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.training import PARTS, Prompts, read_tracker_tensors
@@ -131,10 +131,11 @@ def trained_tensors(config: EfficientTrackerConfig, trains: Sequence[str]) -> di
     return {name: tensor for name, tensor in whole.items() if name.startswith(prefixes)}
 
 
-def untrained_tensors(recipe: MemoryRecipe) -> dict[str, Tensor]:
-    """Return the tensors of the student as it starts, without their values."""
-    folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
-    return trained_tensors(tracker_config(memory_config(read_config(folder)), recipe.memory), recipe.memory.trains)
+def untrained(recipe: MemoryRecipe) -> TrackerStudent:
+    """Build the recipe's student without the values of its tensors."""
+    own = read_config(chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)).tracker_config
+    with torch.device("meta"):
+        return make_student(recipe, *make_trackers(recipe, own))
 
 
 NEEDS = ()  # a training needs nothing that not every one needs

@@ -4,18 +4,16 @@
 from __future__ import annotations
 
 from collections import deque
-from functools import partial
 from pathlib import Path
 
 from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.tables import Column, millions, result_table, speed_table
 from effsam3.benchmarks.text import load_text_features, plot_similarity, text_similarity, text_speed
-from effsam3.data.captions.sources import open_captions
 from effsam3.data.captions.text_files import read_texts
 from effsam3.errors import UserError
 from effsam3.models.text.student import TextTeacher, fold_repmixer
-from effsam3.models.text.tokens import Tokenizer
 from effsam3.stages.text.facts import TextRecipe
+from effsam3.stages.text.training import captions_of, encoder
 
 
 def phrase_list(recipe: TextRecipe) -> None:
@@ -33,23 +31,10 @@ NEEDS = (phrase_list,)
 def measure(recipe: TextRecipe, folder: Path, chassis: Path, teacher_name: str, results: Results) -> None:
     """Run the recipe's benchmarks on `folder`/merged and on its teacher, a folder that is called `teacher_name`."""
     teacher, student = TextTeacher.from_folder(chassis), load_text_features(folder / "merged")
-    asked, data = recipe.evaluate, recipe.data
+    asked = recipe.evaluate
     if "similarity" in asked.benchmarks:
-        phrases, phrase_column = data.phrases, data.phrase_column
-        if asked.phrases is not None:
-            phrases, phrase_column = (asked.phrases,), asked.phrase_column
-        captions = open_captions(
-            data.captions,
-            data.column,
-            phrases,
-            data.phrase_share,
-            held_out=data.held_out,
-            limit=data.limit,
-            workers=max(1, data.workers),
-            phrase_column=phrase_column,
-        )
-        encode = partial(Tokenizer().encode, context_length=data.context_length)
-        result = {}
+        own = {} if asked.phrases is None else {"phrases": (asked.phrases,), "phrase_column": asked.phrase_column}
+        captions, encode, result = captions_of(recipe.data, **own), encoder(recipe), {}
         for source in ("captions", "phrases"):
             part = captions.only("val", source)
             if len(part) > 1:

@@ -13,7 +13,7 @@ from effsam3.models.registry import TEXT_STUDENTS, TINY_TEXT_STUDENTS
 from effsam3.models.text.padding import padding_of
 from effsam3.stages.base import TEACHER_FORM, CardEntry, began_with
 from effsam3.stages.text.facts import TextRecipe
-from effsam3.stages.text.training import untrained_tensors
+from effsam3.stages.text.training import untrained
 
 FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must record of the features that it learned
 
@@ -25,7 +25,7 @@ def part_of_run(trained: TextRecipe, features: dict, weights: dict, config: PreT
 
 def untrained_part(recipe: TextRecipe, config: PreTrainedConfig, about: dict) -> Part:
     """Return the part that a run of the recipe will give, with the weights that it starts from."""
-    return part_of_run(recipe, {}, untrained_tensors(recipe), config, about)
+    return part_of_run(recipe, {}, untrained(recipe).state_dict(), config, about)
 
 
 def describe(config: PreTrainedConfig) -> dict[str, Any]:

@@ -35,9 +35,9 @@ from effsam3.models.text.student import StudentText, TextTeacher, text_student
 from effsam3.models.text.tokens import Tokenizer, tokenizer_fingerprint
 from effsam3.models.text.weights import WeightsReport, load_text_weights
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import FeatureStage, open_store, start_from_model
+from effsam3.stages.base import FeatureStage, open_store
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.text.facts import TextRecipe
+from effsam3.stages.text.facts import TextData, TextRecipe
 from effsam3.training.report import Report
 
 
@@ -51,20 +51,19 @@ def ready_captions(recipe: TextRecipe, accelerator: Accelerator) -> Captions:
     if data.source == "synthetic":
         on_main(accelerator, partial(_make_synthetic, data))
     with accelerator.main_process_first():
-        captions = open_captions(
-            data.captions,
-            data.column,
-            data.phrases,
-            data.phrase_share,
-            held_out=data.held_out,
-            limit=data.limit,
-            workers=max(1, data.workers),
-            phrase_column=data.phrase_column,
-        )
-    return captions
+        return captions_of(data)
 
 
-def _make_synthetic(data) -> None:
+def captions_of(data: TextData, **other) -> Captions:
+    """Open the captions and phrases of a recipe's data; `other` arguments of `open_captions` take their place."""
+    asked = {"phrases": data.phrases, "phrase_column": data.phrase_column, "held_out": data.held_out} | other
+    workers = max(1, data.workers)
+    return open_captions(
+        data.captions, data.column, phrase_share=data.phrase_share, limit=data.limit, workers=workers, **asked
+    )
+
+
+def _make_synthetic(data: TextData) -> None:
     made = {"captions": data.synthetic_captions}
     for path in filter(None, (data.captions, *data.phrases)):
         make = make_synthetic_recap if path == data.captions else make_synthetic_phrases
@@ -104,17 +103,7 @@ def untrained(recipe: TextRecipe) -> StudentText:
     return make_student(recipe, chassis_facts(recipe.sam3.checkpoint).fpn_hidden_size)[0]
 
 
-def untrained_tensors(recipe: TextRecipe) -> dict[str, Tensor]:
-    """Return the tensors of the student as it starts."""
-    return untrained(recipe).state_dict()
-
-
-def initial_weights(recipe: TextRecipe) -> None:
-    """The student, and the weights that it starts from."""
-    start_from_model(untrained(recipe), recipe)
-
-
-NEEDS = (initial_weights,)
+NEEDS = ()  # a training needs nothing that not every one needs
 
 
 def encoder(recipe: TextRecipe):
