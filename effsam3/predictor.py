@@ -24,7 +24,7 @@ from torchvision.ops import box_convert
 from transformers import PreTrainedModel
 
 from effsam3.data.coco import rles_of
-from effsam3.data.images.sa1b import decode_image
+from effsam3.data.images.decoding import decode_image
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.videos.files import VIDEO_EXTENSIONS, open_video
 from effsam3.models.chassis.card import CARD

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from effsam3.benchmarks.models import Pair
 from effsam3.data.coco import rles_of
-from effsam3.data.images.sa1b import Unreadable, read_annotations, read_image
+from effsam3.data.images.sa1b import read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
+from effsam3.data.unreadable import Unreadable
 from effsam3.errors import UserError
 from effsam3.models.inference.prompted import prompted_masks
 

@@ -1,136 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What builds an index in parallel: worker processes, parts that survive a kill, and reports of what was left out.
+"""What all indexes share: chunks that are checked in parallel and survive a kill, the parquet, reports.
 
-A part is a parquet of a few rows with all that is known of them. Its name is a hash of all it was made from, so that a
-re-run after a kill knows the finished ones by their names.
+A chunk is a parquet of a few rows with all that is known of them, in `<stem>.chunks/`. Its name is a hash of all it
+was made from, so that a re-run after a kill knows the finished ones by their names.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-import multiprocessing
-import os
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import datetime
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
+from effsam3.data.splits import SPLITS
+from effsam3.data.workers import submit_jobs
 from effsam3.errors import UserError
-from effsam3.stopping import leave_stopping_to_the_parent, stopped_at_once
+from effsam3.files import atomic_file, refuse_unwritable, write_json
 
 DETAILS = 100  # files of each reason that a report explains in full
 
-# ---- workers
+
+def printable(name: str) -> str:
+    """Return a file name that UTF-8 can hold; bytes that are not UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
-@contextlib.contextmanager
-def worker_pool(workers: int) -> Iterator[Callable[..., Future]]:
-    """Give `submit(function, *arguments)`, which returns a future; with one worker it calls the function at once.
+# ---- build
+
+
+def refuse_options(out: Path, val_fraction: float, check: str) -> None:
+    """Raise UserError for values that no index can be built with, or an `out` that cannot be written."""
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out} must end in .parquet")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1")
+    if check not in ("decode", "header"):
+        raise UserError(f"--check {check} must be decode or header")
+    refuse_unwritable(out.parent, "--out")
+
+
+def make_chunks(
+    out: Path,
+    chunks: list[list],
+    make_rows: Callable[..., list[dict]],
+    arguments: tuple,
+    version: int,
+    columns: dict[str, str],
+    submit: Callable[..., Future],
+    unit: str,
+    progress: bool,
+):
+    """Return `make_rows(chunk, *arguments)` of all chunks as one Arrow table in order of their keys.
+
+    What an earlier run with the same `version` and arguments has made of the same entries is read instead.
+
+    Args:
+        chunks: of entries, whose `repr` says all that their rows depend on.
+        unit: names the entries in the progress bar.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+    import xxhash
+
+    folder, schema = _chunks_of(out), arrow_schema(columns)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_from = [repr((version, arguments, chunk)).encode("utf-8", "backslashreplace") for chunk in chunks]
+    files = [folder / f"{xxhash.xxh3_128_hexdigest(text)}.parquet" for text in made_from]
+    missing = {file: chunk for file, chunk in zip(files, chunks, strict=True) if not file.exists()}
+    jobs = [(make_rows, chunk, arguments, schema, file) for file, chunk in missing.items()]
+    sizes = [len(chunk) for chunk in missing.values()]
+    submit_jobs(submit, _make_chunk, jobs, unit, progress, sizes, sum(map(len, chunks)) - sum(sizes))
+    tables = [parquet.read_table(file, partitioning=None) for file in files]
+    return pyarrow.concat_tables([schema.empty_table(), *tables]).sort_by("key")
+
+
+def _make_chunk(make_rows: Callable[..., list[dict]], chunk: list, arguments: tuple, schema, file: Path) -> None:
+    import pyarrow
+
+    write_parquet(pyarrow.Table.from_pylist(make_rows(chunk, *arguments), schema), file)
+
+
+def _chunks_of(out: Path) -> Path:
+    return out.parent / f"{out.stem}.chunks"
+
+
+def report_of(index: Path) -> Path:
+    """Where the report of an index is."""
+    return index.with_name(f"{index.stem}.report.json")
+
+
+def write_index(
+    out: Path,
+    table,
+    columns: dict[str, str],
+    report: dict[str, Any],
+    unit: str,
+    summary: Callable[[dict], str],
+    sources: list[Path],
+    started: float,
+) -> dict[str, Any]:
+    """Write the report, then the usable rows as the index; the chunks go. Returns the report.
+
+    Args:
+        unit: what the report counts by split, under its plural.
+        started: `time.monotonic()` at the beginning.
 
     Raises:
-        UserError: a worker was killed.
-        KeyboardInterrupt: this process was asked to stop; parts that are under way are given up.
+        UserError: no row is usable.
     """
-    if workers == 1:
-        with stopped_at_once():
-            yield _run_now
-        return
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, context, initializer=start_worker)
-    others = set(multiprocessing.active_children())
-    try:
-        with stopped_at_once():
-            yield executor.submit
-    except KeyboardInterrupt:
-        for worker in set(multiprocessing.active_children()) - others:
-            worker.kill()
-        raise
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process was killed, perhaps for want of memory; the finished parts are kept: "
-            "run the same command again to resume, with fewer workers if memory is short"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
+    report |= {
+        "sources": [printable(str(source)) for source in sources],
+        "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    write_json(report_of(out), report)
+    if not sum(report[f"{unit}s"].values()):
+        names = ", ".join(report["sources"])
+        raise UserError(f"no usable {unit} in {names}\n{summary(report)}\nreport: {report_of(out)}")
+    write_parquet(table.filter(is_empty(table["excluded"])).select(list(columns)), out)
+    shutil.rmtree(_chunks_of(out))
+    return report
 
 
-def _run_now(function: Callable, *arguments) -> Future:
-    future: Future = Future()
-    future.set_result(function(*arguments))
-    return future
+# ---- tables
 
 
-def start_worker() -> None:
-    """Initialise a worker of a pool: it ends when its parent ends it, or with its parent."""
-    leave_stopping_to_the_parent()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def arrow_schema(columns: dict[str, str]):
+    """Return the Arrow schema of columns given by name and type."""
+    import pyarrow
+
+    nested = {"list<int32>": pyarrow.list_(pyarrow.int32())}
+    nested["list<list<int32>>"] = pyarrow.list_(nested["list<int32>"])
+    return pyarrow.schema([(name, nested.get(kind) or pyarrow.type_for_alias(kind)) for name, kind in columns.items()])
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # a worker has one
-    parent.join()
-    os._exit(1)  # a killed parent leaves nobody who could stop this worker
-
-
-# ---- parts
-
-
-def make_parts(
-    files: dict[Path, list], make_part: Callable, arguments: tuple, submit: Callable, unit: str, progress: bool
-) -> None:
-    """Call `make_part(entries, *arguments, file)` for every file of {file: entries} that is not there.
-
-    `unit` names the entries in the progress bar.
-    """
-    from tqdm import tqdm
-
-    total = sum(map(len, files.values()))
-    missing = {file: entries for file, entries in files.items() if not file.exists()}
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
-    with tqdm(total=total, desc=unit, mininterval=interval, disable=not progress) as bar:
-        bar.update(total - sum(map(len, missing.values())))
-        futures = []
-        for file, entries in missing.items():
-            futures.append(submit(make_part, entries, *arguments, file))
-            futures[-1].add_done_callback(functools.partial(_advance, bar, len(entries)))
-        for future in futures:
-            future.result()
-
-
-def run_jobs(function: Callable, jobs: list[tuple], workers: int, unit: str, progress: bool = True) -> list:
-    """Call `function(*job)` for every job in worker processes, and return what it returns, in the jobs' order."""
-    from tqdm import tqdm
-
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
-    with (
-        worker_pool(workers) as submit,
-        tqdm(total=len(jobs), desc=unit, mininterval=interval, disable=not progress) as bar,
-    ):
-        futures = []
-        for job in jobs:
-            futures.append(submit(function, *job))
-            futures[-1].add_done_callback(functools.partial(_advance, bar, 1))
-        return [future.result() for future in futures]
-
-
-def _advance(bar, count: int, future: Future) -> None:
-    """Move a progress bar on by `count` when a job has ended well."""
-    if not future.cancelled() and future.exception() is None:
-        bar.update(count)
-
-
-def parquet_bytes(table) -> memoryview:
-    """Return an Arrow table as a parquet file, whose pages have checksums."""
+def write_parquet(table, path: Path) -> None:
+    """Write an Arrow table as a parquet file, whose pages have checksums, whole or not at all."""
     import pyarrow.parquet as parquet
 
-    sink = io.BytesIO()
-    parquet.write_table(table, sink, write_page_checksum=True)
-    return sink.getbuffer()
+    with atomic_file(path) as partial:
+        parquet.write_table(table, partial, write_page_checksum=True)
 
 
 def read_index(path: Path, command: str):
@@ -153,13 +165,27 @@ def read_index(path: Path, command: str):
     return table
 
 
-def read_parts(files: Iterable[Path], schema):
-    """Return the rows of all parts as one Arrow table in order of their keys; `schema` is that of every part."""
-    import pyarrow
-    import pyarrow.parquet as parquet
+def rows_of(table, path: Path, split: str | None, limit: int | None, unit: str):
+    """Return the rows of an index as a Hugging Face `datasets.Dataset`; `split` keeps train or val.
 
-    tables = [parquet.read_table(file, partitioning=None) for file in files]
-    return pyarrow.concat_tables([schema.empty_table(), *tables]).sort_by("key")
+    `limit` keeps the first rows of what is left.
+
+    Raises:
+        UserError: the split does not exist, or has no row.
+    """
+    import pyarrow.compute as compute
+    from datasets import Dataset
+
+    if split is not None:
+        if split not in SPLITS:
+            raise UserError(f"split {split!r} does not exist; choose from {', '.join(SPLITS)}")
+        counts = {name: compute.sum(compute.equal(table["split"], name)).as_py() or 0 for name in SPLITS}
+        table = table.filter(compute.equal(table["split"], split))
+        if not table.num_rows:
+            raise UserError(
+                f"{path} has no {unit} in split {split} ({counts}); rebuild it with another --val-fraction"
+            )
+    return Dataset(table.slice(0, limit).combine_chunks())
 
 
 # ---- reports

@@ -11,12 +11,13 @@ from datasets import Dataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from effsam3.data.indexing import arrow_schema
 from effsam3.data.loader import loader
 from effsam3.data.sampler import PADDING
 from effsam3.data.synthetic.videos import make_synthetic_sav, sav_record
 from effsam3.data.videos.clips import Augmentation, VideoClips
 from effsam3.data.videos.index import build_index
-from effsam3.data.videos.sav import SavAnnotations, load_index, schema
+from effsam3.data.videos.sav import COLUMNS, SavAnnotations, load_index
 from effsam3.errors import UserError
 
 SIDE = 24
@@ -49,7 +50,7 @@ def write(folder, name, masks_ANHW, frames_AHW3=None):
 
 
 def clips(rows, folder, **options):
-    index = Dataset(pyarrow.Table.from_pylist(rows, schema()))
+    index = Dataset(pyarrow.Table.from_pylist(rows, arrow_schema(COLUMNS)))
     settings = {"image_size": SIDE, "frames": 4, "objects": 2, "reverse": 0.5, "augment": False, "seed": 0}
     return VideoClips(index, folder, **(settings | options))
 

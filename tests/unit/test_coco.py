@@ -14,11 +14,13 @@ from pycocotools import mask as coco_mask
 from effsam3.benchmarks.masks import choose_annotations, iou_each, size_of
 from effsam3.data import coco
 from effsam3.data.coco import Malformed, check_annotations, decode, middle_of, runs_of, to_rle
-from effsam3.data.images.sa1b import UnreadableAnnotations, parse_annotations
+from effsam3.data.images.sa1b import parse_annotations
+from effsam3.data.indexing import arrow_schema
 from effsam3.data.synthetic.images import sa1b_record
 from effsam3.data.synthetic.videos import sav_record
+from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.index import _facts
-from effsam3.data.videos.sav import COLUMNS, parse_sav, schema
+from effsam3.data.videos.sav import COLUMNS, parse_sav
 
 RNG = np.random.default_rng(0)
 HEIGHT, WIDTH = 24, 32
@@ -301,7 +303,7 @@ def test_any_value_in_any_place_of_an_sav_file_is_used_or_named():
             continue
         used += 1
         row = _facts(found)
-        pyarrow.Table.from_pylist([row], schema({name: COLUMNS[name] for name in row}))
+        pyarrow.Table.from_pylist([row], arrow_schema({name: COLUMNS[name] for name in row}))
         assert len(set(found.objects)) == len(found.objects), context
         for annotated, rles in enumerate(found.masklet):
             for position in range(len(rles or ())):

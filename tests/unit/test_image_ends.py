@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from effsam3.data.images.decoding import decode_image
 from effsam3.data.images.image_ends import jpeg_is_whole
-from effsam3.data.images.sa1b import UnreadableImage, decode_image
+from effsam3.data.unreadable import UnreadableImage
 
 MP4 = b"\0\0\0\x18ftypmp42" + bytes(12) + b"\0\0\1\0mdat" + bytes(range(248)) + b"\0\0\0\xc8free" + bytes(192)
 TRAILERS = {

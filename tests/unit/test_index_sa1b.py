@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,12 @@ from PIL import Image
 
 from effsam3.data.images import index as index_sa1b
 from effsam3.data.images import sa1b
+from effsam3.data.images.decoding import ORIENTATION
 from effsam3.data.images.index import build_index, summary
-from effsam3.data.indexing import worker_pool
+from effsam3.data.splits import split_of
 from effsam3.data.synthetic.images import make_synthetic_sa1b, sa1b_record
+from effsam3.data.unreadable import UnreadableImage
+from effsam3.data.workers import worker_pool
 from effsam3.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +68,7 @@ def test_rows_say_what_the_files_are(flat, tmp_path):
         assert (tmp_path / row["image_file"]).resolve() == image.resolve() and "\\" not in row["image_file"]
         assert row["image_offset"] == 0 and row["image_bytes"] == image.stat().st_size
         assert (row["width"], row["height"]) == Image.open(image).size and row["converted"] == ""
-        assert row["split"] == sa1b.split_of(row["key"], 0.3)
+        assert row["split"] == split_of(row["key"], 0.3)
         if row["key"] == "sa_30":
             assert row["annotation_file"] is None and row["num_masks"] == row["annotation_bytes"] == 0
         else:
@@ -119,7 +123,7 @@ def bad_folder(folder: Path) -> None:
     save(folder / "deep.png", rng.integers(0, 65535, (40, 60)).astype(np.uint16))
     for orientation in range(2, 9):
         exif = Image.Exif()
-        exif[sa1b.ORIENTATION] = orientation
+        exif[ORIENTATION] = orientation
         save(folder / f"exif{orientation}.jpg", pixels, exif=exif)
     (folder / "empty.jpg").touch()
     (folder / "text.jpg").write_text("<html>404</html>")
@@ -174,7 +178,7 @@ def test_header_check_does_not_decode_and_says_so(tmp_path):
     assert report["check"] == "header" and "truncated" not in report["excluded"]
     assert "--check decode" in summary(report)
     by_header = {row["key"]: row for row in rows(tmp_path / "index.parquet")}
-    with pytest.raises(sa1b.UnreadableImage, match="truncated"):
+    with pytest.raises(UnreadableImage, match="truncated"):
         sa1b.read_image(by_header.pop("cut"), tmp_path)
     build(tmp_path / "data", tmp_path / "index.parquet", max_pixels=50_000)
     assert {row["key"]: row for row in rows(tmp_path / "index.parquet")} == by_header
@@ -280,7 +284,7 @@ def test_unusable_requests_are_user_errors(flat, tmp_path):
 
 
 def test_two_workers_write_the_same_bytes(flat, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_sa1b, "PART_IMAGES", 7)
+    monkeypatch.setattr(index_sa1b, "CHUNK_IMAGES", 7)
     build(flat, tmp_path / "one.parquet", workers=1)
     build(flat, tmp_path / "two.parquet", workers=2)
     assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
@@ -289,20 +293,21 @@ def test_two_workers_write_the_same_bytes(flat, tmp_path, monkeypatch):
 KILLED = """
 import sys, time
 from effsam3.data.images import index as index_sa1b
-index_sa1b.PART_IMAGES = 4
-make, made = index_sa1b._make_part, []
+index_sa1b.CHUNK_IMAGES = 4
+make, made = index_sa1b._make_rows, []
 def make_three(*arguments):
     if len(made) == 3:
         print("three", flush=True)
         time.sleep(60)
-    made.append(make(*arguments))
-index_sa1b._make_part = make_three
+    made.append(1)
+    return make(*arguments)
+index_sa1b._make_rows = make_three
 index_sa1b.build_index([sys.argv[1]], sys.argv[2], workers=1, progress=False)
 """
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(flat, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_sa1b, "PART_IMAGES", 4)
+    monkeypatch.setattr(index_sa1b, "CHUNK_IMAGES", 4)
     build(flat, tmp_path / "whole.parquet")
     out = tmp_path / "index.parquet"
     process = subprocess.Popen([sys.executable, "-c", KILLED, flat, out], cwd=ROOT, stdout=subprocess.PIPE)
@@ -310,42 +315,42 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(flat, tmp_path, monkeypat
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert not out.exists() and len(list((tmp_path / "index.parts").glob("*.parquet"))) == 3
-    (tmp_path / "index.parts" / ".torn.parquet.1.tmp").write_bytes(b"half a p")
+    assert not out.exists() and len(list((tmp_path / "index.chunks").glob("*.parquet"))) == 3
+    (tmp_path / "index.chunks" / ".torn.parquet.1.partial").write_bytes(b"half a p")
 
     made = []
-    make = index_sa1b._make_part
-    monkeypatch.setattr(index_sa1b, "_make_part", lambda *arguments: made.append(make(*arguments)))
+    make = index_sa1b._make_rows
+    monkeypatch.setattr(index_sa1b, "_make_rows", lambda *arguments: made.append(1) or make(*arguments))
     build(flat, out)
     assert len(made) == 8 - 3
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-    assert not (tmp_path / "index.parts").exists()
+    assert not (tmp_path / "index.chunks").exists()
 
 
-def test_parts_of_changed_files_or_other_options_are_not_reused(flat, tmp_path, monkeypatch):
+def test_chunks_of_changed_files_or_other_options_are_not_reused(flat, tmp_path, monkeypatch):
     data = tmp_path / "data"
     data.mkdir()
     for path in flat.glob("sa_?.*"):
         (data / path.name).write_bytes(path.read_bytes())
-    monkeypatch.setattr(index_sa1b, "PART_IMAGES", 3)
-    monkeypatch.setattr(index_sa1b.shutil, "rmtree", lambda folder: None)  # as if killed just before the end
+    monkeypatch.setattr(index_sa1b, "CHUNK_IMAGES", 3)
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: None)  # as if killed just before the end
     made = []
-    make = index_sa1b._make_part
-    monkeypatch.setattr(index_sa1b, "_make_part", lambda *arguments: made.append(make(*arguments)))
+    make = index_sa1b._make_rows
+    monkeypatch.setattr(index_sa1b, "_make_rows", lambda *arguments: made.append(1) or make(*arguments))
 
-    def parts_made(**options):
+    def chunks_made(**options):
         made.clear()
         build(data, tmp_path / "index.parquet", **options)
         return len(made)
 
-    assert parts_made() == 3 and parts_made() == 0
-    assert parts_made(min_side=17) == 3 and parts_made() == 0
+    assert chunks_made() == 3 and chunks_made() == 0
+    assert chunks_made(min_side=17) == 3 and chunks_made() == 0
     os.utime(data / "sa_5.jpg", ns=(1, 1))
-    assert parts_made() == 1
+    assert chunks_made() == 1
     (data / "sa_9.json").write_text("{}")
-    assert parts_made() == 1
+    assert chunks_made() == 1
     assert [row["num_masks"] for row in rows(tmp_path / "index.parquet")][-1] == 0
-    assert parts_made(val_fraction=0.9) > 0
+    assert chunks_made(val_fraction=0.9) > 0
 
 
 def test_a_killed_worker_is_a_clear_error():
@@ -356,7 +361,7 @@ def test_a_killed_worker_is_a_clear_error():
 
 def test_workers_end_with_a_killed_parent(tmp_path):
     code = (
-        "from effsam3.data.indexing import worker_pool\nimport os, time\n"
+        "from effsam3.data.workers import worker_pool\nimport os, time\n"
         "if __name__ == '__main__':\n"
         "    with worker_pool(2) as submit:\n"
         "        print(submit(os.getpid).result(), flush=True)\n"

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from effsam3.data.images.sa1b import split_of
+from effsam3.data.splits import split_of
 from effsam3.data.synthetic.videos import make_synthetic_sav, make_video, mp4_bytes, sav_record
 from effsam3.data.videos import index as index_sav
 from effsam3.data.videos.extract_frames import extract_frames
@@ -281,20 +282,21 @@ def test_unusable_requests_are_user_errors(flat, tmp_path):
 KILLED = """
 import sys, time
 from effsam3.data.videos import index as index_sav
-index_sav.PART_VIDEOS = 2
-make, made = index_sav._make_part, []
+index_sav.CHUNK_VIDEOS = 2
+make, made = index_sav._make_rows, []
 def make_three(*arguments):
     if len(made) == 3:
         print("three", flush=True)
         time.sleep(60)
-    made.append(make(*arguments))
-index_sav._make_part = make_three
+    made.append(1)
+    return make(*arguments)
+index_sav._make_rows = make_three
 index_sav.build_index([sys.argv[1]], sys.argv[2], workers=1, progress=False)
 """
 
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(flat, tmp_path, monkeypatch):
-    monkeypatch.setattr(index_sav, "PART_VIDEOS", 2)
+    monkeypatch.setattr(index_sav, "CHUNK_VIDEOS", 2)
     build(flat, tmp_path / "whole.parquet")
     out = tmp_path / "index.parquet"
     process = subprocess.Popen([sys.executable, "-c", KILLED, flat, out], cwd=ROOT, stdout=subprocess.PIPE)
@@ -302,37 +304,37 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(flat, tmp_path, monkeypat
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    assert not out.exists() and len(list((tmp_path / "index.parts").glob("*.parquet"))) == 3
+    assert not out.exists() and len(list((tmp_path / "index.chunks").glob("*.parquet"))) == 3
 
     made = []
-    make = index_sav._make_part
-    monkeypatch.setattr(index_sav, "_make_part", lambda *arguments: made.append(make(*arguments)))
+    make = index_sav._make_rows
+    monkeypatch.setattr(index_sav, "_make_rows", lambda *arguments: made.append(1) or make(*arguments))
     build(flat, out)
     assert len(made) == 5 - 3
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
-    assert not (tmp_path / "index.parts").exists()
+    assert not (tmp_path / "index.chunks").exists()
 
 
-def test_parts_of_changed_files_or_other_options_are_not_reused(tmp_path, monkeypatch):
+def test_chunks_of_changed_files_or_other_options_are_not_reused(tmp_path, monkeypatch):
     data = tmp_path / "data"
     make_synthetic_sav(data, 4, **SMALL)
-    monkeypatch.setattr(index_sav, "PART_VIDEOS", 2)
-    monkeypatch.setattr(index_sav.shutil, "rmtree", lambda folder: None)  # as if killed just before the end
+    monkeypatch.setattr(index_sav, "CHUNK_VIDEOS", 2)
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: None)  # as if killed just before the end
     made = []
-    make = index_sav._make_part
-    monkeypatch.setattr(index_sav, "_make_part", lambda *arguments: made.append(make(*arguments)))
+    make = index_sav._make_rows
+    monkeypatch.setattr(index_sav, "_make_rows", lambda *arguments: made.append(1) or make(*arguments))
 
-    def parts_made(**options):
+    def chunks_made(**options):
         made.clear()
         build(data, tmp_path / "index.parquet", **options)
         return len(made)
 
-    assert parts_made() == 2 and parts_made() == 0
-    assert parts_made(check="header") == 2 and parts_made(check="header") == 0
+    assert chunks_made() == 2 and chunks_made() == 0
+    assert chunks_made(check="header") == 2 and chunks_made(check="header") == 0
     os.utime(data / "sav_000001.mp4", ns=(1, 1))
-    assert parts_made() == 1
+    assert chunks_made() == 1
     (data / "sav_000004_manual.json").write_text("{}")
-    assert parts_made() == 1 and len(rows(tmp_path / "index.parquet")) == 3
+    assert chunks_made() == 1 and len(rows(tmp_path / "index.parquet")) == 3
 
 
 def test_the_script_with_two_workers_writes_the_same_bytes(flat, tmp_path):

@@ -6,7 +6,7 @@ import pyarrow
 import pytest
 
 from effsam3.data.images import sa1b
-from effsam3.data.indexing import parquet_bytes
+from effsam3.data.indexing import arrow_schema, write_parquet
 from effsam3.data.videos import sav
 from effsam3.errors import UserError
 
@@ -20,9 +20,9 @@ VALUES = {
 def test_damage_is_found(kind, tmp_path):
     row = {name: VALUES[column] for name, column in kind.COLUMNS.items()} | {"split": "train"}
     rows = [row | {"key": f"sa_{number:03d}"} for number in range(40)]
-    data = bytes(parquet_bytes(pyarrow.Table.from_pylist(rows, sav.schema(kind.COLUMNS))))
     file, rng = tmp_path / "index.parquet", np.random.default_rng(0)
-    file.write_bytes(data)
+    write_parquet(pyarrow.Table.from_pylist(rows, arrow_schema(kind.COLUMNS)), file)
+    data = file.read_bytes()
     assert kind.load_index(file, "train").to_list() == rows
     found = 0
     for number in range(200):

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from effsam3.data.images.photographs import ready_photographs
-from effsam3.data.images.sa1b import digest_of, load_index, read_image, split_of
+from effsam3.data.images.sa1b import digest_of, load_index, read_image
+from effsam3.data.splits import split_of
 from effsam3.errors import UserError
 from effsam3.recipe.reader import RecipeError, load_recipe
 

@@ -15,8 +15,11 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from effsam3.data.images import sa1b
+from effsam3.data.images.decoding import ORIENTATION, decode_image, image_header
 from effsam3.data.images.index import build_index
+from effsam3.data.splits import split_of
 from effsam3.data.synthetic.images import make_synthetic_sa1b, sa1b_record
+from effsam3.data.unreadable import UnreadableAnnotations, UnreadableImage
 from effsam3.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -44,10 +47,10 @@ def png(rows: np.ndarray, colour_type: int, size: tuple[int, int] | None = None)
 
 def test_plain_jpeg_and_png_are_as_pillow_decodes_them():
     for data in (encode(SMOOTH, "JPEG"), encode(SMOOTH, "PNG"), encode(SMOOTH, "BMP"), encode(SMOOTH, "TIFF")):
-        pixels, kinds = sa1b.decode_image(data)
+        pixels, kinds = decode_image(data)
         assert kinds == [] and pixels.dtype == np.uint8 and pixels.flags.writeable
         np.testing.assert_array_equal(pixels, np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    assert sa1b.image_header(data) == (40, 24, [])
+    assert image_header(data) == (40, 24, [])
 
 
 GREY = SMOOTH[..., 0]
@@ -75,9 +78,9 @@ PALETTE = Image.fromarray(SMOOTH).quantize(256)
     ids="grey bilevel grey-alpha png-alpha webp-alpha palette palette-alpha cmyk png16 tiff16 rgb16 rgba16".split(),
 )  # fmt: skip
 def test_other_kinds_become_rgb_and_are_named(data, expected_HWC, kinds, tolerance):
-    pixels, found = sa1b.decode_image(data)
+    pixels, found = decode_image(data)
     assert found == kinds and pixels.shape == (24, 40, 3) and pixels.dtype == np.uint8
-    assert sa1b.image_header(data) == (40, 24, kinds)
+    assert image_header(data) == (40, 24, kinds)
     if expected_HWC is None:
         expected_HWC = np.asarray(Image.open(io.BytesIO(data)).convert("L"))[..., None]
     assert abs(pixels.astype(float) - expected_HWC).max() <= tolerance
@@ -87,7 +90,7 @@ def test_ycck_jpeg():
     # Adobe's marker with transform 2 turns the four channels into YCCK; Pillow inverts what carries the marker.
     data = encode(Image.fromarray(SMOOTH).convert("CMYK"), "JPEG")
     at = data.index(b"Adobe")
-    pixels, kinds = sa1b.decode_image(data[: at + 11] + b"\2" + data[at + 12 :])
+    pixels, kinds = decode_image(data[: at + 11] + b"\2" + data[at + 12 :])
     assert kinds == ["cmyk"] and pixels.shape == (24, 40, 3)
 
 
@@ -105,20 +108,20 @@ def test_exif_orientation(kind, orientation):
     stored = upright.transpose(1, 0, 2) if row in ("left", "right") else upright
     stored = stored[:: -1 if row in ("right", "bottom") else 1, :: -1 if column in ("right", "bottom") else 1]
     exif = Image.Exif()
-    exif[sa1b.ORIENTATION] = orientation
+    exif[ORIENTATION] = orientation
     options = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
     data = encode(np.ascontiguousarray(stored), kind, exif=exif, **options)
-    pixels, kinds = sa1b.decode_image(data)
+    pixels, kinds = decode_image(data)
     assert kinds == ["exif"] and pixels.shape == upright.shape
     assert abs(pixels.astype(int) - upright).max() <= (6 if kind == "JPEG" else 0)
-    assert sa1b.image_header(data) == (upright.shape[1], upright.shape[0], ["exif"])
+    assert image_header(data) == (upright.shape[1], upright.shape[0], ["exif"])
 
 
 def test_damaged_exif_leaves_the_image_upright():
     exif = Image.Exif()
-    exif[sa1b.ORIENTATION] = 6
+    exif[ORIENTATION] = 6
     data = encode(SMOOTH, "WEBP", exif=exif)
-    pixels, kinds = sa1b.decode_image(data.replace(b"MM\0*", b"XX\0*"))
+    pixels, kinds = decode_image(data.replace(b"MM\0*", b"XX\0*"))
     assert kinds == [] and pixels.shape == SMOOTH.shape
 
 
@@ -144,8 +147,8 @@ HUGE = png(DEEP[..., :3], 2, (30000, 30000))
     ],
 )
 def test_unusable_images_are_named_errors(data, reason):
-    with pytest.raises(sa1b.UnreadableImage) as error:
-        sa1b.decode_image(data, key="sa_7")
+    with pytest.raises(UnreadableImage) as error:
+        decode_image(data, key="sa_7")
     assert error.value.reason == reason and error.value.key == "sa_7" and "sa_7" in str(error.value)
 
 
@@ -153,18 +156,18 @@ def test_big_images_are_judged_by_max_pixels_and_pillow_keeps_quiet():
     data = png(DEEP[..., :3], 2, (12000, 12000))  # between Pillow's warning and its error
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert sa1b.image_header(data)[:2] == (12000, 12000)
-        with pytest.raises(sa1b.UnreadableImage, match="huge"):
-            sa1b.image_header(data, max_pixels=10_000_000)
-        with pytest.raises(sa1b.UnreadableImage, match="huge"):
-            sa1b.decode_image(encode(SMOOTH, "PNG"), max_pixels=24 * 40 - 1)
-        sa1b.decode_image(encode(SMOOTH, "PNG"), max_pixels=24 * 40)
+        assert image_header(data)[:2] == (12000, 12000)
+        with pytest.raises(UnreadableImage, match="huge"):
+            image_header(data, max_pixels=10_000_000)
+        with pytest.raises(UnreadableImage, match="huge"):
+            decode_image(encode(SMOOTH, "PNG"), max_pixels=24 * 40 - 1)
+        decode_image(encode(SMOOTH, "PNG"), max_pixels=24 * 40)
 
 
 def test_damaged_bytes_never_raise_anything_else():
     rng = np.random.default_rng(1)
     exif = Image.Exif()
-    exif[sa1b.ORIENTATION] = 6
+    exif[ORIENTATION] = 6
     deep = encode(GREY.astype(np.uint16), "TIFF")
     good = [encode(SMOOTH, kind, exif=exif) for kind in ("JPEG", "PNG", "WEBP", "TIFF")] + [
         deep,
@@ -176,11 +179,11 @@ def test_damaged_bytes_never_raise_anything_else():
             data[rng.integers(min(len(data), 400))] = rng.integers(256)
         data = bytes(data[: rng.integers(len(data))] if rng.random() < 0.3 else data)
         try:
-            pixels, kinds = sa1b.decode_image(data, max_pixels=1_000_000)
-        except sa1b.UnreadableImage:
+            pixels, kinds = decode_image(data, max_pixels=1_000_000)
+        except UnreadableImage:
             continue
         assert pixels.ndim == 3 and pixels.shape[2] == 3
-        assert sa1b.image_header(data) == (pixels.shape[1], pixels.shape[0], kinds)
+        assert image_header(data) == (pixels.shape[1], pixels.shape[0], kinds)
 
 
 # ---- annotations
@@ -227,7 +230,7 @@ def damaged(change) -> bytes:
     ],
 )
 def test_other_json_is_a_named_error(data, reason):
-    with pytest.raises(sa1b.UnreadableAnnotations) as error:
+    with pytest.raises(UnreadableAnnotations) as error:
         sa1b.parse_annotations(data, 20, 20, "sa_1")
     assert error.value.reason == reason
 
@@ -271,7 +274,7 @@ def test_rows_are_read_through_datasets(indexed):
     assert pickle.loads(pickle.dumps(rows)).to_list() == rows.to_list()  # a spawned loader worker gets it so
     for row in rows:
         data = (indexed.parent / "data" / f"{row['key']}.jpg").read_bytes()
-        np.testing.assert_array_equal(sa1b.read_image(row, indexed.parent), sa1b.decode_image(data)[0])
+        np.testing.assert_array_equal(sa1b.read_image(row, indexed.parent), decode_image(data)[0])
         record = json.loads((indexed.parent / "data" / f"{row['key']}.json").read_bytes())
         assert sa1b.read_annotations(row, indexed.parent) == record["annotations"]
         assert row["num_masks"] == len(record["annotations"]) >= 3
@@ -315,26 +318,26 @@ def test_a_changed_file_is_never_read_as_the_indexed_one(indexed):
     folder = indexed.parent
     with open(folder / first["image_file"], "ab") as file:
         file.write(b"more")
-    with pytest.raises(sa1b.UnreadableImage, match="changed") as error:
+    with pytest.raises(UnreadableImage, match="changed") as error:
         sa1b.read_image(first, folder)
     assert error.value.key == first["key"] and pickle.loads(pickle.dumps(error.value)).reason == "changed"
-    with pytest.raises(sa1b.UnreadableImage, match="changed"):
+    with pytest.raises(UnreadableImage, match="changed"):
         sa1b.read_image(second | {"width": second["width"] + 1}, folder)
     (folder / third["image_file"]).unlink()
     (folder / third["annotation_file"]).unlink()
-    with pytest.raises(sa1b.UnreadableImage, match="unreadable"):
+    with pytest.raises(UnreadableImage, match="unreadable"):
         sa1b.read_image(third, folder)
-    with pytest.raises(sa1b.UnreadableAnnotations, match="unreadable"):
+    with pytest.raises(UnreadableAnnotations, match="unreadable"):
         sa1b.read_annotations(third, folder)
     damaged_bytes = bytes(second["image_bytes"])
     (folder / second["image_file"]).write_bytes(damaged_bytes)
-    with pytest.raises(sa1b.UnreadableImage, match="another file of the same size"):
+    with pytest.raises(UnreadableImage, match="another file of the same size"):
         sa1b.read_image(second, folder)
 
 
 def test_split_depends_on_the_key_alone():
     keys = [f"sa_{n}" for n in range(20000)]
-    val = {key for key in keys if sa1b.split_of(key, 0.1) == "val"}
+    val = {key for key in keys if split_of(key, 0.1) == "val"}
     assert 0.09 < len(val) / len(keys) < 0.11
-    assert val <= {key for key in keys if sa1b.split_of(key, 0.2) == "val"}
-    assert {sa1b.split_of(key, 0.0) for key in keys} == {"train"}
+    assert val <= {key for key in keys if split_of(key, 0.2) == "val"}
+    assert {split_of(key, 0.0) for key in keys} == {"train"}

@@ -11,8 +11,10 @@ import pyarrow.parquet as parquet
 import pytest
 
 from effsam3.data.images import sa1b
+from effsam3.data.images.decoding import decode_image
 from effsam3.data.images.index import build_index
 from effsam3.data.images.sa1b_folders import scan_tar
+from effsam3.data.splits import split_of
 from effsam3.data.synthetic.images import make_synthetic_sa1b
 
 PLACE = {"image_file", "image_offset", "annotation_file", "annotation_offset"}
@@ -60,7 +62,7 @@ def tars(flat):
 def test_every_tree_gives_the_same_rows(flat, tars, tmp_path):
     for path in flat.glob("sa_*"):
         kind = "images" if path.suffix == ".jpg" else "annotations"
-        folder = tmp_path / "tree" / kind / sa1b.split_of(path.stem, 0.1)
+        folder = tmp_path / "tree" / kind / split_of(path.stem, 0.1)
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)
     nested = tmp_path / "nested"
@@ -94,7 +96,7 @@ def test_members_of_tars_are_read_in_place(flat, tars, tmp_path):
     build(tars, tmp_path / "index.parquet")
     for row in sa1b.load_index(tmp_path / "index.parquet"):
         assert row["image_file"].endswith(".tar") and row["image_offset"] > 0
-        extracted = sa1b.decode_image((flat / f"{row['key']}.jpg").read_bytes())[0]
+        extracted = decode_image((flat / f"{row['key']}.jpg").read_bytes())[0]
         np.testing.assert_array_equal(sa1b.read_image(row, tmp_path), extracted)
         if row["annotation_file"]:
             record = json.loads((flat / f"{row['key']}.json").read_text())

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from effsam3.data.images.sa1b import UnreadableAnnotations
+from effsam3.data.indexing import arrow_schema
 from effsam3.data.synthetic.videos import mp4_bytes, sav_record
+from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import UnreadableVideo
-from effsam3.data.videos.sav import FRAME_STRIDE, load_index, parse_sav, read_annotated_frames, read_sav, schema
+from effsam3.data.videos.sav import COLUMNS, FRAME_STRIDE, load_index, parse_sav, read_annotated_frames, read_sav
 from effsam3.errors import UserError
 
 SAMPLES = Path(__file__).parents[3] / "shared" / "data"
@@ -163,11 +164,11 @@ def test_other_files_are_no_index(tmp_path):
     parquet.write_table(pyarrow.table({"key": ["a"]}), path)
     with pytest.raises(UserError, match="not an SA-V index"):
         load_index(path)
-    wrong = schema().set(0, pyarrow.field("key", pyarrow.int64()))
+    wrong = arrow_schema(COLUMNS).set(0, pyarrow.field("key", pyarrow.int64()))
     parquet.write_table(wrong.empty_table(), path)
     with pytest.raises(UserError, match="not an SA-V index"):
         load_index(path)
-    parquet.write_table(schema().empty_table(), path)
+    parquet.write_table(arrow_schema(COLUMNS).empty_table(), path)
     assert len(load_index(path)) == 0
     with pytest.raises(UserError, match="no video in split val"):
         load_index(path, "val")

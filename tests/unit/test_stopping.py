@@ -229,7 +229,7 @@ def test_workers_end_when_their_parent_is_killed(start):
 POOL = """
 import sys, time
 from pathlib import Path
-from effsam3.data.indexing import worker_pool
+from effsam3.data.workers import worker_pool
 
 def work(file):
     Path(file).touch()

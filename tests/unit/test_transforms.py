@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from effsam3.data import transforms
-from effsam3.data.images.sa1b import decode_image
+from effsam3.data.images.decoding import decode_image
 
 RNG = np.random.default_rng(0)
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 from vos_folders import palette_image, write_vos_trees
 
-from effsam3.data.images.sa1b import UnreadableAnnotations
 from effsam3.data.synthetic.videos import make_synthetic_sav, make_video, sav_record
+from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import UnreadableVideo
 from effsam3.data.videos.vos import open_vos
 from effsam3.errors import UserError

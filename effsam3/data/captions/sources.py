@@ -20,8 +20,8 @@ import numpy as np
 from effsam3.checked_files import read_json
 from effsam3.data.captions.cleaning import EXAMPLES, clean_rows, code_of, count, counted, first_train_code, key_of
 from effsam3.data.captions.text_files import ROWS, caption_files, read_texts
-from effsam3.data.images.sa1b import SPLITS
-from effsam3.data.indexing import run_jobs
+from effsam3.data.splits import SPLITS
+from effsam3.data.workers import run_jobs
 from effsam3.errors import UserError
 from effsam3.files import atomic_file, write_text
 

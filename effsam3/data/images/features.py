@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from effsam3.data.images.sa1b import UnreadableImage, read_image
+from effsam3.data.images.sa1b import read_image
 from effsam3.data.sampler import PADDING
 from effsam3.data.store.reader import StoreReader, dequantise_int8
 from effsam3.data.transforms import resize_image
+from effsam3.data.unreadable import UnreadableImage
 
 
 class ImageFeatures(Dataset):

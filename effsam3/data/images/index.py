@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the parquet index of SA-1B (`sa1b.COLUMNS`) from folders or tars, and report what was left out and why.
 
-The sources are listed first; then parts of PART_IMAGES images are checked in parallel, each written to
-`<stem>.parts/` under a hash of all it was made from, so that a re-run after a kill knows the finished ones by their
-names; at the end the parts become one parquet.
+The sources are listed first, then chunks of CHUNK_IMAGES images are checked in parallel (see indexing.py).
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,14 +14,18 @@ from typing import NamedTuple
 
 from effsam3.data import indexing
 from effsam3.data.images import sa1b
-from effsam3.data.images.sa1b_folders import Entry, Listing, check_sources, list_sources, printable
+from effsam3.data.images.decoding import CONVERSIONS, MAX_PIXELS, decode_image, image_header
+from effsam3.data.images.sa1b_folders import Entry, Listing, check_sources, list_sources
+from effsam3.data.indexing import printable
+from effsam3.data.splits import SPLITS, split_code, split_of
+from effsam3.data.unreadable import UnreadableAnnotations, UnreadableImage
+from effsam3.data.workers import worker_pool
 from effsam3.errors import UserError
-from effsam3.files import refuse_unwritable
 
-VERSION = 2  # of what a part holds; another number makes older parts void
-PART_IMAGES = 250  # about 10 s of decoding SA-1B: what a kill can cost each worker
+VERSION = 2  # of what a chunk holds; another number makes older chunks void
+CHUNK_IMAGES = 250  # about 10 s of decoding SA-1B: what a kill can cost each worker
 NAMED_CONVERSIONS = 100  # keys that a report names for each kind of conversion
-PART_COLUMNS = sa1b.COLUMNS | {  # what the report is made of
+CHUNK_COLUMNS = sa1b.COLUMNS | {  # what the report is made of
     "image_name": "string",
     "annotation_name": "string",
     "excluded": "string",  # reason, or ""
@@ -51,7 +50,7 @@ def build_index(
     workers: int | None = None,
     check: str = "decode",
     min_side: int = 16,
-    max_pixels: int = sa1b.MAX_PIXELS,
+    max_pixels: int = MAX_PIXELS,
     progress: bool = True,
     own: bool = False,
 ) -> dict:
@@ -66,27 +65,19 @@ def build_index(
     started = time.monotonic()
     sources, out = [Path(source) for source in sources], Path(out)
     check_sources(sources)
-    if out.suffix != ".parquet":
-        raise UserError(f"--out {out} must end in .parquet")
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1")
-    if check not in ("decode", "header"):
-        raise UserError(f"--check {check} must be decode or header")
-    if min_side < 1 or not 1 <= max_pixels <= sa1b.MAX_PIXELS:
-        raise UserError(f"--min-side {min_side} must be 1 or more, --max-pixels {max_pixels} 1 to {sa1b.MAX_PIXELS}")
+    indexing.refuse_options(out, val_fraction, check)
+    if min_side < 1 or not 1 <= max_pixels <= MAX_PIXELS:
+        raise UserError(f"--min-side {min_side} must be 1 or more, --max-pixels {max_pixels} 1 to {MAX_PIXELS}")
 
-    parts = out.parent / f"{out.stem}.parts"
-    refuse_unwritable(out.parent, "--out")
-    parts.mkdir(parents=True, exist_ok=True)
     folder = out.parent.resolve()
     options = Check(check == "decode", min_side, max_pixels, val_fraction if own else 0.0)
-    with indexing.worker_pool(workers or os.cpu_count()) as submit:
+    with worker_pool(workers or os.cpu_count()) as submit:
         listing = list_sources(sources, folder, val_fraction, submit, own)
-        slices = [group[i : i + PART_IMAGES] for group in listing.groups for i in range(0, len(group), PART_IMAGES)]
-        files = {parts / f"{_fingerprint(entries, options)}.parquet": entries for entries in slices}
-        indexing.make_parts(files, _make_part, (folder, options), submit, "images", progress)
-
-    table = indexing.read_parts(files, _schema())
+        chunks = [group[i : i + CHUNK_IMAGES] for group in listing.groups for i in range(0, len(group), CHUNK_IMAGES)]
+        arguments = (folder, options)
+        table = indexing.make_chunks(
+            out, chunks, _make_rows, arguments, VERSION, CHUNK_COLUMNS, submit, "images", progress
+        )
     if own:
         table = _without_copies(table, val_fraction)
     report = _report(table, listing) | {
@@ -95,18 +86,8 @@ def build_index(
         "own": own,
         "min_side": min_side,
         "max_pixels": max_pixels,
-        "sources": [printable(str(source)) for source in sources],
-        "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - started, 1),
     }
-    report_file = out.with_name(f"{out.stem}.report.json")
-    sa1b.write_atomic(report_file, json.dumps(report, indent=1).encode())
-    if not sum(report["images"].values()):
-        raise UserError(f"no usable image in {', '.join(report['sources'])}\n{summary(report)}\nreport: {report_file}")
-    usable = table.filter(indexing.is_empty(table["excluded"])).select(list(sa1b.COLUMNS))
-    sa1b.write_atomic(out, indexing.parquet_bytes(usable))
-    shutil.rmtree(parts)
-    return report
+    return indexing.write_index(out, table, sa1b.COLUMNS, report, "image", summary, sources, started)
 
 
 def summary(report: dict) -> str:
@@ -126,14 +107,11 @@ def summary(report: dict) -> str:
     return "\n".join(lines)
 
 
-# ---- parts
+# ---- chunks
 
 
-def _make_part(entries: list[Entry], folder: Path, options: Check, file: Path) -> None:
-    import pyarrow
-
-    rows = [_check(entry, folder, options) for entry in entries]
-    sa1b.write_atomic(file, indexing.parquet_bytes(pyarrow.Table.from_pylist(rows, _schema())))
+def _make_rows(entries: list[Entry], folder: Path, options: Check) -> list[dict]:
+    return [_check(entry, folder, options) for entry in entries]
 
 
 def _check(entry: Entry, folder: Path, options: Check) -> dict:
@@ -162,13 +140,13 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
     try:
         data = sa1b.read_file(row, folder, "image")
         row["image_digest"] = sa1b.digest_of(data)
-        row["split"] = row["split"] or sa1b.split_of(row["image_digest"], options.val_fraction)
-        row["width"], row["height"], kinds = sa1b.image_header(data, options.max_pixels, entry.key)
+        row["split"] = row["split"] or split_of(row["image_digest"], options.val_fraction)
+        row["width"], row["height"], kinds = image_header(data, options.max_pixels, entry.key)
         if min(row["width"], row["height"]) < options.min_side:
-            raise sa1b.UnreadableImage(entry.key, "too_small")
+            raise UnreadableImage(entry.key, "too_small")
         if options.decode:
-            _, kinds = sa1b.decode_image(data, options.max_pixels, entry.key)
-    except sa1b.UnreadableImage as fault:
+            _, kinds = decode_image(data, options.max_pixels, entry.key)
+    except UnreadableImage as fault:
         return row | {"excluded": fault.reason, "detail": printable(fault.detail)}
     row["converted"] = ",".join(kinds)
     if annotation:
@@ -179,7 +157,7 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
         }
         try:
             row |= place | {"num_masks": len(sa1b.read_annotations(row | place, folder))}
-        except sa1b.UnreadableAnnotations as fault:
+        except UnreadableAnnotations as fault:
             row |= {"annotation_problem": fault.reason, "detail": printable(fault.detail)}
     return row
 
@@ -194,25 +172,13 @@ def _without_copies(table, val_fraction: float):
         if not reason and first.setdefault(digest, place) != place:
             columns["excluded"][place] = "copy"
     if val_fraction and len(first) > 1 and "val" not in {columns["split"][place] for place in first.values()}:
-        columns["split"][first[min(first, key=lambda digest: sa1b.split_code(digest))]] = "val"
+        columns["split"][first[min(first, key=lambda digest: split_code(digest))]] = "val"
     for name in ("excluded", "split"):
         table = table.set_column(table.schema.get_field_index(name), name, pyarrow.array(columns[name], "string"))
     return table
 
 
-def _fingerprint(entries: list[Entry], options: Check) -> str:
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(repr((VERSION, options, entries)).encode("utf-8", "backslashreplace"))
-
-
 # ---- report
-
-
-def _schema():
-    import pyarrow
-
-    return pyarrow.schema([(name, pyarrow.type_for_alias(kind)) for name, kind in PART_COLUMNS.items()])
 
 
 def _report(table, listing: Listing) -> dict:
@@ -225,12 +191,12 @@ def _report(table, listing: Listing) -> dict:
     excluded = indexing.names_by_reason(table, "excluded", "image_name", listing.excluded)
     problems = indexing.names_by_reason(table, "annotation_problem", "annotation_name", listing.annotation_problems)
     return {
-        "images": {split: splits.count(split) for split in sa1b.SPLITS},
+        "images": {split: splits.count(split) for split in SPLITS},
         "masks": sum(usable["num_masks"].to_pylist()),
         "without_annotations": usable["annotation_file"].null_count,
         "converted": {
             kind: {"count": len(converted[kind]), "keys": converted[kind][:NAMED_CONVERSIONS]}
-            for kind in sa1b.CONVERSIONS
+            for kind in CONVERSIONS
             if kind in converted
         },
         "excluded": indexing.counted(excluded, indexing.details_by_name(table, "image_name")),

@@ -12,9 +12,11 @@ from pathlib import Path
 
 from effsam3.checked_files import read_json
 from effsam3.data.images.index import build_index, summary
-from effsam3.data.images.sa1b import SPLITS, load_index
+from effsam3.data.images.sa1b import load_index
 from effsam3.data.images.sa1b_folders import check_sources, list_sources
-from effsam3.data.indexing import worker_pool
+from effsam3.data.indexing import report_of
+from effsam3.data.splits import SPLITS
+from effsam3.data.workers import worker_pool
 from effsam3.errors import UserError
 
 NAMED = 3  # files named in a note
@@ -61,11 +63,6 @@ def _refuse_one_sided(folder: str, index: Path, images: dict[str, int]) -> None:
             f"held out; both are needed ({report_of(index)} names what was left out, copies too). Add some, or change "
             f"data.held_out, and delete {index}"
         )
-
-
-def report_of(index: Path) -> Path:
-    """Where the report of an index is."""
-    return index.with_name(f"{index.stem}.report.json")
 
 
 def changes(folder: str, index: Path, report: dict) -> str:

@@ -15,7 +15,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from effsam3.data.images.sa1b import EXTENSIONS, SPLITS, split_of
+from effsam3.data.images.decoding import EXTENSIONS
+from effsam3.data.indexing import printable
+from effsam3.data.splits import SPLITS, split_of
 from effsam3.data.store.format import storable
 from effsam3.errors import UserError
 
@@ -216,8 +218,3 @@ def _pair(blobs: dict[str, Blob], naming: Callable, listing: Listing) -> list[En
     alone = [blobs[str(path)].name for path in annotations.values() if not path.name.endswith(".report.json")]
     listing.annotation_problems.setdefault("without_image", []).extend(alone)
     return entries
-
-
-def printable(name: str) -> str:
-    """Return a file name that UTF-8 can hold; bytes that are not UTF-8 become escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()

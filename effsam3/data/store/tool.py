@@ -108,9 +108,10 @@ def verify_images(root: Path, index: Path) -> int:
     from tqdm import tqdm
 
     from effsam3.data.images.features import store_keys
-    from effsam3.data.images.sa1b import UnreadableImage, load_index, read_indexed
+    from effsam3.data.images.sa1b import load_index, read_indexed
     from effsam3.data.store.format import untied
     from effsam3.data.store.reader import StoreReader
+    from effsam3.data.unreadable import UnreadableImage
 
     reader = StoreReader(root, allow_unfinished=True)
     rows, tied = load_index(index), reader.manifest.ties_inputs

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from effsam3.data.images.sa1b import Unreadable
 from effsam3.data.sampler import PADDING
+from effsam3.data.unreadable import Unreadable
 from effsam3.data.videos.sav import FRAME_STRIDE, SavAnnotations, read_annotated_frames, read_sav
 from effsam3.errors import UserError
 

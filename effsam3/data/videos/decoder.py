@@ -26,7 +26,7 @@ import av
 import numpy as np
 import xxhash
 
-from effsam3.data.images.sa1b import Unreadable
+from effsam3.data.unreadable import Unreadable
 
 TABLES = 128  # of the files read last, kept by each process; 16 bytes a frame
 KEYS_TRIED = 2  # before a frame is looked for from the beginning of the file

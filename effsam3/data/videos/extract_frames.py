@@ -9,10 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from effsam3.data.images.sa1b import Unreadable
-from effsam3.data.indexing import run_jobs
+from effsam3.data.unreadable import Unreadable
 from effsam3.data.videos.decoder import pictures_in_a_row
 from effsam3.data.videos.files import VIDEO_EXTENSIONS
+from effsam3.data.workers import run_jobs
 from effsam3.errors import UserError
 from effsam3.files import atomic_folder, stamp
 

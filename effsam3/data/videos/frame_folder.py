@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from effsam3.data.images.sa1b import EXTENSIONS, Unreadable, decode_image
+from effsam3.data.images.decoding import EXTENSIONS, decode_image
+from effsam3.data.unreadable import Unreadable
 from effsam3.data.videos.decoder import UnreadableVideo
 from effsam3.data.videos.frame_numbers import UnclearNames, number_names
 from effsam3.errors import UserError

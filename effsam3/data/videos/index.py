@@ -1,17 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the parquet index of SA-V (`sav.COLUMNS`) from folders, and report what was left out and why.
 
-As for SA-1B, parts of PART_VIDEOS videos are checked in parallel, each written to `<stem>.parts/` under a hash of all
-it was made from, so that a re-run after a kill knows the finished ones by their names.
+As for SA-1B, chunks of CHUNK_VIDEOS videos are checked in parallel (see indexing.py).
 """
 
 from __future__ import annotations
 
-import datetime
-import json
 import os
 import reprlib
-import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,18 +16,20 @@ from typing import NamedTuple
 import numpy as np
 
 from effsam3.data import indexing
-from effsam3.data.images.sa1b import EXTENSIONS, SPLITS, Unreadable, UnreadableAnnotations, split_of, write_atomic
-from effsam3.data.images.sa1b_folders import printable
+from effsam3.data.images.decoding import EXTENSIONS
+from effsam3.data.indexing import printable
+from effsam3.data.splits import SPLITS, split_of
+from effsam3.data.unreadable import Unreadable, UnreadableAnnotations
 from effsam3.data.videos.decoder import UnreadableVideo, seeks_agree
 from effsam3.data.videos.files import open_video
-from effsam3.data.videos.sav import COLUMNS, FRAME_STRIDE, KINDS, SavAnnotations, parse_sav, schema
+from effsam3.data.videos.sav import COLUMNS, FRAME_STRIDE, KINDS, SavAnnotations, parse_sav
+from effsam3.data.workers import worker_pool
 from effsam3.errors import UserError
-from effsam3.files import refuse_unwritable
 
-VERSION = 4  # of what a part holds; another number makes older parts void
-PART_VIDEOS = 4  # some 20 s of decoding: what a kill can cost each worker
-CHUNK = 8  # images decoded at once, so that 4K ones fit
-PART_COLUMNS = COLUMNS | {"excluded": "string", "detail": "string"}  # reason, and what is wrong in full, or ""
+VERSION = 4  # of what a chunk holds; another number makes older chunks void
+CHUNK_VIDEOS = 4  # some 20 s of decoding: what a kill can cost each worker
+DECODED = 8  # images decoded at once, so that 4K ones fit
+CHUNK_COLUMNS = COLUMNS | {"excluded": "string", "detail": "string"}  # reason, and what is wrong in full, or ""
 
 
 class File(NamedTuple):
@@ -78,39 +76,17 @@ def build_index(
             raise UserError(
                 f"{source} is not a folder; give the folders with SA-V's mp4 and json files, tars extracted"
             )
-    if out.suffix != ".parquet":
-        raise UserError(f"--out {out} must end in .parquet")
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val-fraction {val_fraction} must be at least 0 and below 1")
-    if check not in ("decode", "header"):
-        raise UserError(f"--check {check} must be decode or header")
-
-    parts = out.parent / f"{out.stem}.parts"
-    refuse_unwritable(out.parent, "--out")
-    parts.mkdir(parents=True, exist_ok=True)
+    indexing.refuse_options(out, val_fraction, check)
     folder = out.parent.resolve()
     entries, unpaired = list_videos(sources, folder, val_fraction)
-    slices = [entries[i : i + PART_VIDEOS] for i in range(0, len(entries), PART_VIDEOS)]
-    files = {parts / f"{_fingerprint(some, check)}.parquet": some for some in slices}
-    with indexing.worker_pool(workers or os.cpu_count()) as submit:
-        indexing.make_parts(files, _make_part, (folder, check), submit, "videos", progress)
-
-    table = indexing.read_parts(files, schema(PART_COLUMNS))
-    report = _report(table, unpaired) | {
-        "check": check,
-        "val_fraction": val_fraction,
-        "sources": [printable(str(source)) for source in sources],
-        "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    report_file = out.with_name(f"{out.stem}.report.json")
-    write_atomic(report_file, json.dumps(report, indent=1).encode())
-    if not sum(report["videos"].values()):
-        raise UserError(f"no usable video in {', '.join(report['sources'])}\n{summary(report)}\nreport: {report_file}")
-    usable = table.filter(indexing.is_empty(table["excluded"])).select(list(COLUMNS))
-    write_atomic(out, indexing.parquet_bytes(usable))
-    shutil.rmtree(parts)
-    return report
+    chunks = [entries[i : i + CHUNK_VIDEOS] for i in range(0, len(entries), CHUNK_VIDEOS)]
+    with worker_pool(workers or os.cpu_count()) as submit:
+        arguments = (folder, check)
+        table = indexing.make_chunks(
+            out, chunks, _make_rows, arguments, VERSION, CHUNK_COLUMNS, submit, "videos", progress
+        )
+    report = _report(table, unpaired) | {"check": check, "val_fraction": val_fraction}
+    return indexing.write_index(out, table, COLUMNS, report, "video", summary, sources, started)
 
 
 def summary(report: dict) -> str:
@@ -196,14 +172,11 @@ def list_videos(sources: list[Path], folder: Path, val_fraction: float) -> tuple
     return entries, left
 
 
-# ---- parts
+# ---- chunks
 
 
-def _make_part(entries: list[Entry], folder: Path, check: str, file: Path) -> None:
-    import pyarrow
-
-    rows = [row for entry in entries for row in _check(entry, folder, check)]
-    write_atomic(file, indexing.parquet_bytes(pyarrow.Table.from_pylist(rows, schema(PART_COLUMNS))))
+def _make_rows(entries: list[Entry], folder: Path, check: str) -> list[dict]:
+    return [row for entry in entries for row in _check(entry, folder, check)]
 
 
 def _check(entry: Entry, folder: Path, check: str) -> list[dict]:
@@ -302,17 +275,11 @@ def _read_video(path: Path, annotations: SavAnnotations, check: str) -> tuple[in
     missing = [number for number in needed if number not in place]
     if missing:
         raise UnreadableVideo(path.name, "missing_frame", f"frame {missing[0]}")
-    for start in range(0, len(needed) if check == "decode" else 0, CHUNK):
-        size = video.read([place[number] for number in needed[start : start + CHUNK]]).shape[2:]
+    for start in range(0, len(needed) if check == "decode" else 0, DECODED):
+        size = video.read([place[number] for number in needed[start : start + DECODED]]).shape[2:]
         if size != video.size:
             raise UnreadableVideo(path.name, "size_mismatch", f"frames of {size} and of {video.size}")
     return None, video.size, False
-
-
-def _fingerprint(entries: list[Entry], check: str) -> str:
-    import xxhash
-
-    return xxhash.xxh3_128_hexdigest(repr((VERSION, check, entries)).encode("utf-8", "backslashreplace"))
 
 
 # ---- report

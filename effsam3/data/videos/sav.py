@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from effsam3.data import coco, indexing
-from effsam3.data.images.sa1b import MAX_PIXELS, SPLITS, UnreadableAnnotations
+from effsam3.data.images.decoding import MAX_PIXELS
+from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import UnreadableVideo, open_video
 from effsam3.errors import UserError
 
@@ -200,32 +201,14 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
         UserError: the file is missing, is damaged, is not such an index, or has no row in the split.
     """
     import pyarrow
-    import pyarrow.compute as compute
-    from datasets import Dataset
 
     path = Path(path)
     command = f"effsam3 index sav FOLDER --out {path}"
     table = indexing.read_index(path, command)
-    asked = schema()
+    asked = indexing.arrow_schema(COLUMNS)
     for name in LATER.keys() - set(table.schema.names):
         table = table.append_column(name, pyarrow.array([LATER[name]] * len(table), asked.field(name).type))
     wrong = [field.name for field in asked if field.name not in table.schema.names]
     if wrong or table.select(asked.names).schema.types != asked.types:
         raise UserError(f"{path} is not an SA-V index (columns {table.schema.names}); make it anew with: {command}")
-    if split is not None:
-        if split not in SPLITS:
-            raise UserError(f"split {split!r} does not exist; choose from {', '.join(SPLITS)}")
-        counts = {name: compute.sum(compute.equal(table["split"], name)).as_py() or 0 for name in SPLITS}
-        table = table.filter(compute.equal(table["split"], split))
-        if not table.num_rows:
-            raise UserError(f"{path} has no video in split {split} ({counts}); rebuild it with another --val-fraction")
-    return Dataset(table.select(list(COLUMNS)).cast(asked).slice(0, limit).combine_chunks())
-
-
-def schema(columns: dict[str, str] = COLUMNS):
-    """Return the Arrow schema of columns given by name and type."""
-    import pyarrow
-
-    nested = {"list<int32>": pyarrow.list_(pyarrow.int32())}
-    nested["list<list<int32>>"] = pyarrow.list_(nested["list<int32>"])
-    return pyarrow.schema([(name, nested.get(kind) or pyarrow.type_for_alias(kind)) for name, kind in columns.items()])
+    return indexing.rows_of(table.select(list(COLUMNS)).cast(asked), path, split, limit, "video")

@@ -22,7 +22,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from effsam3.data.images.sa1b import PILLOW_FAULTS, UnreadableAnnotations
+from effsam3.data.images.decoding import PILLOW_FAULTS
+from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import UnreadableVideo, VideoFile, open_video
 from effsam3.data.videos.frame_folder import FrameFolder
 from effsam3.data.videos.frame_numbers import UnclearNames, match_names, missing_number

@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from effsam3.data.images.features import ImageFeatures, stored_features
-from effsam3.data.images.sa1b import SPLITS, load_index
+from effsam3.data.images.sa1b import load_index
+from effsam3.data.splits import SPLITS
 from effsam3.data.store.format import INPUTS, Field, ties_inputs
 from effsam3.data.store.reader import StoreReader, quantise_int8, to_float16
 from effsam3.data.transforms import normalise, resized_size, valid_mask

@@ -13,9 +13,10 @@ from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.speed import speed
 from effsam3.benchmarks.tables import Column, millions, percent, result_table, speed_table
 from effsam3.data.images.features import ImageFeatures
-from effsam3.data.images.sa1b import UnreadableImage, load_index, read_image
+from effsam3.data.images.sa1b import load_index, read_image
 from effsam3.data.loader import loader
 from effsam3.data.sampler import sequential_batches
+from effsam3.data.unreadable import UnreadableImage
 from effsam3.errors import UserError
 from effsam3.models.chassis.tensors import elements
 from effsam3.models.registry import is_made_up

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 
 from effsam3.data.images.features import ImageFeatures, store_keys, stored_features
 from effsam3.data.images.photographs import ready_photographs
-from effsam3.data.images.sa1b import SPLITS, load_index
+from effsam3.data.images.sa1b import load_index
 from effsam3.data.loader import loader
+from effsam3.data.splits import SPLITS
 from effsam3.data.statistics import statistics_sample
 from effsam3.data.store.reader import StoreReader
 from effsam3.data.synthetic.images import make_synthetic_sa1b

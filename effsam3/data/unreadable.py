@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a data set that cannot be used, each with the reason that reports name."""
+
+from __future__ import annotations
+
+from effsam3.errors import UserError
+
+
+class Unreadable(UserError):
+    """One file that cannot be used: `reason` is one word for reports, `detail` the full explanation."""
+
+    what = ""
+
+    def __init__(self, key: str, reason: str, detail: str = ""):
+        super().__init__(key, reason, detail)
+        self.key, self.reason, self.detail = key, reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.key!r}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+class UnreadableImage(Unreadable):
+    """Reasons: empty, corrupt, truncated, huge, too_small, unsupported_mode, unreadable, changed."""
+
+    what = "image"
+
+
+class UnreadableAnnotations(Unreadable):
+    """Reasons: bad_json, not_sa1b or not_sav, bad_mask, bad_box, bad_point, object_ids, size_mismatch, frame_count,
+    unreadable, changed; of a benchmark's PNGs those that `data.vos` gives."""
+
+    what = "annotations of"
