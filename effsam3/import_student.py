@@ -63,7 +63,7 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     config = SAM3.config() if chassis is None else read_config(chassis)
     parts = students(found, config, {"origin": source.name, "facts": {"content": content_key(source)}})
     parts = [replace(part, facts=part.facts | {"fingerprint": fingerprint(part.tensors)}) for part in parts]
-    merged, beside = completed(found, parts, config, chassis, source)
+    merged, extra = completed(found, parts, config, chassis, source)
     origins = {part.slot: f"{part.student}, {source.name}" for part in parts} | {"file": source.name, "chassis": sam3}
     givers = set(merged.owners.values())
     print(f"\n{slot_table(merged, {owner: origin for owner, origin in origins.items() if owner in givers})}")
@@ -76,7 +76,7 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
         "provenance": provenance(),
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_model(merged, folder, card, chassis, beside)
+    write_model(merged, folder, card, chassis, extra)
     print(f"\n{folder} holds the whole model\n{next_steps(folder, parts)}")
     return folder
 
@@ -178,13 +178,13 @@ def completed(
         ImportedError: tensors are missing.
         KeyMapError: a tensor of the file is not SAM 3's.
     """
-    renamed, beside = key_map(config).to_transformers(found.rest)
+    renamed, extra = key_map(config).to_transformers(found.rest)
     rest = {"file": on_its_own(renamed)}
     if chassis is not None:
         rest["chassis"] = {name: tensor for name, tensor in read_tensors(chassis).items() if name not in renamed}
-        beside = extras(chassis) | beside
+        extra = extras(chassis) | extra
     refuse_incomplete(config, rest, parts, source)
-    return combine(config, rest, parts), beside
+    return combine(config, rest, parts), extra
 
 
 def on_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -115,14 +115,14 @@ def model_folder(folder: Path) -> dict[str, Any]:
     """Facts of a whole model in transformers' format."""
     tensors = map_tensors(folder)
     card = read_card(folder) if (folder / CARD).exists() else {"slots": {}}
-    beside = extras(folder)
+    extra = extras(folder)
     return {
         "path": str(folder),
         "format": "transformers folder",
         "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
         "chassis": card.get("chassis"),
         "adapted": card.get("adapted", []),
-        **_model(tensors, read_config(folder), card["slots"], beside),
+        **_model(tensors, read_config(folder), card["slots"], extra),
     }
 
 
@@ -136,7 +136,7 @@ def pickled_file(path: Path) -> dict[str, Any]:
     found = {
         "entry": ".".join(pickled.entry),
         "averaged": pickled.is_average,
-        "beside": sorted(map(str, pickled.aside)),
+        "other_entries": sorted(map(str, pickled.aside)),
     }
     facts = {"path": str(path), "bytes": path.stat().st_size, "found": found}
     if problem := what_unsupported(pickled.tensors):
@@ -144,11 +144,11 @@ def pickled_file(path: Path) -> dict[str, Any]:
     try:
         if OWN not in pickled.aside and (file := divide(pickled.tensors)).has_student:
             return facts | _efficientsam3(file) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
-        tensors, beside = to_transformers(pickled.tensors)
+        tensors, extra = to_transformers(pickled.tensors)
     except KeyMapError as error:
         raise InspectError(f"{path} is neither in SAM 3's own format nor in EfficientSAM3's: {error}") from error
     config, slots = config_of(pickled, path), own_card(pickled, path)["slots"]
-    return facts | {"format": "SAM 3's own format"} | _model(tensors, config, slots, beside)
+    return facts | {"format": "SAM 3's own format"} | _model(tensors, config, slots, extra)
 
 
 def _unsupported(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _recipe(path: Path) -> dict[str, Any]:
 # ---- a whole model
 
 
-def _model(tensors: Mapping[str, Tensor], config: PreTrainedConfig, slots: dict, beside: Mapping) -> dict:
+def _model(tensors: Mapping[str, Tensor], config: PreTrainedConfig, slots: dict, extra: Mapping) -> dict:
     backbone = config.detector_config.vision_config.backbone_config
     text = {name: tensor for name, tensor in tensors.items() if name.startswith((TEXT_ENCODER, TEXT_PROJECTION))}
     problem = None
@@ -246,7 +246,7 @@ def _model(tensors: Mapping[str, Tensor], config: PreTrainedConfig, slots: dict,
             for name, slot in SLOTS.items()
         },
         "parts": _parts(tensors, PARTS),
-        "kept_beside": sorted(beside),
+        "kept_extra": sorted(extra),
         "fingerprints": {
             "trunk": fingerprint({n.removeprefix(TRUNK): t for n, t in tensors.items() if n.startswith(TRUNK)}),
             "text": fingerprint(text),
@@ -323,10 +323,10 @@ def _about_model(facts: dict[str, Any]) -> dict[str, str]:
         found = facts["found"]
         about["found"] = f"under {found['entry']}" if found["entry"] else "on top"
         about["found"] += ", averaged weights" if found["averaged"] else ""
-        about["found"] += f"; next to it {', '.join(found['beside'])}" if found["beside"] else ""
-    if facts.get("kept_beside"):
+        about["found"] += f"; next to it {', '.join(found['other_entries'])}" if found["other_entries"] else ""
+    if facts.get("kept_extra"):
         about["extras"] = (
-            f"{len(facts['kept_beside'])} tensors of SAM 3's own format that transformers has no place for"
+            f"{len(facts['kept_extra'])} tensors of SAM 3's own format that transformers has no place for"
         )
     return about | ({"problem": facts["problem"]} if facts.get("problem") else {})
 

@@ -40,10 +40,10 @@ def recipe_file(name: str | Path) -> Path:
 
 def nearest(path: Path) -> str:
     """Return the recipe that a wrong path or short name may mean, "" where none is near."""
-    beside = {file.stem: str(file) for file in sorted(path.parent.glob("*.yaml"))}
+    siblings = {file.stem: str(file) for file in sorted(path.parent.glob("*.yaml"))}
     names = {name: name for name in short_names()}
     by_stem = {name.rpartition("/")[2]: name for name in names}
-    for word, choices in ((path.stem, beside), (_short(path), names), (path.stem, by_stem)):
+    for word, choices in ((path.stem, siblings), (_short(path), names), (path.stem, by_stem)):
         if near := difflib.get_close_matches(word, choices, n=1):
             return choices[near[0]]
     return ""

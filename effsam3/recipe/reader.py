@@ -143,9 +143,9 @@ def _read(path: Path, problems: list[str], children: tuple[Path, ...]) -> Mappin
         raise RecipeError(
             f"inherits: expected the path of one recipe, relative to {path}, or a short name, got {parent}"
         )
-    beside = path.parent / parent.text
-    file = beside if beside.exists() else recipe_file(parent.text)
-    return _merge(_read(file if file.exists() else beside, problems, (*children, path.resolve())), tree)
+    sibling = path.parent / parent.text
+    file = sibling if sibling.exists() else recipe_file(parent.text)
+    return _merge(_read(file if file.exists() else sibling, problems, (*children, path.resolve())), tree)
 
 
 def _no_recipe(path: Path, children: tuple[Path, ...]) -> str:

@@ -78,8 +78,8 @@ def ours(original, tmp_path_factory) -> ConceptModel:
     detector["text_config"] |= {"intermediate_size": 4 * TEXT["width"], "projection_dim": 512}
     model = Sam3VideoModel(Sam3VideoConfig(detector_config=detector, tracker_config=tracker))
     named = {f"detector.{name}": tensor for name, tensor in original.state_dict().items()}
-    tensors, beside = to_transformers(named)
-    assert all("points_" in name or name.endswith("class_row") for name in beside)
+    tensors, extra = to_transformers(named)
+    assert all("points_" in name or name.endswith("class_row") for name in extra)
     wanted = {name for name in model.state_dict() if name.startswith("detector_model.")}
     assert tensors.keys() == wanted
     model.load_state_dict(model.state_dict() | tensors)

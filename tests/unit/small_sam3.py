@@ -29,5 +29,5 @@ def small_sam3():
 
 def small_original():
     """The same model by SAM 3's own names."""
-    config, tensors, beside = small_sam3()
-    return to_original(tensors, beside, trunk_config(config))
+    config, tensors, extra = small_sam3()
+    return to_original(tensors, extra, trunk_config(config))

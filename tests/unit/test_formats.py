@@ -79,9 +79,9 @@ def test_a_text_student_leaves_the_trunk_as_it_was_with_its_rotary_tables(origin
     assert sum("freqs_cis" in name for name in kept) == 4
     assert {name for name in after if not name.startswith(LANGUAGE)} == kept
     assert all(same_bits(before[name], after[name]) for name in kept)
-    beside = load_file(merged / EXTRAS_FILE)
-    assert beside.keys() == {CLASS_ROW, *POINTS}
-    assert torch.equal(beside[CLASS_ROW], before[SAM3_TRUNK + "pos_embed"][:, :1])
+    extra = load_file(merged / EXTRAS_FILE)
+    assert extra.keys() == {CLASS_ROW, *POINTS}
+    assert torch.equal(extra[CLASS_ROW], before[SAM3_TRUNK + "pos_embed"][:, :1])
 
 
 def test_what_the_chassis_does_not_bring_is_said(tmp_path, capsys):

@@ -225,8 +225,8 @@ def test_a_whole_file_needs_no_chassis():
     assert len(content) == 653 + 1045
     found = find(content, "x.pt")
     parts = students(found, config, {"origin": "x.pt"})
-    merged, beside = completed(found, parts, config, None, "x.pt")
-    assert parts[0].student == "repvit_m1_1" and len(beside) == 6
+    merged, extra = completed(found, parts, config, None, "x.pt")
+    assert parts[0].student == "repvit_m1_1" and len(extra) == 6
     assert sum(owner == "image" for owner in merged.owners.values()) == 655
     lacking = {name: tensor for name, tensor in content.items() if ".geometry_encoder." not in name}
     with pytest.raises(ImportedError, match=r"\(detector_model.geometry_encoder \d+; .*stage 3 files are known"):

@@ -198,8 +198,8 @@ def test_a_sam3_pt_is_the_folder_that_it_becomes(saved, original, folder):
     assert facts["format"] == "SAM 3's own format"
     for key in ("fingerprints", "parts", "slots", "grid"):
         assert facts[key] == wanted[key], key
-    assert facts["found"] == {"entry": "model", "averaged": False, "beside": ["effsam3", "epoch"]}
-    assert len(facts["kept_beside"]) == 7
+    assert facts["found"] == {"entry": "model", "averaged": False, "other_entries": ["effsam3", "epoch"]}
+    assert len(facts["kept_extra"]) == 7
 
 
 def test_a_sam3_pt_with_a_student_says_where_it_is_from(saved, merged):

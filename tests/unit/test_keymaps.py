@@ -72,8 +72,8 @@ def tiny():
 
 @pytest.fixture
 def original(tiny):
-    config, tensors, beside = tiny
-    return to_original(tensors, beside, trunk_config(config))
+    config, tensors, extra = tiny
+    return to_original(tensors, extra, trunk_config(config))
 
 
 # ---- all names
@@ -83,10 +83,10 @@ def test_the_published_file_is_a_sam3_video_model():
     names, config = published(), Sam3VideoConfig()
     model = on_meta(config)
     assert (len(names), len(model)) == (1465, 1797)
-    tensors, beside = to_transformers(names)
+    tensors, extra = to_transformers(names)
     assert shapes(tensors) == shapes(model)
-    assert set(beside) == {CLASS_ROW, *POINTS}
-    for given in (beside, {}):
+    assert set(extra) == {CLASS_ROW, *POINTS}
+    for given in (extra, {}):
         assert shapes(to_original(model, given, trunk_config(config))) == shapes(names)
 
 
@@ -167,21 +167,21 @@ def test_names_of_the_trackers_embeddings():
 
 
 def test_the_round_trip_is_bit_for_bit(tiny, original):
-    _, tensors, beside = tiny
-    found, found_beside = to_transformers(original)
-    assert same(found, tensors) and same(found_beside, beside)
-    again = to_original(found, found_beside, trunk_config(tiny[0]))
+    _, tensors, extra = tiny
+    found, found_extra = to_transformers(original)
+    assert same(found, tensors) and same(found_extra, extra)
+    again = to_original(found, found_extra, trunk_config(tiny[0]))
     assert same(again, original)
 
 
 def test_parts_stand_in_their_order(tiny, original):
-    _, tensors, beside = tiny
+    _, tensors, extra = tiny
     q, k, v = original[BLOCK + "attn.qkv.weight"].split(64)
     model = "detector_model.vision_encoder.backbone."
     for part, letter in ((q, "q"), (k, "k"), (v, "v")):
         assert torch.equal(part, tensors[f"{model}layers.0.attention.{letter}_proj.weight"])
     table = original[TRUNK + "pos_embed"]
-    assert torch.equal(table[:, 0], beside[CLASS_ROW][:, 0])
+    assert torch.equal(table[:, 0], extra[CLASS_ROW][:, 0])
     assert torch.equal(table[:, 1:], tensors[model + "embeddings.position_embeddings"])
     points = tensors["tracker_model.prompt_encoder.point_embed.weight"]
     for index in range(4):
@@ -245,35 +245,35 @@ def test_nothing_is_copied(tmp_path, original):
     save_file({name: tensor for name, tensor in own.items() if "freqs_cis" not in name}, tmp_path / "sam3.safetensors")
     with safe_open(tmp_path / "sam3.safetensors", "pt") as file:
         mapped = {name: file.get_tensor(name) for name in file.keys()}
-    tensors, beside = to_transformers(mapped)
+    tensors, extra = to_transformers(mapped)
     storages = {tensor.untyped_storage().data_ptr() for tensor in mapped.values()}
     copied = [
-        name for name, tensor in (tensors | beside).items() if tensor.untyped_storage().data_ptr() not in storages
+        name for name, tensor in (tensors | extra).items() if tensor.untyped_storage().data_ptr() not in storages
     ]
     assert copied == ["tracker_model.prompt_encoder.point_embed.weight"]  # four tensors become one
 
 
 def test_what_transformers_cannot_hold_is_zero_and_named(tiny):
-    config, tensors, beside = tiny
+    config, tensors, extra = tiny
     original = to_original(tensors, {}, trunk_config(config))
-    assert absent_from_transformers({}) == [CLASS_ROW, *POINTS] and absent_from_transformers(beside) == []
-    assert all(original[name].shape == beside[name].shape and not original[name].any() for name in POINTS)
+    assert absent_from_transformers({}) == [CLASS_ROW, *POINTS] and absent_from_transformers(extra) == []
+    assert all(original[name].shape == extra[name].shape and not original[name].any() for name in POINTS)
     assert not original[TRUNK + "pos_embed"][:, 0].any()
-    some = {CLASS_ROW: beside[CLASS_ROW]}
+    some = {CLASS_ROW: extra[CLASS_ROW]}
     assert absent_from_transformers(some) == list(POINTS)
     table = to_original(tensors, some, trunk_config(config))[TRUNK + "pos_embed"]
-    assert torch.equal(table[:, :1], beside[CLASS_ROW])
+    assert torch.equal(table[:, :1], extra[CLASS_ROW])
 
 
 def test_parts_of_a_model_stay_parts(tiny):
-    config, tensors, beside = tiny
+    config, tensors, extra = tiny
     tracker = {name: tensor for name, tensor in tensors.items() if name.startswith("tracker_model.")}
-    assert all(name.startswith("tracker.") for name in to_original(tracker, beside, trunk_config(config)))
-    assert same(to_transformers(to_original(tracker, beside, None))[0], tracker)
+    assert all(name.startswith("tracker.") for name in to_original(tracker, extra, trunk_config(config)))
+    assert same(to_transformers(to_original(tracker, extra, None))[0], tracker)
 
 
 def test_half_precision_stays(tiny):
-    config, tensors, beside = tiny
+    config, tensors, extra = tiny
     halves = {name: tensor.half() for name, tensor in tensors.items()}
     original = to_original(halves, {}, trunk_config(config))
     kinds = {tensor.dtype for name, tensor in original.items() if "freqs_cis" not in name}
@@ -295,13 +295,13 @@ def test_students_keep_their_names(tiny, slots):
         config = SLOTS[slot].install(config, students[slot])
     model = on_meta(config)
     original = to_original(model, {}, None if "image" in slots else trunk_config(config))
-    tensors, beside = to_transformers(original)
+    tensors, extra = to_transformers(original)
     assert shapes(tensors) == shapes(model)
     table = SAM3_STUDENT_TEXT if "text" in slots else SAM3
     assert all(len(table.backward.matches(name)) == 1 for name in model)
     unmatched = {name for name in original if len(table.forward.matches(name)) != 1}
     assert unmatched == set(POINTS) | {name for name in original if "freqs_cis" in name}
-    assert ("image" in slots) == (TRUNK + "model.feature_mean" in original) == (CLASS_ROW not in beside)
+    assert ("image" in slots) == (TRUNK + "model.feature_mean" in original) == (CLASS_ROW not in extra)
     assert ("image" in slots) == (TRUNK + "model.head.project.weight" in original)
     assert ("image" in slots) == (TRUNK + "pos_embed" not in original)
     text = {TEXT + name for name in ("text_projection.bias", "text_encoder.layers.2.layer_scale")}

@@ -75,21 +75,21 @@ def test_a_file_that_is_not_sam3s(original, change, complaint):
     ],
 )
 def test_a_model_that_is_not_sam3s(tiny, change, complaint):
-    config, tensors, beside = tiny
+    config, tensors, extra = tiny
     tensors = dict(tensors)
     change(tensors)
     with pytest.raises(KeyMapError, match=complaint):
-        to_original(tensors, beside, trunk_config(config))
+        to_original(tensors, extra, trunk_config(config))
 
 
 def test_formats_are_not_mixed_up(tiny, original):
-    config, tensors, beside = tiny
+    config, tensors, extra = tiny
     with pytest.raises(KeyMapError, match=f"{len(tensors)} of {len(tensors)} tensors are not among SAM 3's own names"):
         to_transformers(tensors)
     with pytest.raises(KeyMapError, match=f"{len(original)} of {len(original)} .* Sam3VideoModel's names"):
-        to_original(original, beside, trunk_config(config))
+        to_original(original, extra, trunk_config(config))
     with pytest.raises(KeyMapError, match="the trunk is SAM 3's own: its config is needed"):
-        to_original(tensors, beside, None)
+        to_original(tensors, extra, None)
 
 
 def test_a_table_says_what_it_does():

@@ -224,13 +224,13 @@ def test_a_memory_goes_on_with_all_that_it_trained(tmp_path, trains, also):
 def test_what_transformers_cannot_hold_goes_along(tmp_path, capsys):
     chassis = tmp_path / "chassis"
     shutil.copytree(chassis_folder("tiny"), chassis)
-    beside = {"detector.geometry_encoder.points_pool_project.bias": torch.arange(3.0)}
-    save_file(beside, chassis / EXTRAS_FILE)
+    extra = {"detector.geometry_encoder.points_pool_project.bias": torch.arange(3.0)}
+    save_file(extra, chassis / EXTRAS_FILE)
     folder = image_run(tmp_path)
     recipe = (folder / "recipe.yaml").read_text().replace("checkpoint: tiny", f"checkpoint: {chassis}")
     (folder / "recipe.yaml").write_text(recipe)
     merged = merge.run(run_of(folder))
-    assert torch.equal(load_file(merged / EXTRAS_FILE)[next(iter(beside))], torch.arange(3.0))
+    assert torch.equal(load_file(merged / EXTRAS_FILE)[next(iter(extra))], torch.arange(3.0))
 
 
 def test_an_older_merge_stays_until_the_new_one_is_whole(tmp_path):

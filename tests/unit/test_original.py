@@ -43,7 +43,7 @@ def folder():
 
 
 @pytest.fixture(scope="module")
-def beside():
+def extra():
     """What transformers has no place for, made up."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"direct": (128, 2), "pool": (128, 128), "pos_enc": (128, 128)}
@@ -55,10 +55,10 @@ def beside():
 
 
 @pytest.fixture(scope="module")
-def tensors(folder, beside):
+def tensors(folder, extra):
     """The tiny chassis in SAM 3's own format."""
     trunk = read_config(folder).detector_config.vision_config.backbone_config
-    return to_original(read_tensors(folder), beside, trunk)
+    return to_original(read_tensors(folder), extra, trunk)
 
 
 @pytest.fixture
@@ -90,10 +90,10 @@ def assert_same(found, wanted):
 # ---- conversion
 
 
-def test_a_converted_file_is_the_model_that_it_came_from(saved, tensors, folder, beside):
+def test_a_converted_file_is_the_model_that_it_came_from(saved, tensors, folder, extra):
     converted = chassis_folder(saved(tensors))
     assert_same(read_tensors(converted), read_tensors(folder))
-    assert_same(load_file(converted / EXTRAS_FILE), beside)
+    assert_same(load_file(converted / EXTRAS_FILE), extra)
     assert read_config(converted).to_dict() == read_config(folder).to_dict()
     model, info = Sam3VideoModel.from_pretrained(converted, output_loading_info=True)
     assert not any(info.values()) and model.dtype == torch.float32
@@ -115,7 +115,9 @@ def test_a_large_file_is_written_in_shards(saved, tensors, folder, monkeypatch):
 def test_content_decides_not_the_name(saved, tensors, cache):
     first = chassis_folder(saved(tensors))
     written = (first / "config.json").stat().st_mtime_ns
-    assert chassis_folder(saved(tensors, "renamed.pth", epoch=1)) != first  # another content, if only beside
+    assert (
+        chassis_folder(saved(tensors, "renamed.pth", epoch=1)) != first
+    )  # another content, if only in the extra entries
     assert chassis_folder(saved(tensors, "another_name.pt")) == first
     assert (first / "config.json").stat().st_mtime_ns == written
     changed = tensors | {"tracker.no_mem_embed": tensors["tracker.no_mem_embed"] + 1}

@@ -60,19 +60,19 @@ def _write(path: Path, folder: Path) -> None:
     refuse_unsupported(pickled.tensors, f"sam3.checkpoint: {path}")
     config = config_of(pickled, path)
     try:
-        tensors, beside = key_map(config).to_transformers(pickled.tensors)
+        tensors, extra = key_map(config).to_transformers(pickled.tensors)
     except KeyMapError as error:
         raise ChassisError(f"sam3.checkpoint: {path} is not in SAM 3's own format: {error}") from error
     sizes = "" if OWN in pickled.aside else " of the published sizes, which it must have as it names no others"
     refuse_unusable(
-        tensors | beside, f"sam3.checkpoint: {path}", "take another checkpoint, or fetch it again", ChassisError
+        tensors | extra, f"sam3.checkpoint: {path}", "take another checkpoint, or fetch it again", ChassisError
     )
     refuse_misfit(tensors, config, f"sam3.checkpoint: {path} is not a whole SAM 3{sizes} (by transformers' names)")
     averaged = " (its averaged weights)" if pickled.is_average else ""
     print(f"{path}{averaged}: to transformers' format, once, in {folder.parent}", file=sys.stderr, flush=True)
     _save(tensors, folder)
-    if beside:
-        save_file({name: _for_file(tensor) for name, tensor in beside.items()}, folder / EXTRAS_FILE, {"format": "pt"})
+    if extra:
+        save_file({name: _for_file(tensor) for name, tensor in extra.items()}, folder / EXTRAS_FILE, {"format": "pt"})
     config.architectures, config.dtype = [of_type(config.model_type).model_class], torch.float32
     config.save_pretrained(folder)
     with quiet_transformers():

@@ -233,21 +233,21 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
     Raises:
         KeyMapError: a name that SAM 3 does not have, or a shape that cannot be its.
     """
-    beside = {name: tensors[name] for name in POINTS if name in tensors}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in beside and not _is_rotary_table(name)}
+    extra = {name: tensors[name] for name in POINTS if name in tensors}
+    rest = {name: tensor for name, tensor in tensors.items() if name not in extra and not _is_rotary_table(name)}
     table = TRUNK + "pos_embed"
     if table in rest:
-        beside[CLASS_ROW], rest[table] = _class_row(rest[table])
-    return _key_map(rest, LANGUAGE + "text_encoder.").forward(rest), beside
+        extra[CLASS_ROW], rest[table] = _class_row(rest[table])
+    return _key_map(rest, LANGUAGE + "text_encoder.").forward(rest), extra
 
 
 def to_original(
-    tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor], vit_config: Sam3ViTConfig | None
+    tensors: Mapping[str, Tensor], extra: Mapping[str, Tensor], vit_config: Sam3ViTConfig | None
 ) -> dict[str, Tensor]:
     """Rename a `Sam3VideoModel`'s tensors, or whole parts of them, to SAM 3's own names: the inverse, bit for bit.
 
     Args:
-        beside: what `to_transformers` gave besides; zeros take the place of what is not in it.
+        extra: the second result of `to_transformers`; zeros replace what is not in it.
         vit_config: of SAM 3's own trunk, whose rotary tables are made from it; None if a student replaces it.
 
     Raises:
@@ -260,20 +260,20 @@ def to_original(
         if vit_config is None:
             raise KeyMapError("the trunk is SAM 3's own: its config is needed, from which its rotary tables are made")
         positions = original[table]
-        class_row = beside[CLASS_ROW] if CLASS_ROW in beside else torch.zeros_like(positions[:, :1])
+        class_row = extra[CLASS_ROW] if CLASS_ROW in extra else torch.zeros_like(positions[:, :1])
         original[table] = torch.cat([class_row, positions], dim=1)
         for block in range(vit_config.num_hidden_layers):
             original[f"{TRUNK}blocks.{block}.{FREQUENCIES}"] = rotary_table(vit_config, block)
     label = "detector.geometry_encoder.cls_embed.weight"
     if label in original:
         zeros = _zero_points(original[label])
-        original |= {name: beside[name] if name in beside else zeros[name] for name in POINTS}
+        original |= {name: extra[name] if name in extra else zeros[name] for name in POINTS}
     return original
 
 
-def absent_from_transformers(beside: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of what `to_original` must fill with zeros when this is all that it is given besides."""
-    return [name for name in (CLASS_ROW, *POINTS) if name not in beside]
+def absent_from_transformers(extra: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of what `to_original` must fill with zeros when it is only given this."""
+    return [name for name in (CLASS_ROW, *POINTS) if name not in extra]
 
 
 def rotary_table(config: Sam3ViTConfig, block: int) -> Tensor:

@@ -55,7 +55,7 @@ def write_model(
     folder: Path,
     card: dict,
     chassis: Path | None,
-    beside: dict[str, Tensor],
+    extra: dict[str, Tensor],
     formats: Sequence[str] = ("transformers",),
     allow_padding_mismatch: bool = False,
 ) -> list[str]:
@@ -64,7 +64,7 @@ def write_model(
     Args:
         card: the content of effsam3.json.
         chassis: whose processor files go along; None: new ones.
-        beside: what transformers cannot hold, by SAM 3's own names.
+        extra: what transformers cannot hold, by SAM 3's own names.
         formats: `sam3` and `efficientsam3` add a file each; see the top of this file.
         allow_padding_mismatch: write EfficientSAM3's file of a text student that masks its padding, too.
 
@@ -73,10 +73,10 @@ def write_model(
             back bit for bit.
     """
     # Convert first: fail before anything is written.
-    refuse_unusable(merged.tensors | beside, str(folder), "nothing was written; merge another checkpoint", MergeError)
+    refuse_unusable(merged.tensors | extra, str(folder), "nothing was written; merge another checkpoint", MergeError)
     if "efficientsam3" in formats and not allow_padding_mismatch:
         refuse_other_padding(merged, card["slots"])
-    files = {name: FORMATS[name](merged, beside, card["slots"]) for name in formats if name in FORMATS}
+    files = {name: FORMATS[name](merged, extra, card["slots"]) for name in formats if name in FORMATS}
     notes = []
     with atomic_folder(folder) as partial:
         model = empty_model(merged.config)  # only to be written: nothing is initialised that the tensors replace
@@ -88,8 +88,8 @@ def write_model(
         for name in PROCESSOR_FILES:
             if chassis is not None and (chassis / name).is_file():
                 shutil.copyfile(chassis / name, partial / name)
-        if beside:
-            save_file(beside, partial / EXTRAS_FILE, {"format": "pt"})
+        if extra:
+            save_file(extra, partial / EXTRAS_FILE, {"format": "pt"})
         card = card | {"weights": fingerprint(merged.tensors)}  # what an evaluation is tied to
         write_json(partial / CARD, card)
         verify(folder.name, read_tensors(partial), merged.tensors)
@@ -139,11 +139,11 @@ def own_trunk(config: PreTrainedConfig) -> PreTrainedConfig | None:
     return backbone if backbone.model_type == of_type(config.model_type).trunk_type else None
 
 
-def sam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
+def sam3_file(merged: Merged, extra: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of sam3.pt, and lines worth telling."""
-    tensors = key_map(merged.config).to_original(merged.tensors, beside, own_trunk(merged.config))
+    tensors = key_map(merged.config).to_original(merged.tensors, extra, own_trunk(merged.config))
     has_class_row = own_trunk(merged.config) is not None  # it goes with SAM 3's trunk
-    absent = [name for name in absent_from_transformers(beside) if name != CLASS_ROW or has_class_row]
+    absent = [name for name in absent_from_transformers(extra) if name != CLASS_ROW or has_class_row]
     if not absent:
         return tensors, []
     note = (
@@ -201,7 +201,7 @@ def refuse_other_padding(merged: Merged, slots: dict) -> None:
         )
 
 
-def efficientsam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
+def efficientsam3_file(merged: Merged, extra: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of efficientsam3.pt, and the call of EfficientSAM3's builder that loads them.
 
     Raises:
@@ -240,7 +240,7 @@ def efficientsam3_file(merged: Merged, beside: dict[str, Tensor], slots: dict) -
         )
         if mismatch := padding_mismatch(merged, slots):
             notes.append(f"  {mismatch}")
-    return key_map(merged.config).to_original(rest, beside, own_trunk(merged.config)) | tensors, notes
+    return key_map(merged.config).to_original(rest, extra, own_trunk(merged.config)) | tensors, notes
 
 
 FORMATS = {"sam3": sam3_file, "efficientsam3": efficientsam3_file}
