@@ -65,7 +65,7 @@ def test_a_push_over_a_bad_line_is_the_model_that_lies_here(tmp_path):
             picture.save(tmp_path / file)
         blocks = re.findall(r"```python\n(.*?)```", files["README.md"].decode(), re.S)
         assert len(blocks) == 3
-        (tmp_path / "blocks.py").write_text("# next block\n".join(blocks))
+        (tmp_path / "blocks.py").write_text("# next block\n".join(blocks).replace("clip.mp4", "frames"))
         done = subprocess.run(
             [sys.executable, "-c", COMPARE, str(folder / "merged"), "tester/model", "blocks.py"],
             cwd=tmp_path, env=environment, capture_output=True, text=True,
