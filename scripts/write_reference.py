@@ -40,6 +40,16 @@ HEAD = """# Recipe reference
 
 <!-- Written by scripts/write_reference.py: change the dataclasses in effsam3/ and run it again. -->
 
+```bash
+effsam3 recipes                                      # what comes with effsam3, by short name
+effsam3 launch smoke/image                           # from any folder, with or without a clone
+effsam3 recipes copy stage1/image/es_rv_m my.yaml    # one of your own; nothing is overwritten
+effsam3 show my.yaml                                 # every key and its value
+```
+
+Verbs take a recipe by its path, its short name or its run folder. `inherits:` takes a path, relative to the file, or a
+short name. A child's keys are merged into its parent's.
+
 Every key of every recipe. A key without a default must be given, in the recipe or in one that it inherits from. On the
 command line a key is `section.key=value`. [schema/](schema) has the same as JSON schemas, for editors; in VS Code's
 settings with its YAML extension:
