@@ -59,12 +59,10 @@ def parse_json(text: str, form: Any, where: str, remedy: str, error: type[UserEr
     return _parsed(lambda: json.loads(text, object_pairs_hook=_without_repetition), form, where, remedy, error)
 
 
-def read_yaml(
-    path: Path, form: Any, remedy: str, error: type[UserError] = DamagedFileError, loader: type = yaml.SafeLoader
-) -> Any:
+def read_yaml(path: Path, form: Any, remedy: str, loader: type = yaml.SafeLoader) -> Any:
     """Read a YAML file of a known form; see `read_json`. `loader` is one of yaml's safe ones."""
-    text = read_text(path, remedy, error)
-    return _parsed(lambda: yaml.load(text, Loader=loader), form, str(path), remedy, error)
+    text = read_text(path, remedy)
+    return _parsed(lambda: yaml.load(text, Loader=loader), form, str(path), remedy, DamagedFileError)
 
 
 def read_text(path: Path, remedy: str, error: type[UserError] = DamagedFileError) -> str:

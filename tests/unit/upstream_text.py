@@ -4,9 +4,9 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import Sam3LiteTextTextConfig
 
 from effsam3.models.chassis.tensors import read_config, read_tensors
-from effsam3.models.text.padding import with_padding
 from effsam3.models.text.student import DETECTOR, TEXT_ENCODER, TEXT_PROJECTION, StudentText
 
 POSITIONS = "encoder.positional_embedding.pos_embed.pos_embed"
@@ -82,7 +82,8 @@ def masked_features(folder, ids_BL, mask_BL):
         name.removeprefix(DETECTOR): t for name, t in own.items() if name.startswith((TEXT_ENCODER, TEXT_PROJECTION))
     }
     channels = len(tensors["text_projection.bias"])
-    config = with_padding(read_config(folder).detector_config.text_config, "masked")
+    sizes = read_config(folder).detector_config.text_config.to_dict()
+    config = Sam3LiteTextTextConfig(**{name: value for name, value in sizes.items() if name != "model_type"})
     student = StudentText(config, channels).eval()
     student.load_state_dict(tensors | {"feature_mean": torch.zeros(channels), "feature_scale": torch.ones(channels)})
     return student(ids_BL, mask_BL)

@@ -102,10 +102,3 @@ RULES = {
 def padding_of(config: PreTrainedConfig) -> str:
     """Return the rule in a text encoder's or a detector's config; SAM 3's own is `masked`."""
     return "attended" if isinstance(config, AttendedTextConfig | AttendedLiteTextConfig) else "masked"
-
-
-def with_padding(config: Sam3LiteTextTextConfig, rule: str) -> Sam3LiteTextTextConfig:
-    """Return a text encoder's config with this padding rule and everything else the same."""
-    sizes = config.to_dict()
-    del sizes["model_type"]
-    return RULES[rule].text_config(**sizes)
