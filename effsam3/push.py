@@ -7,7 +7,6 @@ python scripts/push.py recipes/stage1/image/es_rv_m.yaml push.repo=OWNER/NAME
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.utils import disable_progress_bars
 
 from effsam3.errors import UserError
-from effsam3.files import write_text
+from effsam3.files import write_bytes, write_text
 from effsam3.hub import hub_errors
 from effsam3.models.chassis.card import CARD
 from effsam3.publish.card import model_card
@@ -80,7 +79,7 @@ def prepare(release: Release, repo: str, revision: str) -> dict[str, Path]:
     """Write the card and the licence into the merged folder; returns {name in the repository: file}."""
     write_text(release.model / "README.md", model_card(release, repo, revision))
     if release.license_file is not None and release.license_file.resolve() != (release.model / "LICENSE").resolve():
-        shutil.copyfile(release.license_file, release.model / "LICENSE")
+        write_bytes(release.model / "LICENSE", release.license_file.read_bytes())
     elif release.license_file is None and release.has_sam3:
         write_text(release.model / "LICENSE", license_notice(release.sam3))
     files = {path.name: path for path in sorted(release.model.iterdir()) if not path.name.startswith(".")}

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from effsam3.errors import UserError, did_you_mean
+from effsam3.files import write_text
 
 PACKAGE = Path(__file__).resolve().parent
 ENDINGS = (".yaml", ".yml")
@@ -85,10 +86,8 @@ def copy(name: str, file: str | None = None) -> str:
         text = PARENT.sub(
             f"inherits: {_short((folder / short / '..' / parent[1]).resolve().relative_to(folder))}", text
         )
+    if path.exists():
+        raise UserError(f"{path} is there already; name another file: effsam3 recipes copy {short} FILE")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(path, "x", encoding="utf-8") as new:
-            new.write(text)
-    except FileExistsError as error:
-        raise UserError(f"{path} is there already; name another file: effsam3 recipes copy {short} FILE") from error
+    write_text(path, text)
     return f"{path} will run in runs/{own}; `effsam3 show {path}` prints its keys, `effsam3 launch {path}` runs it"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Atomic files and folders under real kills, stamps, and that nothing in the package writes in another way."""
 
+import ast
 import json
 import os
 import random
@@ -8,12 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from effsam3.errors import UserError
 from effsam3.files import atomic_file, atomic_folder, stamp, write_bytes, write_json, write_text
 
+PACKAGE = Path(__file__).parents[2] / "effsam3"
 WITHOUT_END = """
 import itertools, sys
 from pathlib import Path
@@ -138,3 +141,95 @@ def test_what_has_no_stamp_is_not_touched(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="data.index: .* cannot be written"):
         stamp(tmp_path / "file" / "stamp", {}, "synthetic images", "data.index")
+
+
+# ---- nobody else writes
+
+# Calls that write to a path or give it another name, by the last part of their names and by the whole.
+WRITERS = (
+    "write_text write_bytes save savefig save_file save_pretrained write_table new_stream to_parquet rename copyfile "
+    "copytree move"
+).split()
+GROWS = "grows in place; what a kill has torn is left out where it is read"
+INSIDE = "gets a path inside an atomic_file or atomic_folder"
+ALLOWED = {
+    ("training.report", "Report.say"): GROWS,
+    ("training.report", "Report.metrics"): GROWS,
+    ("training.meters", "Unreadable.note"): GROWS,
+    ("training.not_finite", "NotFinite.loss"): GROWS,
+    ("training.loggers", "set_torn_parts_aside"): "renames what wandb has written",
+    ("data.store.writer", "_lock"): "makes an empty file",
+    ("data.store.writer", "_repair_shard"): GROWS,
+    ("data.store.writer", "StoreWriter._open_shard"): GROWS,
+    ("data.store.writer", "StoreWriter.skip"): GROWS,
+    ("data.synthetic.videos", "mp4_bytes"): "writes into memory",
+    ("train", "learn"): "calls checkpoint.save",
+    ("models.merging.formats", "save_pickled"): INSIDE,
+    ("models.chassis.sam3_pt", "_write"): INSIDE,
+    ("models.chassis.sam3_pt", "_save"): INSIDE,
+    ("models.chassis.find", "_make.write"): INSIDE,
+    ("benchmarks.vos", "PredictionFolder.add"): INSIDE,
+    ("benchmarks.vos", "PredictionFolder.finish"): INSIDE,
+}
+
+
+def writing(code):
+    """Yield (function or class, call) for each write in some code that is not inside `with atomic_...`."""
+
+    def walk(node, inside, name):
+        if isinstance(node, ast.With):
+            inside |= any("atomic_f" in ast.unparse(item.context_expr) for item in node.items)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            name = f"{name}.{node.name}" if name else node.name
+        if isinstance(node, ast.Call) and not inside and writes(node):
+            yield name, ast.unparse(node)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, inside, name)
+
+    return walk(ast.parse(code), False, "")
+
+
+def writes(call):
+    """Whether a call writes a file by its path, opens one for writing, or renames one."""
+    last = ast.unparse(call.func).rpartition(".")[2]
+    if last in ("open", "fdopen"):
+        values = [one.value for one in ast.walk(call) if isinstance(one, ast.Constant)]
+        modes = [one for one in values if isinstance(one, str) and set(one) <= set("rwaxbt+") and len(one) < 4]
+        return any(set(mode) & set("wax+") for mode in modes) or "O_CREAT" in ast.unparse(call)
+    if not isinstance(call.func, ast.Attribute):  # such as files.write_text
+        return last == "save_file"
+    if last == "replace":  # of a path; a text's has two arguments, a dataclass's has names
+        return ast.unparse(call.func) == "os.replace" or (len(call.args) == 1 and not call.keywords)
+    return last in WRITERS
+
+
+def test_nothing_writes_but_files():
+    found = {
+        (".".join(file.relative_to(PACKAGE).with_suffix("").parts), name): call
+        for file in PACKAGE.rglob("*.py")
+        if file != PACKAGE / "files.py"
+        for name, call in writing(file.read_text(encoding="utf-8"))
+    }
+    assert {place: call for place, call in found.items() if place not in ALLOWED} == {}
+    assert ALLOWED.keys() - found.keys() == set(), "these write no more"
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("open(path, 'w')", 1),
+        ("path.open('ab')", 1),
+        ("os.open(path, os.O_CREAT)", 1),
+        ("path.write_text('x')", 1),
+        ("figure.savefig(path)", 1),
+        ("os.replace(one, two)", 1),
+        ("one.replace(two)", 1),
+        ("save_file(tensors, path)", 1),
+        ("with atomic_file(path) as file:\n image.save(file)\nimage.save(path)", 1),
+        ("def f():\n with a, atomic_folder(path) as folder:\n  (folder / 'x').write_text('')", 0),
+        ("write_text(path, text); text.replace('a', 'b'); replace(row, name=1)", 0),
+        ("open(path); open(path, 'rb'); Image.open(path); av.open(path, errors='replace')", 0),
+    ],
+)
+def test_the_rule_can_fail(code, found):
+    assert len(list(writing(code))) == found
