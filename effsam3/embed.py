@@ -56,7 +56,7 @@ def run(recipe: FeatureRecipe, check: int | None = None) -> None:
         )
     refuse_missing_gpu(recipe.hardware)
     torch.manual_seed(recipe.train.seed)
-    accelerator = make_accelerator(recipe.train.precision)
+    accelerator = make_accelerator(recipe.hardware, recipe.train.precision)
     if check is None:
         on_main(accelerator, partial(refuse_unwritable, Path(recipe.embed.to), "embed.to"))
     on_main(accelerator, partial(refuse_unwritable, recipe.folder, "train.runs"))

@@ -10,7 +10,7 @@ from effsam3 import stages
 from effsam3.benchmarks.results import Results
 from effsam3.errors import UserError
 from effsam3.files import write_text
-from effsam3.hardware.accelerator import refuse_missing_gpu
+from effsam3.hardware.accelerator import device_for, refuse_missing_gpu
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.merging.slots import read_card
 from effsam3.models.registry import is_made_up
@@ -48,10 +48,10 @@ def run(recipe: Recipe) -> dict:
     chassis = chassis_folder(merged["chassis"], merged["revision"])
     made_by = provenance() | {key: merged[key] for key in ("chassis", "slots", "weights") if key in merged}
     (folder / "eval").mkdir(exist_ok=True)
-    found, tables = [], []
+    found, tables, device = [], [], device_for(recipe.hardware)
     for slot, own in asked.items():
         results = Results(folder / "eval", "" if own is recipe else f"{slot}_", made_by)
-        stages.measuring(slot).measure(own, folder, chassis, merged["chassis"], results)
+        stages.measuring(slot).measure(own, folder, chassis, merged["chassis"], device, results)
         tables += stages.measuring(slot).tables(results.by_name)
         found.append(results)
     summary = summarise([*tables, *(line for results in found for line in results.left_out)], merged)

@@ -72,6 +72,7 @@ def run(recipe: StageRecipe, resume: str = AUTO) -> None:
     recipe = find_micro_batch.kept(recipe, folder)
     micros = accumulation(recipe, launched_processes())
     accelerator = make_accelerator(
+        recipe.hardware,
         recipe.train.precision,
         micros,
         recipe.train.micro_batch_size,

@@ -73,8 +73,7 @@ class Pair:
         return replace(self, statistics=(mean_C, deviation_C))
 
 
-def load_pair(chassis: Path, merged: Path) -> Pair:
-    """Load both on the GPU if there is one."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_pair(chassis: Path, merged: Path, device: torch.device) -> Pair:
+    """Load both on a device."""
     teacher, student = (nn.Module.to(load_tracker(folder), device) for folder in (chassis, merged))
     return Pair(teacher, student, device)

@@ -22,7 +22,7 @@ def statistics_sample(keys: Sequence[str], size: int = SAMPLE) -> list[int]:
 
 
 class FeatureStatistics:
-    """Accumulates feature maps batch by batch, in float64."""
+    """Accumulates feature maps batch by batch, in float64; the maps stay on their device."""
 
     def __init__(self, channels: int):
         self.count = 0.0
@@ -31,10 +31,11 @@ class FeatureStatistics:
 
     def update(self, feat_BCHW: Tensor, valid_B1HW: Tensor) -> None:
         """Add the valid positions (1 in `valid_B1HW`) of a batch."""
-        feat, valid = feat_BCHW.double().cpu(), valid_B1HW.double().cpu()
+        feat = feat_BCHW.double()
+        valid = valid_B1HW.to(feat)
         self.count += float(valid.sum())
-        self.sum_C += (feat * valid).sum((0, 2, 3))
-        self.square_C += (feat.square() * valid).sum((0, 2, 3))
+        self.sum_C += (feat * valid).sum((0, 2, 3)).cpu()
+        self.square_C += (feat.square() * valid).sum((0, 2, 3)).cpu()
 
     def result(self) -> dict[str, list[float]]:
         """Return `mean` and `deviation`, C floats each.

@@ -38,7 +38,7 @@ def refuse_missing_gpu(hardware: str) -> None:
     """
     if torch.cuda.is_available():
         return
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by every `accelerate launch`
+    if _launched():
         on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
         if on_cpu or no_devices(os.environ.get("CUDA_VISIBLE_DEVICES", "")):
             return
@@ -53,7 +53,22 @@ def refuse_missing_gpu(hardware: str) -> None:
     )
 
 
+def _launched() -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in os.environ  # set by every `accelerate launch`
+
+
+def device_for(hardware: str) -> torch.device:
+    """Return where work in this process is done: on a GPU, unless there is none or the CPU was asked for.
+
+    The config that `accelerate launch` was given counts, else the recipe's.
+    """
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    on_cpu = on_cpu or (not _launched() and config_on_cpu(config_file(hardware)))
+    return torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
+
+
 def make_accelerator(
+    hardware: str,
     precision: str,
     accumulation: int = 1,
     micro_batch: int = 1,
@@ -62,7 +77,7 @@ def make_accelerator(
     folder: str | None = None,
     timeout_s: int = 1800,
 ) -> Accelerator:
-    """Build the accelerator for the hardware that `accelerate launch` has put into the environment.
+    """Build the accelerator for what `accelerate launch` has put into the environment, else for the recipe's hardware.
 
     `clip_grad_norm`, `accumulation` and `micro_batch` reach DeepSpeed's own configuration: under DeepSpeed
     `clip_grad_norm_` only reads the norm, and an accumulation of its own would be another learning.
@@ -70,10 +85,11 @@ def make_accelerator(
     Raises:
         UserError: accelerate does not see as many processes as were launched.
     """
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "false").lower() != "true"
+    on_gpu = device_for(hardware).type == "cuda"
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported on saving, warns that there is none
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions in fp32 keep 10 bits of the mantissa on GPUs alone
     handlers = []
     if "LOCAL_RANK" in os.environ:
         # Without a backend, accelerate under DeepSpeed on a CPU lets every rank believe that it is the only one.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where GPUs are asked for and there are none, nothing runs on the CPU without a word."""
+"""Where GPUs are asked for and there are none, nothing runs on the CPU without a word; nor the other way round."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import torch
 
 from effsam3.cli import main
 from effsam3.errors import RecipeError
-from effsam3.hardware.accelerator import refuse_missing_gpu
+from effsam3.hardware.accelerator import device_for, refuse_missing_gpu
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "recipes/smoke/image.yaml")
@@ -40,6 +40,16 @@ def test_hardware_of_cpus(hardware):
     refuse_missing_gpu(hardware)
 
 
+@pytest.mark.parametrize("hardware", [*FOR_CPUS, *FOR_GPUS])
+def test_a_gpu_that_is_there_is_used_where_gpus_are_asked_for(hardware, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_for(hardware).type == ("cpu" if hardware in FOR_CPUS else "cuda")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # `accelerate launch` has another config than the recipe
+    assert device_for(hardware).type == "cuda"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert device_for(hardware).type == "cpu"
+
+
 @pytest.mark.parametrize("hardware", TWINS)
 def test_what_takes_its_place(hardware):
     with pytest.raises(RecipeError, match=f"all the same: hardware={TWINS[hardware]}$"):
@@ -58,7 +68,7 @@ def test_by_accelerates_own_command(hardware, code, tmp_path):
     """Its config counts, not the recipe's, which may name another one."""
     other = {"gpu": "cpu", "cpu": "gpu"}[hardware]
     (tmp_path / "script.py").write_text(
-        "from effsam3.hardware.accelerator import refuse_missing_gpu\n"
+        "from effsam3.hardware.accelerator import device_for, refuse_missing_gpu\n"
         f"refuse_missing_gpu({other!r})\nprint('it works')\n"
     )
     config = ROOT / f"accelerate_configs/{hardware}.yaml"

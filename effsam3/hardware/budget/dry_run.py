@@ -47,6 +47,9 @@ class Ledger(TorchDispatchMode):
                 return True  # a branch that depends on contents: assume true, the more expensive path
             if function is torch.ops.aten.index.Tensor:  # masks are real, so indices are known although values are not
                 arguments = (arguments[0], [_numbers(index) for index in arguments[1]])
+        for tensor in tree_leaves((arguments, options)):
+            if isinstance(tensor, Tensor):  # what was there before allocates nothing when it is looked at
+                self.storages.add(tensor.untyped_storage())
         result = function(*arguments, **(options or {}))
         if (formula := flop_registry.get(function.overloadpacket)) is not None:
             self.add_flops(formula(*arguments, **(options or {}), out_val=result))

@@ -115,7 +115,7 @@ def kept(recipe: StageRecipe, folder: Path) -> StageRecipe:
 def run(recipe: StageRecipe, stage: Stage, accelerator: Accelerator, report: Report) -> StageRecipe:
     """Return the recipe with the largest micro-batch that fits every rank: the smallest of what the ranks have found.
 
-    Collective. Called between building the stage and `accelerator.prepare`; it changes neither.
+    Collective. Called between building the stage and `accelerator.prepare`; it brings the student to the device.
 
     Raises:
         UserError: there is no GPU, or nothing fits.
@@ -128,7 +128,8 @@ def run(recipe: StageRecipe, stage: Stage, accelerator: Accelerator, report: Rep
     trained = sum(parameter.numel() for parameter in stage.student.parameters() if parameter.requires_grad)
     taken, _ = states(running_hardware(accelerator, recipe.hardware), trained)
     average = FP32 * trained if recipe.train.ema else 0
-    # The weights are on the device already, and the trial's backward makes gradients.
+    stage.student.to(accelerator.device)
+    # Without the weights, which are there, and the gradients, which the trial's backward makes.
     reserved = max(sum(taken.values()) + average - 2 * FP32 * trained, 0)
     trial = Trial(stage, accelerator.device, recipe.train.precision, reserved)
     mine = find(micro_batches(recipe, accelerator.num_processes), trial)

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from effsam3.benchmarks.fidelity import feature_fidelity
 from effsam3.benchmarks.masks import prompted_mask_quality
 from effsam3.benchmarks.models import load_pair
@@ -67,12 +69,14 @@ def photographs(recipe: ImageRecipe) -> None:
 NEEDS = (something_to_measure, photographs)
 
 
-def measure(recipe: ImageRecipe, folder: Path, chassis: Path, teacher_name: str, results: Results) -> None:
+def measure(
+    recipe: ImageRecipe, folder: Path, chassis: Path, teacher_name: str, device: torch.device, results: Results
+) -> None:
     """Run the recipe's benchmarks on `folder`/merged and on its teacher, a folder that is called `teacher_name`."""
     index_path, asked = Path(recipe.data.index), recipe.evaluate
     index = load_index(index_path, "val", recipe.data.limit)
     measured, results.left_out = measurable(recipe)
-    pair = load_pair(chassis, folder / "merged")
+    pair = load_pair(chassis, folder / "merged", device)
     rows = index.select(range(min(asked.max_images, len(index))))
     images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
     batches = sequential_batches(len(images), recipe.embed.batch_size, 0, 1)

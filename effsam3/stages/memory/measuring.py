@@ -28,7 +28,9 @@ def videos_to_track(recipe: MemoryRecipe) -> None:
 NEEDS = (videos_to_track,)
 
 
-def measure(recipe: MemoryRecipe, folder: Path, chassis: Path, teacher_name: str, results: Results) -> None:
+def measure(
+    recipe: MemoryRecipe, folder: Path, chassis: Path, teacher_name: str, device: torch.device, results: Results
+) -> None:
     """Run the recipe's benchmarks on `folder`/merged and on its teacher, a folder that is called `teacher_name`."""
     asked, data = recipe.evaluate, recipe.data
     if asked.videos is not None:
@@ -38,7 +40,6 @@ def measure(recipe: MemoryRecipe, folder: Path, chassis: Path, teacher_name: str
         videos = [
             VosVideo(row["key"], root / row["video_file"], SavFile(root / row["annotation_file"])) for row in rows
         ]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trackers = {f"{teacher_name}, dense": load_tracker(chassis).to(device)}
     student = load_tracker(folder / "merged").to(device)
     if isinstance(student, EfficientTracker):

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections import deque
 from pathlib import Path
 
+import torch
+
 from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.tables import Column, millions, result_table, speed_table
 from effsam3.benchmarks.text import load_text_features, plot_similarity, text_similarity, text_speed
@@ -28,9 +30,12 @@ def phrase_list(recipe: TextRecipe) -> None:
 NEEDS = (phrase_list,)
 
 
-def measure(recipe: TextRecipe, folder: Path, chassis: Path, teacher_name: str, results: Results) -> None:
+def measure(
+    recipe: TextRecipe, folder: Path, chassis: Path, teacher_name: str, device: torch.device, results: Results
+) -> None:
     """Run the recipe's benchmarks on `folder`/merged and on its teacher, a folder that is called `teacher_name`."""
-    teacher, student = TextTeacher.from_folder(chassis), load_text_features(folder / "merged")
+    teacher = TextTeacher.from_folder(chassis).to(device)
+    student = load_text_features(folder / "merged").to(device)
     asked = recipe.evaluate
     if "similarity" in asked.benchmarks:
         own = {} if asked.phrases is None else {"phrases": (asked.phrases,), "phrase_column": asked.phrase_column}
