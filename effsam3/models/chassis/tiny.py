@@ -9,46 +9,47 @@ from __future__ import annotations
 
 IMAGE_SIZE = 224  # pixels; 16 patches of 14 a side, where SAM 3 has 72
 PATCH_SIZE = 14
-GRID = IMAGE_SIZE // PATCH_SIZE
 TRUNK_WIDTH = 64  # SAM 3: 1024
 WIDTH = 128  # neck, detector and tracker, SAM 3: 256; the tracker needs a multiple of 64 above 64
 TEXT_WIDTH = 32
 
 
-def vision_config() -> dict:
+def vision_config(image_size: int = IMAGE_SIZE, trunk_width: int = TRUNK_WIDTH, width: int = WIDTH) -> dict:
     """The tiny chassis' vision encoder as it is in config.json."""
+    grid = image_size // PATCH_SIZE
     return dict(
         model_type="sam3_vision_model",
         backbone_config=dict(
             model_type="sam3_vit_model",
-            hidden_size=TRUNK_WIDTH,
-            intermediate_size=2 * TRUNK_WIDTH,
+            hidden_size=trunk_width,
+            intermediate_size=2 * trunk_width,
             num_hidden_layers=4,
             num_attention_heads=4,
-            image_size=IMAGE_SIZE,
+            image_size=image_size,
             patch_size=PATCH_SIZE,
             window_size=8,
             global_attn_indexes=[1, 3],
-            pretrain_image_size=IMAGE_SIZE // 2,
+            pretrain_image_size=image_size // 2,
             # Wide enough that attention and MLPs bend the features: with 0.02 the trunk is nearly linear in its
             # patches.
             initializer_range=0.1,
         ),
-        fpn_hidden_size=WIDTH,
-        backbone_feature_sizes=[[4 * GRID] * 2, [2 * GRID] * 2, [GRID] * 2],
+        fpn_hidden_size=width,
+        backbone_feature_sizes=[[4 * grid] * 2, [2 * grid] * 2, [grid] * 2],
         scale_factors=[4.0, 2.0, 1.0, 0.5],
     )
 
 
-def tiny_config():
+def tiny_config(image_size: int = IMAGE_SIZE, trunk_width: int = TRUNK_WIDTH, width: int = WIDTH):
     """`Sam3VideoConfig` of the tiny chassis: 224 px, 16x16 grid, about 6.6 M parameters (4.7 M are the vocabulary
-    and the tracker)."""
+    and the tracker); of others like it with other sizes."""
     from transformers import Sam3VideoConfig
 
+    grid, vision = image_size // PATCH_SIZE, vision_config(image_size, trunk_width, width)
     attention = dict(num_attention_heads=4, dropout=0.0)
     detector = dict(
         model_type="sam3",
-        vision_config=vision_config(),
+        vision_config=vision,
         text_config=dict(
             model_type="clip_text_model",
             vocab_size=49408,
@@ -61,39 +62,39 @@ def tiny_config():
             hidden_act="gelu",
         ),
         geometry_encoder_config=dict(
-            hidden_size=WIDTH, num_layers=1, intermediate_size=2 * WIDTH, roi_size=3, **attention
+            hidden_size=width, num_layers=1, intermediate_size=2 * width, roi_size=3, **attention
         ),
-        detr_encoder_config=dict(hidden_size=WIDTH, num_layers=2, intermediate_size=2 * WIDTH, **attention),
+        detr_encoder_config=dict(hidden_size=width, num_layers=2, intermediate_size=2 * width, **attention),
         detr_decoder_config=dict(
-            hidden_size=WIDTH, num_layers=2, num_queries=10, intermediate_size=2 * WIDTH, **attention
+            hidden_size=width, num_layers=2, num_queries=10, intermediate_size=2 * width, **attention
         ),
-        mask_decoder_config=dict(hidden_size=WIDTH, num_upsampling_stages=3, num_attention_heads=4),
+        mask_decoder_config=dict(hidden_size=width, num_upsampling_stages=3, num_attention_heads=4),
     )
     tracker = dict(
         model_type="sam3_tracker_video",
-        image_size=IMAGE_SIZE,  # must be given: the config class otherwise resets every size to 1008 px
-        vision_config=vision_config(),
-        prompt_encoder_config=dict(hidden_size=WIDTH, image_size=IMAGE_SIZE, patch_size=PATCH_SIZE),
+        image_size=image_size,  # must be given: the config class otherwise resets every size to 1008 px
+        vision_config=vision,
+        prompt_encoder_config=dict(hidden_size=width, image_size=image_size, patch_size=PATCH_SIZE),
         mask_decoder_config=dict(
-            hidden_size=WIDTH,
-            mlp_dim=2 * WIDTH,
+            hidden_size=width,
+            mlp_dim=2 * width,
             num_hidden_layers=2,
             num_attention_heads=4,
-            iou_head_hidden_dim=WIDTH,
+            iou_head_hidden_dim=width,
         ),
-        memory_attention_hidden_size=WIDTH,
+        memory_attention_hidden_size=width,
         memory_attention_num_layers=2,
-        memory_attention_feed_forward_hidden_size=2 * WIDTH,
-        memory_attention_rope_feat_sizes=[GRID, GRID],
+        memory_attention_feed_forward_hidden_size=2 * width,
+        memory_attention_rope_feat_sizes=[grid, grid],
         memory_attention_dropout=0.0,
         memory_attention_rope_dropout=0.0,
-        memory_encoder_hidden_size=WIDTH,
+        memory_encoder_hidden_size=width,
         memory_encoder_output_channels=64,  # transformers' memory attention hard-codes 64
-        mask_downsampler_embed_dim=WIDTH,
-        memory_fuser_embed_dim=WIDTH,
-        memory_fuser_intermediate_dim=2 * WIDTH,
+        mask_downsampler_embed_dim=width,
+        memory_fuser_embed_dim=width,
+        memory_fuser_intermediate_dim=2 * width,
     )
-    return Sam3VideoConfig(detector_config=detector, tracker_config=tracker, low_res_mask_size=4 * GRID)
+    return Sam3VideoConfig(detector_config=detector, tracker_config=tracker, low_res_mask_size=4 * grid)
 
 
 def full_config():
@@ -103,9 +104,9 @@ def full_config():
     return Sam3VideoConfig()
 
 
-def tiny_sizes() -> dict[str, int]:
-    """The sizes of the tiny chassis' vision encoder, as the registry's `Sizes` names them."""
-    vision = vision_config()
+def tiny_sizes(**sizes: int) -> dict[str, int]:
+    """The sizes of the tiny chassis' vision encoder, as the registry's `Sizes` names them; `sizes` as above."""
+    vision = vision_config(**sizes)
     backbone = vision.pop("backbone_config") | {"fpn_hidden_size": vision["fpn_hidden_size"]}
     names = "image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "pretrain_image_size"
     return {name: backbone[name] for name in (*names, "fpn_hidden_size")}

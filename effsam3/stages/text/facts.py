@@ -148,7 +148,9 @@ class TextRecipe(FeatureRecipe):
         text = f"{total:,} parameters with {sam3.context_length} positions and the projector"
         if sam3.counts is None:
             return text
-        return f"{text}, {100 * (1 - total / sam3.counts.text):.2f} % fewer than the {sam3.counts.text:,} they replace"
+        saved = 100 * (1 - total / sam3.counts.text)
+        verdict = f"{abs(saved):.2f} % {'fewer' if saved > 0 else 'more'} than the {sam3.counts.text:,} they replace"
+        return f"{text}, {verdict}"
 
     def _store_line(self) -> str:
         if self.teacher == "online":
