@@ -177,7 +177,10 @@ def test_a_memory_that_does_not_fit(overrides, key, message):
     [
         (["memory.trains=[decoder,neck]"], "memory.trains: decoder, neck without memory, which the merged slot needs"),
         (["evaluate.split=val"], "split: 'val' is a list in evaluate.videos, which is null"),
-        (["evaluate.evaluator=davis", "evaluate.appearing_later=true"], "DAVIS scores the objects of the first frame"),
+        (
+            ["evaluate.evaluator=davis", "evaluate.appearing_later=true"],
+            "DAVIS only scores the objects of the first frame",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other(keys, message):
