@@ -165,9 +165,14 @@ def named(checkpoint: str) -> Sam3:
     return SAM3S.get(checkpoint, SAM3)
 
 
-def of_type(config_type: str) -> Sam3 | None:
-    """Return the SAM 3 whose config.json has this `model_type`, None if there is none."""
-    return next((row for row in SAM3S.values() if row.config_type == config_type), None)
+def is_type(config_type: str) -> bool:
+    """Whether the config.json of some SAM 3 has this `model_type`."""
+    return any(row.config_type == config_type for row in SAM3S.values())
+
+
+def of_type(config_type: str) -> Sam3:
+    """Return the SAM 3 whose config.json has this `model_type`, which `is_type`."""
+    return next(row for row in SAM3S.values() if row.config_type == config_type)
 
 
 # ---- students

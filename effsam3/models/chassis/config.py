@@ -87,6 +87,8 @@ def _out_of_range(value: Any, name: str) -> Iterator[str]:
 @lru_cache(maxsize=8)
 def _built(text: str) -> PreTrainedConfig:
     content = json.loads(text)
-    config = model_class(content["model_type"]).config_class.from_dict(content)
+    config_class = model_class(content["model_type"]).config_class
+    assert config_class is not None  # every class of a whole model has one
+    config = config_class.from_dict(content)
     empty_model(config)
     return config

@@ -8,6 +8,7 @@ reads one kind of folder.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -120,7 +121,7 @@ def _make(name: str) -> Path:
     def write(folder: Path) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = model_class(config.model_type)(config)
+            model: Any = model_class(config.model_type)(config)
             # Zero or uninitialised parameters would make whatever they multiply invisible to every comparison.
             for parameter in model.parameters():
                 if not parameter.any() or not parameter.isfinite().all():

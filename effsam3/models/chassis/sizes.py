@@ -12,7 +12,7 @@ from zipfile import BadZipFile, ZipFile
 from effsam3.checked_files import mismatch, parse_json, read_text
 from effsam3.errors import UserError
 from effsam3.models.chassis.unsupported import refuse_unsupported, refuse_unsupported_id
-from effsam3.models.registry import SAM3, SAM3S, Sam3, Sizes, of_type
+from effsam3.models.registry import SAM3, SAM3S, Sam3, Sizes, is_type, of_type
 
 GIVE = "give a folder that transformers' `save_pretrained` wrote of the whole model, or a sam3.pt"
 FORM = {
@@ -60,8 +60,9 @@ def sam3_of(checkpoint: str) -> Sam3:
     config = config if source != path else config.get("config")
     if wrong := mismatch(config, FORM):
         raise UserError(f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT: {wrong}; {GIVE}")
-    if (row := of_type(config["model_type"])) is None:
+    if not is_type(config["model_type"]):
         raise UserError(f"sam3.checkpoint: {source} is of a model of type {config['model_type']!r}; {GIVE}")
+    row = of_type(config["model_type"])
     sizes = _sizes(config["detector_config"]["vision_config"])
     return replace(row, sizes=sizes, counts=row.counts if sizes == row.sizes else None)
 

@@ -166,7 +166,7 @@ def _measured(name: str, image_size: int) -> ImageStudent:
     config = pretrained_cfg(timm_name)
     try:
         with torch.device("meta"):
-            information = build_trunk(timm_name, image_size).feature_info
+            information: Any = build_trunk(timm_name, image_size).feature_info
             # Of maps of one stride the deepest: all of a plain ViT's have the same.
             deepest = dict(zip(information.reduction(), information.out_indices, strict=True))
             chosen = {stride: at for stride, at in deepest.items() if FINEST <= stride <= COARSEST}
@@ -177,7 +177,7 @@ def _measured(name: str, image_size: int) -> ImageStudent:
                 )
             trunk = build_trunk(timm_name, image_size, tuple(chosen.values())).eval()
             maps = feature_maps(trunk, torch.zeros(1, 3, image_size, image_size))
-            sum(feat.sum() for feat in maps).backward()
+            torch.stack([feat.sum() for feat in maps]).sum().backward()
         idle = [parameter for parameter, value in trunk.named_parameters() if value.grad is None]
         if idle:
             raise UserError(

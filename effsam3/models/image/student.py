@@ -174,6 +174,8 @@ class StudentTrunk(PreTrainedModel):
         super().__init__(config)
         self.trunk = build_trunk(config.timm_name, config.seen_size, tuple(config.out_indices))
         self.head = HEADS[config.head](tuple(self.trunk.feature_info.channels()), config.hidden_size)
+        self.feature_mean: Tensor
+        self.feature_scale: Tensor
         self.register_buffer("feature_mean", torch.zeros(config.hidden_size))
         self.register_buffer("feature_scale", torch.ones(config.hidden_size))
         self.post_init()

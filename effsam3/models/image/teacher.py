@@ -7,6 +7,7 @@ Letters: B images, C channels, G grid rows and columns, S image side in pixels, 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class Teacher(nn.Module):
             ChassisError: `grid` is finer than the teacher's.
         """
         super().__init__()
-        trunk = config.backbone_config
+        trunk: Any = config.backbone_config
         self.image_size = trunk.image_size
         own_grid = trunk.image_size // trunk.patch_size
         self.grid = own_grid if grid is None else grid
@@ -108,7 +109,8 @@ class Neck(nn.Module):
     def __init__(self, config: Sam3VisionConfig):
         """Build it from a SAM 3's sizes, without its weights."""
         super().__init__()
-        self.level = config.scale_factors.index(1.0)
+        scale_factors: Any = config.scale_factors
+        self.level = scale_factors.index(1.0)
         self.layer = Sam3VisionNeck(config).fpn_layers[self.level]
         self.eval().requires_grad_(False)
 

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from effsam3.checked_files import can_be_path, read_json
@@ -28,6 +28,7 @@ from effsam3.models.text.student import (
     DETECTOR,
     TEXT_ENCODER,
     TEXT_PROJECTION,
+    StudentText,
     lite_text_config,
     lite_text_detector_config,
     text_student,
@@ -196,7 +197,7 @@ def read_card(folder: Path, also: Mapping[str, Any] = MappingProxyType({})) -> d
     Raises:
         MergeError: it cannot be read, or does not name who fills the slots.
     """
-    card = read_json(folder / CARD, CARD_FORM | also, "merge or import the model again", MergeError)
+    card = read_json(folder / CARD, {**CARD_FORM, **also}, "merge or import the model again", MergeError)
     if not can_be_path(card.get("chassis", "")):
         raise MergeError(f"{folder / CARD} names no chassis that can be; merge the model again")
     if other := card["slots"].keys() - SLOTS.keys():
@@ -296,7 +297,7 @@ def part_of_model(slot: str, place: Path) -> Part:
     )
 
 
-def start_from(student: nn.Module, slot: str, place: Path) -> None:
+def start_from(student: StudentTrunk | StudentText, slot: str, place: Path) -> None:
     """Give a new student the weights of the same one in a merged or imported model.
 
     Its statistics stay; its last layer is rescaled instead, so that it computes what the model's student computes.
@@ -324,14 +325,13 @@ def refuse_other_student(wanted: Mapping[str, Tensor], found: Mapping[str, Tenso
     Raises:
         MergeError: they are not; the message names the first.
     """
-    wanted, found = (
-        {key: (tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in tensors.items()}
+    ours, theirs = (
+        {(key, tuple(tensor.shape), tensor.is_floating_point()) for key, tensor in tensors.items()}
         for tensors in (wanted, found)
     )
-    if wanted != found:
-        wrong = sorted(set(wanted.items()) ^ set(found.items()))
+    if wrong := sorted(ours ^ theirs):
         raise MergeError(
-            f"{len(wrong)} tensors are not those of {name} (first: {wrong[0][0]} {wrong[0][1][0]}); "
+            f"{len(wrong)} tensors are not those of {name} (first: {wrong[0][0]} {wrong[0][1]}); "
             "was the recipe changed after training, or is this a checkpoint of something else?"
         )
 

@@ -12,7 +12,7 @@ Letters: B texts, L tokens, D channels inside a student.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 from transformers import (
@@ -56,7 +56,10 @@ class AttendedLiteTextConfig(Sam3LiteTextConfig):
 
     model_type = "effsam3_attended_lite_text"
     base_config_key = "detector_config"  # so that the folder of a Sam3VideoModel is read too
-    sub_configs_defaults = Sam3LiteTextConfig.sub_configs_defaults | {"text_config": AttendedTextConfig}
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        **Sam3LiteTextConfig.sub_configs_defaults,
+        "text_config": AttendedTextConfig,
+    }
 
     def __post_init__(self, **unknown):
         self.text_config = unknown.pop(ATTENDED_KEY, self.text_config)
@@ -74,7 +77,8 @@ class AttendedLiteTextModel(Sam3LiteTextModel):
 
     def __init__(self, config: AttendedLiteTextConfig):
         super().__init__(config)
-        self.text_encoder = AttendedTextModel(config.text_config)
+        text: Any = config.text_config
+        self.text_encoder = AttendedTextModel(text)
         self.post_init()
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ DETECTOR = "detector_model."
 TEXT_ENCODER = DETECTOR + "text_encoder."  # these two are the slot `text`
 TEXT_PROJECTION = DETECTOR + "text_projection."
 
+Layer = TypeVar("Layer", nn.Conv1d, nn.Linear)
+
 
 class TextTeacher(nn.Module):
     """Frozen SAM 3 text features: ids and mask (B, L) to one vector per token (B, L, C) float32, projection included.
@@ -44,7 +47,7 @@ class TextTeacher(nn.Module):
     def __init__(self, config: Sam3Config):
         """Build it from a SAM 3's sizes, those of its detector, without its weights."""
         super().__init__()
-        text = config.text_config
+        text: Any = config.text_config
         self.context_length = text.max_position_embeddings
         self.channels = config.detr_encoder_config.hidden_size
         self.text_encoder = CLIPTextModelWithProjection(text)
@@ -143,6 +146,8 @@ class StudentText(nn.Module):
         # stays because transformers' class has it.
         self.text_encoder.projection.requires_grad_(False)
         self.text_projection = nn.Linear(config.hidden_size, channels)
+        self.feature_mean: Tensor
+        self.feature_scale: Tensor
         self.register_buffer("feature_mean", torch.zeros(channels))
         self.register_buffer("feature_scale", torch.ones(channels))
 
@@ -238,6 +243,7 @@ class FoldedRepMixer(nn.Module):
         )
         fc1, fc2, scale_D = feed_forward.mlp.fc1, feed_forward.mlp.fc2, block.layer_scale[:, 0, 0]
         self.activation_fn = feed_forward.mlp.activation_fn
+        assert fc1.bias is not None and fc2.bias is not None  # RepMixer's have one
         self.fc1 = _filled(nn.Linear(fc1.in_channels, fc1.out_channels), fc1.weight[:, :, 0, 0], fc1.bias)
         self.fc2 = _filled(
             nn.Linear(fc2.in_channels, fc2.out_channels),
@@ -254,6 +260,7 @@ class FoldedRepMixer(nn.Module):
 
 def _fold_norm(weight_D1K: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Kernel and bias of a depthwise convolution without bias followed by this BatchNorm."""
+    assert norm.running_mean is not None and norm.running_var is not None  # it was trained with statistics
     return fuse_conv_bn_weights(
         weight_D1K, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
@@ -265,7 +272,7 @@ def _depthwise(weight_D1K: Tensor, bias_D: Tensor) -> nn.Conv1d:
     return _filled(conv, weight_D1K, bias_D)
 
 
-def _filled(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+def _filled(layer: Layer, weight: Tensor, bias: Tensor) -> Layer:
     layer.weight, layer.bias = nn.Parameter(weight.detach().clone()), nn.Parameter(bias.detach().clone())
     return layer
 

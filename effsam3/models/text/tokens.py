@@ -55,7 +55,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     # find_spec, not an import: open_clip itself takes seconds.
     folder = Path(find_spec("open_clip").submodule_search_locations[0])
     text = gzip.decompress((folder / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
-    merges = [tuple(line.split()) for line in text.split("\n")[1 : 49152 - 256 - 2 + 1]]
+    merges = [(left, right) for left, right in map(str.split, text.split("\n")[1 : 49152 - 256 - 2 + 1])]
     letters = list(_byte_letters().values())
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
@@ -171,9 +171,10 @@ class PromptTokenizer:
         rows = self._tokenizer.tokenize_whole(texts, max_length)
         ids = [row + [PAD_ID] * (max_length - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (max_length - len(row)) for row in rows]
+        encoded = {"input_ids": ids, "attention_mask": mask}
         if isinstance(text, str) and return_tensors is None:
-            ids, mask = ids[0], mask[0]
-        return BatchEncoding({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
+            return BatchEncoding({name: values[0] for name, values in encoded.items()})
+        return BatchEncoding(encoded, tensor_type=return_tensors)
 
 
 # Texts on which tokenizers have been seen to differ: apostrophes, entities, broken encodings, scripts, long words.

@@ -107,7 +107,12 @@ def load_text_weights(student: StudentText, weights: str) -> WeightsReport:
             f"student_init: {weights} does not fit this student, {len(problems)} problems: {'; '.join(problems[:6])}"
         )
     student.load_state_dict(state | tensors)
-    return WeightsReport(source=weights, loaded=loaded, initialised=reasons, dropped=dropped)
+    return WeightsReport(
+        source=weights,
+        loaded=loaded,
+        initialised={name: reason for name, reason in reasons.items() if reason},
+        dropped=dropped,
+    )
 
 
 def _first_match(table: list[tuple[str, str]], name: str) -> str | None:
@@ -119,7 +124,7 @@ def _convert(keymap: KeyMap, name: str, tensor: Tensor, positions: int) -> dict[
     targets = keymap.forward.targets(name)
     if not targets:
         return {}
-    values = keymap.forward({name: tensor}).values()
+    values = list(keymap.forward({name: tensor}).values())
     if targets == ["text_encoder." + POSITIONS]:
         table = tensor.reshape(1, 1, -1, tensor.shape[-1])
         values, origins = [table[:, :, :positions]], [f"{name}, first {positions} of {table.shape[2]} rows"]
