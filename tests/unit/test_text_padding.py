@@ -177,11 +177,10 @@ def test_an_image_student_alone_asks_for_no_yes(tmp_path):
 
 def test_the_card_says_how_to_load_it_and_what_it_sees(tmp_path):
     card = model_card(read_release(merged(tmp_path / "a", "attended").parent), "me/model")
-    assert "from effsam3.models.text.padding import AttendedLiteTextModel" in card
-    assert "attend to their padding" in card
+    assert "from effsam3 import Predictor" in card and "attend to their padding" in card
     yes = ("merge.formats=[efficientsam3]", "merge.allow_padding_mismatch=true")
     card = model_card(read_release(merged(tmp_path / "m", "masked", "tiny_text_plain", *yes).parent), "me/model")
-    assert "from transformers import Sam3LiteTextModel" in card and "`efficientsam3.pt` gives short" in card
+    assert "from effsam3 import Predictor" in card and "`efficientsam3.pt` gives short" in card
     card = model_card(read_release(merged_run(tmp_path / "x", "text")), "me/model")
     assert "padding" not in card.partition("<details>")[0]
 
