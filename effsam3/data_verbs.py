@@ -75,7 +75,7 @@ DATA_VERBS = {
             arg(
                 "--check",
                 **SPEED,
-                help="decode every image to its end (default), or read headers: truncated ones pass",
+                help="decode every image to its end (default), or read headers, which does not notice truncated ones",
             ),
             arg("--min-side", type=int, default=16, help="pixels of the shorter side (default 16)"),
             arg("--max-pixels", type=int, default=178_956_970, help="of an image (default: Pillow's limit)"),
@@ -92,7 +92,9 @@ DATA_VERBS = {
             arg("--val-fraction", type=float, default=0.02, help="share held out, by a hash of the id (default 0.02)"),
             WORKERS,
             arg(
-                "--check", **SPEED, help="decode every video to its end (default), or only count frames: damage passes"
+                "--check",
+                **SPEED,
+                help="decode every video to its end (default), or only count frames, which does not notice damage",
             ),
         ],
         more=": folders with <id>_manual.json, <id>_auto.json and <id>.mp4, or folders <id> of the frames that "
@@ -106,7 +108,7 @@ DATA_VERBS = {
             arg("--fraction", type=float, default=0.01, help="of the train files (default 0.01)"),
             arg("--repo", help="dataset on the Hub (default: Recap-DataComp-1B)"),
             arg("--revision", help="commit, branch or tag (default: the newest)"),
-            arg("--verify", action="store_true", help="read the files that are there again, too"),
+            arg("--verify", action="store_true", help="also check the files that are already there"),
         ],
         more=": the first 1 % of its train files, about 9 million captions. The same command, or one with a larger "
         "fraction, keeps whole files. HF_ENDPOINT names a mirror, HF_TOKEN (or `hf auth login`) a login.",
@@ -133,7 +135,9 @@ DATA_VERBS = {
         [
             STORE,
             arg(
-                "--index", type=Path, help="also read every image of this index: are the features of these very bytes?"
+                "--index",
+                type=Path,
+                help="also read every image of this index and check that its features are of these bytes",
             ),
         ],
     ),

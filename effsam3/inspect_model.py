@@ -103,7 +103,7 @@ def examine(path: str) -> dict[str, Any]:
         made_up = {"format": "made up, random weights"} if is_made_up(path) else {}
         return model_folder(chassis_folder(path)) | {"path": path} | made_up
     if folder.exists() or folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
-        what = "is no checkpoint" if folder.exists() else "does not exist"
+        what = "is not a checkpoint" if folder.exists() else "does not exist"
         raise InspectError(f"{path} {what}; {ACCEPTED}, a training checkpoint (step-*), or an EfficientSAM3 .pt")
     return model_folder(chassis_folder(path)) | {"path": path}
 

@@ -336,7 +336,7 @@ def made_up(model: str, folder: Path) -> bool:
 
 
 def together(found: Sequence[Instances]) -> Instances:
-    """The instances of several texts as one, numbered anew."""
+    """The instances of several texts as one, renumbered."""
     if len(found) == 1:
         return found[0]
     texts = [text for one in found for text in one.texts]

@@ -65,7 +65,7 @@ def run(recipe, dry_run: bool = False) -> str | None:
         report.say(f"{total}; nothing was sent")
         report.say(f"The card is in {release.model / 'README.md'}; read it before you push.")
         if asked.repo is None:
-            report.say("To push, say where to: push.repo=OWNER/NAME")
+            report.say("To push, name where to: push.repo=OWNER/NAME")
         return None
     report.say(total)
     for name in upload(asked, files, f"{recipe.name}: {' and '.join(release.merged['slots'])} of {release.chassis}"):

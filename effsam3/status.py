@@ -205,7 +205,7 @@ def _next(facts: dict[str, Any], folder: Path) -> str:
             return f"effsam3 evaluate {folder}"
         return f"read {folder}/eval/summary.md; effsam3 push {folder} --dry-run"
     first = {"failed": "fix what the error names, then ", "unknown": "if it does not run any more, "}.get(state, "")
-    start = f"resumes from {saved[-1]}" if saved else "starts anew, nothing is saved yet"
+    start = f"resumes from {saved[-1]}" if saved else "starts fresh, nothing is saved yet"
     if not (folder / "recipe.yaml").is_file():
         return f"{first}the same command {start}"
     return f"{first}the same command, or `effsam3 launch {folder} train`, {start}"

@@ -248,7 +248,7 @@ def learn(
     loggers.finish()
     report.say("\n" + stage.conclude(state["untrained"], state["best"]))
     if unreadable.path.is_file():
-        report.say(f"some {stage.files} were unreadable and left out, {unreadable.path} names them")
+        report.say(f"some {stage.files} were unreadable and skipped, {unreadable.path} names them")
     report.say(f"\nnext: effsam3 merge {folder}")
 
 
@@ -367,7 +367,7 @@ def announce(
     if declared != accelerator.num_processes:
         report.say(
             f"the recipe names hardware: {recipe.hardware} ({declared} processes); on {accelerator.num_processes} it "
-            "learns the same, only BatchNorm's batch is the micro-batch either way"
+            "learns the same; BatchNorm's batch is the micro-batch either way"
         )
     if accelerator.is_main_process:
         write_text(report.folder / "recipe.yaml", dump_recipe(recipe))

@@ -78,7 +78,7 @@ VERBS = {
                 "--device-gib",
                 type=float,
                 metavar="GIB",
-                help="--budget, and whether a device of so much memory is enough, and what to change if not",
+                help="--budget, and whether a device with this memory is enough, and what to change if not",
             ),
         ],
         recipe="loaded",
@@ -105,7 +105,7 @@ VERBS = {
                 dest="overrides_by_option",
                 type="merge.formats=[{}]".format,
                 action="append",
-                help="transformers, sam3 or efficientsam3, more of them with commas; short for merge.formats=[...]",
+                help="transformers, sam3 or efficientsam3, several with commas; short for merge.formats=[...]",
             )
         ],
         recipe="loaded",
@@ -120,7 +120,7 @@ VERBS = {
         launch,
         [
             arg("--nodes", type=nodes, metavar="N", help="number of machines; slurm: from the srun step"),
-            arg("--node-rank", type=int, metavar="K", help="which of them this is, from 0; 0 merges and evaluates"),
+            arg("--node-rank", type=int, metavar="K", help="rank of this machine, from 0; 0 merges and evaluates"),
             arg("--main-address", metavar="HOST", help="name or IP address of node 0"),
             arg("--main-port", type=int, metavar="P", help="a free port of node 0, the same on all nodes"),
             arg(

@@ -15,7 +15,7 @@ from effsam3.benchmarks.models import Pair
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.inference.prompted import prompted_masks, trunk_of
 
-WARM_UP = 2  # calls of every shape that do not count: kernels are chosen and memory is taken for each anew
+WARM_UP = 2  # calls of every shape that do not count: for each, kernels are chosen and memory is allocated
 ROUNDS = 6  # of which the median counts
 BATCH = {"cuda": 16, "cpu": 2}  # images at once for the throughput
 

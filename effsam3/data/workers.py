@@ -41,7 +41,7 @@ def worker_pool(workers: int) -> Iterator[Callable[..., Future]]:
         raise
     except BrokenProcessPool as error:
         raise UserError(
-            "a worker process was killed, perhaps for want of memory; what is finished is kept: "
+            "a worker process was killed, perhaps because memory ran out; what is finished is kept: "
             "run the same command again to resume, with fewer workers if memory is short"
         ) from error
     finally:

@@ -220,7 +220,7 @@ def _how_it_learned(recipe: StageRecipe) -> dict[str, str | None]:
 def _limitations(release: Release) -> str:
     points = []
     if not release.has_sam3:
-        points.append("The chassis has random weights: nothing follows from this model for one of SAM 3's quality.")
+        points.append("The chassis has random weights: this model tells nothing about one of SAM 3's quality.")
     points.append(
         "It has not been measured at all."
         if release.summary is None

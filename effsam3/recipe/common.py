@@ -232,7 +232,7 @@ class StageRecipe(Recipe):
         """Return sentences of the model card: what the student cannot do, by how it learned."""
         if self.data.source != "synthetic":
             return []
-        return [f"The student in the slot `{self.stage}` learned from made-up data and has seen nothing real."]
+        return [f"The student in the slot `{self.stage}` only learned from made-up data."]
 
     @classmethod
     def student_of(cls, values: Mapping[str, Any]) -> str | None:

@@ -98,7 +98,9 @@ def parse(text: str, name: str, problems: list[str], where: str | None = None) -
         nonlocal nodes
         nodes += 1
         if nodes > MOST_NODES or len(above) > DEEPEST:  # aliases inside aliases multiply
-            raise RecipeError(f"{name} is no recipe: it holds more than {MOST_NODES:,} values, or they lie too deep")
+            raise RecipeError(
+                f"{name} is not a recipe: it holds more than {MOST_NODES:,} values, or they lie too deep"
+            )
         if any(node is other for other in above):
             raise RecipeError(f"{place(node)}: a YAML alias to the mapping or list it is in; write it out")
         if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):

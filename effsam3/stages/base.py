@@ -204,8 +204,8 @@ def began_with(slot: str, filled: dict) -> str:
     if start == "random":
         return ""
     if start is None:
-        return f"{student} comes from `{filled['from']}`, and whose weights it began with is not known."
-    return f"{student} began with weights of `{Path(start).name}`, whose licence holds for it, too."
+        return f"{student} comes from `{filled['from']}`, and the weights that it started from are not known."
+    return f"{student} started from weights of `{Path(start).name}`, whose licence applies to it too."
 
 
 def start_from_model(student: nn.Module, recipe: FeatureRecipe) -> bool:

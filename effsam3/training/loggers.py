@@ -72,7 +72,7 @@ class Loggers:
         Args:
             config: the recipe's values and more, by dotted key.
             step: the last step before this start, 0 at the beginning. What TensorBoard shows of later ones is of an
-                earlier start and is hidden. What wandb lacks of the steps before is logged anew from metrics.jsonl.
+                earlier start and is hidden. What wandb lacks of the steps before is logged again from metrics.jsonl.
         """
         if not self.names or not self.accelerator.is_main_process:
             return

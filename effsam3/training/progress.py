@@ -144,7 +144,7 @@ def read_progress(folder: str | Path) -> RunProgress | None:
         return None
     found = read_json(path, PROGRESS_FORM, "delete it")
     if found["state"] not in STATES:
-        raise UserError(f"{path} is damaged: {found['state'][:40]!r} is no state of a run; delete it")
+        raise UserError(f"{path} is damaged: {found['state'][:40]!r} is not a state of a run; delete it")
     hardware = found.get("hardware", found.get("layout", ""))
     return RunProgress(**{name: found[name] for name in PROGRESS_FORM if name[-1] != "?"}, hardware=hardware)
 

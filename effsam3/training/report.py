@@ -94,7 +94,7 @@ class Report:
         """Drop metrics of steps that a resumed run will take again, and a line that a kill has cut off."""
         path = self.folder / "metrics.jsonl"
         found = read_metrics(path) if self.is_main else []
-        if found:  # written anew also without any, because a kill may have cut the last line off
+        if found:  # written even without any, because a kill may have cut the last line off
             lines = [line for line in found if line["step"] <= step]
             write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 

@@ -63,8 +63,8 @@ def resumable(recipe: StageRecipe, folder: Path, resume: str) -> Path | None:
     own = checkpoint.latest(folder / "checkpoints")
     if resume == NEVER and own is not None:
         raise UserError(
-            f"{folder} holds a run that has reached step {_step(own)}, and --resume never begins anew; choose another "
-            "name, or delete the folder"
+            f"{folder} holds a run that has reached step {_step(own)}, and --resume never starts fresh; choose "
+            "another name, or delete the folder"
         )
     if resume in (AUTO, NEVER):
         chosen = own
@@ -135,7 +135,7 @@ def _named(path: Path) -> Path:
     if (newest := checkpoint.latest(path / "checkpoints")) is not None:
         return newest
     weights_alone = (path / checkpoint.WEIGHTS).is_file()
-    what = "only holds weights, no optimizer state" if weights_alone else "is no checkpoint and no run with one"
+    what = "only holds weights, no optimizer state" if weights_alone else "is neither a checkpoint nor a run with one"
     raise UserError(f"--resume: {path} {what}; name a run's folder or one of its checkpoints/step-*, auto or never")
 
 

@@ -240,7 +240,7 @@ def test_sources_and_shares_that_do_not_fit(recap, tmp_path):
         ((str(tmp_path / "short.parquet"), "mix", (), 0), "cut short"),
         ((None, "mix", (tmp_path / "empty.txt",), 1), "no usable phrases .*: 1 empty, 1 whitespace"),
         ((None, "mix", (tmp_path / "x.json",), 1), "text_annotations or phrases"),
-        ((None, "mix", (tmp_path / "y.json",), 1), "is no JSON"),
+        ((None, "mix", (tmp_path / "y.json",), 1), "is not JSON"),
         ((None, "mix", (tmp_path / "z.csv",), 1), "header line"),
         ((None, "mix", (tmp_path / "ab.parquet",), 1), "it has 'a', 'b'. Name one with data.phrase_column"),
         ((None, "mix", (tmp_path / "gone.txt",), 1), "there is no file"),

@@ -336,7 +336,7 @@ def test_made_up_weights_are_called_so(capsys):
 
 def test_what_is_no_checkpoint(saved, tmp_path, capsys):
     for path, match in (
-        (str(tmp_path), "is no checkpoint; expected"),
+        (str(tmp_path), "is not a checkpoint; expected"),
         ("/nowhere", "does not exist; expected"),
         (saved({"a": torch.ones(1)}), r"neither in SAM 3's own format nor in EfficientSAM3's: .*\(first: a\)"),
     ):

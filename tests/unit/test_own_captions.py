@@ -85,7 +85,7 @@ def test_own_captions_are_trained_on_merged_and_measured(kind, tmp_path, capsys)
     [
         (None, "there is no file"),
         ("id,name\n1,a cat\n", "Name one with evaluate.phrase_column"),
-        ("phrase\na cat\ncaf\u00e9\n", "phrases.csv:3: the bytes e9 are no UTF-8"),
+        ("phrase\na cat\ncaf\u00e9\n", "phrases.csv:3: the bytes e9 are not UTF-8"),
     ],
 )
 def test_phrases_to_measure_on_are_read_before_the_training(content, complaint, tmp_path):

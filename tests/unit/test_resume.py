@@ -68,7 +68,7 @@ def test_a_run_without_checkpoints_begins(begin, resume):
 
 def test_never_refuses_a_folder_where_a_run_stands(begin):
     recipe, folder = begin("mine")
-    with pytest.raises(UserError, match=r"has reached step 20, and --resume never begins anew; choose another name"):
+    with pytest.raises(UserError, match=r"has reached step 20, and --resume never starts fresh; choose another name"):
         resumable(recipe, folder, NEVER)
 
 
@@ -142,7 +142,9 @@ def test_weights_alone_are_no_place_to_go_on_from(begin):
 def test_a_path_without_a_checkpoint(begin, monkeypatch, path):
     recipe, folder = begin("mine", steps=())
     monkeypatch.chdir(folder.parent)
-    with pytest.raises(UserError, match=f"--resume: {path} is no checkpoint and no run with one; .* auto or never"):
+    with pytest.raises(
+        UserError, match=f"--resume: {path} is neither a checkpoint nor a run with one; .* auto or never"
+    ):
         resumable(recipe, folder, path)
 
 

@@ -309,7 +309,7 @@ def test_wrong_indexes_are_user_errors(indexed, tmp_path):
 def test_an_index_without_digests_is_an_older_versions(indexed, tmp_path):
     old = parquet.read_table(indexed).drop_columns("image_digest")
     parquet.write_table(old, tmp_path / "old.parquet")
-    with pytest.raises(UserError, match=r"older version's: image_digest .*make it anew, with the options"):
+    with pytest.raises(UserError, match=r"older version's: image_digest .*make it again, with the options"):
         sa1b.load_index(tmp_path / "old.parquet")
 
 

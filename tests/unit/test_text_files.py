@@ -68,10 +68,10 @@ def test_what_is_no_utf_8_is_an_error_with_its_line(tmp_path, suffix, number):
         ".tsv": "text\none\ntwo\ncaf\u00e9\n",
     }[suffix]
     file = written(tmp_path / f"x{suffix}", text, "latin-1")
-    with pytest.raises(UserError, match=rf"x{suffix}:{number}: the bytes e9 are no UTF-8; save the file as UTF-8"):
+    with pytest.raises(UserError, match=rf"x{suffix}:{number}: the bytes e9 are not UTF-8; save the file as UTF-8"):
         values(file)
     (tmp_path / f"y{suffix}").write_bytes(text.encode("utf-16")[:-1])
-    with pytest.raises(UserError, match=rf"y{suffix}: it is no UTF-16 behind line \d .*; save the file as UTF-8"):
+    with pytest.raises(UserError, match=rf"y{suffix}: it is not UTF-16 after line \d .*; save the file as UTF-8"):
         values(str(tmp_path / f"y{suffix}"))
     with pytest.raises(UserError, match=rf"z{suffix}:1: NUL characters; if the file is UTF-16"):
         values(written(tmp_path / f"z{suffix}", text, "utf-16-le"))
@@ -126,9 +126,9 @@ def test_rows_of_another_width_and_empty_ones_are_told_apart(tmp_path):
         ("x.csv", "", "its first line must be a header line, it is ''"),
         ("x.csv", 'id,text\n1,"a cat\n2,a dog\n', r"x.csv:\d: unexpected end of data; a cell with quotes"),
         ("x.csv", 'id,text\n1,a cat\n2,"a" dog\n', "x.csv:3: .*expected after"),
-        ("x.jsonl", '{"caption": "a cat"}\n{"caption": \n', "x.jsonl:2 is no JSON"),
+        ("x.jsonl", '{"caption": "a cat"}\n{"caption": \n', "x.jsonl:2 is not JSON"),
         ("x.jsonl", '{"id": 1, "url": "u"}\n', "it has 'id', 'url'"),
-        ("x.json", "{", "x.json is no JSON"),
+        ("x.json", "{", "x.json is not JSON"),
         ("x.json", '{"words": ["a"]}', "text_annotations or phrases"),
         ("x.xlsx", "", "x.xlsx must end in .txt, .json, .jsonl, .csv, .tsv, .parquet"),
     ],

@@ -195,7 +195,7 @@ def test_files_that_hold_something_else(tmp_path):
 @pytest.mark.parametrize("weights", ["MobileCLIP-S1", "apple/MobileCLIP-S0/mobileclip_s0.pt"])
 def test_the_hub_out_of_reach_says_what_to_do(weights, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(StudentError, match="cannot be had from the Hub.*student_init=random"):
+    with pytest.raises(StudentError, match="cannot be downloaded from the Hub.*student_init=random"):
         load_text_weights(text_student("tiny_text", 32, 128), weights)
 
 

@@ -234,7 +234,7 @@ def test_lists_and_names_that_would_lose_a_video(tmp_path):
     (tmp_path / "val.txt").write_text("\ufeffcaf\u00e9\n", encoding="utf-8")
     assert [video.name for video in open_vos(tmp_path, split="val")] == ["caf\u00e9"]
     (tmp_path / "val.txt").write_bytes("caf\u00e9\n".encode("latin-1"))
-    with pytest.raises(UserError, match="val.txt is no text in UTF-8"):
+    with pytest.raises(UserError, match="val.txt is not a text in UTF-8"):
         open_vos(tmp_path, split="val")
     for folder in ("a", "b"):
         (tmp_path / "sav" / folder).mkdir(parents=True)

@@ -181,10 +181,10 @@ def lines(file: str) -> Iterator[str]:
                     raise UserError(f"{file}:{number}: {NUL}")
                 if bad := ESCAPED.findall(line):
                     shown = " ".join(f"{ord(one) - 0xDC00:02x}" for one in bad[:4])
-                    raise UserError(f"{file}:{number}: the bytes {shown} are no {name}; {SAVE_AS_UTF8}")
+                    raise UserError(f"{file}:{number}: the bytes {shown} are not {name}; {SAVE_AS_UTF8}")
                 yield line
     except UnicodeDecodeError as error:  # decoded in blocks, so that the line is not known
-        raise UserError(f"{file}: it is no {name} behind line {number} ({error.reason}); {SAVE_AS_UTF8}") from error
+        raise UserError(f"{file}: it is not {name} after line {number} ({error.reason}); {SAVE_AS_UTF8}") from error
 
 
 def _read_txt(file: str, column: str | None, key: str) -> TextColumn:
@@ -196,7 +196,7 @@ def _read_json(file: str, column: str | None, key: str) -> TextColumn:
     try:
         content = json.loads(text)
     except ValueError as error:
-        raise UserError(f"{file} is no JSON ({error})") from error
+        raise UserError(f"{file} is not JSON ({error})") from error
     if isinstance(content, dict):
         content = next((content[name] for name in JSON_NAMES if name in content), None)
     if not isinstance(content, list):
@@ -216,7 +216,7 @@ def _json_lines(file: str) -> Iterator[object]:
         try:
             yield json.loads(line)
         except ValueError as error:
-            raise UserError(f"{file}:{number} is no JSON ({error}); a .jsonl has one value a line") from error
+            raise UserError(f"{file}:{number} is not JSON ({error}); a .jsonl has one value a line") from error
 
 
 def _records(values: Iterator[object], file: str, column: str | None, key: str) -> TextColumn:

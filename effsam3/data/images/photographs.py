@@ -40,7 +40,7 @@ def ready_photographs(folder: str, index: Path, held_out: float, workers: int | 
         return f"{summary(report)}\n{left_out:,} files left out, each with its reason in {report_of(index)}"
     counts = dict.fromkeys(SPLITS, int)
     form = {"sources": [str], "val_fraction": float, "images": counts, "excluded": {str: {"files": [str]}}}
-    remedy = f"delete {index} to index the photographs anew"
+    remedy = f"delete {index} to index the photographs again"
     made = read_json(report_of(index), form, remedy) if report_of(index).is_file() else {}
     sources = made.get("sources", ["something else"])
     if not made.get("own") or [Path(source).resolve() for source in sources] != [Path(folder).resolve()]:
@@ -50,7 +50,7 @@ def ready_photographs(folder: str, index: Path, held_out: float, workers: int | 
     if made["val_fraction"] != held_out:
         raise UserError(
             f"data.held_out: {index} was made with {made['val_fraction']}, the recipe has {held_out}; set it back, "
-            "or delete the index to divide the photographs anew"
+            "or delete the index to divide the photographs again"
         )
     _refuse_one_sided(folder, index, made["images"])
     return changes(folder, index, made)
@@ -90,4 +90,4 @@ def changes(folder: str, index: Path, report: dict) -> str:
     ]
     if not said:
         return ""
-    return f"{folder} has changed since it was indexed: {'; '.join(said)}; delete {index} to index it anew"
+    return f"{folder} has changed since it was indexed: {'; '.join(said)}; delete {index} to index it again"

@@ -57,8 +57,8 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
     wrong = [f"{name} ({kind}, found {found.get(name)})" for name, kind in COLUMNS.items() if found.get(name) != kind]
     if wrong:
         raise UserError(
-            f"{path} is no index of images, or an older version's: {', '.join(wrong)}; make it anew, with the options "
-            f"it was made with: {command}"
+            f"{path} is not an index of images, or an older version's: {', '.join(wrong)}; make it again, with the "
+            f"options it was made with: {command}"
         )
     return indexing.rows_of(table.select(list(COLUMNS)), path, split, limit, "image")
 

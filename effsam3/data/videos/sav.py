@@ -210,5 +210,5 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
         table = table.append_column(name, pyarrow.array([LATER[name]] * len(table), asked.field(name).type))
     wrong = [field.name for field in asked if field.name not in table.schema.names]
     if wrong or table.select(asked.names).schema.types != asked.types:
-        raise UserError(f"{path} is not an SA-V index (columns {table.schema.names}); make it anew with: {command}")
+        raise UserError(f"{path} is not an SA-V index (columns {table.schema.names}); make it again with: {command}")
     return indexing.rows_of(table.select(list(COLUMNS)).cast(asked), path, split, limit, "video")

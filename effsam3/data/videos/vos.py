@@ -188,7 +188,7 @@ def _names(root: Path, split: str, videos: dict) -> list[str]:
     try:
         names = file.read_text(encoding="utf-8-sig").split()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no text in UTF-8 ({error}); write one name of a video in each line") from error
+        raise UserError(f"{file} is not a text in UTF-8 ({error}); write one name of a video in each line") from error
     missing = [name for name in names if name not in videos]
     if missing:
         raise UserError(f"{file} names {len(missing)} videos without masks, such as {missing[0]}")

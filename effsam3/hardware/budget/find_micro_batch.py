@@ -149,6 +149,6 @@ def warnings(student: nn.Module, found: int) -> Iterator[str]:
     if norms:
         yield (
             f"WARNING  this student has {', '.join(norms)}: it normalises by its micro-batch, so on another device, "
-            f"where another size is found, it learns otherwise. To repeat this run set {MICRO_BATCH}={found} and "
+            f"where another size is found, the learning changes. To repeat this run set {MICRO_BATCH}={found} and "
             "train.find_micro_batch=false"
         )

@@ -100,7 +100,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     refuse_unsupported_id(repo_id)
     from huggingface_hub import snapshot_download
 
-    what = f"sam3.checkpoint: {repo_id} is no folder here and cannot be had from the Hub"
+    what = f"sam3.checkpoint: {repo_id} is not a folder here and cannot be downloaded from the Hub"
     remedy = (
         f"{named(repo_id).hub_id} is gated: ask for access on its page, then `hf auth login`; or name a local folder, "
         "or `tiny` for a trial"

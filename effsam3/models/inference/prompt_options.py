@@ -85,7 +85,7 @@ def checked(
         raise PredictError("boxes are examples of the one text that they come with; give a single --text")
     if not asked.texts and any(box[4] == 0 for box in asked.boxes):
         raise PredictError(
-            "a box with label 0 is an example of what --text does not mean; without --text it has no meaning"
+            "a box with label 0 is an example of what to exclude from --text; without --text it has no meaning"
         )
     if asked.points and len(asked.boxes) > 1:
         raise PredictError(

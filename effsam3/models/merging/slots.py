@@ -199,9 +199,9 @@ def read_card(folder: Path, also: Mapping[str, Any] = MappingProxyType({})) -> d
     """
     card = read_json(folder / CARD, {**CARD_FORM, **also}, "merge or import the model again", MergeError)
     if not can_be_path(card.get("chassis", "")):
-        raise MergeError(f"{folder / CARD} names no chassis that can be; merge the model again")
+        raise MergeError(f"{folder / CARD} names an impossible chassis; merge the model again")
     if other := card["slots"].keys() - SLOTS.keys():
-        raise MergeError(f"{folder / CARD} fills a slot {min(other)!r}, which there is not; merge the model again")
+        raise MergeError(f"{folder / CARD} fills a slot {min(other)!r}, which does not exist; merge the model again")
     return card
 
 

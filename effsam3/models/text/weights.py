@@ -143,7 +143,7 @@ def _find(weights: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     remedy = "reach the Hub once so that it is cached, give a local file, or set student_init=random"
-    with hub_errors(f"student_init: {weights} cannot be had from the Hub", remedy, StudentError):
+    with hub_errors(f"student_init: {weights} cannot be downloaded from the Hub", remedy, StudentError):
         if tags := open_clip.list_pretrained_tags_by_model(weights):
             return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(weights, tags[0])))
         if weights.count("/") >= 2:

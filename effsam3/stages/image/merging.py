@@ -74,6 +74,6 @@ def card(filled: dict, config: PreTrainedConfig, model: Path) -> CardEntry:
         called += f", which sees {config.student_image_size} px of the {config.image_size}"
     origin = began_with("image", filled)
     if filled.get("student_init") == "imagenet":
-        origin = f"The image student began with timm's pretrained weights of `{row.timm_name}` ({row.source})."
+        origin = f"The image student started from timm's pretrained weights of `{row.timm_name}` ({row.source})."
     limit = "Detector and tracker both read the image student's features: where those fail, all prompts do."
     return CardEntry(called=called, origin=origin, limits=(limit,))

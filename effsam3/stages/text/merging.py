@@ -62,7 +62,9 @@ def card(filled: dict, config: PreTrainedConfig, model: Path) -> CardEntry:
         return CardEntry(called=f"`{name}`", origin=began_with("text", filled), limits=tuple(limits))
     research = f"MobileCLIP's weights ({row.source}) are for research purposes only"
     if start == "mobileclip":
-        origin = f"**For research only.** The text student began with MobileCLIP's. {research}, and so is this model."
+        origin = (
+            f"**For research only.** The text student started from MobileCLIP's. {research}, and so is this model."
+        )
     elif origin := began_with("text", filled):
-        origin += f" {research}, and so is a student that descends from them."
+        origin += f" {research}, and so is a student that starts from them."
     return CardEntry(called=f"{row.label} (`{name}`; {row.source})", origin=origin, limits=tuple(limits))
