@@ -342,10 +342,10 @@ def test_another_text_is_not_taken_for_the_licence(run, tmp_path):
             "text",
             "mobileclip_s0",
             "/data/tower.pt",
-            r"`tower.pt`, whose licence holds for it, too\..+apple-amlr.+descends",
+            r"`tower.pt`, whose licence applies to it too\..+apple-amlr.+starts from",
         ),
         ("image", "repvit_m1_1", "imagenet", r"timm's pretrained weights of `repvit_m1_1` \(.+Apache-2.0\)"),
-        ("image", "repvit_m1_1", "mine.safetensors", r"`mine.safetensors`, whose licence holds for it, too\.$"),
+        ("image", "repvit_m1_1", "mine.safetensors", r"`mine.safetensors`, whose licence applies to it too\.$"),
     ],
 )
 def test_the_weights_a_student_began_with_are_named(run, name, student, start, said):
