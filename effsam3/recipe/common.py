@@ -129,6 +129,14 @@ class Data(Section):
     workers: int
     limit: int | None
 
+    def made_up(self, key: str) -> Iterator[str]:
+        """Yield what is wrong with the number of synthetic samples."""
+        count = getattr(self, key)
+        if self.source == "synthetic" and count == 0:
+            yield f"{key}: source synthetic needs to know how many to make; set it above 0"
+        if self.source != "synthetic" and count > 0:
+            yield f"{key}: {count} asked for, but source is {self.source}; set data.source=synthetic or leave it 0"
+
 
 class Recipe(Section):
     """A recipe, and what its stage can answer without torch. RECIPE of every stage's facts.py is a subclass."""

@@ -223,7 +223,7 @@ def test_stage(write, text, message):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.synthetic_images=0", "data.synthetic_images: source synthetic needs to know how many to draw"),
+        ("data.synthetic_images=0", "data.synthetic_images: source synthetic needs to know how many to make"),
         ("data.source=sa1b", "data.synthetic_images: 160 asked for, but source is sa1b"),
         ("data.index=photos", "data.index: 'photos' must end in .parquet"),
         ("data.limit=0", "data.limit: must be above 0, got 0"),

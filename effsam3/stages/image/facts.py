@@ -54,13 +54,7 @@ class ImageData(Data):
             yield f"folder: {self.folder} is given, but source is {self.source}; set data.source=folder"
         if self.source == "folder" and self.held_out == 0:
             yield "held_out: 0 leaves nothing to validate on; set it above 0"
-        if self.source == "synthetic" and self.synthetic_images == 0:
-            yield "synthetic_images: source synthetic needs to know how many to draw; set it above 0"
-        if self.source != "synthetic" and self.synthetic_images > 0:
-            yield (
-                f"synthetic_images: {self.synthetic_images} asked for, but source is {self.source}; "
-                "set data.source=synthetic or leave it 0"
-            )
+        yield from self.made_up("synthetic_images")
 
 
 @dataclass(frozen=True, kw_only=True)

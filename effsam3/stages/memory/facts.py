@@ -48,13 +48,7 @@ class MemoryData(Data):
     max_unreadable: NonNegativeInt = 100  # stop after more unreadable videos than this in one run
 
     def check(self) -> Iterator[str]:
-        if self.source == "synthetic" and self.synthetic_videos == 0:
-            yield "synthetic_videos: source synthetic needs to know how many to draw; set it above 0"
-        if self.source != "synthetic" and self.synthetic_videos > 0:
-            yield (
-                f"synthetic_videos: {self.synthetic_videos} asked for, but source is {self.source}; "
-                "set data.source=synthetic or leave it 0"
-            )
+        yield from self.made_up("synthetic_videos")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,13 +50,7 @@ class TextData(Data):
     workers: NonNegativeInt = 4  # data loader processes per rank, and for the first reading; 0: the main process
 
     def check(self) -> Iterator[str]:
-        if self.source == "synthetic" and self.synthetic_captions == 0:
-            yield "synthetic_captions: source synthetic needs to know how many to make; set it above 0"
-        if self.source != "synthetic" and self.synthetic_captions > 0:
-            yield (
-                f"synthetic_captions: {self.synthetic_captions} asked for, but source is {self.source}; "
-                "set data.source=synthetic or leave it 0"
-            )
+        yield from self.made_up("synthetic_captions")
         if self.source != "files" and self.column not in (None, *RECAP_COLUMNS):
             yield (
                 f"column: {self.column!r} is not one of {', '.join(RECAP_COLUMNS)}, which source {self.source} has"
