@@ -129,7 +129,7 @@ def mismatch(value: Any, form: Any, name: str = "") -> str:
 
 
 def _mismatch_in(value: dict, key: Any, form: Any, name: str) -> str:
-    """The same for one entry of a form's mapping."""
+    """Return the same for one entry of a form's mapping."""
     if key is str:
         if (other := next((key for key in value if not isinstance(key, str)), None)) is not None:
             return f"{name or 'it'} has the key {other!r}, expected text"
@@ -162,5 +162,5 @@ def _unexpected(value: Any, form: Any, name: str) -> str:
 
 
 def _kind(form: Any) -> Any:
-    """The type that a form begins with."""
+    """Return the type that a form begins with."""
     return type(form) if isinstance(form, (dict, list)) else form

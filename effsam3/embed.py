@@ -84,7 +84,7 @@ def run(recipe: FeatureRecipe, check: int | None = None) -> None:
 
 
 def open_store(recipe: FeatureRecipe, root: Path, teacher_pass: TeacherPass, report: Report) -> dict[str, str]:
-    """Make the store ready for all ranks to write; returns lines for the header."""
+    """Make the store ready for all ranks to write; return lines for the header."""
     create_store(
         root, teacher_pass.fields(), teacher_pass.description(), expected=sum(map(len, teacher_pass.datasets))
     )
@@ -111,7 +111,7 @@ def close_store(root: Path, teacher_pass: TeacherPass, embedded: int, started: f
 
 
 def plan(recipe: FeatureRecipe, root: Path, teacher_pass: TeacherPass) -> dict[str, str]:
-    """What is to be made, as lines for the header.
+    """Return what is to be made, as lines for the header.
 
     Raises:
         UserError: the disk cannot hold it.
@@ -140,7 +140,7 @@ def _embed(
     done: frozenset[str],
     accelerator: Accelerator,
 ) -> int:
-    """Write this rank's share of a dataset's missing records; returns how many."""
+    """Write this rank's share of a dataset's missing records; return how many."""
     todo = [position for position, key in enumerate(dataset.store_keys) if key not in done]
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     size = recipe.embed.batch_size
@@ -217,7 +217,7 @@ def _statistics(root: Path, teacher_pass: TeacherPass) -> dict:
 
 
 def stored_sample(reader: StoreReader, dataset: StoredSamples, size: int) -> list[int]:
-    """The first `size` positions of the statistics' fixed order whose images are in the store."""
+    """Return the first `size` positions of the statistics' fixed order whose images are in the store."""
     order = statistics_sample(dataset.keys, len(dataset))
     return list(islice((position for position in order if reader.contains(dataset.store_keys[position])), size))
 

@@ -20,7 +20,7 @@ from effsam3.training.report import Report, provenance
 
 
 def run(recipe: Recipe) -> dict:
-    """Run the recipe's benchmarks on held-out data; returns what it writes to `runs/<name>/eval`.
+    """Run the recipe's benchmarks on held-out data; return what it writes to `runs/<name>/eval`.
 
     A release runs the benchmarks of every part's own recipe on the release's model; their names begin with the slot's.
 
@@ -66,7 +66,7 @@ def run(recipe: Recipe) -> dict:
 
 
 def summarise(tables: list[str], merged: dict) -> str:
-    """The tables under a title; `merged` is the model's effsam3.json."""
+    """Return the tables under a title; `merged` is the model's effsam3.json."""
     inside = [f"{slot['student']} in the slot `{name}`" for name, slot in merged["slots"].items()]
     inside += [f"{one['name']} adapted" for one in merged.get("adapted", ())]
     parts = [f"# {', '.join(inside)} of {merged['chassis']}", *tables]

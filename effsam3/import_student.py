@@ -40,7 +40,7 @@ class ImportedError(UserError):
 
 
 def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool = False) -> Path | None:
-    """Write `to` (runs/<name of the file>/merged) in transformers' format; returns it, or None after a dry run.
+    """Write `to` (runs/<name of the file>/merged) in transformers' format; return it, or None after a dry run.
 
     `sam3` gives what the file lacks, as a recipe's `sam3.checkpoint` names it.
 
@@ -102,7 +102,7 @@ def find(tensors: Mapping[str, Tensor], source: Path) -> UpstreamFile:
 
 
 def contents(found: UpstreamFile) -> str:
-    """The table of what a file holds."""
+    """Return the table of what a file holds."""
     rows = []
     for title, tensors in (
         ("image student", found.image),
@@ -155,7 +155,7 @@ def stretched(table_11LD: Tensor, length: int) -> Tensor:
 
 
 def text_remark(rows: int, length: int) -> str:
-    """What to know about a text student whose table of positions had `rows` rows and is brought to `length`."""
+    """Return what to know about a text student whose table of positions had `rows` rows and is brought to `length`."""
     remark = "" if rows == length else f", interpolated to {length}"
     if rows < length:
         remark += (
@@ -222,7 +222,7 @@ def refuse_incomplete(config: PreTrainedConfig, rest: dict[str, dict], parts: li
 
 
 def next_steps(folder: Path, parts: list[Part]) -> str:
-    """Commands that use the imported folder."""
+    """Return commands that use the imported folder."""
     lines = []
     if folder.name == "merged":
         run = folder.parent

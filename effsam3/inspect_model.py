@@ -112,7 +112,7 @@ def examine(path: str) -> dict[str, Any]:
 
 
 def model_folder(folder: Path) -> dict[str, Any]:
-    """Facts of a whole model in transformers' format."""
+    """Return facts of a whole model in transformers' format."""
     tensors = map_tensors(folder)
     card = read_card(folder) if (folder / CARD).exists() else {"slots": {}}
     extra = extras(folder)
@@ -127,7 +127,7 @@ def model_folder(folder: Path) -> dict[str, Any]:
 
 
 def pickled_file(path: Path) -> dict[str, Any]:
-    """Facts of a file that `torch.save` wrote, in SAM 3's own format or EfficientSAM3's.
+    """Return facts of a file that `torch.save` wrote, in SAM 3's own format or EfficientSAM3's.
 
     Raises:
         InspectError: it holds something else.
@@ -152,7 +152,7 @@ def pickled_file(path: Path) -> dict[str, Any]:
 
 
 def _unsupported(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Facts of the format of a SAM 3 that is recognised and not used."""
+    """Return facts of the format of a SAM 3 that is recognised and not used."""
     modules = {".".join(name.split(".")[:3]) + "." for name in tensors}
     prefixes = {module.removesuffix("."): (module,) for module in sorted(modules)}
     named = {f"{name}.": tensor for name, tensor in tensors.items()}
@@ -165,7 +165,7 @@ def _unsupported(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:
-    """Facts of EfficientSAM3's format: a whole model, or only students."""
+    """Return facts of EfficientSAM3's format: a whole model, or only students."""
     slots = {}
     if file.image:
         timm_name, _ = image_from_upstream(file.image)
@@ -181,7 +181,7 @@ def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:
 
 
 def training_checkpoint(folder: Path) -> dict[str, Any]:
-    """Facts of one of a run's checkpoints: a student, with or without what resuming needs.
+    """Return facts of one of a run's checkpoints: a student, with or without what resuming needs.
 
     Raises:
         InspectError: it was never finished.
@@ -206,7 +206,7 @@ def training_checkpoint(folder: Path) -> dict[str, Any]:
 
 
 def run_folder(folder: Path) -> dict[str, Any]:
-    """Facts of a run: what it trains, its checkpoints, its merged model if there is one."""
+    """Return facts of a run: what it trains, its checkpoints, its merged model if there is one."""
     checkpoints = folder / "checkpoints"
     merged = folder / "merged"
     return {
@@ -273,7 +273,7 @@ def _parts(tensors: Mapping[str, Tensor], prefixes: Mapping[str, tuple[str, ...]
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The facts as aligned lines and a table."""
+    """Return the facts as aligned lines and a table."""
     about = {"format": facts["format"] + (f", {facts['bytes'] / 1e6:,.2f} MB" if "bytes" in facts else "")}
     about |= ABOUT.get(facts["format"], _about_model)(facts)
     lines = [facts["path"], *(f"{name:<12} {text}" for name, text in about.items())]

@@ -126,7 +126,7 @@ def launch(
     log_dir: str | None = None,
     resume: str | None = None,
 ) -> int:
-    """Run `[VERB] [key=value ...]` of a recipe, all verbs in order without one; returns the first exit code not 0.
+    """Run `[VERB] [key=value ...]` of a recipe, all verbs in order without one; return the first exit code not 0.
 
     `log_dir` is a folder for what each rank prints, in addition to the console; `resume` is what `train` is told.
 
@@ -236,7 +236,7 @@ def _short(path: Path) -> str:
 
 
 def _run(command: list[str], environment: dict[str, str]) -> int:
-    """Run a command to its end, passing on a request to stop; returns its exit code, 128 + signal if one ended it."""
+    """Run a command to its end, passing on a request to stop; return its exit code, 128 + signal if one ended it."""
     process, told = None, False
 
     # Some batch systems signal this process only, and the run itself must hear it to save. Others signal all of them:

@@ -35,7 +35,7 @@ from effsam3.training.resume import read_trainer
 
 
 def run(recipe: Recipe) -> Path:
-    """Write `runs/<name>/merged`, a whole SAM 3 with the students in place; returns the folder.
+    """Write `runs/<name>/merged`, a whole SAM 3 with the students in place; return the folder.
 
     Raises:
         MergeError: a part is missing or does not fit, or a tensor has no owner or two.

@@ -61,7 +61,7 @@ def run(model: str, source: str, asked: Asked, out: str | None = None) -> Path:
 
 
 def summarise(found: dict[int, list[dict]], best: tuple[float, float] | None = None) -> str:
-    """How many instances there are, in how many frames; where there is none, why.
+    """Return how many instances there are, in how many frames; where there is none, why.
 
     `best` is the best score of all candidates for the texts and the threshold; None: objects were shown.
     """

@@ -198,7 +198,7 @@ def read_video(path: str | Path):
 
 
 def is_video(path: str | Path) -> bool:
-    """Whether a path is to be read as a video: a folder, or a file with a video's ending."""
+    """Return whether a path is to be read as a video: a folder, or a file with a video's ending."""
     return Path(path).is_dir() or Path(path).suffix.lower() in VIDEO_EXTENSIONS
 
 
@@ -274,7 +274,7 @@ def _in_pixels(option: str, shares: list[float], label: int, size: tuple[int, in
 
 
 def shown(asked: Asked, size: tuple[int, int]) -> Prompts:
-    """The boxes and points, or the mask, as the tracker takes them.
+    """Return the boxes and points, or the mask, as the tracker takes them.
 
     Raises:
         PredictError: the mask is not of the video's size, or empty.
@@ -314,7 +314,7 @@ def read_masks(path: Path, size: tuple[int, int]) -> Tensor:
 
 
 def model_folder(model: str, revision: str | None = None) -> Path:
-    """The folder of MODEL in transformers' format.
+    """Return the folder of MODEL in transformers' format.
 
     Raises:
         PredictError: there is none.
@@ -326,7 +326,7 @@ def model_folder(model: str, revision: str | None = None) -> Path:
 
 
 def made_up(model: str, folder: Path) -> bool:
-    """Whether the weights around the students are random."""
+    """Return whether the weights around the students are random."""
     if (folder / CARD).is_file():
         model, _ = first_chassis(read_card(folder))
     return is_made_up(model)
@@ -336,7 +336,7 @@ def made_up(model: str, folder: Path) -> bool:
 
 
 def together(found: Sequence[Instances]) -> Instances:
-    """The instances of several texts as one, renumbered."""
+    """Return the instances of several texts as one, renumbered."""
     if len(found) == 1:
         return found[0]
     texts = [text for one in found for text in one.texts]
@@ -347,7 +347,7 @@ def together(found: Sequence[Instances]) -> Instances:
 
 
 def of_prompts(masks_OHW: Tensor, scores_O: Tensor) -> Instances:
-    """The objects that were shown as instances: numbered from 1, their boxes around their masks."""
+    """Return the objects that were shown as instances: numbered from 1, their boxes around their masks."""
     rles = rles_of(masks_OHW.numpy())
     boxes_O4 = box_convert(torch.from_numpy(coco_mask.toBbox(rles)), "xywh", "xyxy")
     return Instances(masks_OHW, boxes_O4, scores_O, list(range(1, len(masks_OHW) + 1)), [""] * len(masks_OHW))

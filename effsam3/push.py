@@ -37,7 +37,7 @@ class PushError(UserError):
 
 
 def run(recipe, dry_run: bool = False) -> str | None:
-    """Upload the merged model of a run folder in one commit; returns its address, None after a dry run.
+    """Upload the merged model of a run folder in one commit; return its address, None after a dry run.
 
     A dry run writes the card, prints what would go where, and asks nobody. The run folder gets merged/README.md and
     merged/LICENSE; nothing else in it is changed, whatever happens.
@@ -76,7 +76,7 @@ def run(recipe, dry_run: bool = False) -> str | None:
 
 
 def prepare(release: Release, repo: str, revision: str) -> dict[str, Path]:
-    """Write the card and the licence into the merged folder; returns {name in the repository: file}."""
+    """Write the card and the licence into the merged folder; return {name in the repository: file}."""
     write_text(release.model / "README.md", model_card(release, repo, revision))
     if release.license_file is not None and release.license_file.resolve() != (release.model / "LICENSE").resolve():
         write_bytes(release.model / "LICENSE", release.license_file.read_bytes())
@@ -95,7 +95,7 @@ def prepare(release: Release, repo: str, revision: str) -> dict[str, Path]:
 
 
 def megabytes(*files: Path) -> str:
-    """The size of files, in megabytes."""
+    """Return the size of files, in megabytes."""
     return f"{sum(path.stat().st_size for path in files) / 1e6:,.3f} MB"
 
 
@@ -153,7 +153,7 @@ def upload(push: Push, files: dict[str, Path], message: str) -> list[str]:
 
 
 def _errors(push: Push):
-    """What the Hub's refusals and failures mean for whoever pushes."""
+    """Return what the Hub's refusals and failures mean for whoever pushes."""
     owner = push.repo.split("/")[0]
     return hub_errors(
         f"push to {push.repo}", f"a push takes a token with write access to {owner} (push.repo)", PushError

@@ -68,7 +68,7 @@ def listing() -> str:
 
 
 def copy(name: str, file: str | None = None) -> str:
-    """Write a shipped recipe to a file of the user's own; returns what to do with it.
+    """Write a shipped recipe to a file of the user's own; return what to do with it.
 
     The copy has a name of its own, so that its run has a folder of its own, and its parent by short name.
 

@@ -183,13 +183,13 @@ def _curve(losses: list[float]) -> list[float]:
 
 
 def _loggers(folder: Path) -> list[str]:
-    """The folders in which wandb and TensorBoard keep the run."""
+    """Return the folders in which wandb and TensorBoard keep the run."""
     boards = {path.parent for path in folder.glob("*/events.out.tfevents*")}
     return sorted(map(str, [*boards, *folder.glob("wandb/*run-*")]))
 
 
 def _next(facts: dict[str, Any], folder: Path) -> str:
-    """What to do now."""
+    """Return what to do now."""
     state, saved = facts["state"], facts["checkpoints"]
     if state == "running":
         return f"wait, or stop it with `kill {facts['pid']}` on {facts['host']}: it saves first"

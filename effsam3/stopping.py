@@ -105,7 +105,7 @@ def _handlers(handler: Callable) -> Iterator[None]:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is there, a zombie among them."""
+    """Return whether a process of this machine is there, a zombie among them."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

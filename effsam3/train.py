@@ -253,7 +253,7 @@ def learn(
 
 
 def make_ema(recipe: StageRecipe, accelerator: Accelerator, student: nn.Module) -> ModelEmaV3 | None:
-    """The moving average of the weights that the recipe asks for, None without one."""
+    """Return the moving average of the weights that the recipe asks for, None without one."""
     if not recipe.train.ema:
         return None
     return ModelEmaV3(student, decay=recipe.train.ema, device=accelerator.device)
@@ -262,7 +262,7 @@ def make_ema(recipe: StageRecipe, accelerator: Accelerator, student: nn.Module) 
 def validate(
     recipe: StageRecipe, stage: Stage, accelerator: Accelerator, model: nn.Module, unreadable: Unreadable, step: int
 ) -> dict[str, float]:
-    """The stage's numbers on the held-out images, over all ranks; leaves the model in the mode it was in."""
+    """Return the stage's numbers on the held-out images, over all ranks; leaves the model in the mode it was in."""
     training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
@@ -301,7 +301,7 @@ def agree(accelerator: Accelerator, asked: bool, unreadable: int, not_finite: Te
 
 
 def any_asked(accelerator: Accelerator) -> bool:
-    """Whether any rank was asked to stop; all of them ask at the same time."""
+    """Return whether any rank was asked to stop; all of them ask at the same time."""
     return accelerator.reduce(torch.tensor(int(STOP.asked), device=accelerator.device)).item() > 0
 
 

@@ -74,7 +74,7 @@ def boundary(mask_HW: np.ndarray) -> np.ndarray:
 
 
 def _extent(mask_HW: np.ndarray) -> tuple[slice, slice]:
-    """The bounding box with a margin of one pixel, so that boundaries in it are those of the whole image."""
+    """Return the bounding box with a margin of one pixel, so that boundaries in it are those of the whole image."""
     spans = []
     for occupied in (mask_HW.any(1), mask_HW.any(0)):
         places = np.flatnonzero(occupied)
@@ -101,7 +101,7 @@ def _near(edge_HW: np.ndarray, other_HW: np.ndarray, radius: int) -> int:
 
 
 def statistics(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean, recall (the share above 0.5) and decay (the first quarter's mean less the last one's) over frames.
+    """Return mean, recall (the share above 0.5) and decay (the first quarter's mean less the last one's) over frames.
 
     As in the DAVIS toolkit: the quarters share their border frames. Its bounds wrap around at 256 frames, ours do not.
     """

@@ -55,7 +55,7 @@ class Pair:
 
     @torch.no_grad()
     def features(self, pixels_B3SS: Tensor) -> tuple[Tensor, Tensor]:
-        """The teacher's and the student's trunk features, (B, C, G, G) each."""
+        """Return the teacher's and the student's trunk features, (B, C, G, G) each."""
         teacher, student = (
             to_map(trunk_of(model)(pixels_B3SS.to(self.device)).last_hidden_state)
             for model in (self.teacher, self.student)
@@ -63,7 +63,7 @@ class Pair:
         return teacher, student
 
     def with_statistics(self, batches) -> Pair:
-        """The same pair with the teacher's statistics over all images in `batches` (of `ImageFeatures`)."""
+        """Return the same pair with the teacher's statistics over all images in `batches` (of `ImageFeatures`)."""
         statistics = FeatureStatistics(len(self.mean_C))
         for batch in batches:
             target, _ = self.features(normalise(batch["pixels"]))

@@ -75,7 +75,7 @@ def with_ratio(result: dict[str, dict[str, float]]) -> dict[str, dict[str, float
 
 
 def device_name(device: torch.device) -> str:
-    """What a result was measured on."""
+    """Return what a result was measured on."""
     return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 

@@ -121,7 +121,7 @@ def text_similarity(
 
 
 def _distinct(ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
-    """The texts of different tokens, shortest first, so that batches need little padding."""
+    """Return the texts of different tokens, shortest first, so that batches need little padding."""
     lengths = mask_BL.sum(1).tolist()
     first: dict[tuple[int, ...], int] = {}
     for row, (ids, length) in enumerate(zip(ids_BL.tolist(), lengths, strict=True)):
@@ -145,7 +145,7 @@ def _valid_features(
 
 
 def _pool(feat_NC: Tensor, lengths_T: Tensor) -> Tensor:
-    """The mean token (T, C) of each text."""
+    """Return the mean token (T, C) of each text."""
     texts_N = torch.arange(len(lengths_T)).repeat_interleave(lengths_T)
     return feat_NC.new_zeros(len(lengths_T), feat_NC.shape[1]).index_add_(0, texts_N, feat_NC) / lengths_T[:, None]
 

@@ -66,7 +66,7 @@ class Tally:
         self.object_frames += other.object_frames
 
     def summary(self) -> dict:
-        """The numbers that `vos` returns for a tracker."""
+        """Return the numbers that `vos` returns for a tracker."""
         scored = [score for score in self.scores.values() if score is not None]
         return mean_scores(scored) | {
             "unscored": len(self.scores) - len(scored),
@@ -169,7 +169,7 @@ def vos(
 def _one_video(
     trackers: dict[str, Sam3TrackerVideoModel], video: VosVideo, rules: Protocol, appearing_later: bool, keepers: list
 ) -> tuple[dict[str, Tally], int]:
-    """Returns each tracker's tally, and how many objects of the video were left out."""
+    """Return each tracker's tally, and how many objects of the video were left out."""
     runs = {name: TrackerRun(tracker, video.frames, video.size, rules.overlap) for name, tracker in trackers.items()}
     tallies = {name: Tally() for name in trackers}
     scorers = {name: rules.scorer(video.name) for name in trackers}

@@ -88,7 +88,7 @@ def _chunks_of(out: Path) -> Path:
 
 
 def report_of(index: Path) -> Path:
-    """Where the report of an index is."""
+    """Return where the report of an index is."""
     return index.with_name(f"{index.stem}.report.json")
 
 

@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 def launched_processes() -> int:
-    """Number of processes that the launcher has started, 1 without a launcher."""
+    """Return the number of processes that the launcher has started, 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -145,7 +145,7 @@ def _configure_deepspeed(accelerator: Accelerator, precision: str, clip_grad_nor
 
 
 def frozen_autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context of a frozen teacher, the same on all hardware.
+    """Return the autocast context of a frozen teacher, the same on all hardware.
 
     accelerate's own does nothing under DeepSpeed, whose engine only autocasts the student.
     """

@@ -17,7 +17,7 @@ def standardise(feat_BCHW: Tensor, mean_C: Tensor, deviation_C: Tensor) -> Tenso
 
 
 def mean_over_images(value_BHW: Tensor, valid_B1HW: Tensor) -> Tensor:
-    """Mean over each image's valid positions, then over the images that have any; 0 if none has."""
+    """Return the mean over each image's valid positions, then over the images that have any; 0 if none has."""
     valid_BHW = valid_B1HW[:, 0]
     # Per image first: a narrow image has fewer valid positions, but must not count less.
     count_B = valid_BHW.sum((1, 2))

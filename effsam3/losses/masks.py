@@ -48,7 +48,7 @@ def mask_losses(
     weights: Mapping[str, float],
     squared_iou: bool = False,
 ) -> dict[str, Tensor]:
-    """The four terms for each object, (N,) each and not weighted: `focal`, `dice`, `iou`, `presence`.
+    """Return the four terms for each object, (N,) each and not weighted: `focal`, `dice`, `iou`, `presence`.
 
     The masks' terms count for the candidate whose weighted sum of both is lowest; every candidate's predicted IoU is
     held to its true one. An object that is not in the frame only has the presence term. The logits are those of the

@@ -10,5 +10,5 @@ from torch import Tensor
 
 
 def memory_loss(conditioned_OCGG: Tensor, teacher_OCGG: Tensor) -> Tensor:
-    """Mean squared error of a frame's features after memory attention, (O,), in float32."""
+    """Return the mean squared error of a frame's features after memory attention, (O,), in float32."""
     return (conditioned_OCGG.float() - teacher_OCGG.float()).square().mean((1, 2, 3))

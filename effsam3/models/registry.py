@@ -166,7 +166,7 @@ def named(checkpoint: str) -> Sam3:
 
 
 def is_type(config_type: str) -> bool:
-    """Whether the config.json of some SAM 3 has this `model_type`."""
+    """Return whether the config.json of some SAM 3 has this `model_type`."""
     return any(row.config_type == config_type for row in SAM3S.values())
 
 

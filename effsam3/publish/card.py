@@ -43,7 +43,7 @@ def model_card(release: Release, repo: str, revision: str = "main") -> str:
 
 
 def metadata(release: Release) -> dict:
-    """What the Hub reads."""
+    """Return what the Hub reads."""
     values = {"library_name": "transformers", "pipeline_tag": "mask-generation"}
     if release.has_sam3:
         terms = release.sam3.license
@@ -118,7 +118,7 @@ def parameters(config) -> Counter:
 
 
 def _chassis_config(chassis: str):
-    """The config of the SAM 3 that was merged into, None when it cannot be had without a download."""
+    """Return the config of the SAM 3 that was merged into, None when it would have to be downloaded."""
     if chassis in SAM3S:
         return SAM3S[chassis].config()
     return read_config(Path(chassis)) if (Path(chassis) / "config.json").is_file() else None
@@ -164,7 +164,7 @@ def _use(release: Release, repo: str, revision: str) -> str:
 
 
 def _package() -> str:
-    """The package's version and where it is to be had."""
+    """Return the package's version and where to get it."""
     address = source()
     if address is None:
         return (
@@ -207,7 +207,7 @@ def _training(release: Release) -> str:
 
 
 def _how_it_learned(recipe: StageRecipe) -> dict[str, str | None]:
-    """The card's rows of a recipe by title, None for what is not set."""
+    """Return the card's rows of a recipe by title, None for what is not set."""
     values = flat(recipe)
     cells = {title: values.get(key) for title, key in recipe.card_keys.items()}
     cells["data"] = {"synthetic": "made-up data", **recipe.data_names}.get(recipe.data.source, recipe.data.source)

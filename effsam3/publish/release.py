@@ -157,7 +157,7 @@ def sam_license(chassis: str, revision: str | None, license_file: str | None, mo
 
 
 def _is_license(path: Path, title: str) -> bool:
-    """Whether a file begins with the licence's title; `license_notice` does not."""
+    """Return whether a file begins with the licence's title; `license_notice` does not."""
     return path.is_file() and title in path.read_text(encoding="utf-8", errors="replace").strip().split("\n")[0]
 
 
@@ -193,7 +193,7 @@ def refuse_unlicensed(chassis: str, license_file: Path | None, private: bool) ->
 
 
 def license_notice(sam3: Sam3) -> str:
-    """What stands in the place of a SAM 3's licence while no copy of it is at hand."""
+    """Return what replaces a SAM 3's licence while no copy of it is at hand."""
     return (
         f"The weights in this repository contain weights of {sam3.label}. They may be used and passed on under the\n"
         f"{sam3.license.title} only, and a copy of it must accompany them. None was at hand when this file was "

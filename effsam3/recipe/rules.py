@@ -67,7 +67,7 @@ def text_student_name(value: str) -> str:
 
 
 def names_a_model(student_init: str) -> bool:
-    """Whether `student_init` is the folder of a merged or imported model (or of its run)."""
+    """Return whether `student_init` is the folder of a merged or imported model (or of its run)."""
     return "/" in student_init and not student_init.endswith(WEIGHTS_FILES)
 
 

@@ -133,7 +133,7 @@ def whole_merge(recipe: StageRecipe) -> str:
 
 
 def chassis_at_hand(recipe: StageRecipe) -> Path | None:
-    """The recipe's SAM 3 as a folder, None for one on the Hub that has not been fetched."""
+    """Return the recipe's SAM 3 as a folder, None for one on the Hub that has not been fetched."""
     name = recipe.sam3.checkpoint
     if is_made_up(name) or Path(name).exists() or name.count("/") != 1 or name.startswith(("runs/", ".")):
         return chassis_folder(name, recipe.sam3.revision)

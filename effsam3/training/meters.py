@@ -24,7 +24,7 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """What a device can do at most in bfloat16 (V100, T4: float16), TFLOP/s; None where that is not known."""
+    """Return what a device can do at most in bfloat16 (V100, T4: float16), TFLOP/s; None where that is not known."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

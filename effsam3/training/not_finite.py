@@ -72,12 +72,12 @@ class NotFinite:
         return terms
 
     def bad(self) -> bool:
-        """Whether the newest loss is not finite on any rank."""
+        """Return whether the newest loss is not finite on any rank."""
         flag = (~torch.isfinite(self.losses[-1])).long()
         return self.accelerator.reduce(flag).item() > 0
 
     def count(self, grad_norm) -> Tensor:
-        """How many of this step's losses and gradient norms are not finite on this rank, on its device."""
+        """Return how many of this step's losses and gradient norms are not finite on this rank, on its device."""
         # On the device, to be summed with the other things that ranks agree on: no extra sync.
         flags = ~torch.isfinite(torch.stack(self.losses))
         if grad_norm is not None:  # DeepSpeed keeps it to itself at stage 0, and gives -1 where it is not finite
@@ -86,7 +86,7 @@ class NotFinite:
         return flags.sum()
 
     def name(self) -> list[dict]:
-        """The newest micro-batch of every rank, its loss and samples; collective."""
+        """Return the newest micro-batch of every rank, its loss and samples; collective."""
         return gather_object([self._named(self.losses[-1], self.samples[-1])])
 
     def _named(self, loss: Tensor, samples: list[str]) -> dict:

@@ -103,7 +103,7 @@ def zero_stage(accelerator) -> int:
 
 
 def trained(student: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Names and parameters that learn, in the model's order, which is the same on every rank."""
+    """Return names and parameters that learn, in the model's order, which is the same on every rank."""
     return [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
 
 

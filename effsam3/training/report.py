@@ -19,7 +19,7 @@ VERSIONS = ("effsam3", "torch", "transformers", "timm", "accelerate", "deepspeed
 
 
 def provenance() -> dict:
-    """Where the results of this process come from: code, versions, machine, command."""
+    """Return where the results of this process come from: code, versions, machine, command."""
     return {
         "command": " ".join(sys.argv),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

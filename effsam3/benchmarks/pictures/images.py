@@ -45,7 +45,7 @@ def shared_pca(
 
 
 def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) -> list[Path]:
-    """Draw one PNG for each of the first `count` images of the index into `out`; returns their paths.
+    """Draw one PNG for each of the first `count` images of the index into `out`; return their paths.
 
     `masks` adds a second row: the annotated masks and what both models make of their boxes.
     """

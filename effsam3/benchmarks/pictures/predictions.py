@@ -27,7 +27,7 @@ GAP = 6  # pixels
 
 
 def records(found: Instances) -> list[dict]:
-    """The instances for JSON: id, text, score, box (x1, y1, x2, y2) and the mask as a COCO RLE."""
+    """Return the instances for JSON: id, text, score, box (x1, y1, x2, y2) and the mask as a COCO RLE."""
     rles = rles_of(found.masks_OHW.numpy())
     rows = zip(found.ids, found.texts, found.scores_O.tolist(), found.boxes_O4.tolist(), rles, strict=True)
     return [

@@ -42,7 +42,7 @@ def colour_of(number: int) -> np.ndarray:
 
 
 def reduce(frame: TrackedFrame, width: int) -> TrackedFrame:
-    """The same frame, `width` pixels wide or as wide as it is."""
+    """Return the same frame, `width` pixels wide or as wide as it is."""
     rows, columns = frame.image_HWC.shape[:2]
     width = min(width, columns)
     size = width, round(rows * width / columns)

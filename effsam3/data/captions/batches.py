@@ -92,7 +92,7 @@ class Distinct:
         return len(self.places)
 
     def texts(self, positions) -> list[str]:
-        """The texts at these positions."""
+        """Return the texts at these positions."""
         return self.part.texts(self.places[list(positions)])
 
     def keys(self, positions) -> list[str]:

@@ -64,7 +64,7 @@ def fetch(
 
 
 def _missing(out: Path, files: list) -> list:
-    """Those of the Hub's files that are not in a folder, or not of their size."""
+    """Return those of the Hub's files that are not in a folder, or not of their size."""
     return [file for file in files if not (out / file.path).is_file() or (out / file.path).stat().st_size != file.size]
 
 

@@ -247,7 +247,7 @@ def _read_table(file: str, column: str | None, key: str) -> TextColumn:
 
 
 def _cells(line: str, mark: str) -> list[str]:
-    """The cells of a header line; none if this delimiter cannot be its."""
+    """Return the cells of a header line; none if this delimiter cannot be its."""
     try:
         return [name.strip() for name in next(csv.reader([line], delimiter=mark, skipinitialspace=True, strict=True))]
     except csv.Error:

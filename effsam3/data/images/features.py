@@ -86,7 +86,7 @@ class ImageFeatures(Dataset):
 
 
 def store_keys(index, tied: bool) -> list[str]:
-    """What a store calls the images of an index: `name@digest`, in an untied store only the name."""
+    """Return what a store calls the images of an index: `name@digest`, in an untied store only the name."""
     if not tied:
         return list(index["key"])
     return [f"{key}@{digest}" for key, digest in zip(index["key"], index["image_digest"], strict=True)]

@@ -66,7 +66,7 @@ def _refuse_one_sided(folder: str, index: Path, images: dict[str, int]) -> None:
 
 
 def changes(folder: str, index: Path, report: dict) -> str:
-    """What has changed in the folder since it was indexed, as far as names and sizes tell; "" for nothing."""
+    """Return what has changed in the folder since it was indexed, as far as names and sizes tell; "" for nothing."""
     if not Path(folder).is_dir():
         return f"{folder} is not there"
     check_sources([Path(folder)])

@@ -168,7 +168,7 @@ def _settings(manifest: Manifest) -> dict[str, str]:
 
 
 def storable(key: str) -> bool:
-    """Whether a text can be a key: journals hold one a line, between tabs."""
+    """Return whether a text can be a key: journals hold one a line, between tabs."""
     return bool(key) and not any(unicodedata.category(letter) in ("Cc", "Zl", "Zp", "Cs") for letter in key)
 
 
@@ -193,12 +193,12 @@ def open_manifest(root: str | Path) -> Manifest:
 
 
 def ties_inputs(root: str | Path) -> bool:
-    """Whether the store ties its records to what their features were made of; one still to be made does."""
+    """Return whether the store ties its records to what their features were made of; one still to be made does."""
     return not (Path(root) / "manifest.json").exists() or open_manifest(root).ties_inputs
 
 
 def untied(root: str | Path) -> str:
-    """What to say of a store that does not."""
+    """Return what to say of a store that does not."""
     return (
         f"{root} was imported or made by an older version and does not know what its features were made of: an input "
         "that was replaced since under the same name is not noticed"
@@ -213,7 +213,7 @@ def write_manifest(root: str | Path, manifest: Manifest) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes files created in or renamed into the folder durable."""
+    """Make files created in or renamed into the folder durable."""
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)
@@ -223,13 +223,13 @@ def sync_folder(path: Path) -> None:
 
 
 def whole_lines(path: Path) -> bytes:
-    """The file without the line that a live or killed writer may have left half written."""
+    """Return the file without the line that a live or killed writer may have left half written."""
     data = path.read_bytes()
     return data[: data.rfind(b"\n") + 1]
 
 
 def journal_lines(path: Path, manifest: Manifest) -> bytes:
-    """The lines below the header of a journal; StoreError when the header is not of this manifest."""
+    """Return the lines below the header of a journal; StoreError when the header is not of this manifest."""
     header, _, lines = whole_lines(path).partition(b"\n")
     if header and header.decode(errors="replace") != manifest.header:
         raise StoreError(
@@ -248,12 +248,12 @@ def shards_on_disk(root: Path, manifest: Manifest) -> tuple[Shard, ...]:
 
 
 def list_shards(root: Path, manifest: Manifest) -> tuple[Shard, ...]:
-    """The shards to read: those the manifest lists, or while it lists none, those on disk."""
+    """Return the shards to read: those the manifest lists, or while it lists none, those on disk."""
     return manifest.shards or shards_on_disk(root, manifest)
 
 
 def journal_column(root: Path, manifest: Manifest, shards: Iterable[Shard], column: str) -> pyarrow.Array:
-    """The column "key" or "checksum" of all shards, in order, as strings."""
+    """Return the column "key" or "checksum" of all shards, in order, as strings."""
     import pyarrow
     from pyarrow import csv
 
@@ -296,7 +296,7 @@ def check_sizes(root: Path, manifest: Manifest, shards: Iterable[Shard]) -> None
 
 
 def remedy(shard: Shard) -> str:
-    """What to do about a damaged shard."""
+    """Return what to do about a damaged shard."""
     if not shard.journal:
         return "restore the imported files where they were, or delete the store and import again"
     return f"delete {shard.file} and {shard.keys} and run the same command again: it writes only what is missing"

@@ -48,7 +48,7 @@ PREPROCESSING_WARNING = (
 def import_upstream(
     source: str | Path, root: str | Path, field: Field | None = None, report: Callable[[str], object] = print
 ) -> Manifest:
-    """Writes a manifest into `root` that refers to the files in `source`, which must stay where they are.
+    """Write a manifest into `root` that refers to the files in `source`, which must stay where they are.
 
     Args:
         source: folder with rank{r}-keys.txt and rank{r}-values.bin.

@@ -116,7 +116,7 @@ class StoreReader:
         return [f.name for f in self.manifest.fields]
 
     def contains(self, key: str) -> bool:
-        """Whether the key is stored; microseconds."""
+        """Return whether the key is stored; microseconds."""
         hashes, order, seed = self._sorted_hashes()
         place = np.searchsorted(hashes, np.uint64(xxhash.xxh3_64_intdigest(key.encode(), seed)))
         # The key itself is compared as well, because other keys may have the same hash.
@@ -139,12 +139,12 @@ class StoreReader:
         return found
 
     def replaced(self, missing: Sequence[str]) -> list[str]:
-        """Names of those of the keys, none of which is stored, under whose names other bytes are."""
+        """Return names of those of the keys, none of which is stored, under whose names other bytes are."""
         names = {name_of(key) for key in self.keys} if self.manifest.ties_inputs and len(missing) else set()
         return [name for name in map(name_of, missing) if name in names and name]
 
     def find(self, keys: list[str]) -> np.ndarray:
-        """Positions, int64, -1 where absent: a search among sorted hashes, then a comparison of the keys."""
+        """Return positions, int64, -1 where absent: a search among sorted hashes, then a comparison of the keys."""
         import pyarrow
         from pyarrow import compute
 
@@ -243,7 +243,7 @@ class VerifyReport:
 
 
 def verify_store(root: str | Path, progress: Callable[[int], object] = lambda count: None) -> VerifyReport:
-    """Reads every record, also of an unfinished store; `progress` gets the number of records just done.
+    """Read every record, also of an unfinished store; `progress` gets the number of records just done.
 
     Raises StoreError where manifest or journals cannot be read.
     """
@@ -276,7 +276,7 @@ def verify_store(root: str | Path, progress: Callable[[int], object] = lambda co
 
 
 def to_float16(features: torch.Tensor, key: str) -> torch.Tensor:
-    """Features of one sample as float16; StoreError where a value is not finite or beyond 65504."""
+    """Return features of one sample as float16; StoreError where a value is not finite or beyond 65504."""
     import torch
 
     peak = _peak(features, key).max().item()

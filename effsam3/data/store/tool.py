@@ -80,7 +80,7 @@ def _bytes(count: int) -> str:
 
 
 def verify(root: Path) -> int:
-    """Prints every damaged record and what to do; returns 1 if there is one."""
+    """Print every damaged record and what to do; return 1 if there is one."""
     from tqdm import tqdm
 
     from effsam3.data.store.reader import verify_store
@@ -104,7 +104,7 @@ def verify(root: Path) -> int:
 
 
 def verify_images(root: Path, index: Path) -> int:
-    """Prints the images of an index that are not those whose features are stored; returns 1 if there is one."""
+    """Print the images of an index that are not those whose features are stored; return 1 if there is one."""
     from tqdm import tqdm
 
     from effsam3.data.images.features import store_keys

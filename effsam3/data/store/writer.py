@@ -70,7 +70,7 @@ def _unlock(fd: int) -> None:
 
 
 def repair_store(root: str | Path) -> dict[str, int]:
-    """Cuts every torn tail; one process calls this after create_store and before any writer opens.
+    """Cut every torn tail; one process calls this after create_store and before any writer opens.
 
     Returns {shard: number of journalled records cut with it}; they count as not embedded.
     Raises StoreError while a writer is alive.
@@ -94,7 +94,7 @@ def repair_store(root: str | Path) -> dict[str, int]:
 
 
 def _repair_shard(path: Path, manifest: Manifest, last: bool) -> int:
-    """Leaves whole records with whole journal lines; returns how many journalled records were cut."""
+    """Leave whole records with whole journal lines; return how many journalled records were cut."""
     payload, stride, header = manifest.payload, manifest.stride, f"{manifest.header}\n".encode()
     with open(path, "r+b", buffering=0) as shard, open(path.with_suffix(".tsv"), "a+b", buffering=0) as journal:
         lines = journal_lines(path.with_suffix(".tsv"), manifest).split(b"\n")[:-1]
@@ -148,7 +148,7 @@ class StoreWriter:
         self.close()
 
     def write(self, key: str, record: dict) -> None:
-        """Stores one record: field name -> numpy array or CPU tensor of exactly the manifest's shape and dtype.
+        """Store one record: field name -> numpy array or CPU tensor of exactly the manifest's shape and dtype.
 
         Raises StoreError on a wrong field, a key already stored, or a full disk (nothing stored is damaged by it).
         """
@@ -187,7 +187,7 @@ class StoreWriter:
             raise self._disk_error(key, error) from error
 
     def skip(self, key: str, reason: str) -> None:
-        """Notes that `key` cannot be embedded; the finished manifest names it."""
+        """Note that `key` cannot be embedded; the finished manifest names it."""
         _check_key(key)
         try:
             with open(self.root / f"skipped-{self.writer:05d}.tsv", "ab", buffering=0) as file:
@@ -197,7 +197,7 @@ class StoreWriter:
             raise self._disk_error(key, error) from error
 
     def close(self) -> None:
-        """Makes everything durable and lets another process be this writer."""
+        """Make everything durable and let another process be this writer."""
         self._close_shard()
         _unlock(self._lock)
 
@@ -262,7 +262,7 @@ def _append(fd: int, line: str) -> None:
 
 
 def finish_store(root: str | Path, expected_keys: Iterable[str], statistics: dict | None = None) -> Manifest:
-    """Completes the manifest once every writer is closed; calling it again changes nothing.
+    """Complete the manifest once every writer is closed; calling it again changes nothing.
 
     `statistics` are facts about the stored values, such as per-channel lists of floats; those that a store has stay.
     Raises StoreError naming expected keys that are neither stored nor skipped.

@@ -130,7 +130,7 @@ class VideoClips(Dataset):
         }
 
     def _clip_of_any(self, position: int, number: int, unreadable: list, others: int = OTHERS) -> Clip:
-        """The clip of the position's video, else of one of `others` drawn by the number, else an empty one."""
+        """Return the clip of the position's video, else of one of `others` drawn by the number, else an empty one."""
         for attempt in range(1 + others):
             rng = np.random.default_rng([self.seed, number, attempt])
             row = self.index[int(rng.integers(len(self)) if attempt else position)]
@@ -258,7 +258,7 @@ class Augmentation:
         return self._move(frames_T3HW, InterpolationMode.BILINEAR, [FILL] * 3)
 
     def move_masks(self, masks_MHW: Tensor) -> Tensor:
-        """The same to bool masks, by the nearest pixel."""
+        """Return the same to bool masks, by the nearest pixel."""
         return self._move(masks_MHW[:, None].to(torch.uint8), InterpolationMode.NEAREST, [0])[:, 0].bool()
 
     def unturned(self) -> Augmentation:

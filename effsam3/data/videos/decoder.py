@@ -298,7 +298,7 @@ class Source:
             raise self._truncated("no key frame")
 
     def pictures_from(self, time: int) -> Iterator[av.VideoFrame]:
-        """The same after a seek to a time."""
+        """Yield the same after a seek to a time."""
         try:
             self._container.seek(time, stream=self.stream)
         except av.FFmpegError:  # the container cannot seek

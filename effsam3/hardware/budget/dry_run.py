@@ -174,7 +174,7 @@ def dry_stage(recipe: StageRecipe, samples: int) -> Dry:
 
 
 def is_meta(value: Any) -> bool:
-    """Whether something of a batch is a tensor without contents."""
+    """Return whether something of a batch is a tensor without contents."""
     return isinstance(value, Tensor) and value.is_meta
 
 

@@ -175,7 +175,7 @@ def device_bytes(device_gib: float | None = None) -> int | None:
 
 
 def fits(total: int, device: int) -> bool:
-    """Whether an estimate fits a device with room for fragmentation."""
+    """Return whether an estimate fits a device with room for fragmentation."""
     return total <= device * (1 - FREE)
 
 

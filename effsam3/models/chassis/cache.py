@@ -15,7 +15,7 @@ from effsam3.files import atomic_folder, free_bytes, gigabytes
 
 
 def cache_folder() -> Path:
-    """Where made-up and converted chassis are kept: `$EFFSAM3_CACHE`, else `~/.cache/effsam3`."""
+    """Return where made-up and converted chassis are kept: `$EFFSAM3_CACHE`, else `~/.cache/effsam3`."""
     return Path(os.environ.get("EFFSAM3_CACHE", Path.home() / ".cache" / "effsam3"))
 
 

@@ -188,7 +188,7 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def elements(folder: Path) -> int:
-    """Number of elements of all tensors of a folder, without reading them."""
+    """Return the number of elements of all tensors of a folder, without reading them."""
     return sum(torch.Size(shape).numel() for shape in shapes_of(folder).values())
 
 

@@ -15,7 +15,7 @@ TEXT_WIDTH = 32
 
 
 def vision_config(image_size: int = IMAGE_SIZE, trunk_width: int = TRUNK_WIDTH, width: int = WIDTH) -> dict:
-    """The tiny chassis' vision encoder as it is in config.json."""
+    """Return the tiny chassis' vision encoder as it is in config.json."""
     grid = image_size // PATCH_SIZE
     return dict(
         model_type="sam3_vision_model",
@@ -105,7 +105,7 @@ def full_config():
 
 
 def tiny_sizes(**sizes: int) -> dict[str, int]:
-    """The sizes of the tiny chassis' vision encoder, as the registry's `Sizes` names them; `sizes` as above."""
+    """Return the sizes of the tiny chassis' vision encoder, as the registry's `Sizes` names them; `sizes` as above."""
     vision = vision_config(**sizes)
     backbone = vision.pop("backbone_config") | {"fpn_hidden_size": vision["fpn_hidden_size"]}
     names = "image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "pretrain_image_size"

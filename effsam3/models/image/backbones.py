@@ -125,7 +125,7 @@ def build_trunk(timm_name: str, image_size: int, out_indices: tuple[int, ...] | 
 
 
 def feature_maps(trunk: nn.Module, pixels_B3SS: Tensor) -> list[Tensor]:
-    """Run a trunk; returns its maps (B, C, H, W), finest first."""
+    """Run a trunk; return its maps (B, C, H, W), finest first."""
     maps = trunk(pixels_B3SS)
     # timm's trunks declare channels-last maps; MobileNets declare nothing and are channels-first.
     if getattr(trunk, "output_fmt", "NCHW") == "NHWC":

@@ -136,7 +136,7 @@ def to_map(feat_BNC: Tensor) -> Tensor:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of parameters, buffers not counted."""
+    """Return the number of parameters, buffers not counted."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

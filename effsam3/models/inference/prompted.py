@@ -63,7 +63,7 @@ def load_tracker(folder: Path) -> Sam3TrackerVideoModel:
 
 
 def trunk_of(tracker: Sam3TrackerVideoModel) -> torch.nn.Module:
-    """The vision trunk, teacher's or student's: pixels (B, 3, S, S) to an output with `last_hidden_state`
+    """Return the vision trunk, teacher's or student's: pixels (B, 3, S, S) to an output with `last_hidden_state`
     (B, N, D).
     """
     encoder: Any = tracker.vision_encoder
@@ -163,7 +163,7 @@ def _decode(
     points_ON2: Tensor | None,
     labels_ON: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (O, L, L) and predicted IoU (O,) for prompts in pixels of the model's image.
+    """Return the logits (O, L, L) and predicted IoU (O,) for prompts in pixels of the model's image.
 
     A single point is ambiguous: of its three masks the best is taken.
     """

@@ -296,7 +296,7 @@ def rotary_table(config: Sam3ViTConfig, block: int) -> Tensor:
 
 
 def _key_map(names: Iterable[str], student: str) -> KeyMap:
-    """The table for a model; a name that starts with `student` means that it has a text student."""
+    """Return the table for a model; a name that starts with `student` means that it has a text student."""
     return SAM3_STUDENT_TEXT if any(name.startswith(student) for name in names) else SAM3
 
 

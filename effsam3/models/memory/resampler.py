@@ -34,7 +34,7 @@ def coordinates(grid: int, device: torch.device) -> Tensor:
 
 
 def window_side(grid: int, count: int, key: str) -> int:
-    """Side in cells of the windows when `count` of them tile the grid.
+    """Return the side in cells of the windows when `count` of them tile the grid.
 
     Raises:
         MemoryConfigError: they do not; the message names the key and the counts that would.

@@ -60,10 +60,10 @@ def _forget_conditioning(outputs: dict[int, dict], frame: int, inputs: set[int],
 
 
 def _cold(output: dict, config) -> Tensor:
-    """The latents of a packed frame (N, 1, M), which come last."""
+    """Return the latents of a packed frame (N, 1, M), which come last."""
     return output["maskmem_features"][-(config.memory_global_latents + config.memory_window_latents) :]
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor itself if it fills its storage, else a copy: a view would keep the rest alive."""
+    """Return the tensor itself if it fills its storage, else a copy: a view would keep the rest alive."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -20,13 +20,13 @@ LAYERS = {"memory_attention_num_layers": "attention_layers", "memory_fuser_num_l
 
 
 def memory_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the tracker, which holds the memory's."""
+    """Return the config of the tracker, which holds the memory's."""
     assert isinstance(config.tracker_config, PreTrainedConfig)  # transformers builds it whatever it was given
     return config.tracker_config
 
 
 def with_memory(config: PreTrainedConfig, student: PreTrainedConfig) -> PreTrainedConfig:
-    """The config with another memory; the tracker keeps the vision that it has."""
+    """Return the config with another memory; the tracker keeps the vision that it has."""
     config, student = deepcopy(config), deepcopy(student)
     student.vision_config = deepcopy(memory_config(config).vision_config)
     config.tracker_config = student
@@ -34,7 +34,7 @@ def with_memory(config: PreTrainedConfig, student: PreTrainedConfig) -> PreTrain
 
 
 def tracker_config(chassis: PreTrainedConfig, asked) -> EfficientTrackerConfig:
-    """The chassis' tracker config with the memory that `asked` describes: `mode`, `pool`, `global_latents`,
+    """Return the chassis' tracker config with the memory that `asked` describes: `mode`, `pool`, `global_latents`,
     `window_latents`, `depth`, `hot_frames`, and `attention_layers` and `fuser_layers`, None for the chassis' own.
 
     Raises:

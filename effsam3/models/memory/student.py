@@ -125,7 +125,7 @@ class TrackerStudent(nn.Module):
         return {"loss": total + 0 * touched, **terms}
 
     def losses(self, tracked: list[Tracked], masks_NTSS: Tensor, weight_N: Tensor) -> dict[str, Tensor]:
-        """The named terms, summed over frames and over predictions, weighted over objects."""
+        """Return the named terms, summed over frames and over predictions, weighted over objects."""
         zero = weight_N.new_zeros(())
         terms = {name: zero for name, weight in self.weights.items() if name != "memory" or weight}
         for time, frame in enumerate(tracked):

@@ -118,7 +118,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
         return self.memory_attention(top_OCGG, tokens)
 
     def _map_tokens(self, map_OMGG: Tensor) -> Tensor:
-        """Tokens of maps as they are kept: the mean of every window, row by row."""
+        """Return tokens of maps as they are kept: the mean of every window, row by row."""
         return windows(map_OMGG, self.config.pool).mean(2)
 
     def _grid_encoding(self, device: torch.device) -> Tensor:

@@ -64,7 +64,7 @@ class Features:
     top: Tensor
 
     def at(self, index_N: Tensor) -> Features:
-        """Those of these numbers."""
+        """Return those of these numbers."""
         return Features(self.fine[index_N], self.middle[index_N], self.top[index_N])
 
 
@@ -83,7 +83,7 @@ class Prompts:
     corrections: dict[int, Tensor] = field(default_factory=dict)
 
     def some(self, objects_N: Tensor) -> Prompts:
-        """Those of some of the objects."""
+        """Return those of some of the objects."""
         given = (self.points_OP2[objects_N], self.labels_OP[objects_N], self.by_mask_O[objects_N])
         return Prompts(*given, {frame: chances[objects_N] for frame, chances in self.corrections.items()})
 
@@ -99,7 +99,7 @@ class Decoded:
     tokens_NMC: Tensor
 
     def only(self, wanted_O: Tensor) -> Decoded:
-        """Those of its objects that are wanted (boolean over all objects)."""
+        """Return those of its objects that are wanted (boolean over all objects)."""
         kept = wanted_O[self.objects_N]
         return Decoded(
             self.objects_N[kept],
@@ -110,7 +110,7 @@ class Decoded:
         )
 
     def best(self) -> tuple[Tensor, Tensor]:
-        """Logits (N, L, L) and token (N, C) of the candidate with the highest predicted IoU."""
+        """Return the logits (N, L, L) and token (N, C) of the candidate with the highest predicted IoU."""
         chosen_N = self.iou_NM.argmax(1)
         each_N = torch.arange(len(chosen_N), device=chosen_N.device)
         return self.logits_NMLL[each_N, chosen_N], self.tokens_NMC[each_N, chosen_N]

@@ -38,7 +38,7 @@ class Adapted:
     made_on: str
 
     def card(self) -> dict:
-        """What effsam3.json says of them."""
+        """Return what effsam3.json says of them."""
         return {"name": self.name, "from": self.origin, "made_on": self.made_on, "tensors": sorted(self.tensors)}
 
 

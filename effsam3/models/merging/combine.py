@@ -105,7 +105,7 @@ def refuse_misfit(part: Part, own: PreTrainedConfig, alike: dict[str, str]) -> N
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> Shapes:
-    """The shape of every tensor."""
+    """Return the shape of every tensor."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
@@ -148,7 +148,7 @@ def assign(
 
 
 def slot_table(merged: Merged, origins: dict[str, str]) -> str:
-    """The account of a merged model: who owns how many tensors and elements, and what was dropped.
+    """Return the account of a merged model: who owns how many tensors and elements, and what was dropped.
 
     `origins` names for every owner where its tensors come from.
     """

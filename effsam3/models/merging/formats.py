@@ -59,7 +59,7 @@ def write_model(
     formats: Sequence[str] = ("transformers",),
     allow_padding_mismatch: bool = False,
 ) -> list[str]:
-    """Write a whole model, readable at once or not there at all; returns lines worth telling.
+    """Write a whole model, readable at once or not there at all; return lines worth telling.
 
     Args:
         card: the content of effsam3.json.
@@ -134,13 +134,13 @@ def verify(where: str, written: dict[str, Tensor], tensors: dict[str, Tensor]) -
 
 
 def own_trunk(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """The config of SAM 3's own ViT, None when a student replaces it."""
+    """Return the config of SAM 3's own ViT, None when a student replaces it."""
     backbone = SLOTS["image"].config_of(config)
     return backbone if backbone.model_type == of_type(config.model_type).trunk_type else None
 
 
 def sam3_file(merged: Merged, extra: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of sam3.pt, and lines worth telling."""
+    """Return the tensors of sam3.pt, and lines worth telling."""
     tensors = key_map(merged.config).to_original(merged.tensors, extra, own_trunk(merged.config))
     has_class_row = own_trunk(merged.config) is not None  # it goes with SAM 3's trunk
     absent = [name for name in absent_from_transformers(extra) if name != CLASS_ROW or has_class_row]
@@ -172,7 +172,7 @@ BUILDER_NAMES = {
 
 
 def text_tensors(merged: Merged) -> dict[str, Tensor]:
-    """The text student's tensors by its own names, `text_encoder.*` and `text_projection.*`."""
+    """Return the text student's tensors by its own names, `text_encoder.*` and `text_projection.*`."""
     owns = SLOTS["text"].owns
     return {name.removeprefix(DETECTOR): merged.tensors[name] for name in merged.tensors if name.startswith(owns)}
 
@@ -202,7 +202,7 @@ def refuse_other_padding(merged: Merged, slots: dict) -> None:
 
 
 def efficientsam3_file(merged: Merged, extra: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of efficientsam3.pt, and the call of EfficientSAM3's builder that loads them.
+    """Return the tensors of efficientsam3.pt, and the call of EfficientSAM3's builder that loads them.
 
     Raises:
         MergeError: a slot is filled that EfficientSAM3 does not know.

@@ -63,7 +63,7 @@ def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that represents each byte in the vocabulary, in the vocabulary's order.
+    """Return the letter that represents each byte in the vocabulary, in the vocabulary's order.
 
     The printable ones of Latin-1 represent themselves and come first, letters from U+0100 on for the others.
     """

@@ -44,7 +44,7 @@ class TeacherPass:
         self.accelerator = accelerator
 
     def fields(self) -> list[Field]:
-        """The record's fields."""
+        """Return the record's fields."""
         teacher = self.teacher
         return record_fields(self.recipe.embed, teacher.channels, teacher.grid, teacher.image_size)
 
@@ -93,7 +93,7 @@ class TeacherPass:
         return feat_BCGG
 
     def record(self, batch: dict, place: int, feat_CGG: Tensor, key: str) -> dict:
-        """What the store keeps of one image of a batch."""
+        """Return what the store keeps of one image of a batch."""
         if self.recipe.embed.dtype == "float16":
             record = {"features": to_float16(feat_CGG, key)}
         else:

@@ -110,7 +110,7 @@ MASKS: list[Column] = [
 
 
 def tables(results: dict[str, dict]) -> list[str]:
-    """The image benchmarks' results as Markdown."""
+    """Return the image benchmarks' results as Markdown."""
     parts = []
     if (fidelity := results.get("fidelity")) is not None:
         mean = {"cosine": fidelity["cosine_of_mean"], "cosine_centred": 0.0, "mse": 1.0}

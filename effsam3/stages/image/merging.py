@@ -21,7 +21,7 @@ FEATURES_FORM = {"teacher": TEACHER_FORM, "tap": str, "channels": int, "image_si
 
 
 def part_of_run(trained: ImageRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
-    """The part of a run of stage `image`."""
+    """Return the part of a run of stage `image`."""
     refuse_neck(features)
     if (side := SLOTS["image"].config_of(config).image_size) != features["image_size"]:
         raise MergeError(

@@ -282,7 +282,7 @@ class ImageStage(FeatureStage):
         return valid_mask(batch["sizes"], self.facts["image_size"], self.facts["grid"]).to(self.device)
 
     def target(self, batch: Batch) -> Tensor:
-        """The teacher's features (B, C, G, G), float32: read from the store or made here."""
+        """Return the teacher's features (B, C, G, G), float32: read from the store or made here."""
         if self.teacher is None:
             fields = {
                 name: batch[name].to(self.device, non_blocking=True) for name in ("features", "scale") if name in batch
@@ -296,7 +296,7 @@ class ImageStage(FeatureStage):
         return normalise(batch["pixels"].to(self.device, non_blocking=True))
 
     def predict(self, student: nn.Module, batch: Batch) -> Tensor:
-        """The student's features at the targets' grid, (B, C, G, G)."""
+        """Return the student's features at the targets' grid, (B, C, G, G)."""
         with self.place.autocast():
             feat_BND = student(self.pixels(batch)).last_hidden_state
         return resize_BCHW(to_map(feat_BND), (self.facts["grid"],) * 2)

@@ -68,7 +68,7 @@ def measure(
 
 
 def tables(results: dict[str, dict]) -> list[str]:
-    """The video benchmark's results as Markdown."""
+    """Return the video benchmark's results as Markdown."""
     result = results["vos"]
     parts, tracked = [vos_table(result)], result["videos"] + len(result["failed"])
     if tracked < result["available"]:

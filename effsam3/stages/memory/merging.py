@@ -18,7 +18,7 @@ FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must record of the featu
 
 
 def part_of_run(trained: MemoryRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
-    """The part of a run of stage `memory`, which may have trained more of the tracker than its memory.
+    """Return the part of a run of stage `memory`, which may have trained more of the tracker than its memory.
 
     Raises:
         MergeError: the tensors are not those of the recipe's memory and parts.

@@ -315,7 +315,7 @@ class MemoryStage(StageBase):
 
     @torch.no_grad()
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Sums of a batch for `summarise`: J of objects given by their mask in the first frame."""
+        """Return sums of a batch for `summarise`: J of objects given by their mask in the first frame."""
         inputs = self.inputs(batch, {"mask": 1.0, "point": 0.0, "box": 0.0})
         counts_O = inputs.weight_O > 0
         with self.place.autocast():

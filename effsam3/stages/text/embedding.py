@@ -36,7 +36,7 @@ class TeacherPass:
         ]
 
     def fields(self) -> list[Field]:
-        """The record's fields."""
+        """Return the record's fields."""
         return record_fields(self.recipe.data.context_length, self.channels)
 
     def description(self) -> dict:
@@ -78,7 +78,7 @@ class TeacherPass:
         return as_map(tokens_BLC)
 
     def record(self, batch: dict, place: int, feat_C1L: Tensor, key: str) -> dict:
-        """What the store keeps of one text."""
+        """Return what the store keeps of one text."""
         length = int(batch["mask"][place].sum())
         features_LC = torch.zeros(self.recipe.data.context_length, self.channels)
         features_LC[:length] = feat_C1L[:, 0, :length].T

@@ -72,7 +72,7 @@ SPEED: list[Column] = [
 
 
 def tables(results: dict[str, dict]) -> list[str]:
-    """The text benchmarks' results as Markdown."""
+    """Return the text benchmarks' results as Markdown."""
     parts = []
     if (similarity := results.get("similarity")) is not None:
         parts.append(result_table("held-out texts", similarity, SIMILARITY))

@@ -19,7 +19,7 @@ FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must record of the featu
 
 
 def part_of_run(trained: TextRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
-    """The part of a run of stage `text`."""
+    """Return the part of a run of stage `text`."""
     return text_part(trained.student, trained.student_padding, weights, config, **about)
 
 

@@ -112,7 +112,7 @@ def encoder(recipe: TextRecipe):
 
 
 def inputs() -> str:
-    """What ties a store's records to their texts: the key is the text's hash, the tokenizer makes ids of it."""
+    """Return what ties a store's records to their texts: the key is the text's hash, the tokenizer makes ids of it."""
     return f"hash of the text, tokenizer {tokenizer_fingerprint()}"
 
 
@@ -191,7 +191,7 @@ class TextStage(FeatureStage):
         return found
 
     def statistics_batches(self) -> Iterator[Batch]:
-        """The sample that a store's statistics are made of, in batches."""
+        """Yield the sample that a store's statistics are made of, in batches."""
         size = self.recipe.embed.batch_size
         texts = CaptionBatches(Distinct(self.captions.train), encoder(self.recipe))
         sample = statistics_sample(texts.keys)
@@ -234,7 +234,7 @@ class TextStage(FeatureStage):
             return as_map(self.teacher(ids, mask.bool())[place_B])
 
     def predict(self, student: nn.Module, batch: Batch) -> Tensor:
-        """The student's features (B, C, 1, L)."""
+        """Return the student's features (B, C, 1, L)."""
         ids, mask = (batch[name].to(self.device, non_blocking=True) for name in ("ids", "mask"))
         with self.place.autocast():
             return as_map(student(ids, mask))
