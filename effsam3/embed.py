@@ -65,6 +65,7 @@ def run(recipe: FeatureRecipe, check: int | None = None) -> None:
     if check is not None:
         return _check(recipe, teacher_pass, accelerator, report, check)
     root = Path(recipe.embed.to)
+    # One process repairs, because two would cut the same tail.
     lines = on_main(accelerator, partial(open_store, recipe, root, teacher_pass, report))
     report.header(f"embed   {recipe.name}   {describe_hardware(accelerator)}", lines)
     started = time.monotonic()
@@ -75,6 +76,7 @@ def run(recipe: FeatureRecipe, check: int | None = None) -> None:
         embedded = sum(
             _embed(recipe, dataset, teacher_pass, writer, done, accelerator) for dataset in teacher_pass.datasets
         )
+    # A rank that finished early must learn that another was stopped: the store is not complete then.
     counts = torch.tensor([embedded, int(STOP.asked)], device=accelerator.device)
     embedded, asked = accelerator.reduce(counts).tolist()
     if asked:
@@ -98,6 +100,7 @@ def close_store(root: Path, teacher_pass: TeacherPass, embedded: int, started: f
     """Complete the store once all ranks have written their records, `embedded` in all, and report what is in it."""
     expected = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
     refuse_many_skipped(expected, root, teacher_pass.max_unreadable)
+    # From what was stored, not from what was computed: students learn from the stored values, rounding included.
     manifest = finish_store(root, expected, _statistics(root, teacher_pass))
     seconds = time.monotonic() - started
     size = sum(path.stat().st_size for path in root.glob("*.bin"))
@@ -142,6 +145,7 @@ def _embed(
 ) -> int:
     """Write this rank's share of a dataset's missing records; return how many."""
     todo = [position for position, key in enumerate(dataset.store_keys) if key not in done]
+    # Only missing records are divided, so that a resumed pass keeps all ranks busy.
     mine = todo[accelerator.process_index :: accelerator.num_processes]
     size = recipe.embed.batch_size
     batches = [mine[start : start + size] for start in range(0, len(mine), size)]
@@ -160,6 +164,7 @@ def _embed(
             if STOP.asked:
                 break
             feat_BCHW = teacher_pass.features(batch, check=not checked).cpu()
+            # Once is enough: a wrong teacher gives itself away in the first batch.
             checked = True
             if pending is not None:
                 written += pending.result()
@@ -218,6 +223,7 @@ def _statistics(root: Path, teacher_pass: TeacherPass) -> dict:
 
 def stored_sample(reader: StoreReader, dataset: StoredSamples, size: int) -> list[int]:
     """Return the first `size` positions of the statistics' fixed order whose images are in the store."""
+    # A fixed order by key, so that any number of ranks and restarts yields the same statistics.
     order = statistics_sample(dataset.keys, len(dataset))
     return list(islice((position for position in order if reader.contains(dataset.store_keys[position])), size))
 
@@ -231,6 +237,7 @@ def _check(
         report.say(untied(recipe.embed.to))
     skipped = {entry["key"] for entry in reader.manifest.skipped}
     for dataset in teacher_pass.datasets:
+        # Raises when the index has images that the store lacks: comparing only common ones would hide that.
         reader.positions([key for key in dataset.store_keys if key not in skipped])
     dataset = teacher_pass.datasets[0]
     positions = stored_sample(reader, dataset, samples)

@@ -84,6 +84,7 @@ def save(accelerator, student, optimizer, average, checkpoints: Path, trainer: d
     from accelerate.utils import broadcast_object_list
 
     folder = step_folder(checkpoints, trainer["step"])
+    # All ranks take part in gathering, before only rank 0 writes.
     weights = accelerator.get_state_dict(student)  # collective under ZeRO-3
     moments = optimizer_state.gather(accelerator, student, optimizer)
     problem = ""
@@ -93,6 +94,7 @@ def save(accelerator, student, optimizer, average, checkpoints: Path, trainer: d
             files |= {WEIGHTS: average.state_dict(), TRAINED: weights}
         try:
             _write(folder, files, trainer, is_best)
+            # Only after the new one is complete: a crash in between leaves one too many, never one too few.
             for old in complete(checkpoints)[:-keep]:
                 shutil.rmtree(old)
         except (OSError, SafetensorError) as error:  # safetensors wraps the disk's error
@@ -117,6 +119,8 @@ def _write(folder: Path, files: dict[str, dict], trainer: dict, is_best: bool) -
         if is_best:  # before the step itself, whose trainer.json names it
             with atomic_folder(best) as partial_best:
                 for name in (WEIGHTS, "trainer.json"):
+                    # Copied, not linked: the step's folder is deleted later, and not all cluster file systems have
+                    # links.
                     shutil.copyfile(partial / name, partial_best / name)
             for old in complete(folder.parent, best=True):
                 if old != best:
@@ -138,6 +142,7 @@ def read_trained(folder: Path) -> tuple[dict, dict]:
     Raises:
         CheckpointError: a file is missing or cut short.
     """
+    # With averaged weights the run resumes from the raw ones; the average has its own history.
     trained = TRAINED if (folder / TRAINED).exists() else WEIGHTS
     weights = read_safetensors(folder / trained, REMEDY, CheckpointError)
     return weights, read_safetensors(folder / OPTIMIZER, REMEDY, CheckpointError)

@@ -52,6 +52,7 @@ class Window:
     def wait_for(self, batches) -> dict:
         """Take the next batch and count how long that takes."""
         started = time.perf_counter()
+        # Only here can training starve: forward, backward and optimizer need nothing from the disk.
         batch = next(batches)
         self.waited += time.perf_counter() - started
         return batch
@@ -61,6 +62,7 @@ class Window:
         """Leave out what is no training: validation, saving."""
         began = time.perf_counter()
         yield
+        # Moving the start takes the pause out of every rate at once.
         self.started += time.perf_counter() - began
 
     def add(self, terms: dict[str, torch.Tensor]) -> None:
@@ -72,6 +74,7 @@ class Window:
     def close(self, lr: float, grad_norm) -> dict[str, float]:
         """Return the window's means over all ranks and its speed, and begin the next window."""
         names = list(self.sums)
+        # One exchange for all losses, and the only wait for the device in a window.
         means = self.accelerator.reduce(
             torch.stack([self.sums[name] for name in names]) / self.micros, "mean"
         ).tolist()
@@ -97,6 +100,7 @@ class Window:
         if self.per_rank:
             own = {"data_wait": self.waited / seconds, "step_s": seconds / (samples / self.global_batch)}
             own |= {"peak_gib": values["perf/peak_gib"]} if "perf/peak_gib" in values else {}
+            # The reduced numbers hide a slow rank, because all ranks wait for it.
             rows = self.accelerator.gather(torch.tensor([list(own.values())], device=self.accelerator.device)).tolist()
             for rank, row in enumerate(rows):
                 values |= {f"rank{rank}/{name}": value for name, value in zip(own, row, strict=True)}
@@ -114,6 +118,7 @@ class Unreadable:
     def note(self, batch: dict, step: int) -> None:
         """Count and name those of a batch."""
         for key, reason in batch["unreadable"]:
+            # Once a run, however often an epoch meets the file again.
             if key not in self.keys:
                 self.keys.add(key)
                 with open(self.path, "a") as file:

@@ -27,6 +27,7 @@ import numpy as np
 import xxhash
 
 from effsam3.data.unreadable import Unreadable
+from effsam3.data.videos.declared_length import declared_bytes
 
 TABLES = 128  # of the files read last, kept by each process; 16 bytes a frame
 KEYS_TRIED = 2  # before a frame is looked for from the beginning of the file
@@ -346,7 +347,7 @@ class Source:
         """Raise UnreadableVideo at the end of a file that claims to have more."""
         with self.path.open("rb") as file:
             # FFmpeg ends a cut file without an error, so the containers' own lengths are compared.
-            claimed = _claimed_bytes(file.read(4096))
+            claimed = declared_bytes(file.read(4096))
         size = self.path.stat().st_size
         if claimed is not None and claimed > size:
             raise self._truncated(f"{size:,} bytes of {claimed:,}")
@@ -385,24 +386,3 @@ def _table(source: Source, times: Sequence[int | None], digests_T: np.ndarray | 
     times_T = known if len(known) == len(times) and all(np.diff(known) > 0) else None
     keys_K2 = np.array(sorted(source.keys), np.int64).reshape(-1, 2)
     return FrameTable(len(times), times_T, keys_K2, digests_T)
-
-
-def _claimed_bytes(head: bytes) -> int | None:
-    """Return the length that an AVI, Matroska or WebM file declares; None without one."""
-    if head[:4] == b"RIFF":
-        length = int.from_bytes(head[4:8], "little")
-        return length + 8 if length else None
-    if head[:4] == b"\x1a\x45\xdf\xa3":
-        header, start = _vint(head, 4)
-        segment = start + (header or 0)
-        if head[segment : segment + 4] == b"\x18\x53\x80\x67":
-            content, start = _vint(head, segment + 4)
-            return None if content is None else start + content
-    return None
-
-
-def _vint(data: bytes, at: int) -> tuple[int | None, int]:
-    """Return a Matroska length, None for one that is not known, and where it ends."""
-    width = 9 - data[at].bit_length()
-    value = int.from_bytes(data[at : at + width], "big") & ((1 << 7 * width) - 1)
-    return (None if value == (1 << 7 * width) - 1 else value), at + width

@@ -88,6 +88,7 @@ class Trial:
         student = self.stage.student
         try:
             with untouched(student, self.device):
+                # Held during the trial: optimizer state and averaged weights come later and must fit as well.
                 held = torch.empty(self.reserved, dtype=torch.uint8, device=self.device)
                 batch = {
                     name: torch.zeros_like(value, device="cpu") if is_meta(value) else value
@@ -100,6 +101,7 @@ class Trial:
                 del held, loss
         finally:
             if self.device.type == "cuda":
+                # Cached blocks of a failed trial would fragment the next one.
                 torch.cuda.empty_cache()
         return True
 
@@ -133,6 +135,7 @@ def run(recipe: StageRecipe, stage: Stage, accelerator: Accelerator, report: Rep
     reserved = max(sum(taken.values()) + average - 2 * FP32 * trained, 0)
     trial = Trial(stage, accelerator.device, recipe.train.precision, reserved)
     mine = find(micro_batches(recipe, accelerator.num_processes), trial)
+    # The smallest, because all ranks take equal micro-batches, and one device may have less free memory.
     found = int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).min())
     torch.cuda.reset_peak_memory_stats()  # the run reports its own
     micros = accumulation(recipe.changed(MICRO_BATCH, found), accelerator.num_processes)

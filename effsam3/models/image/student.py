@@ -107,6 +107,7 @@ class FusedHead(nn.Module):
         # Resizing follows the 1x1: they commute, and it is cheaper on whichever map is smaller.
         *finer, fused = (lateral(feat) for lateral, feat in zip(self.lateral, used, strict=True))
         if self.fuse16 is not None:
+            # Top-down: coarse maps know what is there, fine ones where; the sum gives both to every position.
             middle = finer.pop()
             fused = self.fuse16(middle + resize_BCHW(fused, middle.shape[-2:]))
         fused = resize_BCHW(fused, grid)
@@ -176,6 +177,7 @@ class StudentTrunk(PreTrainedModel):
         self.head = HEADS[config.head](tuple(self.trunk.feature_info.channels()), config.hidden_size)
         self.feature_mean: Tensor
         self.feature_scale: Tensor
+        # Buffers, so that they are saved, moved and merged with the weights, but never trained.
         self.register_buffer("feature_mean", torch.zeros(config.hidden_size))
         self.register_buffer("feature_scale", torch.ones(config.hidden_size))
         self.post_init()
@@ -215,6 +217,7 @@ class StudentTrunk(PreTrainedModel):
         """Return `last_hidden_state` (B, N, D) for pixels in -1..1; N = (S / patch_size) squared."""
         grid = tuple(side // self.config.patch_size for side in pixel_values.shape[-2:])
         if self.config.student_image_size is not None:
+            # Inside the model, so that processors, grid and heads never learn of the smaller size.
             pixel_values = resize_BCHW(pixel_values, (self.config.student_image_size,) * 2)
         feat_BDHW = self.head(feature_maps(self.trunk, pixel_values), grid)
         # float(): under bf16 autocast the teacher's large channels would lose the small differences that matter.

@@ -39,6 +39,7 @@ def draw_prompt(mask_SS: Tensor, kind: str, rng: np.random.Generator) -> tuple[T
         labels[0] = 1
         return points, labels
     side = mask_SS.shape[-1]
+    # Noise, because users do not draw tight boxes.
     box = np.array([[columns.min(), rows.min()], [columns.max(), rows.max()]], dtype=float)
     reach = np.minimum(BOX_NOISE * (box[1] - box[0]), BOX_NOISE_PX)
     box = (box + rng.uniform(-1, 1, (2, 2)) * reach).clip(0, side - 1)
@@ -55,9 +56,11 @@ def draw_clicks(pred_NSS: Tensor, masks_NSS: Tensor, chance_N: Tensor) -> tuple[
     wrong_NSS = pred_NSS != masks_NSS
     perfect_N = ~wrong_NSS.flatten(1).any(1)
     allowed_NK = torch.where(perfect_N[:, None, None], ~masks_NSS, wrong_NSS).flatten(1)
+    # An object that fills the image leaves no pixel outside: any pixel will do.
     allowed_NK = allowed_NK | ~allowed_NK.any(1, keepdim=True)
     place_NK = allowed_NK.cumsum(1)
     count_N = place_NK[:, -1]
+    # By rank among the allowed pixels, computed for all objects at once and without a loop over pixels.
     wanted_N = (chance_N * count_N).long().clamp(max=count_N - 1)
     chosen_N = torch.searchsorted(place_NK, wanted_N[:, None] + 1)[:, 0]
     side = masks_NSS.shape[-1]

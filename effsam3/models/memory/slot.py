@@ -28,6 +28,7 @@ def memory_config(config: PreTrainedConfig) -> PreTrainedConfig:
 def with_memory(config: PreTrainedConfig, student: PreTrainedConfig) -> PreTrainedConfig:
     """Return the config with another memory; the tracker keeps the vision that it has."""
     config, student = deepcopy(config), deepcopy(student)
+    # An image student may already be in the chassis; its trunk must stay the tracker's as well.
     student.vision_config = deepcopy(memory_config(config).vision_config)
     config.tracker_config = student
     return config
@@ -40,6 +41,7 @@ def tracker_config(chassis: PreTrainedConfig, asked) -> EfficientTrackerConfig:
     Raises:
         MemoryConfigError: more layers than the chassis has.
     """
+    # Everything that is not about memory must be as in the chassis, or its weights would not fit.
     inherited = {name: value for name, value in chassis.to_dict().items() if name != "model_type"}
     layers = {}
     for name, key in LAYERS.items():
@@ -62,6 +64,7 @@ def tracker_config(chassis: PreTrainedConfig, asked) -> EfficientTrackerConfig:
 
 def in_whole_model(name: str) -> str:
     """A tracker's tensor by its name in a `Sam3VideoModel`."""
+    # The longest prefix wins: the neck and the trunk lie inside the tracker's own names.
     there, here = max(
         ((there, here) for there, here in PLACES.items() if name.startswith(here)), key=lambda place: len(place[1])
     )
@@ -81,6 +84,7 @@ def memory_tensors(
     A dense memory with as many layers as the chassis' (`own`) is SAM 3's own kind: it needs neither resampler nor
     another config.
     """
+    # Then transformers can load it without this package, so nothing of ours should be in the file.
     stock = built.memory_mode == "dense" and all(built.to_dict()[name] == own.to_dict()[name] for name in LAYERS)
     tensors = {
         in_whole_model(name): tensor for name, tensor in weights.items() if not (stock and name.startswith(RESAMPLER))

@@ -80,11 +80,13 @@ def write_model(
     notes = []
     with atomic_folder(folder) as partial:
         model = empty_model(merged.config)  # only to be written: nothing is initialised that the tensors replace
+        # Assigned, not copied: the tensors may be memory-mapped and larger than RAM would hold twice.
         model.load_state_dict(merged.tensors, assign=True)
         with quiet_transformers():
             model.save_pretrained(partial, save_original_format=False)
             if chassis is None:
                 processor(merged.config).save_pretrained(partial)
+        # Copied as they are: processors of other versions would resize or tokenise differently.
         for name in PROCESSOR_FILES:
             if chassis is not None and (chassis / name).is_file():
                 shutil.copyfile(chassis / name, partial / name)
@@ -92,6 +94,7 @@ def write_model(
             save_file(extra, partial / EXTRAS_FILE, {"format": "pt"})
         card = card | {"weights": fingerprint(merged.tensors)}  # what an evaluation is tied to
         write_json(partial / CARD, card)
+        # Before the folder gets its name, so that a bad disk or a library's bug never yields a model.
         verify(folder.name, read_tensors(partial), merged.tensors)
         for name, (tensors, lines) in files.items():
             path = partial / f"{name}.pt"
@@ -124,6 +127,7 @@ def verify(where: str, written: dict[str, Tensor], tensors: dict[str, Tensor]) -
     wrong = sorted(set(written) ^ set(tensors)) or [
         name
         for name, tensor in tensors.items()
+        # Bit for bit, not close: a merge must not change weights that nobody trained.
         if written[name].dtype != tensor.dtype or not torch.equal(written[name], tensor)
     ]
     if wrong:
@@ -135,6 +139,7 @@ def verify(where: str, written: dict[str, Tensor], tensors: dict[str, Tensor]) -
 
 def own_trunk(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """Return the config of SAM 3's own ViT, None when a student replaces it."""
+    # The config decides, not the tensors: a student may use any names below the trunk.
     backbone = SLOTS["image"].config_of(config)
     return backbone if backbone.model_type == of_type(config.model_type).trunk_type else None
 

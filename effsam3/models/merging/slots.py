@@ -165,10 +165,13 @@ def image_part(
             "another SAM 3; train it against this one, or name that one (sam3.checkpoint; --sam3 of `effsam3 import`)"
         )
     sizes = {key: getattr(trunk, key) for key in ("hidden_size", "image_size", "patch_size")}
+    # Sizes come from the chassis, because the chassis' neck and heads will read what the student outputs.
     built = student_config(student, head, seen, **sizes)
     with torch.device("meta"):
+        # Without memory: only names and shapes are compared.
         wanted = StudentTrunk(built).state_dict()
     refuse_other_student(wanted, weights, f"{student} with head {head}")
+    # Trained weights may be half precision, the chassis' are not; one type in a file keeps loading simple.
     tensors = {TRUNK + name: to_float32(tensor) for name, tensor in weights.items()}
     return Part(slot="image", student=student, config=built, tensors=tensors, **about)
 
@@ -217,10 +220,12 @@ def owners_card(chassis: Path | None, parts: Sequence[Part], adapted: Sequence[d
         MergeError: the chassis' card cannot be read, or a part replaces half of what a student in it filled.
     """
     inside = read_card(chassis) if chassis is not None and (chassis / CARD).is_file() else {"slots": {}}
+    # The card must describe the tensors: an entry of the chassis whose tensors are replaced would be a lie.
     replaced = tuple(prefix for part in parts for prefix in part.owns)
     slots = {}
     for slot, filled in inside["slots"].items():
         lost = [prefix for prefix in SLOTS[slot].owns if prefix.startswith(replaced)]
+        # Half a student left in a slot would load without an error and compute nonsense.
         if lost and len(lost) < len(SLOTS[slot].owns):
             raise MergeError(
                 f"{chassis} has {filled['student']} in the slot {slot}, of which {', '.join(lost)} would be replaced; "
@@ -252,6 +257,7 @@ def first_chassis(card: dict) -> tuple[str, str | None]:
     while (inner := model_folder(Path(card["chassis"]))) is not None and (inner / CARD).is_file():
         if inner.resolve() in seen:
             raise MergeError(f"{inner / CARD} names a chassis that was merged into itself; merge the model again")
+        # Cards are files that anybody may edit; a circle must not hang the merge.
         seen.add(inner.resolve())
         card = read_card(inner, {"chassis": str, "revision": (str, None)})
     return card["chassis"], card["revision"]
@@ -354,6 +360,7 @@ def refuse_other_chassis(part: Part, chassis: Mapping[str, Tensor], checkpoint: 
                 f"{learned}, revision {teacher['revision']}, the chassis is {checkpoint}, revision {revision}; {hint}"
             )
         return
+    # By content, because names and revisions change when a checkpoint is copied or converted.
     tensors = {key: tensor for key, tensor in chassis.items() if key.startswith(owns)}
     if len(owns) == 1:  # a teacher of one part is fingerprinted without the part's prefix
         tensors = {key.removeprefix(owns[0]): tensor for key, tensor in tensors.items()}
