@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import multiprocessing
 import signal
 import time
@@ -11,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, cast
 
-from torch.utils.data import DataLoader, Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from effsam3.errors import UserError
 from effsam3.stopping import leave_stopping_to_the_parent, requests_held_back
@@ -54,6 +56,15 @@ def loader(dataset: Samples, batches: Iterable[list[int]], workers: int, pin: bo
         timeout=TIMEOUT_S if workers else 0,
         worker_init_fn=leave_stopping_to_the_parent,
     )
+
+
+def new_batch(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory for a batch, with whatever was in it."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    # Workers hand tensors over in shared memory: written there at once, a batch is not copied on its way.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 def _end_workers() -> None:

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
 
 from effsam3.data.images.features import ImageFeatures
+from effsam3.data.loader import loader
 from effsam3.data.store.format import INPUTS, Field, StoreError, create_store
 from effsam3.data.store.reader import StoreReader
 from effsam3.data.store.writer import StoreWriter, finish_store
@@ -45,3 +47,16 @@ def test_another_digest_is_another_image(tmp_path, store):
 
 def test_a_store_that_ties_nothing_goes_by_names(tmp_path):
     assert ImageFeatures(INDEX, tmp_path, 16, "square", tied=False).store_keys == KEYS
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_workers_read_into_the_memory_that_they_hand_over(store, workers):
+    class Records(TorchDataset):
+        def __getitems__(self, positions):
+            batch = store.read(positions)
+            return batch | {"shared": batch["features"].is_shared()}
+
+    order = [[2, 0, 0], [1]]
+    batches = list(loader(Records(), order, workers, pin=False))
+    assert [batch["shared"] for batch in batches] == [bool(workers)] * 2
+    assert [batch["features"][:, 0, 1, 1].tolist() for batch in batches] == [[2.0, 0.0, 0.0], [1.0]]

@@ -2,6 +2,7 @@
 """Captions of one's own the whole way: recipe, training, merge, evaluation; with either padding rule."""
 
 import json
+import resource
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -18,6 +19,7 @@ from effsam3.models.text.student import text_student
 from effsam3.models.text.tokens import Tokenizer
 from effsam3.recipe.reader import load_recipe
 from effsam3.stages import needs
+from effsam3.stages.text.training import captions_of
 from effsam3.training import checkpoint
 
 NOUNS, COLOURS = ("cat", "dog", "car", "tree", "house", "boat", "cup", "chair"), ("red", "blue", "green", "old", "big")
@@ -110,3 +112,18 @@ def test_phrases_to_measure_on_are_read_before_the_training(content, complaint, 
 def test_columns_and_rules_that_do_not_exist_are_refused_by_the_recipe(overrides, complaint, capsys):
     assert main(["show", str(RECIPES / "smoke/text.yaml"), *overrides]) == 2
     assert complaint in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_files_are_first_read_in_as_many_processes_as_the_recipe_says(tmp_path, workers):
+    for name in "ab":
+        parquet.write_table(
+            pa.table({"re_caption": [f"{name} {text}" for text in CAPTIONS]}), tmp_path / f"{name}.parquet"
+        )
+    own = (f"data.captions={tmp_path}", "data.source=files", "data.synthetic_captions=0", "data.phrases=[]")
+    recipe = load_recipe(RECIPES / "smoke/text.yaml", [*own, "data.phrase_share=0", f"data.workers={workers}"])
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    captions = captions_of(recipe.data)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # starting one takes a tenth of a second
+    assert len(captions.train) + len(captions.val) == 2 * len(CAPTIONS)
+    assert (used > 0) == (workers > 1)

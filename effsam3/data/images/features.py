@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from effsam3.data.images.sa1b import read_image
+from effsam3.data.loader import new_batch
 from effsam3.data.sampler import PADDING
 from effsam3.data.store.reader import StoreReader, dequantise_int8
 from effsam3.data.transforms import resize_image
@@ -70,7 +71,7 @@ class ImageFeatures(Dataset):
             batch["sizes"][batch["positions"] == PADDING] = 0
             return batch
         side = self.image_size
-        batch["pixels"] = torch.zeros(len(positions), 3, side, side, dtype=torch.uint8)
+        batch["pixels"] = new_batch(len(positions), 3, side, side, dtype=torch.uint8).zero_()
         batch["sizes"] = torch.zeros(len(positions), 2, dtype=torch.int64)
         for place, position in enumerate(positions):
             if position == PADDING:

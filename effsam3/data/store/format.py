@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an embedding store looks like on disk: fields, manifest and journals (records are described in reader.py)."""
+"""What an embedding store looks like on disk: fields, manifest and journals (see the package)."""
 
 from __future__ import annotations
 

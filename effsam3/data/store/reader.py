@@ -1,26 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Embedding store: a folder of fixed-size records that many processes write and training reads without copies.
-
-    manifest.json          what a record is and how it was made; once finished, also how many there are
-    shard-WWWWW-NNNN.bin   records of writer W, record i at i * stride
-    shard-WWWWW-NNNN.tsv   their journal: a header, then per record its key and the xxh3_64 of its payload in hex
-    skipped-WWWWW.tsv      key and reason of what could not be embedded
-    writer-WWWWW.lock      locked while writer W lives
-
-Fields are named `features`, `scale` (of int8 features), `pixels` (uint8 RGB 0-255) and `tokens` (text).
-
-A key names what its features were made of, not only whose they are: an image's ends in the digest of its bytes, a
-text's is the hash of the text. So features of something else are never found; an input that has changed is a new key,
-and the record of the old one stays where it is.
-
-A record exists once its journal line does, and the line is written after the payload. A killed process therefore
-leaves at most one payload without a line, or half a line; both are cut when the store is opened for writing again. A
-power failure can also lose, in any order, what the kernel had not yet put on disk. So every SYNC_BYTES the payload is
-synced and then the journal, and repair reads that much of the end of each writer's last shard and cuts at the first
-record whose checksum is wrong.
-
-Reading and verifying are here, the types on disk in format.py, writing in writer.py.
-"""
+"""Reading and verifying a store, and the numbers in which features are kept."""
 
 from __future__ import annotations
 
@@ -176,9 +155,11 @@ class StoreReader:
         """Field name -> CPU tensor [N, *shape]. Raises StoreError naming a truncated shard."""
         import torch
 
+        from effsam3.data.loader import new_batch
+
         rows = self._rows[np.asarray(positions, np.int64)]
         # The kernel writes records straight into the batch: no copy, no stack, no conversion on the CPU.
-        out = {f.name: torch.empty(len(rows), *f.shape, dtype=getattr(torch, f.dtype)) for f in self.manifest.fields}
+        out = {f.name: new_batch(len(rows), *f.shape, dtype=getattr(torch, f.dtype)) for f in self.manifest.fields}
         views = [(memoryview(out[f.name].view(-1).view(torch.uint8).numpy()), f.nbytes) for f in self.manifest.fields]
         shards = np.searchsorted(self._first, rows, "right") - 1
         offsets = (rows - self._first[shards]) * self._stride[shards] + self._offset[shards]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing an embedding store: repair after a kill, writers, finish (why it is safe is described in reader.py)."""
+"""Writing an embedding store: repair after a kill, writers, finish (why it is safe: see the package)."""
 
 from __future__ import annotations
 
