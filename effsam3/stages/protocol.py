@@ -38,7 +38,7 @@ class Place(Protocol):
 class Stage(Protocol):
     """A student, what it learns from, and its loss."""
 
-    student_parameters: int  # numbers that learn, counted before a layout divides them
+    student_parameters: int  # numbers that learn, counted before ZeRO-3 divides them
     lr_scales: Mapping[str, float]  # beginning of a parameter's name -> multiple of the learning rate
     facts: dict[str, Any]  # what is learned, for provenance.json
     files: str  # what samples are read from, such as "images"

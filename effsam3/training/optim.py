@@ -35,6 +35,8 @@ def parameter_groups(
     groups: dict[tuple[bool, float], list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            # Decay keeps weights small where scale does not matter; norms, biases and positions have their own
+            # meaning.
             decays = parameter.ndim > 1 and not name.endswith(NO_DECAY_NAMES)
             scale = scales[max((start for start in scales if name.startswith(start)), key=len)]
             groups.setdefault((decays, scale), []).append(parameter)
@@ -63,5 +65,6 @@ def lr_at(step: int, steps: int, warmup_steps: int, lr: float, min_lr: float, wa
     """
     if step < warmup_steps:
         return warmup_lr + (lr - warmup_lr) * step / warmup_steps
+    # Ends exactly at `min_lr` on the last step, however long the warm-up was.
     progress = (step - warmup_steps) / max(steps - 1 - warmup_steps, 1)
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2

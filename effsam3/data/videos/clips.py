@@ -132,6 +132,8 @@ class VideoClips(Dataset):
     def _clip_of_any(self, position: int, number: int, unreadable: list, others: int = OTHERS) -> Clip:
         """Return the clip of the position's video, else of one of `others` drawn by the number, else an empty one."""
         for attempt in range(1 + others):
+            # The attempt seeds too: a broken video is replaced by another one that is as random, and the same after
+            # resuming.
             rng = np.random.default_rng([self.seed, number, attempt])
             row = self.index[int(rng.integers(len(self)) if attempt else position)]
             try:
@@ -143,10 +145,12 @@ class VideoClips(Dataset):
     def _clip(self, row: dict, rng: np.random.Generator) -> Clip:
         forward, backward = self._starts(row["annotated"], row["gaps"], row["visible"])
         backwards = rng.random() < self.reverse
+        # Some objects are only visible at one end of their video; the other direction still gives a clip.
         if not len(backward if backwards else forward):
             backwards = not backwards
         start = int(rng.choice(backward if backwards else forward))
         annotated = list(range(start, start + self.frames))[:: -1 if backwards else 1]
+        # Masks before pixels: whether there is an object is known without decoding the video.
         annotations = read_sav(row, self.folder)
         masks_TNHW = self._draw_objects(annotations, row, annotated, rng)
         size = masks_TNHW.shape[2], masks_TNHW.shape[3]
@@ -156,6 +160,7 @@ class VideoClips(Dataset):
             augmentation = Augmentation.draw(rng)
             if not self._resized(augmentation.move_masks(masks_TNHW[0])).flatten(1).any(1).all():
                 augmentation = augmentation.unturned()  # it moves an object out of the first frame
+            # Masks move like the frames; colours only concern the frames.
             masks_TNHW = augmentation.move_masks(masks_TNHW.flatten(0, 1)).view_as(masks_TNHW)
             frames = augmentation.move_frames(frames)
         pixels = functional.resize(frames, [self.image_size, self.image_size], antialias=True)
@@ -187,6 +192,7 @@ class VideoClips(Dataset):
 
     def _resized(self, masks_MHW: Tensor) -> Tensor:
         """Resize bool masks to S x S: True where the object covers half of a pixel or more."""
+        # By area: the nearest pixel would lose thin objects, or keep them by chance.
         soft = masks_MHW[:, None].to(torch.uint8) * 255
         return functional.resize(soft, [self.image_size, self.image_size], antialias=True)[:, 0] >= 128
 
@@ -208,6 +214,7 @@ class VideoClips(Dataset):
                 shown_A[start:stop] = True
         missing_A = np.zeros(annotated + 1, int)
         missing_A[np.array(gaps, int) + 1] = 1
+        # Differences of running counts answer for all starts at once whether a frame in between lacks its masks.
         missing_A = missing_A.cumsum()  # before each frame
         count = max(annotated - self.frames + 1, 0)
         whole = missing_A[:count] == missing_A[self.frames : self.frames + count]

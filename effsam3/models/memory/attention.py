@@ -100,6 +100,7 @@ class EfficientMemoryAttentionLayer(Sam3TrackerVideoMemoryAttentionLayer):
         memory: MemoryTokens,
         memory_rope: tuple[Tensor, Tensor],
     ) -> Tensor:
+        # Frames first attend to themselves: a cell must know its neighbours before it asks memory about an object.
         normed = self.layer_norm1(query_ONC)[:, None]  # transformers' attention wants a second batch dimension
         read, _ = self.self_attn(query=normed, key=normed, value=normed, position_embeddings=query_rope)
         query_ONC = query_ONC + self.dropout1(read[:, 0])
@@ -127,6 +128,7 @@ class EfficientMemoryAttention(Sam3TrackerVideoMemoryAttention):
         """Condition features (O, C, G, G) on memory; returns (O, C, G, G)."""
         # Of one image: all objects see the same grid, so the encoding broadcasts.
         encoding_1CGG = self.query_encoding((1, *top_OCGG.shape[1:]), top_OCGG.device, torch.float32)
+        # Added here and not in the attention, as SAM 3's weights expect.
         query_OCGG = top_OCGG + (QUERY_ENCODING_SCALE * encoding_1CGG).to(top_OCGG.dtype)
         query_ONC = query_OCGG.flatten(2).transpose(1, 2)
         query_rope = self.rotary_emb(query_ONC, self.position_ids)

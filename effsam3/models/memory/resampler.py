@@ -100,6 +100,7 @@ class ResamplerLayer(nn.Module):
         own_BKM = cells_OWKM.flatten(0, 1)
         window_OLM = self.cross_attn(query_OLM[:, count:].reshape(-1, 1, own_BKM.shape[-1]), own_BKM, own_BKM)
         read_OLM = torch.cat([global_OLM, window_OLM.reshape(query_OLM[:, count:].shape)], 1)
+        # Residual: what is learned is the difference to average pooling.
         latents_OLM = latents_OLM + read_OLM
         latents_OLM = latents_OLM + self.cross_feed_forward(latents_OLM)
         normed_OLM = self.self_norm(latents_OLM)
@@ -139,6 +140,7 @@ class PerceiverResampler(nn.Module):
         nn.init.constant_(self.window_log_multiplicity, 2 * math.log(self.side))
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
+                # Everything but the outputs starts random, or no gradient would reach it.
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         for module in self.layers.modules():
             if isinstance(module, ResamplerAttention):

@@ -64,6 +64,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
         super().__init__(config, remove_vision_encoder)
         refuse_misfit(config)
         self.memory_attention = EfficientMemoryAttention(config)
+        # Always built, even where a mode does not use it, so that one checkpoint serves all modes.
         self.memory_resampler = make_resampler(config)
         self.post_init()
 
@@ -260,6 +261,7 @@ def in_mode(tracker: EfficientTracker, mode: str) -> EfficientTracker:
     config = deepcopy(tracker.config)
     config.memory_mode = mode
     other = EfficientTracker(config)
+    # Assigned, so that four modes in a table take the memory of one.
     other.load_state_dict(tracker.state_dict(), assign=True)
     return torch.nn.Module.to(other, tracker.device).eval().requires_grad_(False)
 
@@ -284,6 +286,7 @@ def efficient_tracker_tensors(
         resampler = make_resampler(config).state_dict(prefix=RESAMPLER)
     with torch.device("meta"):
         wanted = EfficientTracker(config, remove_vision_encoder=True).state_dict()
+    # Spread evenly, because neighbouring layers do similar work: the first and the last differ most.
     kept = kept_layers(tensors, config.memory_attention_num_layers)
     placed = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_encoder.")} | resampler
     for name, target in wanted.items():

@@ -75,6 +75,7 @@ def adapt(
     for one in adapted:
         if problems := list(filter(None, (_problem(one, name, tensors, owners, new_owners) for name in one.tensors))):
             raise MergeError(f"{len(problems)} tensors of {one.name} ({one.origin}) cannot be merged: {problems[0]}")
+        # A change only makes sense on the weights that it was learned on; names and shapes would fit any SAM 3.
         before = fingerprint({name: tensors[name] for name in one.tensors})
         if before != one.made_on:
             whose = ", ".join(sorted({owners[name] for name in one.tensors}))
@@ -82,6 +83,7 @@ def adapt(
                 f"{one.name} ({one.origin}) was made on other tensors (fingerprint {one.made_on}) than those of "
                 f"{whose} that it would change here ({before}); merge it with what it was made on"
             )
+        # After all checks, so that an error leaves nothing half changed.
         new_tensors |= one.tensors
         new_owners |= dict.fromkeys(one.tensors, one.name)
     return new_tensors, new_owners

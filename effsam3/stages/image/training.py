@@ -205,6 +205,7 @@ class ImageStage(FeatureStage):
             facts = store.manifest.description
         side = facts["image_size"]
         train_data = image_dataset(recipe, index, "train", side, store)
+        # Limited, because validation runs every few minutes and its error is small after some hundred images.
         val_data = image_dataset(recipe, index, "val", side, store, most=recipe.train.eval_samples)
         if not len(train_data) or not len(val_data):
             raise UserError(
@@ -215,6 +216,7 @@ class ImageStage(FeatureStage):
         if recipe.loss.neck:
             refuse_partial_maps(recipe, facts["tap"], facts["grid"])
             neck = Neck.from_folder(chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision))
+            # Only the part of SAM 3 after the trunk: the loss looks at features as the detector will see them.
             neck = neck.to(accelerator.device)
         student = make_student(recipe, facts["channels"], side, chassis_facts(recipe.sam3.checkpoint).patch_size)
         stage = cls(recipe, accelerator, facts, student, teacher, neck)
@@ -288,6 +290,7 @@ class ImageStage(FeatureStage):
                 name: batch[name].to(self.device, non_blocking=True) for name in ("features", "scale") if name in batch
             }
             return stored_features(fields)
+        # In the same precision as a teacher pass, so that stored and online features are the same.
         with frozen_autocast(self.device, self.recipe.train.precision):
             return self.teacher(self.pixels(batch))
 
@@ -299,6 +302,7 @@ class ImageStage(FeatureStage):
         """Return the student's features at the targets' grid, (B, C, G, G)."""
         with self.place.autocast():
             feat_BND = student(self.pixels(batch)).last_hidden_state
+        # A store may hold a coarser grid than the student's, to save space.
         return resize_BCHW(to_map(feat_BND), (self.facts["grid"],) * 2)
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -306,7 +310,9 @@ class ImageStage(FeatureStage):
         target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
         terms = {}
         if self.neck is not None:
+            # On raw features, because the neck has learned the teacher's own scale.
             terms["neck"] = relative_error(self.neck(pred), self.neck(target), valid)
+        # Standardised, a few channels with large values no longer decide the loss; `sum` keeps upstream's behaviour.
         if weights.channels == "mean":
             pred, target = (standardise(feat, self.mean_C, self.deviation_C) for feat in (pred, target))
         terms |= feature_loss(pred, target, valid, weights.channels)

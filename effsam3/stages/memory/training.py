@@ -100,6 +100,7 @@ def load_trackers(recipe: MemoryRecipe, folder: Path) -> tuple[EfficientTracker,
             "SAM 3, or a stage 1 release, with SAM 3's own memory"
         )
     tensors = read_tracker_tensors(folder)
+    # The teacher shares the student's vision features: a second frozen trunk would cost 1.8 GB.
     without_vision = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision_encoder.")}
     tracker, teacher = make_trackers(recipe, own)
     for built, known in ((tracker, tensors), (teacher, without_vision)):
@@ -210,6 +211,7 @@ class MemoryStage(StageBase):
         stage.train_data = VideoClips(rows["train"], index.parent, **shape, reverse=data.reverse, augment=data.augment)
         held_out = rows["val"].select(range(min(train.eval_samples, len(rows["val"]))))
         stage.val_data = VideoClips(held_out, index.parent, **shape, reverse=0.0, augment=False)
+        # What `merge` compares with the chassis: this run only fits the memory that it started from.
         memory = {name: tensor for name, tensor in read_tensors(folder).items() if name.startswith(MEMORY)}
         stage.facts["teacher"] = {
             "checkpoint": recipe.sam3.checkpoint,
@@ -275,12 +277,14 @@ class MemoryStage(StageBase):
         """
         valid_BN = batch["valid"].clone()
         empty = not valid_BN.any()
+        # An object without a mask: it costs a forward, but no rank is missing in a collective.
         valid_BN[0, 0] |= empty
         clip_O, slot_O = valid_BN.nonzero(as_tuple=True)
         masks_OTSS = batch["masks"][clip_O, :, slot_O]
         weight_O = object_weights(clip_O, len(valid_BN)) * (0.0 if empty else 1.0)
         drawn = []
         for clip, slot, mask_TSS in zip(clip_O.tolist(), slot_O.tolist(), masks_OTSS, strict=True):
+            # By the clip's number, so that prompts are the same on any number of ranks and after resuming.
             rng = np.random.default_rng([self.recipe.train.seed, batch["numbers"][clip], slot])
             kind = "mask" if empty else draw_kind(shares, rng)
             points, labels = draw_prompt(mask_TSS[0], kind, rng)
@@ -301,6 +305,7 @@ class MemoryStage(StageBase):
         asked, data = self.recipe.prompts, self.recipe.data
         if not asked.corrected_frames:
             return ()
+        # By the step, because all ranks must correct the same frames: they run the same modules in the same order.
         step = batch["numbers"][0] // self.recipe.train.global_batch_size
         rng = np.random.default_rng([self.recipe.train.seed, step])
         later = rng.choice(np.arange(1, data.frames), asked.corrected_frames - 1, replace=False)

@@ -149,6 +149,7 @@ class TextStage(FeatureStage):
             )
         if store is not None:  # now: a text that is missing would end the training when its turn comes
             for texts in map(Distinct, (captions.train, captions.val)):
+                # Checked for every text before the first step, because batches look up only their own.
                 store.positions(texts.keys(range(len(texts))))
         student, loaded = make_student(recipe, facts["channels"])
         stage = cls(recipe, accelerator, facts, student, teacher)
