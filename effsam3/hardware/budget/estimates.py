@@ -8,12 +8,12 @@ optimizer is counted as torch and DeepSpeed allocate it.
 from __future__ import annotations
 
 import json
+import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -297,30 +297,18 @@ def header_lines(recipe: StageRecipe, hardware: Hardware, sizes: Sizes) -> dict[
     return {"budget": f"about {_gib(found.total)}{of} ({parts}); a checkpoint takes {_gib(found.checkpoint)}"}
 
 
-def _next_steps(recipe: StageRecipe, sizes: Sizes) -> Iterator[tuple[str, int]]:
-    hardware = read_hardware(recipe.hardware)
-    smaller = [size for size in micro_batches(recipe, hardware.processes) if size < recipe.train.micro_batch_size]
-    if smaller:
-        total = estimate(*resized(recipe, sizes, smaller[-1]), hardware).total
-        yield f"{MICRO_BATCH}={smaller[-1]}", total
-    yield from other_changes(recipe, sizes)
-
-
 def explain_out_of_memory(
     recipe: StageRecipe, error: torch.OutOfMemoryError, device_gib: float | None = None
 ) -> UserError:
     """Explain an error on a device that was too small: the stage's knobs, and what would help."""
     values, sizes = flat(recipe), measure(recipe)
-    found, device = estimate(recipe, sizes), device_bytes(device_gib)
+    total, device = estimate(recipe, sizes).total, device_bytes(device_gib)
     knobs = ", ".join(f"{key}={values[key]}" for key in recipe.knobs)
-    # What the estimate calls enough was not: then the next smaller micro-batch is the first thing to try.
-    if device is not None and not fits(found.total, device):
-        lines = advice(recipe, sizes, device)
-    else:
-        lines = [f"{text} would take {_gib(total)}" for text, total in islice(_next_steps(recipe, sizes), 2)]
+    # Where the estimate called the device enough, anything smaller may be.
+    lines = advice(recipe, sizes, device if device is not None and not fits(total, device) else sys.maxsize)
     return UserError(
         f"the device is out of memory ({str(error).splitlines()[0]})\n"
-        f"estimated were about {_gib(found.total)} a device, {_gib(sizes.micro_batch)} of them for a micro-batch\n"
+        f"estimated were about {_gib(total)} a device, {_gib(sizes.micro_batch)} of them for a micro-batch\n"
         f"what decides it: {knobs}\nchange: " + "\n    or: ".join(lines)
     )
 

@@ -12,7 +12,7 @@ from effsam3.models.memory.slot import memory_config, memory_tensors, owned_by, 
 from effsam3.models.merging.slots import Part, refuse_other_student
 from effsam3.stages.base import TEACHER_FORM, CardEntry
 from effsam3.stages.memory.facts import MemoryRecipe
-from effsam3.stages.memory.training import trained_tensors, untrained
+from effsam3.stages.memory.training import untrained
 
 FEATURES_FORM = {"teacher": TEACHER_FORM}  # what a run must record of the features that it learned
 
@@ -25,7 +25,7 @@ def part_of_run(trained: MemoryRecipe, features: dict, weights: dict, config: Pr
     """
     own = memory_config(config)
     built = tracker_config(own, trained.memory)
-    wanted = trained_tensors(built, trained.memory.trains)
+    wanted = untrained(trained, own).state_dict()
     refuse_other_student(wanted, weights, f"a {trained.student} that trained {', '.join(trained.memory.trains)}")
     placed, tensors = memory_tensors(weights, built, own)
     others = tuple(part for part in trained.memory.trains if part != "memory")
@@ -34,7 +34,7 @@ def part_of_run(trained: MemoryRecipe, features: dict, weights: dict, config: Pr
 
 def untrained_part(recipe: MemoryRecipe, config: PreTrainedConfig, about: dict) -> Part:
     """Return the part that a run of the recipe will give, with the weights that it starts from."""
-    return part_of_run(recipe, {}, untrained(recipe).state_dict(), config, about)
+    return part_of_run(recipe, {}, untrained(recipe, memory_config(config)).state_dict(), config, about)
 
 
 def describe(config: PreTrainedConfig) -> dict[str, Any]:

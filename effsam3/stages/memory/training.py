@@ -8,8 +8,7 @@ corrected frames, K clicks on each of them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,7 +38,7 @@ from effsam3.models.memory.prompts import draw_kind, draw_prompt
 from effsam3.models.memory.slot import MEMORY, tracker_config
 from effsam3.models.memory.student import TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
-from effsam3.models.memory.training import PARTS, Prompts, read_tracker_tensors
+from effsam3.models.memory.training import Prompts, read_tracker_tensors
 from effsam3.stages.base import StageBase
 from effsam3.stages.memory.facts import MemoryData, MemoryRecipe
 from effsam3.stages.protocol import Batch, Place, Stage
@@ -124,17 +123,9 @@ def make_student(recipe: MemoryRecipe, tracker: EfficientTracker, teacher: Effic
     )
 
 
-def trained_tensors(config: EfficientTrackerConfig, trains: Sequence[str]) -> dict[str, Tensor]:
-    """Return the tensors of the parts of a tracker that learn, without their values."""
-    with torch.device("meta"):
-        whole = EfficientTracker(deepcopy(config)).state_dict()
-    prefixes = tuple(prefix for part in trains for prefix in PARTS[part])
-    return {name: tensor for name, tensor in whole.items() if name.startswith(prefixes)}
-
-
-def untrained(recipe: MemoryRecipe) -> TrackerStudent:
-    """Build the recipe's student without the values of its tensors."""
-    own = read_config(chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)).tracker_config
+def untrained(recipe: MemoryRecipe, own: PreTrainedConfig | None = None) -> TrackerStudent:
+    """Build the recipe's student without the values of its tensors; `own` is the config of the chassis' tracker."""
+    own = own or config_at_hand(recipe.sam3.checkpoint).tracker_config
     with torch.device("meta"):
         return make_student(recipe, *make_trackers(recipe, own))
 
