@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,22 +34,23 @@ TEXT = (
 )  # fmt: skip
 VIDEOS = ("data.source=synthetic", "data.synthetic_videos=24", "data.index=videos/index.parquet")
 MEMORY = (*FULL_SIZE, *VIDEOS, "train.global_batch_size=4")  # fmt: skip
-# name -> recipe, overrides
+# name -> recipe, overrides; the longest first
 RUNS = {
+    "hybrid memory": ("stage2/memory", MEMORY),
+    "hybrid memory, kept": ("stage2/memory", (*MEMORY, "train.recompute=false", "train.micro_batch_size=1")),
     "RepViT M1.1": ("stage1/image/es_rv_m", IMAGE),
     "RepViT M1.1, fp32": ("stage1/image/es_rv_m", (*IMAGE, "train.precision=fp32", "train.micro_batch_size=4")),
     "RepViT M1.1, neck": ("stage1/image/es_rv_m", (*IMAGE, "loss.neck=0.1")),
     "TinyViT 21M": ("stage1/image/es_tv_l", IMAGE),
     "EfficientViT B1": ("stage1/image/es_ev_m", IMAGE),
     "MobileCLIP-S0": ("stage1/text/es_mc_s", TEXT),
-    "hybrid memory": ("stage2/memory", MEMORY),
-    "hybrid memory, kept": ("stage2/memory", (*MEMORY, "train.recompute=false", "train.micro_batch_size=1")),
+    "smoke memory": ("smoke/memory", ("sam3.checkpoint=tiny", *VIDEOS)),
     "smoke image": ("smoke/image", ("teacher=online", "train.precision=bf16", "train.micro_batch_size=8")),
     "smoke text": ("smoke/text", ("train.precision=bf16",)),
-    "smoke memory": ("smoke/memory", ("sam3.checkpoint=tiny", *VIDEOS)),
 }
-# A real step may take so much of what was estimated, CUDA's own share left out on both sides.
-LEAST, MOST = 0.8, 1.1
+# A real step takes at most so much of what is estimated, and at least so much: real clips have less than the most.
+MOST, LEAST, LEAST_OF_CLIPS = 1.05, 0.9, 0.6
+WORKSPACES = 0.1  # GiB that cuBLAS and cuDNN take of torch's allocator, at most; estimated among CUDA's own
 
 
 def real_and_estimated(name: str, folder: Path) -> tuple[float, float]:
@@ -57,27 +58,30 @@ def real_and_estimated(name: str, folder: Path) -> tuple[float, float]:
     recipe, own = RUNS[name]
     path, folder = REPOSITORY / f"recipes/{recipe}.yaml", folder / name.replace(" ", "-")
     folder.mkdir()
-    run_line(folder, command("train", *COMMON, *own, "name=run", recipe=path))
-    real = max(values["perf/peak_gib"] for values in metrics(folder / "runs/run").values())
-    asked = load_recipe(path, [*COMMON, *own])
-    return real, (estimate(asked, measure(asked)).total - LIBRARIES) / GIB
+    with ThreadPoolExecutor(1) as meanwhile:
+        line = command("train", *COMMON, *own, "name=run", recipe=path)
+        running = meanwhile.submit(run_line, folder, line)
+        asked = load_recipe(path, [*COMMON, *own])
+        estimated = estimate(asked, measure(asked)).total - LIBRARIES
+        running.result()
+    return max(values["perf/peak_gib"] for values in metrics(folder / "runs/run").values()), estimated / GIB
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """{name: (real, estimated)} of all runs, four at a time."""
-    chassis_folder("random")  # once, not by four at a time
+    """{name: (real, estimated), to be waited for} of all runs, some at a time."""
+    chassis_folder("random")  # once, not by all at a time
     folder = tmp_path_factory.mktemp("budget")
-    with ProcessPoolExecutor(4, multiprocessing.get_context("spawn")) as pool:
-        waited_for = {name: pool.submit(real_and_estimated, name, folder) for name in RUNS}
-    return waited_for
+    with ProcessPoolExecutor(6, multiprocessing.get_context("spawn")) as pool:
+        yield {name: pool.submit(real_and_estimated, name, folder) for name in RUNS}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_real_step_takes_what_was_estimated(found, name):
     real, estimated = found[name].result()
-    print(f"{name}: real {real:.3f} GiB, estimated {estimated:.3f} GiB, {real / estimated:.2f}")
-    assert LEAST < real / estimated < MOST
+    print(f"{name}: real {real:.3f} GiB, estimated {estimated:.3f} GiB, {real / estimated:.2f}", flush=True)
+    assert real < MOST * estimated + WORKSPACES
+    assert real > (LEAST_OF_CLIPS if "memory" in name else LEAST) * estimated
 
 
 # ---- the search, and what is said when memory ends

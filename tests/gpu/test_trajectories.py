@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,11 +30,15 @@ KEYS = ("train/loss", "train/grad_norm", "train/lr")
 def asked(stage: str, hardware: str, *overrides: str) -> list[str]:
     """Recipe and overrides of a short training."""
     recipe = REPOSITORY / f"recipes/smoke/{stage}.yaml"
-    return [str(recipe), *SHORT, *OWN[stage], f"hardware={hardware}", f"name={hardware}", *overrides]
+    return [str(recipe), *SHORT, *OWN[stage], f"hardware={hardware}", "name=run", *overrides]
 
 
-def train(folder: Path, *arguments: str) -> None:
-    run_line(folder, [sys.executable, "-m", "effsam3.cli", "train", *arguments])
+def train_all(lines: dict[Path, list[str]]) -> list[str]:
+    """Run command lines at the same time, each in a new folder; returns what they printed."""
+    for folder in lines:
+        folder.mkdir()
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run_line, lines.keys(), lines.values()))
 
 
 def assert_same(reference: dict[int, dict], other: dict[int, dict], tolerance: float) -> None:
@@ -44,44 +49,48 @@ def assert_same(reference: dict[int, dict], other: dict[int, dict], tolerance: f
 
 
 @pytest.fixture(scope="module", params=OWN)
-def on_both(request, tmp_path_factory) -> tuple[str, Path]:
-    """A stage and the folder in which it has trained in fp32 on the CPU and on the GPU."""
+def trained(request, tmp_path_factory) -> tuple[str, Path]:
+    """A stage, and a folder with its trainings in `cpu` and `gpu`, fp32 both, and `bf16`."""
     stage, folder = request.param, tmp_path_factory.mktemp(request.param)
-    for hardware in ("cpu", "gpu"):
-        train(folder, *asked(stage, hardware))
-    return stage, folder / "runs"
+    own = {"cpu": asked(stage, "cpu"), "gpu": asked(stage, "gpu"), "bf16": asked(stage, "gpu", "train.precision=bf16")}
+    train = [sys.executable, "-m", "effsam3.cli", "train"]
+    printed = train_all({folder / name: [*train, *arguments] for name, arguments in own.items()})
+    assert ["1 x cpu" in text for text in printed] == [True, False, False]
+    assert ["1 x NVIDIA" in text for text in printed] == [False, True, True]
+    return stage, folder
 
 
-def test_fp32_on_a_gpu_is_fp32_on_a_cpu(on_both):
-    stage, runs = on_both
-    reference, found = metrics(runs / "cpu"), metrics(runs / "gpu")
-    assert_same(reference, found, 1e-3)
+def losses(folder: Path, key: str = "train/loss") -> dict[int, dict]:
+    return metrics(folder / "runs/run", key)
+
+
+def test_fp32_on_a_gpu_is_fp32_on_a_cpu(trained):
+    stage, folder = trained
+    assert_same(losses(folder / "cpu"), losses(folder / "gpu"), 1e-3)
     metric = "val/j" if stage == "memory" else "val/cosine"
-    for step, values in metrics(runs / "cpu", metric).items():
-        assert metrics(runs / "gpu", metric)[step][metric] == pytest.approx(values[metric], rel=1e-3, abs=1e-3)
+    for step, values in losses(folder / "cpu", metric).items():
+        assert losses(folder / "gpu", metric)[step][metric] == pytest.approx(values[metric], rel=1e-3, abs=1e-3)
 
 
-def test_bf16_stays_close(on_both):
-    stage, runs = on_both
-    train(runs.parent, *asked(stage, "gpu", "train.precision=bf16", "name=bf16"))
-    reference = metrics(runs / "gpu")
-    for step, values in metrics(runs / "bf16").items():
+def test_bf16_stays_close(trained):
+    _, folder = trained
+    reference = losses(folder / "gpu")
+    for step, values in losses(folder / "bf16").items():
         assert values["train/loss"] == pytest.approx(reference[step]["train/loss"], rel=0.05)
         assert values["train/loss"] != reference[step]["train/loss"]
 
 
-def test_zero2_is_the_same_learning(on_both):
-    """One process under ZeRO-2, and then what was saved without it carried on under it."""
+def test_zero2_is_the_same_learning(trained):
+    """One process under ZeRO-2, and what was saved without ZeRO, resumed under it."""
     pytest.importorskip("deepspeed")
-    stage, runs = on_both
+    stage, folder = trained
     config, script = REPOSITORY / "accelerate_configs/zero2.yaml", REPOSITORY / "scripts/train.py"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    launcher += ["--num_processes", "1", "--main_process_port", "0", str(script)]
-    printed = run_line(runs.parent, [*launcher, *asked(stage, "gpu", "name=zero2")])
-    assert "1 x NVIDIA" in printed and "ZeRO-2" in printed
-    reference = metrics(runs / "gpu")
-    assert_same(reference, metrics(runs / "zero2"), 1e-4)
-    saved = runs / "gpu/checkpoints/step-000003"
-    printed = run_line(runs.parent, [*launcher, *asked(stage, "gpu", "name=moved"), "--resume", str(saved)])
-    assert "resuming from step 3" in printed
-    assert_same({step: reference[step] for step in range(4, STEPS + 1)}, metrics(runs / "moved"), 1e-4)
+    line = [*launcher, "--num_processes", "1", "--main_process_port", "0", str(script), *asked(stage, "gpu")]
+    saved = folder / "gpu/runs/run/checkpoints/step-000003"
+    lines = {folder / "zero2": line, folder / "resumed": [*line, "--resume", str(saved)]}
+    for printed in train_all(lines):
+        assert "1 x NVIDIA" in printed and "ZeRO-2" in printed
+    reference = losses(folder / "gpu")
+    assert_same(reference, losses(folder / "zero2"), 1e-4)
+    assert_same({step: reference[step] for step in range(4, STEPS + 1)}, losses(folder / "resumed"), 1e-4)
