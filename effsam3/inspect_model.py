@@ -20,6 +20,7 @@ from effsam3 import stages
 from effsam3.checked_files import read_yaml
 from effsam3.errors import UserError
 from effsam3.models.chassis.card import CARD
+from effsam3.models.chassis.classes import key_map
 from effsam3.models.chassis.find import ACCEPTED, chassis_folder
 from effsam3.models.chassis.pickled import open_pickled
 from effsam3.models.chassis.sam3_pt import OWN, config_of, own_card, refuse_misfit
@@ -144,11 +145,13 @@ def pickled_file(path: Path) -> dict[str, Any]:
     try:
         if OWN not in pickled.aside and (file := divide(pickled.tensors)).has_student:
             return facts | _efficientsam3(file) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
-        tensors, extra = to_transformers(pickled.tensors)
+        config = config_of(pickled, path)
+        tensors, extra = key_map(config).to_transformers(pickled.tensors)
     except KeyMapError as error:
         raise InspectError(f"{path} is neither in SAM 3's own format nor in EfficientSAM3's: {error}") from error
-    config, slots = config_of(pickled, path), own_card(pickled, path)["slots"]
-    return facts | {"format": "SAM 3's own format"} | _model(tensors, config, slots, extra)
+    said = own_card(pickled, path)
+    adapted = {"adapted": said.get("adapted", [])}
+    return facts | {"format": "SAM 3's own format"} | adapted | _model(tensors, config, said["slots"], extra)
 
 
 def _unsupported(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

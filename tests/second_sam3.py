@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from effsam3.cli import main
-from effsam3.models.chassis.tiny import tiny_config, tiny_sizes
+from effsam3.models.chassis.tiny import tiny_config, vision_config
 from effsam3.models.registry import SAM3, SAM3S, Counts, License, Sizes
 
 HUB_ID = "made-up/sam3-second"
@@ -42,7 +42,7 @@ def second_sam3():
         SAM3,
         label="SAM 3 the Second",
         hub_id=HUB_ID,
-        sizes=Sizes(**tiny_sizes(**SHAPE)),
+        sizes=Sizes.of(vision_config(**SHAPE)),
         counts=Counts(transformers_total=counted["total"], **counted),
         config=partial(tiny_config, **SHAPE),
         license=License(name="second-license", title="Second Licence", url="https://example.org/second"),

@@ -8,12 +8,12 @@ Counts are exact numbers of parameters; docs/parameters.md explains where each c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from effsam3.errors import UserError, did_you_mean
-from effsam3.models.chassis.tiny import full_config, tiny_config, tiny_sizes
+from effsam3.models.chassis.tiny import full_config, tiny_config, vision_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,6 +36,12 @@ class Sizes:
     num_hidden_layers: int
     pretrain_image_size: int  # the position table's
     fpn_hidden_size: int  # channels of the neck's output
+
+    @classmethod
+    def of(cls, vision: Mapping[str, Any]) -> Sizes:
+        """Pick them out of a config.json's vision encoder: all but the neck's width are its backbone's."""
+        found = {**vision["backbone_config"], "fpn_hidden_size": vision["fpn_hidden_size"]}
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
 
     @property
     def grid(self) -> int:
@@ -137,7 +143,9 @@ SAM3 = Sam3(
         url="https://github.com/facebookresearch/sam3/blob/main/LICENSE",
     ),
 )
-TINY = replace(SAM3, label="the tiny SAM 3", hub_id=None, sizes=Sizes(**tiny_sizes()), counts=None, config=tiny_config)
+TINY = replace(
+    SAM3, label="the tiny SAM 3", hub_id=None, sizes=Sizes.of(vision_config()), counts=None, config=tiny_config
+)
 
 # What `sam3.checkpoint` names without a file: a Hub id, or a chassis with random weights.
 SAM3S = {SAM3.hub_id: SAM3, "random": replace(SAM3, hub_id=None), "tiny": TINY}
@@ -165,14 +173,16 @@ def named(checkpoint: str) -> Sam3:
     return SAM3S.get(checkpoint, SAM3)
 
 
-def is_type(config_type: str) -> bool:
-    """Return whether the config.json of some SAM 3 has this `model_type`."""
-    return any(row.config_type == config_type for row in SAM3S.values())
-
-
 def of_type(config_type: str) -> Sam3:
-    """Return the SAM 3 whose config.json has this `model_type`, which `is_type`."""
-    return next(row for row in SAM3S.values() if row.config_type == config_type)
+    """Return the SAM 3 whose config.json has this `model_type`.
+
+    Raises:
+        LookupError: no SAM 3 has it; the message says which there are.
+    """
+    rows = {row.config_type: row for row in reversed(SAM3S.values())}
+    if config_type not in rows:
+        raise LookupError(f"a model of type {config_type!r}; expected {' or '.join(map(repr, rows))}")
+    return rows[config_type]
 
 
 # ---- students

@@ -12,7 +12,7 @@ from zipfile import BadZipFile, ZipFile
 from effsam3.checked_files import mismatch, parse_json, read_text
 from effsam3.errors import UserError
 from effsam3.models.chassis.unsupported import refuse_unsupported, refuse_unsupported_id
-from effsam3.models.registry import SAM3, SAM3S, Sam3, Sizes, is_type, of_type
+from effsam3.models.registry import SAM3, SAM3S, Sam3, Sizes, of_type
 
 GIVE = "give a folder that transformers' `save_pretrained` wrote of the whole model, or a sam3.pt"
 FORM = {
@@ -60,10 +60,13 @@ def sam3_of(checkpoint: str) -> Sam3:
     config = config if source != path else config.get("config")
     if wrong := mismatch(config, FORM):
         raise UserError(f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT: {wrong}; {GIVE}")
-    if not is_type(config["model_type"]):
-        raise UserError(f"sam3.checkpoint: {source} is of a model of type {config['model_type']!r}; {GIVE}")
-    row = of_type(config["model_type"])
-    sizes = _sizes(config["detector_config"]["vision_config"])
+    try:
+        row = of_type(config["model_type"])
+    except LookupError as error:
+        raise UserError(f"sam3.checkpoint: {source} is of {error.args[0]}; {GIVE}") from error
+    sizes = Sizes.of(config["detector_config"]["vision_config"])
+    if wrong := next((f"{name} is {size}" for name, size in vars(sizes).items() if not 0 < size < 2**17), ""):
+        raise UserError(f"sam3.checkpoint: {wrong}, which is the size of no SAM 3; {GIVE}")
     return replace(row, sizes=sizes, counts=row.counts if sizes == row.sizes else None)
 
 
@@ -81,12 +84,3 @@ def _texts_in(file: Path) -> list[str]:
         folder = archive.namelist()[0].partition("/")[0]
         listing = pickletools.genops(archive.read(f"{folder}/data.pkl"))
         return [argument for _, argument, _ in listing if isinstance(argument, str)]
-
-
-def _sizes(vision: dict) -> Sizes:
-    """Pick the sizes out of a vision config: all but the neck's width are its backbone's."""
-    backbone = {**vision["backbone_config"], "fpn_hidden_size": vision["fpn_hidden_size"]}
-    found = Sizes(**{field.name: backbone[field.name] for field in fields(Sizes)})
-    if wrong := [name for name, size in vars(found).items() if not 0 < size < 2**17]:
-        raise UserError(f"sam3.checkpoint: {wrong[0]} is {backbone[wrong[0]]}, which is the size of no SAM 3; {GIVE}")
-    return found

@@ -18,7 +18,7 @@ import xxhash
 from effsam3.checked_files import can_be_path, read_json
 from effsam3.errors import ChassisError
 from effsam3.models.chassis.unsupported import refuse_unsupported
-from effsam3.models.registry import SAM3, is_type
+from effsam3.models.registry import SAM3, of_type
 from effsam3.tensor_files import open_safetensors, refuse_unusable, tensor_of
 
 if TYPE_CHECKING:
@@ -63,11 +63,13 @@ def read_config(folder: Path):
 
     path = folder / "config.json"
     content = read_json(path, {"model_type": str}, AGAIN, ChassisError)
-    if not is_type(kind := content["model_type"]):
+    try:
+        of_type(content["model_type"])
+    except LookupError as error:
         raise ChassisError(
-            f"sam3.checkpoint: {folder} holds a model of type {kind!r}; expected {SAM3.config_type!r}, the full SAM 3 "
-            f"with detector and tracker ({SAM3.hub_id} is one)"
-        )
+            f"sam3.checkpoint: {folder} holds {error.args[0]}, the full SAM 3 with detector and tracker "
+            f"({SAM3.hub_id} is one)"
+        ) from error
     return config_from(content, str(path), AGAIN)
 
 

@@ -102,11 +102,3 @@ def full_config():
     from transformers import Sam3VideoConfig
 
     return Sam3VideoConfig()
-
-
-def tiny_sizes(**sizes: int) -> dict[str, int]:
-    """Return the sizes of the tiny chassis' vision encoder, as the registry's `Sizes` names them; `sizes` as above."""
-    vision = vision_config(**sizes)
-    backbone = vision.pop("backbone_config") | {"fpn_hidden_size": vision["fpn_hidden_size"]}
-    names = "image_size", "patch_size", "hidden_size", "intermediate_size", "num_hidden_layers", "pretrain_image_size"
-    return {name: backbone[name] for name in (*names, "fpn_hidden_size")}
