@@ -21,7 +21,16 @@ EXTRAS = {
 }
 ALL = [requirement for extra in EXTRAS.values() for requirement in extra]
 # setuptools: the tests build the wheel
-DEV = ["jsonschema>=4.18", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "setuptools>=70.1"]
+DEV = [
+    "jsonschema>=4.18",
+    "mypy>=1.18",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    "setuptools>=70.1",
+    "types-PyYAML",
+    "types-tqdm",
+]
 
 setup(
     name="effsam3",

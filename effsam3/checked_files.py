@@ -105,8 +105,8 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a mapping; JSON's own rule for a repeated key, that the last one counts, would hide one of two answers."""
     content = dict(pairs)
     if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        names = [key for key, _ in pairs]
+        twice = next(key for place, key in enumerate(names) if key in names[:place])
         raise ValueError(f"the key {twice} is in it twice")
     return content
 
@@ -157,7 +157,7 @@ def _fits(value: Any, form: Any) -> bool:
 def _unexpected(value: Any, form: Any, name: str) -> str:
     forms = form if isinstance(form, tuple) else (form,)
     expected = " or ".join(dict.fromkeys(NAMES[_kind(one)] for one in forms))
-    found = NAMES[type(value)] if isinstance(value, (dict, list)) else repr(value)[:60]
+    found = NAMES[_kind(value)] if isinstance(value, (dict, list)) else repr(value)[:60]
     return f"{name or 'it'} is {found}, expected {expected}"
 
 

@@ -82,7 +82,7 @@ def _text(name: str, row: TextStudent) -> dict[str, Any]:
         "student": name,
         "tower": row.tower,
         "published_millions": row.published_millions,
-        "published_saved_percent": saved_percent(row.published_millions, millions(COUNTS.text)),
+        "published_saved_percent": saved_percent(row.published_millions or 0.0, millions(COUNTS.text)),
         "encoder": row.encoder_params,
         "encoder_and_projector": row.total_params,
         "saved_percent": saved_percent(row.total_params, COUNTS.text),

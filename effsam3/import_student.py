@@ -64,7 +64,10 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     parts = students(found, config, {"origin": source.name, "facts": {"content": content_key(source)}})
     parts = [replace(part, facts=part.facts | {"fingerprint": fingerprint(part.tensors)}) for part in parts]
     merged, extra = completed(found, parts, config, chassis, source)
-    origins = {part.slot: f"{part.student}, {source.name}" for part in parts} | {"file": source.name, "chassis": sam3}
+    origins = {part.slot: f"{part.student}, {source.name}" for part in parts} | {
+        "file": source.name,
+        "chassis": sam3 or "",
+    }
     givers = set(merged.owners.values())
     print(f"\n{slot_table(merged, {owner: origin for owner, origin in origins.items() if owner in givers})}")
     if dry_run:

@@ -34,7 +34,7 @@ from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstr
 from effsam3.models.merging.efficientsam3 import UpstreamFile, divide
 from effsam3.models.merging.formats import extras
 from effsam3.models.merging.slots import SLOTS, read_card
-from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, is_made_up
+from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, UnsupportedSam3, is_made_up
 from effsam3.models.text.student import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.tensor_files import refuse_unusable
 from effsam3.training.checkpoint import OPTIMIZER, WEIGHTS, complete, read_weights
@@ -140,8 +140,8 @@ def pickled_file(path: Path) -> dict[str, Any]:
         "other_entries": sorted(map(str, pickled.aside)),
     }
     facts = {"path": str(path), "bytes": path.stat().st_size, "found": found}
-    if problem := what_unsupported(pickled.tensors):
-        return facts | _unsupported(pickled.tensors) | {"problem": f"it {problem}"}
+    if (problem := what_unsupported(pickled.tensors)) and (row := unsupported(pickled.tensors)):
+        return facts | _unsupported(row, pickled.tensors) | {"problem": f"it {problem}"}
     try:
         if OWN not in pickled.aside and (file := divide(pickled.tensors)).has_student:
             return facts | _efficientsam3(file) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
@@ -154,13 +154,13 @@ def pickled_file(path: Path) -> dict[str, Any]:
     return facts | {"format": "SAM 3's own format"} | adapted | _model(tensors, config, said["slots"], extra)
 
 
-def _unsupported(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _unsupported(row: UnsupportedSam3, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return facts of the format of a SAM 3 that is recognised and not used."""
     modules = {".".join(name.split(".")[:3]) + "." for name in tensors}
     prefixes = {module.removesuffix("."): (module,) for module in sorted(modules)}
     named = {f"{name}.": tensor for name, tensor in tensors.items()}
     return {
-        "format": f"{unsupported(tensors).label}'s own format",
+        "format": f"{row.label}'s own format",
         "slots": {},
         "parts": _parts(named, prefixes),
         "fingerprints": {"file": fingerprint(tensors)},

@@ -10,6 +10,7 @@ effsam3 predict runs/stage1-image-es_rv_m walk.mp4 --point 200,140             t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
@@ -33,23 +34,23 @@ def run(model: str, source: str, asked: Asked, out: str | None = None) -> Path:
         ChassisError: a model that is not whole.
     """
     moves = is_video(source)
-    video, image_HW3 = (read_video(source), None) if moves else (None, read_image(source))
-    size = tuple(video.size) if moves else image_HW3.shape[:2]
+    opened: Any = read_video(source) if moves else read_image(source)
+    size = tuple(opened.size) if moves else opened.shape[:2]
     refuse_misfit(asked, moves, size)
     target = Path("predictions") / Path(source).stem if out is None else Path(out)
     refuse_unwritable(target, "--out")
     predictor = Predictor(model)
     about = {"model": model, "input": source, "size": list(size), "prompts": asked.as_json()}
     if moves:
-        steps = tqdm(predictor.on_video(video, asked), total=video.frames, unit="frame", disable=None)
+        steps = tqdm(predictor.on_video(opened, asked), total=opened.frames, unit="frame", disable=None)
         found = {index: records(instances) for index, instances in steps}
         target.mkdir(parents=True, exist_ok=True)
-        write_video(target, about, found, Images(video))
+        write_video(target, about, found, Images(opened))
     else:
-        rows = [row for instances in predictor.on_image(image_HW3, asked) for row in records(instances)]
+        rows = [row for instances in predictor.on_image(opened, asked) for row in records(instances)]
         found = {0: [row | {"id": number} for number, row in enumerate(rows, 1)]}
         target.mkdir(parents=True, exist_ok=True)
-        write_image(target, about, image_HW3, found[0])
+        write_image(target, about, opened, found[0])
     best = None
     if asked.texts:
         threshold = IMAGE_THRESHOLD if asked.threshold is None else asked.threshold

@@ -21,7 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision.ops import box_convert
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Sam3TrackerVideoModel
 
 from effsam3.data.coco import rles_of
 from effsam3.data.images.decoding import decode_image
@@ -84,9 +84,9 @@ class Predictor:
         return ConceptModel(self.folder, self.device)
 
     @cached_property
-    def tracker(self) -> torch.nn.Module:
+    def tracker(self) -> Sam3TrackerVideoModel:
         """The model that boxes, points and masks need."""
-        return load_tracker(self.folder).to(self.device)
+        return torch.nn.Module.to(load_tracker(self.folder), self.device)
 
     def image(
         self,
@@ -262,7 +262,7 @@ def refuse_misfit(asked: Asked, is_video: bool, size: tuple[int, int]) -> None:
         raise PredictError("--mask shows objects on the first frame of a video; an image takes --text, --box, --point")
 
 
-def _in_pixels(option: str, shares: list[float], label: int, size: tuple[int, int]) -> PredictError:
+def _in_pixels(option: str, shares: list[float], label: float, size: tuple[int, int]) -> PredictError:
     """Say that pixels are expected where shares of the image's sides were given."""
     sides = [size[1], size[0]] * 2
     pixels = ",".join(f"{share * side:.0f}" for share, side in zip(shares, sides, strict=False))
@@ -353,7 +353,7 @@ def of_prompts(masks_OHW: Tensor, scores_O: Tensor) -> Instances:
     return Instances(masks_OHW, boxes_O4, scores_O, list(range(1, len(masks_OHW) + 1)), [""] * len(masks_OHW))
 
 
-class Images(Sequence):
+class Images(Sequence[np.ndarray]):
     """A video's frames, uint8 RGB (H, W, 3), decoded when they are asked for."""
 
     def __init__(self, video):
@@ -362,7 +362,7 @@ class Images(Sequence):
     def __len__(self) -> int:
         return self.video.frames
 
-    def __getitem__(self, index: int) -> np.ndarray:
+    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]  # one at a time, no slices
         image_HW3 = np.ascontiguousarray(self.video.read([index])[0].transpose(1, 2, 0))
         if image_HW3.shape[:2] != tuple(self.video.size):
             height, width = image_HW3.shape[:2]
@@ -373,12 +373,14 @@ class Images(Sequence):
         return image_HW3
 
 
-class Frames(Images):
+class Frames(Sequence[Tensor]):
     """The same as the model takes them: normalised pixels (3, S, S)."""
 
     def __init__(self, video, side: int):
-        super().__init__(video)
-        self.side = side
+        self.images, self.side = Images(video), side
 
-    def __getitem__(self, index: int) -> Tensor:
-        return normalise(resize_image(super().__getitem__(index), self.side, "square")[0])
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # one at a time, no slices
+        return normalise(resize_image(self.images[index], self.side, "square")[0])

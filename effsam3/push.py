@@ -20,6 +20,7 @@ from effsam3.hub import hub_errors
 from effsam3.models.chassis.card import CARD
 from effsam3.publish.card import model_card
 from effsam3.publish.release import Release, license_notice, read_release, refuse_unlicensed
+from effsam3.recipe.common import Recipe
 from effsam3.recipe.push import Push
 from effsam3.training.report import Report
 
@@ -36,7 +37,7 @@ class PushError(UserError):
     """No repository, token or network; a refusal by the Hub; or an upload that did not get through."""
 
 
-def run(recipe, dry_run: bool = False) -> str | None:
+def run(recipe: Recipe, dry_run: bool = False) -> str | None:
     """Upload the merged model of a run folder in one commit; return its address, None after a dry run.
 
     A dry run writes the card, prints what would go where, and asks nobody. The run folder gets merged/README.md and
@@ -118,7 +119,7 @@ def open_repository(push: Push) -> bool:
     with _errors(push):
         api.create_repo(push.repo, private=push.private, exist_ok=True)
         api.auth_check(push.repo, write=True)
-        private = api.repo_info(push.repo).private
+        private = bool(api.repo_info(push.repo).private)
         if push.private and not private:
             raise PushError(
                 f"{push.repo} is there already and public, but push.private is true; make it private in its settings, "
@@ -140,21 +141,23 @@ def upload(push: Push, files: dict[str, Path], message: str) -> list[str]:
     Raises:
         PushError: the Hub refuses, or cannot be reached.
     """
-    api = HfApi()
+    api, repo = HfApi(), str(push.repo)  # open_repository has asked for it
     if not sys.stderr.isatty():
         disable_progress_bars()
     with _errors(push):
-        names = api.list_repo_files(push.repo, revision=push.revision)
+        names = api.list_repo_files(repo, revision=push.revision)
         old = [name for name in names if name not in files and OURS.fullmatch(name)]
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-        operations += [CommitOperationDelete(name) for name in old]
-        api.create_commit(push.repo, operations, commit_message=message, revision=push.revision)
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
+            *(CommitOperationDelete(name) for name in old),
+        ]
+        api.create_commit(repo, [*operations], commit_message=message, revision=push.revision)
     return old
 
 
 def _errors(push: Push):
     """Return what the Hub's refusals and failures mean for whoever pushes."""
-    owner = push.repo.split("/")[0]
+    owner = str(push.repo).split("/")[0]
     return hub_errors(
         f"push to {push.repo}", f"a push takes a token with write access to {owner} (push.repo)", PushError
     )

@@ -11,7 +11,7 @@ from functools import partial
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
 from effsam3.hardware.accelerate_configs import config_file, config_processes
-from effsam3.recipe.common import Recipe
+from effsam3.recipe.common import Recipe, StageRecipe
 from effsam3.recipe.derived import accumulation
 from effsam3.recipe.reader import dump_recipe, flat
 
@@ -29,7 +29,7 @@ def show(recipe: Recipe, key: str | None = None) -> str:
         value = values[key]
         return " ".join(value) if isinstance(value, tuple) and value and isinstance(value[0], str) else str(value)
     derived = {"hardware": partial(_hardware, recipe)}
-    if "train" in recipe.verbs:
+    if isinstance(recipe, StageRecipe):
         derived["batch"] = partial(_batch, recipe)
     lines = [f"# {title:<9} {_known(line)}" for title, line in (derived | recipe.derived()).items()]
     return dump_recipe(recipe) + "\n" + "\n".join(lines)
@@ -43,7 +43,7 @@ def budget(recipe: Recipe, device_gib: float | None = None) -> str:
     """
     if device_gib is not None and not device_gib > 0:
         raise UserError(f"--device-gib: {device_gib:g} is not above 0")
-    if "train" not in recipe.verbs:
+    if not isinstance(recipe, StageRecipe):
         return "# device    nothing is trained here; show the recipes of its parts instead"
     from effsam3.hardware.budget.estimates import table
 
@@ -67,7 +67,7 @@ def _hardware(recipe: Recipe) -> str:
     return f"{file}, processes: {config_processes(file)}"
 
 
-def _batch(recipe: Recipe) -> str:
+def _batch(recipe: StageRecipe) -> str:
     processes = config_processes(config_file(recipe.hardware))
     micros = accumulation(recipe, processes)
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size

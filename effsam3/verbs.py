@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 Argument = tuple[str, dict[str, Any]]  # as argparse's `add_argument` takes it
 
@@ -84,6 +84,10 @@ def count(text: str) -> int:
     return number
 
 
+if TYPE_CHECKING:
+    from effsam3.recipe.common import Recipe
+
+
 def nodes(text: str) -> int | str:
     """Parse --nodes for argparse: a number above 0, or slurm."""
     if text != "slurm" and not text.isdecimal():
@@ -94,7 +98,7 @@ def nodes(text: str) -> int | str:
 # ---- verbs that are more than one call
 
 
-def show(recipe: Any, key: str | None, budget: bool, device_gib: float | None) -> None:
+def show(recipe: Recipe, key: str | None, budget: bool, device_gib: float | None) -> None:
     """Print the recipe at once, and what takes seconds after it."""
     from effsam3 import show as verb
 
@@ -114,7 +118,10 @@ def status(runs: list[str], watch: int | None, as_json: bool) -> str | None:
     """Report on runs, once or again and again."""
     from effsam3 import status as verb
 
-    return verb.watch(runs, watch, as_json) if watch else verb.status(runs, as_json)
+    if not watch:
+        return verb.status(runs, as_json)
+    verb.watch(runs, watch, as_json)
+    return None
 
 
 def predict(model: str, source: str, out: str | None, **prompts: Any) -> None:

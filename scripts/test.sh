@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh dev
 .venv/bin/ruff check .
 .venv/bin/ruff format --check --quiet .
+.venv/bin/mypy
 if [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,8 @@ class MergedText(nn.Module):
         super().__init__()
         self.text_encoder = model.text_encoder
         self.text_projection = model.text_projection
-        self.context_length = model.config.text_config.max_position_embeddings
+        sizes: Any = model.config.text_config
+        self.context_length = sizes.max_position_embeddings
         self.eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -123,8 +123,9 @@ def vos(
                 video = video.numbered_from_one()  # SA-V's objects begin at 0, which is background in DAVIS' PNGs
             with ExitStack() as folders:  # an error leaves what an earlier run has predicted
                 keepers: list[PredictionFolder | ContactSheet] = []
-                for name in trackers if predictions is not None else ():
-                    folder = folders.enter_context(atomic_folder(predictions / name / video.name))
+                into = {} if predictions is None else {name: predictions / name / video.name for name in trackers}
+                for name, target in into.items():
+                    folder = folders.enter_context(atomic_folder(target))
                     keepers.append(PredictionFolder(folder, video, name, rules.overlap))
                 if pictures is not None and count < max_pictures:
                     keepers.append(ContactSheet(pictures / f"{video.name}.png", video.name, video.annotated))

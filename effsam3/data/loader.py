@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -109,6 +109,6 @@ def worker_failures_explained() -> Iterator[None]:
         ) from error
 
 
-def _as_it_is(batch: dict) -> dict:
+def _as_it_is(batch: Any) -> dict:
     """A batch is already collated: the dataset built it whole."""
     return batch

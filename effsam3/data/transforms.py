@@ -13,13 +13,12 @@ import numpy as np
 import torch
 from torchvision.transforms.v2 import functional
 
+Resize = Literal["square", "longest_side"]
 IMAGE_MEAN = IMAGE_STD = 0.5  # of pixels / 255, all three colours, as in SAM 3's own processor
 PAD_VALUE = 128  # the mean colour is 127.5, which uint8 has not; the valid mask leaves the padding out
 
 
-def resize_image(
-    image_HWC: np.ndarray, image_size: int, resize: Literal["square", "longest_side"]
-) -> tuple[torch.Tensor, tuple[int, int]]:
+def resize_image(image_HWC: np.ndarray, image_size: int, resize: Resize) -> tuple[torch.Tensor, tuple[int, int]]:
     """Resize a uint8 RGB image [H, W, 3] to the square input: uint8 [3, S, S] and its (rows, columns) of image.
 
     square: the whole image to S x S, bit for bit what SAM 3's processor does before it normalises.
@@ -31,7 +30,7 @@ def resize_image(
     if resize == "square":
         return functional.resize(pixels_CHW, [image_size, image_size], antialias=True), (image_size, image_size)
     assert resize == "longest_side", resize
-    height, width = resized_size(*image_HWC.shape[:2], image_size, resize)
+    height, width = resized_size(image_HWC.shape[0], image_HWC.shape[1], image_size, resize)
     padded_CHW = torch.full((3, image_size, image_size), PAD_VALUE, dtype=torch.uint8)
     padded_CHW[:, :height, :width] = functional.resize(pixels_CHW, [height, width], antialias=True)
     return padded_CHW, (height, width)

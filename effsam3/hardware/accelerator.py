@@ -86,7 +86,7 @@ def make_accelerator(
         UserError: accelerate does not see as many processes as were launched.
     """
     on_gpu = device_for(hardware).type == "cuda"
-    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    by_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported on saving, warns that there is none
     torch.backends.cudnn.allow_tf32 = False  # else convolutions in fp32 keep 10 bits of the mantissa on GPUs alone
@@ -95,15 +95,15 @@ def make_accelerator(
         # Without a backend, accelerate under DeepSpeed on a CPU lets every rank believe that it is the only one.
         backend = {} if on_gpu else {"backend": "gloo"}
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_s), **backend))
-    if deepspeed and not on_gpu:
+    if by_deepspeed and not on_gpu:
         import deepspeed.ops
 
         # Else DeepSpeed compiles a C++ communication kernel first, minutes without a word.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = Accelerator(
-        cpu=not on_gpu and not deepspeed,
+        cpu=not on_gpu and not by_deepspeed,
         # DeepSpeed has its own precision settings, and accelerate refuses to have both.
-        mixed_precision=None if deepspeed else PRECISION[precision],
+        mixed_precision=None if by_deepspeed else PRECISION[precision],
         gradient_accumulation_steps=accumulation,
         log_with=list(loggers) or None,
         project_config=ProjectConfiguration(folder, logging_dir=folder and f"{folder}/tensorboard"),
@@ -114,7 +114,7 @@ def make_accelerator(
             f"{launched_processes()} processes were launched but accelerate sees {accelerator.num_processes}; start "
             "with `effsam3 launch` or `accelerate launch --config_file accelerate_configs/...`"
         )
-    if deepspeed:
+    if by_deepspeed:
         _configure_deepspeed(accelerator, precision, clip_grad_norm)
     set_batch(accelerator, micro_batch, accumulation)
     return accelerator

@@ -229,9 +229,12 @@ class TextStudent:
         return table + (self.hidden_size + 1) * channels
 
 
-_REPVIT = {"family": "RepViT", "source": "Wang et al., CVPR 2024, arXiv:2307.09283; Apache-2.0"}
-_TINYVIT = {"family": "TinyViT", "source": "Wu et al., ECCV 2022, arXiv:2207.10666; Apache-2.0"}
-_EFFICIENTVIT = {"family": "EfficientViT", "source": "Cai et al., ICCV 2023, arXiv:2205.14756; Apache-2.0"}
+_REPVIT: dict[str, Any] = {"family": "RepViT", "source": "Wang et al., CVPR 2024, arXiv:2307.09283; Apache-2.0"}
+_TINYVIT: dict[str, Any] = {"family": "TinyViT", "source": "Wu et al., ECCV 2022, arXiv:2207.10666; Apache-2.0"}
+_EFFICIENTVIT: dict[str, Any] = {
+    "family": "EfficientViT",
+    "source": "Cai et al., ICCV 2023, arXiv:2205.14756; Apache-2.0",
+}
 
 IMAGE_STUDENTS = {
     name: ImageStudent(
@@ -304,7 +307,7 @@ TEXT_STUDENTS = {
 }
 
 # For tests and the smoke recipe. The second has no BatchNorm, so its trajectory does not depend on the micro-batch.
-_TINY = {"label": "tiny", "published_millions": None, "weights": None, "source": "made up"}
+_TINY: dict[str, Any] = {"label": "tiny", "published_millions": None, "weights": None, "source": "made up"}
 TINY_TEXT_STUDENTS = {
     "tiny_text": TextStudent(
         tower="RepMixer, transformer layer, RepMixer",

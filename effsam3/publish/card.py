@@ -110,7 +110,7 @@ def _parameters(release: Release) -> str:
 
 def parameters(config) -> Counter:
     """Count the parameters of the model of a `Sam3VideoConfig`: per slot, in the `rest`, in `total`."""
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for name, parameter in empty_model(config).named_parameters():
         owner = next((slot for slot, row in SLOTS.items() if name.startswith(row.owns)), "rest")
         counts[owner] += parameter.numel()

@@ -32,7 +32,7 @@ class Chassis(Section):
     """The SAM 3 whose parts the merged model keeps where there is no student."""
 
     # Hub id, transformers folder, merged run folder, sam3.pt, or made up: `tiny` (few layers), `random` (full size)
-    checkpoint: str = SAM3.hub_id
+    checkpoint: str = str(SAM3.hub_id)
     revision: str | None = None  # Hub commit, branch or tag; null: the newest
 
 
@@ -120,6 +120,7 @@ class Embed(Section):
     """The teacher's features, for `teacher: stored`."""
 
     to: str  # store folder
+    batch_size: int  # samples per rank per teacher forward
 
 
 class Data(Section):
@@ -166,6 +167,11 @@ class Recipe(Section):
         """The verbs that `effsam3 launch` runs when none is named, in order."""
         return self.verbs
 
+    @classmethod
+    def student_of(cls, values: Mapping[str, Any]) -> str | None:
+        """Return the student that a recipe's plain YAML names, whichever version wrote it."""
+        return values.get("student")
+
     def sources(self) -> dict[str, Path]:
         """Return what `merge` puts together: {slot: folder of a run or of a model}."""
         raise NotImplementedError
@@ -198,7 +204,7 @@ class Recipe(Section):
 class StageRecipe(Recipe):
     """A recipe of something that learns."""
 
-    verbs = ("train", "merge", "evaluate")
+    verbs: ClassVar[tuple[str, ...]] = ("train", "merge", "evaluate")
     runs_key = "train.runs"
     metric: ClassVar[str]
     # The model card: how the student learned, title -> key; what it calls a data.source that has another name there
@@ -241,11 +247,6 @@ class StageRecipe(Recipe):
         if self.data.source != "synthetic":
             return []
         return [f"The student in the slot `{self.stage}` only learned from made-up data."]
-
-    @classmethod
-    def student_of(cls, values: Mapping[str, Any]) -> str | None:
-        """Return the student that a recipe's plain YAML names, whichever version wrote it."""
-        return values.get("student")
 
 
 class FeatureRecipe(StageRecipe):

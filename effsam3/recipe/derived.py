@@ -51,7 +51,8 @@ def warmup_steps(recipe: StageRecipe, train_samples: int) -> int:
     return steps
 
 
-def _steps(epochs: float, recipe: StageRecipe, train_samples: int) -> int:
+def _steps(epochs: float | None, recipe: StageRecipe, train_samples: int) -> int:
+    assert epochs is not None  # the recipe gives steps or epochs
     # Exact: in floats a product such as 0.7 x 10240 may round up to one step too many.
     return math.ceil(Fraction(str(epochs)) * train_samples / recipe.train.global_batch_size)
 

@@ -81,16 +81,17 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, True))
 
 
-def dump_recipe(recipe: Any) -> str:
+def dump_recipe(recipe: Recipe) -> str:
     """Return the resolved recipe as YAML; `load_recipe` of it gives an equal object."""
-    return yaml.dump(asdict(recipe), Dumper=_Dumper, sort_keys=False, width=10_000)
+    values: Any = recipe  # each stage's class is a dataclass
+    return yaml.dump(asdict(values), Dumper=_Dumper, sort_keys=False, width=10_000)
 
 
-def flat(recipe: Any, prefix: str = "") -> dict[str, Any]:
+def flat(section: Any, prefix: str = "") -> dict[str, Any]:
     """Return the recipe's values by dotted key, in the order of its classes."""
     values: dict[str, Any] = {}
-    for field in fields(recipe):
-        value = getattr(recipe, field.name)
+    for field in fields(section):
+        value = getattr(section, field.name)
         values |= flat(value, f"{prefix}{field.name}.") if is_dataclass(value) else {prefix + field.name: value}
     return values
 
@@ -171,18 +172,19 @@ def _override(override: str, problems: list[str]) -> Mapping:
     if not equals or not key:
         problems.append(f"{override!r} is not an override; write section.key=value, such as optim.lr=5e-4")
         return Mapping()
-    tree = parse(text, f"{COMMAND_LINE} ({override})", problems, COMMAND_LINE)
-    for part in reversed(key.split(".")):
-        tree = Mapping({part: tree}, COMMAND_LINE)
-    return tree
+    tree: Tree = parse(text, f"{COMMAND_LINE} ({override})", problems, COMMAND_LINE)
+    *above, last = key.split(".")
+    found = Mapping({last: tree}, COMMAND_LINE)
+    for part in reversed(above):
+        found = Mapping({part: found}, COMMAND_LINE)
+    return found
 
 
 def _merge(parent: Mapping, child: Mapping) -> Mapping:
     merged = Mapping(parent, parent.where)
     for key, value in child.items():
         old = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        merged[key] = _merge(old, value) if both else value
+        merged[key] = _merge(old, value) if isinstance(value, Mapping) and isinstance(old, Mapping) else value
     return merged
 
 
@@ -202,7 +204,7 @@ def _build(cls: type, tree: Tree, prefix: str, problems: list[str], known: list[
     values, complete = {}, True
     for field in fields(cls):
         key, hint, node = prefix + field.name, hints[field.name], tree.get(field.name)
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             values[field.name] = _build(hint, Mapping() if node is None else node, f"{key}.", problems, known)
             complete = complete and values[field.name] is not None
         elif node is not None:
@@ -225,9 +227,13 @@ def _build(cls: type, tree: Tree, prefix: str, problems: list[str], known: list[
 
 def _keys(cls: type, prefix: str = "") -> list[str]:
     """Return all dotted keys of a recipe class, sections among them."""
-    keys, hints = [], get_type_hints(cls)
+    keys: list[str] = []
+    hints = get_type_hints(cls)
     for name, hint in ((field.name, hints[field.name]) for field in fields(cls)):
-        keys += [prefix + name, *(_keys(hint, f"{prefix}{name}.") if is_dataclass(hint) else [])]
+        keys += [
+            prefix + name,
+            *(_keys(hint, f"{prefix}{name}.") if isinstance(hint, type) and is_dataclass(hint) else []),
+        ]
     return keys
 
 

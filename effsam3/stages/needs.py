@@ -180,7 +180,8 @@ def needs_of(recipe: Recipe, verb: str) -> list[Callable[[], str | None]]:
 
 def lacking(recipe: Recipe, verbs: Sequence[str]) -> tuple[list[str], list[str]]:
     """Ask for all that these verbs need; returns what is not there, and remarks, each beginning with its verb."""
-    missing, remarks = {}, []
+    missing: dict[str, str] = {}
+    remarks: list[str] = []
     for verb in VERBS:
         for ask in needs_of(recipe, verb) if verb in verbs else ():
             try:

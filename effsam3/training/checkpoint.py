@@ -14,6 +14,7 @@ import re
 import shutil
 from pathlib import Path
 
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -72,7 +73,9 @@ def chosen(checkpoints: Path, which: str) -> Path:
     )
 
 
-def save(accelerator, student, optimizer, average, checkpoints: Path, trainer: dict, keep: int, is_best: bool) -> Path:
+def save(
+    accelerator: Accelerator, student, optimizer, average, checkpoints: Path, trainer: dict, keep: int, is_best: bool
+) -> Path:
     """Save a checkpoint, mark it best if it is, and drop all but the newest `keep`.
 
     `average` is the student with averaged weights, None without averaging. Collective: every rank calls it and gives

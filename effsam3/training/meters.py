@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from effsam3.errors import UserError
 from effsam3.training.report import duration
@@ -40,7 +41,9 @@ class Window:
         per_rank: also report what each rank waited for and used.
     """
 
-    def __init__(self, accelerator, global_batch: int, flops: float | None = None, per_rank: bool = False):
+    def __init__(
+        self, accelerator: Accelerator, global_batch: int, flops: float | None = None, per_rank: bool = False
+    ):
         self.accelerator, self.global_batch = accelerator, global_batch
         self.flops, self.per_rank, self.peak = flops, per_rank, peak_tflops(accelerator.device)
         self._reset()

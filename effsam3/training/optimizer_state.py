@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from effsam3.errors import UserError
@@ -19,7 +20,7 @@ from effsam3.errors import UserError
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def gather(accelerator, student: nn.Module, optimizer) -> dict[str, Tensor]:
+def gather(accelerator: Accelerator, student: nn.Module, optimizer) -> dict[str, Tensor]:
     """Return `{"<moment>/<parameter>": tensor}` in float32 on rank 0's CPU, nothing on the others.
 
     Collective: all ranks call it, with what `accelerator.prepare` has returned. No device holds more than one whole
@@ -46,7 +47,7 @@ def gather(accelerator, student: nn.Module, optimizer) -> dict[str, Tensor]:
     return gathered
 
 
-def scatter(accelerator, student: nn.Module, optimizer, tensors: Mapping[str, Tensor], step: int) -> None:
+def scatter(accelerator: Accelerator, student: nn.Module, optimizer, tensors: Mapping[str, Tensor], step: int) -> None:
     """Give every rank its part of what `gather` has returned, after `step` steps; all ranks call it."""
     stage, inner = zero_stage(accelerator), optimizer.optimizer
     parameters = trained(accelerator.unwrap_model(student))
@@ -84,7 +85,7 @@ def refuse_other_moments(student: nn.Module, tensors: Mapping[str, Tensor], wher
 
 
 @contextmanager
-def whole(accelerator, student: nn.Module) -> Iterator[nn.Module]:
+def whole(accelerator: Accelerator, student: nn.Module) -> Iterator[nn.Module]:
     """Give the unwrapped student with whole weights on every rank, even where ZeRO-3 divides them; collective."""
     model = accelerator.unwrap_model(student)
     if zero_stage(accelerator) < 3:
@@ -96,7 +97,7 @@ def whole(accelerator, student: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def zero_stage(accelerator) -> int:
+def zero_stage(accelerator: Accelerator) -> int:
     """DeepSpeed's ZeRO stage, 0 without DeepSpeed."""
     plugin = accelerator.state.deepspeed_plugin
     return 0 if plugin is None else plugin.zero_stage
@@ -124,7 +125,7 @@ def _fresh(parameter: Tensor, step: int, optimizer) -> dict:
     return {"step": count, **{moment: torch.zeros_like(parameter.data) for moment in MOMENTS}}
 
 
-def _write(accelerator, stage: int, inner, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+def _write(accelerator: Accelerator, stage: int, inner, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
     if not stage:
         inner.state[parameter][moment].copy_(value)
     elif stage < 3:

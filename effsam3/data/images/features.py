@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from effsam3.data.images.sa1b import read_image
 from effsam3.data.loader import new_batch
 from effsam3.data.sampler import PADDING
 from effsam3.data.store.reader import StoreReader, dequantise_int8
-from effsam3.data.transforms import resize_image
+from effsam3.data.transforms import Resize, resize_image
 from effsam3.data.unreadable import UnreadableImage
 
 
@@ -37,7 +38,7 @@ class ImageFeatures(Dataset):
     """
 
     def __init__(
-        self, index, folder: Path, image_size: int, resize: str, store: StoreReader | None = None, tied: bool = True
+        self, index, folder: Path, image_size: int, resize: Resize, store: StoreReader | None = None, tied: bool = True
     ):
         self.index, self.folder = index, folder
         self.image_size, self.resize = image_size, resize
@@ -62,8 +63,8 @@ class ImageFeatures(Dataset):
         padding and unreadable images; `positions` int64 (B,); `unreadable`, pairs (key, reason); and the store's
         fields, such as `features`.
         """
-        batch = {"positions": torch.tensor(positions), "unreadable": []}
-        if self.store is not None:
+        batch: dict[str, Any] = {"positions": torch.tensor(positions), "unreadable": []}
+        if self.store is not None and self.records is not None:
             # A record is read for padding, too: fixed shapes, and the valid mask keeps it out of everything.
             batch |= self.store.read(self.records[np.maximum(positions, 0)])
         if self.pixels_stored:

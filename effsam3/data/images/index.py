@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from effsam3.data import indexing
 from effsam3.data.images import sa1b
@@ -63,16 +63,16 @@ def build_index(
     Raises UserError for sources or values that cannot be used, when no image is usable, and when a worker was killed.
     """
     started = time.monotonic()
-    sources, out = [Path(source) for source in sources], Path(out)
-    check_sources(sources)
+    places, out = [Path(source) for source in sources], Path(out)
+    check_sources(places)
     indexing.refuse_options(out, val_fraction, check)
     if min_side < 1 or not 1 <= max_pixels <= MAX_PIXELS:
         raise UserError(f"--min-side {min_side} must be 1 or more, --max-pixels {max_pixels} 1 to {MAX_PIXELS}")
 
     folder = out.parent.resolve()
     options = Check(check == "decode", min_side, max_pixels, val_fraction if own else 0.0)
-    with worker_pool(workers or os.cpu_count()) as submit:
-        listing = list_sources(sources, folder, val_fraction, submit, own)
+    with worker_pool(workers or os.cpu_count() or 1) as submit:
+        listing = list_sources(places, folder, val_fraction, submit, own)
         chunks = [group[i : i + CHUNK_IMAGES] for group in listing.groups for i in range(0, len(group), CHUNK_IMAGES)]
         arguments = (folder, options)
         table = indexing.make_chunks(
@@ -87,7 +87,7 @@ def build_index(
         "min_side": min_side,
         "max_pixels": max_pixels,
     }
-    return indexing.write_index(out, table, sa1b.COLUMNS, report, "image", summary, sources, started)
+    return indexing.write_index(out, table, sa1b.COLUMNS, report, "image", summary, places, started)
 
 
 def summary(report: dict) -> str:
@@ -117,7 +117,7 @@ def _make_rows(entries: list[Entry], folder: Path, options: Check) -> list[dict]
 def _check(entry: Entry, folder: Path, options: Check) -> dict:
     """Return the row of an image, with the reasons why it or its annotations are left out."""
     image, annotation = entry.image, entry.annotation
-    row = {
+    row: dict[str, Any] = {
         "key": entry.key,
         "split": entry.split,
         "image_file": image.file,

@@ -115,8 +115,8 @@ def list_sources(
         containers[str(path)] = _tar_blobs(path, scan.result(), folder, listing), False
 
     seen: dict[str, Entry] = {}
-    for path, (blobs, split_by_folder) in sorted(containers.items()):
-        inside = f"{tars[Path(path)]}/" if Path(path) in tars else ""
+    for name, (blobs, split_by_folder) in sorted(containers.items()):
+        inside = f"{tars[Path(name)]}/" if Path(name) in tars else ""
         naming = partial(_own_name, inside) if own else partial(_sa1b_name, split_by_folder, val_fraction)
         entries = _pair(blobs, naming, listing)
         listing.groups.append([entry for entry in entries if seen.setdefault(entry.key, entry) is entry])
@@ -157,7 +157,7 @@ def _walk(top: Path, folder: Path, listing: Listing, own: bool) -> Iterator[tupl
 
 def scan_tar(path: Path) -> TarScan:
     """List the whole files in a tar, as far as it can be read; never raises for what is wrong with the tar."""
-    members = []
+    members: list[tuple[str, int, int]] = []
     try:
         with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -214,7 +214,9 @@ def _pair(blobs: dict[str, Blob], naming: Callable, listing: Listing) -> list[En
         if printable(str(path)) != str(path) or not storable(str(path)):  # no parquet or no store can hold it
             listing.excluded.setdefault("undecodable_name", []).append(blobs[str(path)].name)
             continue
-        entries.append(Entry(*naming(path), blobs[str(path)], json_path and blobs[str(json_path)]))
+        key, split = naming(path)
+        annotation = None if json_path is None else blobs[str(json_path)]
+        entries.append(Entry(key, split, blobs[str(path)], annotation))
     alone = [blobs[str(path)].name for path in annotations.values() if not path.name.endswith(".report.json")]
     listing.annotation_problems.setdefault("without_image", []).extend(alone)
     return entries

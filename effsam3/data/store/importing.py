@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,7 @@ def import_upstream(
     if not shards:
         raise StoreError(f"{source} holds no records: all its rank*-values.bin are empty")
     refuse_unwritable(root, "PATH (of the new store)")
-    facts = {"kind": "text", "source": "upstream"}
+    facts: dict[str, Any] = {"kind": "text", "source": "upstream"}
     if len(field.shape) == 3:
         tap = "trunk" if field.shape[0] == 1024 else "neck"
         facts = {"kind": "image", "source": "upstream", "tap": tap, "channels": field.shape[0], "grid": field.shape[1]}

@@ -160,7 +160,7 @@ class StoreReader:
         rows = self._rows[np.asarray(positions, np.int64)]
         # The kernel writes records straight into the batch: no copy, no stack, no conversion on the CPU.
         out = {f.name: new_batch(len(rows), *f.shape, dtype=getattr(torch, f.dtype)) for f in self.manifest.fields}
-        views = [(memoryview(out[f.name].view(-1).view(torch.uint8).numpy()), f.nbytes) for f in self.manifest.fields]
+        views = [(out[f.name].view(-1).view(torch.uint8).numpy().data, f.nbytes) for f in self.manifest.fields]
         shards = np.searchsorted(self._first, rows, "right") - 1
         offsets = (rows - self._first[shards]) * self._stride[shards] + self._offset[shards]
         payload = self.manifest.payload

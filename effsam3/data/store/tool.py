@@ -141,6 +141,6 @@ def import_(source: Path, root: Path, channels: int | None, grid: int | None) ->
 
     if (channels is None) != (grid is None):
         raise UserError("--channels and --grid go together; give both, or neither")
-    field = None if channels is None else Field("features", "float16", (channels, grid, grid))
+    field = None if channels is None or grid is None else Field("features", "float16", (channels, grid, grid))
     import_upstream(source, root, field)
     return show(root)

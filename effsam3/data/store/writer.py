@@ -246,7 +246,7 @@ def _as_bytes(value, field: Field, key: str) -> memoryview:
         raise StoreError(
             f"record {key!r}: {field.name} is {array.dtype}{list(array.shape)}, the manifest wants {field}"
         )
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _append(fd: int, line: str) -> None:

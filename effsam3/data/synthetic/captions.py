@@ -111,7 +111,8 @@ def make_synthetic_phrases(path: str | Path, count: int, seed: int = 0) -> None:
     most = len(THINGS) * len(COLOURS) * len(LOOKS)  # about a third of what the grammar has
     if count > most:
         raise UserError(f"{count} synthetic phrases asked for; the grammar is good for {most}")
-    rng, phrases = np.random.default_rng([seed, 1]), {}
+    rng = np.random.default_rng([seed, 1])
+    phrases: dict[str, None] = {}  # in the order drawn, each once
     while len(phrases) < count:
         phrases[_phrase(rng)] = None
     path.parent.mkdir(parents=True, exist_ok=True)

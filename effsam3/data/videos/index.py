@@ -11,7 +11,7 @@ import reprlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -68,25 +68,25 @@ def build_index(
         UserError: sources or values that cannot be used, no usable video, or a worker that was killed.
     """
     started = time.monotonic()
-    sources, out = [Path(source) for source in sources], Path(out)
-    if not sources:
+    places, out = [Path(source) for source in sources], Path(out)
+    if not places:
         raise UserError("no source; give the folders with SA-V's mp4 and json files")
-    for source in sources:
+    for source in places:
         if not source.is_dir():
             raise UserError(
                 f"{source} is not a folder; give the folders with SA-V's mp4 and json files, tars extracted"
             )
     indexing.refuse_options(out, val_fraction, check)
     folder = out.parent.resolve()
-    entries, unpaired = list_videos(sources, folder, val_fraction)
+    entries, unpaired = list_videos(places, folder, val_fraction)
     chunks = [entries[i : i + CHUNK_VIDEOS] for i in range(0, len(entries), CHUNK_VIDEOS)]
-    with worker_pool(workers or os.cpu_count()) as submit:
+    with worker_pool(workers or os.cpu_count() or 1) as submit:
         arguments = (folder, check)
         table = indexing.make_chunks(
             out, chunks, _make_rows, arguments, VERSION, CHUNK_COLUMNS, submit, "videos", progress
         )
     report = _report(table, unpaired) | {"check": check, "val_fraction": val_fraction}
-    return indexing.write_index(out, table, COLUMNS, report, "video", summary, sources, started)
+    return indexing.write_index(out, table, COLUMNS, report, "video", summary, places, started)
 
 
 def summary(report: dict) -> str:
@@ -183,7 +183,7 @@ def _check(entry: Entry, folder: Path, check: str) -> list[dict]:
     """Return the rows of a video, one for each JSON, with the reason why it is left out."""
     rows, usable = [], []
     for kind, annotation in entry.annotations:
-        row = {
+        row: dict[str, Any] = {
             "key": f"{entry.video_id}_{kind}",
             "split": entry.split,
             "video_id": entry.video_id,

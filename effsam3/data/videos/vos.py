@@ -40,8 +40,11 @@ RESOLUTIONS = ("480p", "Full-Resolution")  # DAVIS' folders between JPEGImages a
 class Annotations(Protocol):
     """The masks of a video: `objects` are ids, `numbers` those of the annotated frames, `masks` by number."""
 
-    objects: list[int]
-    numbers: list[int]
+    @property
+    def objects(self) -> list[int]: ...
+
+    @property
+    def numbers(self) -> list[int]: ...
 
     def masks(self, number: int) -> dict[int, np.ndarray]: ...
 

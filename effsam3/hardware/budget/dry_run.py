@@ -39,7 +39,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = self.flops = 0
         self.in_backward = False
-        self.storages = weakref.WeakSet()
+        self.storages: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
         if isinstance(arguments[0] if arguments else None, FakeTensor):

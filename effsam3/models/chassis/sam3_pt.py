@@ -132,7 +132,7 @@ def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
             room = SHARD_BYTES
         shards[-1].append(name)
         room -= size
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file({name: _for_file(tensors[name]) for name in names}, folder / file, {"format": "pt"})

@@ -44,7 +44,7 @@ def sam3_of(checkpoint: str) -> Sam3:
     if source is None:
         raise UserError(
             f"sam3.checkpoint: the sizes of {checkpoint!r} are not known, there is no {sources[0]}; "
-            f"give a local transformers folder, a sam3.pt, {', '.join(SAM3S)}"
+            f"give a local transformers folder, a sam3.pt, {', '.join(map(str, SAM3S))}"
         )
     try:
         texts = _texts_in(source) if source == path else ["effsam3", read_text(source, GIVE)]

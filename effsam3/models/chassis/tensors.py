@@ -194,7 +194,7 @@ def elements(folder: Path) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes_of(folder).values())
 
 
-def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return a 128-bit hash (hex) over names, types, shapes and bytes, independent of the order.
 
     Half-precision tensors count as the float32 that `read_tensors` makes of them. One tensor is in memory at a time.

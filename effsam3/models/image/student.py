@@ -10,6 +10,7 @@ Letters: B images, C channels, H W rows and columns of a feature map, N = H * W 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,9 +65,13 @@ class Stride32Head(nn.Sequential):
     @property
     def last(self) -> nn.Conv2d:
         """The layer that outputs the features."""
-        return self[3]
+        last = self[3]
+        assert isinstance(last, nn.Conv2d)
+        return last
 
-    def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
+    def forward(  # type: ignore[override]  # not a tensor comes in, but all maps of a trunk
+        self, maps: list[Tensor], grid: tuple[int, int]
+    ) -> Tensor:
         return resize_BCHW(super().forward(maps[-1]), grid)
 
 
@@ -173,8 +178,9 @@ class StudentTrunk(PreTrainedModel):
 
     def __init__(self, config: StudentTrunkConfig):
         super().__init__(config)
-        self.trunk = build_trunk(config.timm_name, config.seen_size, tuple(config.out_indices))
-        self.head = HEADS[config.head](tuple(self.trunk.feature_info.channels()), config.hidden_size)
+        trunk: Any = build_trunk(config.timm_name, config.seen_size, tuple(config.out_indices))
+        self.trunk = trunk
+        self.head = HEADS[config.head](tuple(trunk.feature_info.channels()), config.hidden_size)
         self.feature_mean: Tensor
         self.feature_scale: Tensor
         # Buffers, so that they are saved, moved and merged with the weights, but never trained.
@@ -182,7 +188,7 @@ class StudentTrunk(PreTrainedModel):
         self.register_buffer("feature_scale", torch.ones(config.hidden_size))
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """Compute the buffers of a timm module that no file holds, such as the indices of TinyViT's attention biases.
 
         `from_pretrained` builds on `meta`, gives such buffers memory without contents and then calls this. Weights
@@ -211,7 +217,8 @@ class StudentTrunk(PreTrainedModel):
     @property
     def last_layer(self) -> nn.Conv2d:
         """The layer whose output `feature_scale` and `feature_mean` turn into features."""
-        return self.head.last
+        head: Any = self.head
+        return head.last
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
         """Return `last_hidden_state` (B, N, D) for pixels in -1..1; N = (S / patch_size) squared."""

@@ -220,7 +220,7 @@ class EfficientTracker(Sam3TrackerVideoModel):
         obj_idx: int,
         is_initial_conditioning_frame: bool,
         current_vision_features: Tensor,  # type: ignore[override]  # transformers passes a tensor, too
-        current_vision_positional_embeddings: Tensor,  # type: ignore[override]
+        current_vision_positional_embeddings: Tensor,  # type: ignore[override]  # likewise
         num_total_frames: int,
         track_in_reverse_time: bool = False,
         streaming: bool = False,

@@ -152,7 +152,7 @@ def slot_table(merged: Merged, origins: dict[str, str]) -> str:
 
     `origins` names for every owner where its tensors come from.
     """
-    tensors, elements = Counter(merged.owners.values()), Counter()
+    tensors, elements = Counter(merged.owners.values()), Counter[str]()
     for name, owner in merged.owners.items():
         elements[owner] += merged.tensors[name].numel()
     rows = [

@@ -60,8 +60,9 @@ def in_full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     A student's own file leaves out their beginnings, a model that was saved after loading calls them otherwise.
     """
     for pattern, prefix in ALONE:
-        if all(re.fullmatch(pattern, name) for name in tensors):
-            return {prefix + re.fullmatch(pattern, name)[1]: tensor for name, tensor in tensors.items()}
+        found = [re.fullmatch(pattern, name) for name in tensors]
+        if None not in found:
+            return {prefix + match[1]: tensor for match, tensor in zip(found, tensors.values(), strict=True) if match}
     named = {
         f"tracker.{name.removeprefix(INTERACTIVE)}" if name.startswith(INTERACTIVE) else name: tensor
         for name, tensor in tensors.items()

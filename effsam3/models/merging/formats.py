@@ -218,7 +218,8 @@ def efficientsam3_file(merged: Merged, extra: dict[str, Tensor], slots: dict) ->
             "merge.formats: EfficientSAM3's builder only knows students for image and text, not for "
             f"{', '.join(other)}; leave efficientsam3 out (merge.formats=[transformers,sam3])"
         )
-    tensors, rest = {}, dict(merged.tensors)
+    tensors: dict[str, Tensor] = {}
+    rest = dict(merged.tensors)
     trunk, text = (SLOTS[slot].config_of(merged.config) for slot in ("image", "text"))
     arguments = {"checkpoint_path": "efficientsam3.pt", "backbone_type": "sam3"}
     if "image" in slots:

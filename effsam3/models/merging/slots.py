@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, Sam3LiteTextTextConfig
 
 from effsam3.checked_files import can_be_path, read_json
 from effsam3.errors import UserError
@@ -28,7 +28,6 @@ from effsam3.models.text.student import (
     DETECTOR,
     TEXT_ENCODER,
     TEXT_PROJECTION,
-    StudentText,
     lite_text_config,
     lite_text_detector_config,
     text_student,
@@ -95,6 +94,7 @@ def _text_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _with_text(config: PreTrainedConfig, student: PreTrainedConfig) -> PreTrainedConfig:
     config = deepcopy(config)
+    assert isinstance(student, Sam3LiteTextTextConfig)
     config.detector_config = lite_text_detector_config(config.detector_config, student)
     return config
 
@@ -303,10 +303,11 @@ def part_of_model(slot: str, place: Path) -> Part:
     )
 
 
-def start_from(student: StudentTrunk | StudentText, slot: str, place: Path) -> None:
+def start_from(student: Any, slot: str, place: Path) -> None:
     """Give a new student the weights of the same one in a merged or imported model.
 
     Its statistics stay; its last layer is rescaled instead, so that it computes what the model's student computes.
+    `student` is a StudentTrunk or a StudentText.
 
     Raises:
         MergeError: there is no model, or another student in its slot.
@@ -317,7 +318,7 @@ def start_from(student: StudentTrunk | StudentText, slot: str, place: Path) -> N
     tensors |= {name.removeprefix(SLOTS[slot].module): tensor for name, tensor in part.tensors.items()}
     refuse_other_student(student.state_dict(), tensors, f"the recipe's student (student_init: it is {part.student})")
     student.load_state_dict(tensors)
-    layer = student.last_layer
+    layer: Any = student.last_layer
     with torch.no_grad():
         ratio_C = student.feature_scale / scale_C
         layer.weight.mul_(ratio_C.view(-1, *[1] * (layer.weight.ndim - 1)))

@@ -49,7 +49,8 @@ class TextTeacher(nn.Module):
         super().__init__()
         text: Any = config.text_config
         self.context_length = text.max_position_embeddings
-        self.channels = config.detr_encoder_config.hidden_size
+        detr: Any = config.detr_encoder_config
+        self.channels = detr.hidden_size
         self.text_encoder = CLIPTextModelWithProjection(text)
         self.text_projection = nn.Linear(text.hidden_size, self.channels)
         self.fingerprint = ""  # of all weights, once it has them

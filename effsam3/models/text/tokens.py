@@ -17,7 +17,7 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ftfy
 import regex
@@ -53,7 +53,8 @@ class TextTooLong(UserError):
 def clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Read CLIP's vocabulary ({token: id}, 49,408) and its merges in order of rank from the file in open_clip."""
     # find_spec, not an import: open_clip itself takes seconds.
-    folder = Path(find_spec("open_clip").submodule_search_locations[0])
+    spec: Any = find_spec("open_clip")  # asked for before anything has begun
+    folder = Path(spec.submodule_search_locations[0])
     text = gzip.decompress((folder / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
     merges = [(left, right) for left, right in map(str.split, text.split("\n")[1 : 49152 - 256 - 2 + 1])]
     letters = list(_byte_letters().values())
@@ -77,7 +78,8 @@ def clip_tokenizer():
     from transformers import CLIPTokenizer
 
     vocabulary, merges = clip_vocabulary()
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=PROCESSOR_LENGTH)
+    pairs: Any = merges  # declared as texts
+    return CLIPTokenizer(vocab=vocabulary, merges=pairs, model_max_length=PROCESSOR_LENGTH)
 
 
 def clean(text: str) -> str:

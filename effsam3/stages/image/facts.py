@@ -140,7 +140,7 @@ class ImageRecipe(FeatureRecipe):
             side = chassis_facts(self.sam3.checkpoint).image_size
         except UserError:  # not on this machine yet: its sizes are told when it is
             side = None
-        if None not in (side, self.student_image_size) and self.student_image_size > side:
+        if side is not None and self.student_image_size is not None and self.student_image_size > side:
             yield (
                 f"student_image_size: {self.student_image_size} px is more than the {side} px that the SAM 3 "
                 f"{self.sam3.checkpoint} sees, and nothing would be gained; set at most {side}, or null"

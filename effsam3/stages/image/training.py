@@ -71,7 +71,7 @@ def _make_index(recipe: ImageRecipe, say: Callable[[str], object]) -> None:
 
     index = Path(recipe.data.index)
     if recipe.data.source == "folder":
-        if news := ready_photographs(recipe.data.folder, index, recipe.data.held_out):
+        if news := ready_photographs(str(recipe.data.folder), index, recipe.data.held_out):
             say(news)
     if recipe.data.source == "synthetic":
         made = {"images": recipe.data.synthetic_images, "side_px": recipe.data.synthetic_side_px}
@@ -134,7 +134,7 @@ def untrained(recipe: ImageRecipe) -> StudentTrunk:
 def both_splits(recipe: ImageRecipe) -> None:
     """Images to learn from and images held out; an index that is still to be made will have both."""
     data = recipe.data
-    if data.source == "folder" and not Path(data.index).is_file() and not Path(data.folder).is_dir():
+    if data.source == "folder" and not Path(data.index).is_file() and not Path(str(data.folder)).is_dir():
         raise UserError(f"data.folder: there is no folder {data.folder}")
     if data.source == "sa1b" or Path(data.index).is_file():
         for split in SPLITS:

@@ -40,8 +40,8 @@ def measure(
         videos = [
             VosVideo(row["key"], root / row["video_file"], SavFile(root / row["annotation_file"])) for row in rows
         ]
-    trackers = {f"{teacher_name}, dense": load_tracker(chassis).to(device)}
-    student = load_tracker(folder / "merged").to(device)
+    trackers = {f"{teacher_name}, dense": torch.nn.Module.to(load_tracker(chassis), device)}
+    student = torch.nn.Module.to(load_tracker(folder / "merged"), device)
     if isinstance(student, EfficientTracker):
         trackers |= {f"{student.config.memory_mode}, trained": student}
         trackers |= {f"{mode}, same weights": in_mode(student, mode) for mode in asked.modes}

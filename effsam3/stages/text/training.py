@@ -95,7 +95,9 @@ def make_student(recipe: TextRecipe, channels: int) -> tuple[StudentText, Weight
     if recipe.student_init == "random" or names_a_model(recipe.student_init):
         return student, None
     own = text_student_row(recipe.student).weights
-    return student, load_text_weights(student, own if recipe.student_init == "mobileclip" else recipe.student_init)
+    return student, load_text_weights(
+        student, str(own) if recipe.student_init == "mobileclip" else recipe.student_init
+    )
 
 
 def untrained(recipe: TextRecipe) -> StudentText:
@@ -183,7 +185,9 @@ class TextStage(FeatureStage):
         """As for every stage; also report when the model had another padding rule than the recipe."""
         found = super().initialise_from_model()
         if found:
-            config = read_config(model_folder(Path(self.recipe.student_init)))
+            folder = model_folder(Path(self.recipe.student_init))
+            assert folder is not None  # its weights were read from there
+            config = read_config(folder)
             if (theirs := padding_of(config.detector_config)) != self.recipe.student_padding:
                 found["weights"] += (
                     f"; it learned with padding {theirs}, this run's is {self.recipe.student_padding}, so short texts "
