@@ -123,6 +123,10 @@ def _began(provenance: dict) -> float:
 def unmeasured(recipe: Recipe) -> list[str]:
     """Return a line for every part without a recipe to measure it by."""
     learned = recipe.learned()
+    if not recipe.sources():
+        return [
+            "parts.adapted: changed tensors have no benchmarks of their own; name a part that has, such as parts.image"
+        ]
     return [
         f"parts.{slot}: {part} has no recipe.yaml with the data to measure it on; run `effsam3 evaluate` on a recipe "
         f"of stage {slot} with name={recipe.name}"

@@ -17,6 +17,8 @@ from effsam3.models.merging import slots
 from effsam3.models.merging.adapt import FILE, Adapted
 from effsam3.models.merging.combine import combine
 from effsam3.models.merging.slots import SLOTS, MergeError, Part, owners_card, part_of_model
+from effsam3.publish.card import model_card
+from effsam3.publish.release import read_release
 from effsam3.recipe.reader import load_recipe
 from effsam3.training.checkpoint import WEIGHTS
 
@@ -66,6 +68,13 @@ def test_changed_tensors_and_no_others(tmp_path, chassis, capsys):
     assert f"changed in place, {one}" in table
     assert main(["inspect", str(merged)]) == 0
     assert "adapted head" in capsys.readouterr().out
+    text = model_card(read_release(merged.parent), "me/mine")
+    assert "in which some tensors have been adapted." in text
+    assert "adapted, `head`: 2 tensors" in text and f"`{two}`" in text
+    assert main(["show", str(merged.parent / "recipe.yaml")]) == 0
+    assert f"# adapted   {one}, {two}" in capsys.readouterr().out
+    assert main(["evaluate", str(merged.parent / "recipe.yaml")]) == 0
+    assert "parts.adapted: changed tensors have no benchmarks of their own" in capsys.readouterr().out
 
 
 def test_it_survives_the_next_merge_and_sam3_pt(tmp_path, chassis):

@@ -72,7 +72,8 @@ class ReleaseRecipe(Recipe):
         return {slot: load_recipe(file) for slot, file in files.items() if file.is_file()}
 
     def derived(self) -> dict[str, Callable[[], str]]:
-        return {slot: partial(self._part_line, slot) for slot in self.parts.slots()}
+        lines = {slot: partial(self._part_line, slot) for slot in self.parts.slots()}
+        return lines | ({"adapted": lambda: ", ".join(self.parts.adapted)} if self.parts.adapted else {})
 
     def _part_line(self, slot: str) -> str:
         """Say who fills a slot, as far as that run or model is there."""
