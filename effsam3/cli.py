@@ -15,7 +15,7 @@ from effsam3.verbs import VERBS
 
 SAVING = ("embed", "train")  # verbs that finish and keep what they are at when they are asked to stop
 FULL_DISK = "; make room, the same command resumes from what is saved"
-KEPT = {  # words that are no verbs, and why
+KEPT = {  # words that are not verbs, and why
     "export": "export is kept for devices and does nothing yet; `effsam3 embed` saves the teacher's embeddings",
 }
 

@@ -201,7 +201,7 @@ def refuse_many_skipped(expected: list[str], root: Path, most: int) -> None:
     if len(missing) > most:
         raise StoreError(
             f"{len(missing)} of {len(expected)} images could not be read, more than data.max_unreadable={most} "
-            f"(first: {', '.join(missing[:3])}); see {root}/skipped-*.tsv. Mend them and embed again: it makes "
+            f"(first: {', '.join(missing[:3])}); see {root}/skipped-*.tsv. Repair them and embed again: it makes "
             "what is missing"
         )
 

@@ -129,7 +129,7 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
             "pid": progress.pid,
             "error": progress.error,
         }
-    else:  # a run from before runs kept progress.json
+    else:  # an older run, without progress.json
         ended = saved and _read(saved[-1] / "trainer.json", {"ended?": bool}).get("ended")
         provenance = _read(folder / "provenance.json", {"hardware?": str, "layout?": str})
         unknown = dict.fromkeys(("age_s", "host", "pid"))

@@ -192,7 +192,7 @@ def rows_of(table, path: Path, split: str | None, limit: int | None, unit: str):
 
 
 def is_empty(column):
-    """Return where a string column is empty: the rows without a reason to leave them out."""
+    """Return where a string column is empty: the rows without a reason to skip them."""
     import pyarrow.compute as compute
 
     return compute.equal(column, "")

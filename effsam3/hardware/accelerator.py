@@ -89,7 +89,7 @@ def make_accelerator(
     by_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, imported on saving, warns that there is none
-    torch.backends.cudnn.allow_tf32 = False  # else convolutions in fp32 keep 10 bits of the mantissa on GPUs alone
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions in fp32 only keep 10 bits of the mantissa on GPUs
     handlers = []
     if "LOCAL_RANK" in os.environ:
         # Without a backend, accelerate under DeepSpeed on a CPU lets every rank believe that it is the only one.
@@ -98,7 +98,7 @@ def make_accelerator(
     if by_deepspeed and not on_gpu:
         import deepspeed.ops
 
-        # Else DeepSpeed compiles a C++ communication kernel first, minutes without a word.
+        # Else DeepSpeed compiles a C++ communication kernel first, minutes of silence.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = Accelerator(
         cpu=not on_gpu and not by_deepspeed,

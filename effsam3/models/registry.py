@@ -80,7 +80,7 @@ class License:
 
 @dataclass(frozen=True, kw_only=True)
 class Sam3:
-    """A SAM 3: all that must be known of it besides its files."""
+    """A SAM 3: all that must be known of it apart from its files."""
 
     label: str
     hub_id: str | None  # None: made up

@@ -71,16 +71,16 @@ class Train(Section):
     epochs: PositiveFloat | None = None  # length of training in passes over the train split: this ...
     steps: PositiveInt | None = None  # ... or in optimizer steps, exactly one
     global_batch_size: PositiveInt  # samples per optimizer step over all ranks; accumulation is derived from it
-    micro_batch_size: PositiveInt  # samples per rank per forward. BatchNorm students see this one: it changes learning
-    find_micro_batch: bool = False  # on GPUs: begin with the largest micro_batch_size that fits, found by trying
+    micro_batch_size: PositiveInt  # samples per rank per forward; changes what BatchNorm students learn
+    find_micro_batch: bool = False  # on GPUs: start with the largest micro_batch_size that fits, found by trying
     precision: Literal["bf16", "fp32"] = "bf16"  # of the forward; weights and optimizer stay fp32
-    seed: NonNegativeInt = 0  # of initialisation and sample order
+    seed: NonNegativeInt = 0  # seed of initialisation and sample order
     ema: Decay = 0.0  # decay per step of the averaged weights; 0: no averaging
-    log_every: PositiveInt = 20  # steps
+    log_every: PositiveInt = 20  # steps between lines of numbers
     eval_every: PositiveInt  # steps between validations
     save_every: PositiveInt  # steps between checkpoints
     keep_checkpoints: PositiveInt = 3  # newest ones; the best one is kept as well
-    not_finite: Literal["stop", "skip"] = "stop"  # when a loss is: stop and name the samples, or leave them out
+    not_finite: Literal["stop", "skip"] = "stop"  # if a loss is NaN: stop and name the samples, or skip them
     sync_batchnorm: bool = False  # GPUs only: BatchNorm sees the micro-batches of all ranks as one
     eval_samples: PositiveInt = 512  # held-out images per validation
     patience: NonNegativeInt = 0  # stop after N validations without improvement; 0: never

@@ -112,7 +112,7 @@ def save(
 
 
 def _write(folder: Path, files: dict[str, dict], trainer: dict, is_best: bool) -> None:
-    for torn in folder.parent.glob("*.partial"):  # of a kill; the room they take may be needed
+    for torn in folder.parent.glob("*.partial"):  # left by a kill; their space may be needed
         shutil.rmtree(torn)
     best = folder.with_name(f"best-{folder.name}")
     with atomic_folder(folder) as partial:

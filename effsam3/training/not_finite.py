@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens when a loss is NaN or infinite: the run stops and names the samples, or all ranks leave them out."""
+"""What happens when a loss is NaN or infinite: the run stops and names the samples, or all ranks skip them."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from effsam3.files import write_text
 from effsam3.stages.protocol import Batch, Stage
 
 FILE = "not_finite.json"  # of a run that stopped: the samples of the step
-MOST_IN_A_ROW = 10  # micro-batches that are left out one after the other
-SKIPPED = "skipped.jsonl"  # a line for every micro-batch left out
+MOST_IN_A_ROW = 10  # consecutive micro-batches that may be skipped
+SKIPPED = "skipped.jsonl"  # a line for every skipped micro-batch
 
 
 class NotFinite:
     """Computes every micro-batch's loss, and remembers a step's samples until their losses are known to be finite.
 
     Args:
-        skip: leave out, on all ranks, a micro-batch whose loss is not finite on any of them: it counts as zero. That
+        skip: skip, on all ranks, a micro-batch whose loss is not finite on any of them; it counts as zero. That
             takes a look at each loss before its backward pass, which a GPU otherwise need not wait for.
         folder: the run's, for `FILE` and `SKIPPED`.
     """
@@ -44,7 +44,7 @@ class NotFinite:
         self.losses: list[Tensor] = []
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """Return the stage's loss and terms of a micro-batch; of one left out, zeros that have gradients."""
+        """Return the stage's loss and terms of a micro-batch; zeros with gradients for a skipped one."""
         # BatchNorm has already averaged the NaN in when the loss is known, so its buffers must be put back.
         buffers = [buffer.clone() for buffer in student.buffers()] if self.skip else []
         terms = self.stage.loss(student, batch)
@@ -110,7 +110,7 @@ class NotFinite:
             write_text(self.folder / FILE, text)
         worst = next((one for one in named if not isinstance(one["loss"], float)), None)
         what = f"the loss is {worst['loss']} on rank {worst['rank']}" if worst else "the gradient is not finite"
-        remedy = "take these samples out of the data" if self.skip else "leave them out with train.not_finite=skip"
+        remedy = "take these samples out of the data" if self.skip else "skip them with train.not_finite=skip"
         raise UserError(
             f"{what} at step {self.step}; {note}. {self.folder / FILE} names the samples. Lower optim.lr, lengthen "
             f"the warm-up, set train.precision=fp32, or {remedy}"

@@ -130,7 +130,7 @@ class Progress:
 # What progress.json must hold, by the fields of RunProgress.
 _TYPES = {"str": str, "int": int, "float": float, "float | None": (float, None)}
 PROGRESS_FORM = {field.name: _TYPES[str(field.type)] for field in fields(RunProgress) if field.name != "hardware"}
-PROGRESS_FORM |= {"hardware?": str, "layout?": str}  # runs of before called their hardware a layout
+PROGRESS_FORM |= {"hardware?": str, "layout?": str}  # older runs called their hardware a layout
 
 
 def read_progress(folder: str | Path) -> RunProgress | None:

@@ -18,7 +18,7 @@ from effsam3.benchmarks.jaccard import ObjectScore, boundary
 from effsam3.benchmarks.tracking import Masks, TrackedFrame
 from effsam3.files import atomic_file
 
-# Far from one another and from most of what is filmed; used again from the start after the last.
+# Far from one another and from most of what is filmed; after the last, the first is used again.
 COLOURS = tuple(
     np.array(ImageColor.getrgb(text), np.float32)
     for text in ("#ff3b6b", "#22c7ff", "#ffd400", "#7dff5a", "#b784ff", "#ff9d2e", "#19e3b1", "#ff7ad9", "#5b8cff")

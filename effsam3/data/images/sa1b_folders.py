@@ -145,7 +145,7 @@ def _walk(top: Path, folder: Path, listing: Listing, own: bool) -> Iterator[tupl
             if path.suffix.lower() in (*EXTENSIONS, ".json", ".tar") or path.name.endswith(COMPRESSED):
                 try:
                     status = path.stat()
-                except OSError:  # a link to nowhere
+                except OSError:  # a broken link
                     unreadable(path)
                     continue
                 file = Path(os.path.relpath(path, folder)).as_posix()
@@ -217,6 +217,6 @@ def _pair(blobs: dict[str, Blob], naming: Callable, listing: Listing) -> list[En
         key, split = naming(path)
         annotation = None if json_path is None else blobs[str(json_path)]
         entries.append(Entry(key, split, blobs[str(path)], annotation))
-    alone = [blobs[str(path)].name for path in annotations.values() if not path.name.endswith(".report.json")]
-    listing.annotation_problems.setdefault("without_image", []).extend(alone)
+    unpaired = [blobs[str(path)].name for path in annotations.values() if not path.name.endswith(".report.json")]
+    listing.annotation_problems.setdefault("without_image", []).extend(unpaired)
     return entries

@@ -130,7 +130,7 @@ def list_videos(sources: list[Path], folder: Path, val_fraction: float) -> tuple
         file = Path(os.path.relpath(path, folder)).as_posix()
         try:
             status = path.stat()
-        except OSError as fault:  # a link to nowhere
+        except OSError as fault:  # a broken link
             unreadable(fault)
             return
         blob = File(file, status.st_size if size is None else size, status.st_mtime_ns)
@@ -167,8 +167,8 @@ def list_videos(sources: list[Path], folder: Path, val_fraction: float) -> tuple
         else:
             left.setdefault("without_video", []).extend(blob.file for _, blob in annotations)
     paired = {entry.video_id for entry in entries}
-    alone = [blob.file for video_id, blob in found["mp4"].items() if video_id not in paired]
-    left.setdefault("without_annotations", []).extend(alone)
+    unpaired = [blob.file for video_id, blob in found["mp4"].items() if video_id not in paired]
+    left.setdefault("without_annotations", []).extend(unpaired)
     return entries, left
 
 

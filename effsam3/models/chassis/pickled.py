@@ -85,7 +85,7 @@ def _find(content: Any, path: Path, entry: tuple[str, ...]) -> Pickled:
 
 
 def _grouped(content: Mapping) -> Mapping:
-    """Turn names such as `model.x` and `model_ema.x` side by side into two models; leave anything else alone."""
+    """Turn names such as `model.x` and `model_ema.x` side by side into two models; leave anything else as it is."""
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         return content
     groups: dict[str, dict[str, Tensor]] = {}

@@ -17,7 +17,7 @@ INSTEAD = f"name a SAM 3, such as {SAM3.hub_id} or its sam3.pt, or one of Effici
 
 
 def unsupported(names: Iterable[str]) -> UnsupportedSam3 | None:
-    """Return the SAM 3 that cannot be built and that alone has tensors of these names, None if there is none."""
+    """Return the unsupported SAM 3 that is the only one with tensors of these names, None if there is none."""
     text = "\n".join(names)
     return next((row for row in UNSUPPORTED.values() if re.search(row.tensor_names, text, re.MULTILINE)), None)
 

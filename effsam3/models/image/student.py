@@ -244,7 +244,7 @@ def load_timm_weights(student: StudentTrunk, weights: str, timm_name: str | None
     name = timm_name or student.config.timm_name
     overlay = {}
     if weights != "imagenet":
-        # timm asks neither whether the file is whole nor whether its numbers are finite.
+        # timm checks neither that the file is complete nor that its numbers are finite.
         read_weights_file(Path(weights), f"name weights of timm's {name}, or set student_init=imagenet or random")
         overlay = {"pretrained_cfg_overlay": {"file": weights}}
     what = f"student_init: {weights} weights of {name} cannot be loaded"

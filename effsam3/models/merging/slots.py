@@ -2,7 +2,7 @@
 """The slots of SAM 3: which tensors a student takes over, and how the config records it.
 
 A `Part` fills one slot; models/merging/combine.py puts any number of parts into one model. A slot is a row of `SLOTS`:
-the tensors that it owns may be those of several modules, and of other slots, which then cannot be filled besides.
+the tensors that it owns may be those of several modules, and of other slots, which then cannot be filled as well.
 """
 
 from __future__ import annotations

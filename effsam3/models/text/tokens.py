@@ -83,7 +83,7 @@ def clip_tokenizer():
 
 
 def clean(text: str) -> str:
-    """Mend the encoding, resolve HTML entities, make every white space one blank, lower the case."""
+    """Repair the encoding, resolve HTML entities, make every white space one blank, lower the case."""
     if _CLEAN.fullmatch(text) is None:
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()

@@ -37,7 +37,7 @@ class ImageData(Data):
 
     # folder: photographs of your own; synthetic: drawn shapes, never used unless asked for here
     source: Literal["sa1b", "folder", "synthetic"]
-    index: Annotated[str, parquet]  # what to read; effsam3 index sa1b makes it, `folder` and `synthetic` by themselves
+    index: Annotated[str, parquet]  # made by `effsam3 index sa1b`; `folder` and `synthetic` make their own
     folder: str | None = None  # source folder only: the photographs, in subfolders too; indexed on first use
     held_out: Annotated[float, below_one] = 0.1  # source folder only: share held out, by the images' content
     resize: Literal["square", "longest_side"] = "square"  # square is SAM 3's own; longest_side pads to a square
@@ -75,7 +75,7 @@ class ImageLoss(Section):
 
     mse: NonNegativeFloat = 1.0  # mean squared error per position
     cosine: NonNegativeFloat = 1.0  # 1 - cosine similarity per position
-    neck: NonNegativeFloat = 0.0  # difference of what the frozen FPN neck makes of both; costs its forward
+    neck: NonNegativeFloat = 0.0  # difference of both after the frozen FPN neck; costs the neck's forward
     channels: Literal["mean", "sum"] = "mean"  # mean: of standardised channels; sum: upstream's, which drowns cosine
 
     def check(self) -> Iterator[str]:
@@ -110,7 +110,7 @@ class ImageRecipe(FeatureRecipe):
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck")
 
     stage: Literal["image"]  # the folder of effsam3/stages that reads this recipe
-    name: FileName  # of the run folder, <train.runs>/<name>
+    name: FileName  # name of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     # A row of effsam3/models/registry.py (see `effsam3 compare`), or timm/NAME, any backbone with feature maps
     student: Annotated[str, image_student_name]

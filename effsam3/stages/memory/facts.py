@@ -35,14 +35,14 @@ class MemoryData(Data):
     """The videos, and how clips are drawn from them."""
 
     source: Literal["sav", "synthetic"]  # synthetic: drawn shapes, never used unless asked for here
-    index: Annotated[str, parquet]  # what to read; effsam3 index sav makes it, or `synthetic` does
+    index: Annotated[str, parquet]  # made by `effsam3 index sav`; `synthetic` makes its own
     frames: Annotated[int, lambda value: "" if value > 1 else f"must be 2 or more, got {value}"] = 8  # of a clip
-    objects: PositiveInt = 3  # most objects of a clip; they are batched, and cost what frames cost
-    reverse: Annotated[float, share] = 0.5  # of the clips that run backwards
-    augment: bool = True  # flip, small affine and colour changes, alike over a clip
+    objects: PositiveInt = 3  # objects of a clip, at most; they cost as much as frames do
+    reverse: Annotated[float, share] = 0.5  # share of the clips that run backwards
+    augment: bool = True  # flip, small affine and colour changes, the same over a clip
     synthetic_videos: NonNegativeInt = 0  # how many to draw, both splits together; source synthetic only
-    synthetic_frames: PositiveInt = 48  # of a drawn video, at 24 per second
-    synthetic_side_px: PositiveInt = 128  # of a drawn video
+    synthetic_frames: PositiveInt = 48  # frames of a drawn video, at 24 per second
+    synthetic_side_px: PositiveInt = 128  # side of a drawn video
     limit: PositiveInt | None = None  # use only the first N videos of each split; null: all
     workers: NonNegativeInt = 8  # data loader processes per rank; 0: load in the main process
     max_unreadable: NonNegativeInt = 100  # stop after more unreadable videos than this in one run
@@ -62,8 +62,8 @@ class MemoryModel(Section):
     depth: PositiveInt = 2  # layers of the resampler
     pool: PositiveInt = 2  # pooled maps keep the mean of N by N cells
     hot_frames: NonNegativeInt = 1  # hybrid: most recent frames that keep their map
-    attention_layers: PositiveInt | None = None  # of the memory attention; null: as many as SAM 3's (4)
-    fuser_layers: PositiveInt | None = None  # of the memory encoder; null: as many as SAM 3's (2)
+    attention_layers: PositiveInt | None = None  # layers of the memory attention; null: as many as SAM 3's (4)
+    fuser_layers: PositiveInt | None = None  # layers of the memory encoder; null: as many as SAM 3's (2)
     trains: Annotated[tuple[TrackerPart, ...], at_least_one, each_once] = ("memory",)  # all else is frozen
 
 
@@ -112,7 +112,7 @@ class MemoryTrain(Train):
 
     trunk_batch: PositiveInt = 8  # frames per forward of the frozen trunk
     objects_at_once: PositiveInt | None = None  # objects tracked together (with `recompute`); null: all
-    recompute: bool = False  # keep no activations but compute them again: less memory, about a third slower
+    recompute: bool = False  # recompute activations in backward: less device memory, about a third slower
 
 
 VideoBenchmark = Literal["sav", "davis"]
@@ -127,8 +127,8 @@ class MemoryEvaluate(Section):
     evaluator: VideoBenchmark = "sav"  # whose definition of J and F; they differ
     modes: tuple[Mode, ...] = ()  # memory modes to measure in addition to the recipe's own
     untrained: bool = False  # also measure the memory as it was before training
-    max_videos: PositiveInt = 50  # at most N
-    appearing_later: bool = False  # also prompt objects that are not in the first frame, when they come
+    max_videos: PositiveInt = 50  # videos, at most
+    appearing_later: bool = False  # also prompt objects that first appear later, on that frame
     predictions: bool = False  # write all masks to eval/predictions, as the official evaluators read them
     pictures: NonNegativeInt = 4  # videos to draw
 
@@ -163,7 +163,7 @@ class MemoryRecipe(StageRecipe):
     samples_are_separate = True  # clips are tracked side by side and share next to nothing
 
     stage: Literal["memory"]  # the folder of effsam3/stages that reads this recipe
-    name: FileName  # of the run folder, <train.runs>/<name>
+    name: FileName  # name of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     sam3: Sam3 = Sam3()  # the frozen chassis: SAM 3, or the merged model of a stage 1 student or release
     data: MemoryData

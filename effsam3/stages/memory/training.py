@@ -130,7 +130,7 @@ def untrained(recipe: MemoryRecipe, own: PreTrainedConfig | None = None) -> Trac
         return make_student(recipe, *make_trackers(recipe, own))
 
 
-NEEDS = ()  # a training needs nothing that not every one needs
+NEEDS = ()  # nothing beyond what every training needs
 
 
 def keep_whole(student: TrackerStudent, accelerator: Accelerator) -> None:

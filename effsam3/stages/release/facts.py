@@ -48,7 +48,7 @@ class ReleaseRecipe(Recipe):
     runs_key = "runs"
 
     stage: Literal["release"]  # the folder of effsam3/stages that reads this recipe
-    name: FileName  # of the release's folder, <runs>/<name>
+    name: FileName  # name of the release's folder, <runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; what `evaluate` runs on
     runs: str = "runs"  # folder of run folders
     sam3: Chassis = Chassis()

@@ -41,10 +41,10 @@ class TextData(Data):
     # Of the captions. recap: re_caption, org_caption or mix, one of the two by the row's key; files: any name.
     column: str | None = None  # null: re_caption where there is one, else the one known name, such as caption or text
     phrases: tuple[str, ...] = ()  # files of noun phrases: txt, json, jsonl, csv, tsv or parquet
-    phrase_column: str | None = None  # of the phrases; null: the one known name, such as phrase or text
-    phrase_share: Annotated[float, share] = 0.0  # of the samples that come from the phrases
-    context_length: Annotated[int, context] = 32  # most tokens of a text, start and end included; SAM 3 reads 32
-    held_out: Annotated[float, share] = 0.01  # of captions and phrases, chosen by their text
+    phrase_column: str | None = None  # column of the phrases; null: the one known name, such as phrase or text
+    phrase_share: Annotated[float, share] = 0.0  # share of the samples that are phrases
+    context_length: Annotated[int, context] = 32  # tokens of a text at most, start and end included; SAM 3 reads 32
+    held_out: Annotated[float, share] = 0.01  # share of captions and phrases held out, by their text
     synthetic_captions: NonNegativeInt = 0  # how many to make; source synthetic only
     limit: PositiveInt | None = None  # use only the first N captions; null: all
     workers: NonNegativeInt = 4  # data loader processes per rank, and for the first reading; 0: the main process
@@ -92,7 +92,7 @@ class TextEvaluate(Section):
     )
     max_captions: PositiveInt = 2000  # held-out captions, and as many phrases
     phrases: str | None = None  # file of noun phrases to measure on; null: the held-out ones of data.phrases
-    phrase_column: str | None = None  # of that file; null: the one known name
+    phrase_column: str | None = None  # column of that file; null: the one known name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,11 +104,11 @@ class TextRecipe(FeatureRecipe):
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "data.context_length", "teacher")
 
     stage: Literal["text"]  # the folder of effsam3/stages that reads this recipe
-    name: FileName  # of the run folder, <train.runs>/<name>
+    name: FileName  # name of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     student: Annotated[str, text_student_name]  # a row of effsam3/models/registry.py; see `effsam3 compare`
     student_init: Annotated[str, text_initialisation] = "mobileclip"  # mobileclip, random, file or model folder
-    # What tokens see behind a short text: nothing, or a filling of id 0, as in EfficientSAM3 and its checkpoints.
+    # What tokens see after a short text: nothing, or padding of id 0, as in EfficientSAM3 and its checkpoints.
     student_padding: Literal["masked", "attended"] = "masked"
     teacher: Literal["stored", "online"] = "online"  # online: costs less than reading stored targets
     sam3: Sam3 = Sam3()

@@ -105,7 +105,7 @@ def untrained(recipe: TextRecipe) -> StudentText:
     return make_student(recipe, chassis_facts(recipe.sam3.checkpoint).fpn_hidden_size)[0]
 
 
-NEEDS = ()  # a training needs nothing that not every one needs
+NEEDS = ()  # nothing beyond what every training needs
 
 
 def encoder(recipe: TextRecipe):
