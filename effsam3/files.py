@@ -34,9 +34,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)  # what a full disk leaves
 
@@ -71,19 +71,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for inside in partial.rglob("*"):
             if inside.is_file():
                 inside.chmod(inside.stat().st_mode | 0o044)  # safetensors lets only the owner read
-            _sync(inside)
-        _sync(partial)
+            sync(inside)
+        sync(partial)
         if path.exists():  # no call replaces a folder: for the time of one rename there is none
             shutil.rmtree(old, ignore_errors=True)
             path.rename(old)
         partial.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -25,12 +25,12 @@ from safetensors.torch import load_file
 import effsam3.embed
 import effsam3.merge
 import effsam3.train
+from effsam3.cli import main
 from effsam3.data.images.features import stored_features
 from effsam3.data.images.index import build_index
 from effsam3.data.images.sa1b import load_index
 from effsam3.data.store.format import StoreError, open_manifest
 from effsam3.data.store.reader import StoreReader, verify_store
-from effsam3.data.store.tool import main as store_tool
 from effsam3.data.store.writer import repair_store
 from effsam3.errors import UserError
 from effsam3.recipe.reader import load_recipe
@@ -302,7 +302,7 @@ def test_a_replaced_image_is_named_and_it_alone_is_made_anew(own, capsys):
             call(verb, overrides, *SHORT, **options)
         assert trained in str(error.value) and "Run `effsam3 embed`" in str(error.value)
     assert not (folder / "runs/smoke-image/checkpoints").exists()
-    assert store_tool(["verify", str(folder / "teacher"), "--index", str(folder / "data/index.parquet")]) == 1
+    assert main(["store", "verify", str(folder / "teacher"), "--index", str(folder / "data/index.parquet")]) == 1
     assert f"{held_out}: replaced since" in capsys.readouterr().out
     call("embed", overrides)
     printed = capsys.readouterr().out
@@ -315,7 +315,7 @@ def test_a_replaced_image_is_named_and_it_alone_is_made_anew(own, capsys):
     for key, features in before.items():
         assert not torch.equal(features, new.get(key.rpartition("@")[0], torch.zeros(1))), key
     call("train", overrides, *SHORT)
-    assert store_tool(["verify", str(folder / "teacher"), "--index", str(folder / "data/index.parquet")]) == 0
+    assert main(["store", "verify", str(folder / "teacher"), "--index", str(folder / "data/index.parquet")]) == 0
 
 
 def features_of(folder: Path, key: str) -> torch.Tensor:
@@ -334,7 +334,7 @@ def test_a_file_replaced_behind_the_index_is_noticed_when_it_is_read(own):
     call("train", overrides, *SHORT, "train.steps=6")
     (line,) = (folder / "runs/smoke-image/unreadable.jsonl").read_text().splitlines()
     assert row["key"] in line and "another file of the same size" in line
-    assert store_tool(["verify", str(folder / "teacher"), "--index", str(folder / "data/index.parquet")]) == 1
+    assert main(["store", "verify", str(folder / "teacher"), "--index", str(folder / "data/index.parquet")]) == 1
 
 
 def test_a_store_of_an_older_version_is_said_and_read(own, capsys):

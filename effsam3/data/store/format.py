@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -210,13 +209,6 @@ def write_manifest(root: str | Path, manifest: Manifest) -> None:
     write_text(
         Path(root) / "manifest.json", json.dumps({"format": FORMAT, "version": VERSION, **asdict(manifest)}, indent=1)
     )
-
-
-def sync_folder(path: Path) -> None:
-    """Make files created in or renamed into the folder durable."""
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
 
 
 # ---- journals

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +24,10 @@ from effsam3.data.store.format import (
     open_manifest,
     shards_on_disk,
     storable,
-    sync_folder,
     whole_lines,
     write_manifest,
 )
+from effsam3.files import free_bytes, sync
 
 SHARD_BYTES = 4 << 30
 SYNC_BYTES = 256 << 20
@@ -208,7 +207,7 @@ class StoreWriter:
         self._journal = os.open(path.with_suffix(".tsv"), os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         _repair_shard(path, self.manifest, last=True)  # also writes a new journal's header, and syncs what it leaves
         self._count = journal_lines(path.with_suffix(".tsv"), self.manifest).count(b"\n")
-        sync_folder(self.root)
+        sync(self.root)
 
     def _sync(self) -> None:
         os.fdatasync(self._payload)  # first, so that no durable journal line points at a payload that is not
@@ -225,7 +224,7 @@ class StoreWriter:
         if self.manifest.expected is not None:
             missing = self.manifest.expected - len(self.done)
             need = f" and {missing} records to come need {missing * self.manifest.stride / 2**30:.3g} GiB"
-        free = shutil.disk_usage(self.root).free / 2**30
+        free = free_bytes(self.root) / 2**30
         return StoreError(
             f"cannot store record {key!r} of {self.manifest.stride} bytes in {self._path}: {error.strerror} "
             f"({free:.3g} GiB are free{need}). What is stored is intact: make room and run the same command again, "
