@@ -245,7 +245,7 @@ def _meant(prefix: str, key: str, known: list[str]) -> str:
         return f"; it is called {RENAMED[prefix + key]} now"
     if key == "inherits":
         return "; it belongs at the top of a file, next to stage and name"
-    same = [name for name in known if word[name] == key]
+    same = [name for name in known if word[name] == key] or [name for name in known if name.endswith(f"_{key}")]
     for names, cutoff in [(here, 0.6)] * (not same) + [(known, 0.75)]:
         near = difflib.get_close_matches(key, [word[name] for name in names], n=1, cutoff=cutoff)
         same = same or [name for name in names if word[name] in near]

@@ -176,7 +176,7 @@ def test_a_prompt_that_is_too_long_is_named_with_its_true_count(tokenizer):
     text = "\u2019 &amp;" * 20
     for tokenize in (PromptTokenizer(), lambda text: tokenizer.tokenize_whole([text])):
         assert tokenize("word " * 30)
-        with pytest.raises(TextTooLong, match=r"the text 'word word .* is 31 tokens long; SAM 3 reads 30: say it sho"):
+        with pytest.raises(TextTooLong, match=r"the text 'word word .* is 31 tokens long; SAM 3 reads 30: put it sho"):
             tokenize("word " * 31)
         with pytest.raises(TextTooLong, match="is 40 tokens long"):
             tokenize(text)
