@@ -27,8 +27,7 @@ def flag(name: str, text: str) -> Argument:
 RECIPE = (
     arg(
         "recipe",
-        "YAML file of one run, the short name of one that comes with effsam3, such as stage1/image/es_rv_m, or the "
-        "folder of a run that has begun",
+        "YAML file of a run, a short name such as stage1/image/es_rv_m (`effsam3 recipes`), or a run's folder",
         metavar="RECIPE",
     ),
     arg(
@@ -266,11 +265,7 @@ VERBS = {
         "plot:plot",
         [
             RUNS,
-            arg(
-                "--out",
-                "a .png, .pdf or .svg; default: curves.png in the run folder, of several next to it",
-                metavar="FILE",
-            ),
+            arg("--out", "a .png, .pdf or .svg; default: curves.png in or next to the run folder", metavar="FILE"),
             arg("--metrics", "at most six of metrics.jsonl with commas, such as loss,val/cosine", metavar="NAMES"),
             arg("--smooth", "weight of the past in smoothed lines (default 0.9)", type=float, metavar="WEIGHT"),
         ],

@@ -27,6 +27,7 @@ def mean_over_images(value_BHW: Tensor, valid_B1HW: Tensor) -> Tensor:
 
 def mse_per_position(pred_BCHW: Tensor, target_BCHW: Tensor, channels: str) -> Tensor:
     """Squared error (B, H, W), averaged (`channels: mean`) or summed (`channels: sum`, EfficientSAM3's) over C."""
+    # In float32, because differences of bf16 features lose most of their digits.
     error_BCHW = (pred_BCHW.float() - target_BCHW.float()).square()
     return error_BCHW.mean(1) if channels == "mean" else error_BCHW.sum(1)
 
@@ -74,6 +75,8 @@ def agreement_sums(
         "cosine": F.cosine_similarity(pred, target, dim=1),
         "cosine_centred": F.cosine_similarity(centred, target_centred, dim=1),
         "mse": mse_per_position(centred, target_centred, "mean"),
+        # What a student without any skill reaches: raw features share a large mean, so a cosine of 0.9 may mean
+        # nothing.
         "cosine_of_mean": F.cosine_similarity(mean_C[:, None, None].expand_as(target), target, dim=1),
     }
     # Double, because a float32 sum of ones stops growing at 16.8 million positions.

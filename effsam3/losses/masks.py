@@ -23,6 +23,7 @@ def focal(logits_NMHW: Tensor, target_NHW: Tensor) -> Tensor:
     bce = F.binary_cross_entropy_with_logits(logits_NMHW, target_NMHW, reduction="none")
     p = logits_NMHW.sigmoid()
     missed = p * (1 - target_NMHW) + (1 - p) * target_NMHW
+    # Most pixels are background and easy; both factors keep them from drowning the object.
     alpha = FOCAL_ALPHA * target_NMHW + (1 - FOCAL_ALPHA) * (1 - target_NMHW)
     return (alpha * missed**FOCAL_GAMMA * bce).mean((-2, -1))
 
@@ -80,6 +81,7 @@ def at_side(logits_NMLL: Tensor, masks_NSS: Tensor, side: int) -> tuple[Tensor, 
     """Bring logits (up, bilinear) and boolean masks (down, averaged) to `side` pixels for the losses."""
     target_NSS = masks_NSS.float()
     if target_NSS.shape[-1] != side:
+        # By area, so that a thin object fades instead of vanishing.
         target_NSS = F.interpolate(target_NSS[:, None], (side, side), mode="area")[:, 0]
     logits = logits_NMLL.float()
     if logits.shape[-1] != side:

@@ -63,6 +63,7 @@ def chosen(checkpoints: Path, which: str) -> Path:
     names = [path.name for path in complete(checkpoints) + complete(checkpoints, best=True)]
     if which == "best" and (found := complete(checkpoints, best=True)):
         return found[-1]
+    # A run without a validation yet has no best checkpoint; its last one is better than an error.
     if which in ("best", "last") and (last := latest(checkpoints)):
         return last
     if which in names:

@@ -43,6 +43,8 @@ def gather(accelerator: Accelerator, student: nn.Module, optimizer) -> dict[str,
             # Every rank reads, because reading is collective under ZeRO; only one keeps the result, or all would fill
             # their RAM.
             if accelerator.is_main_process and value is not None:
+                # One parameter at a time goes to the CPU: the whole state would not fit next to the training on a full
+                # device.
                 gathered[f"{moment}/{name}"] = value.detach().cpu()
     return gathered
 
@@ -53,6 +55,8 @@ def scatter(accelerator: Accelerator, student: nn.Module, optimizer, tensors: Ma
     parameters = trained(accelerator.unwrap_model(student))
     if not stage:
         for _, parameter in parameters:
+            # The step counts in AdamW's bias correction; from 0, the first steps after resuming would be far too
+            # large.
             inner.state[parameter] = _fresh(parameter, step, inner)
     elif stage < 3:
         # ZeRO creates its state in the first step, so a resumed run must create it here, to have something to write
@@ -65,6 +69,7 @@ def scatter(accelerator: Accelerator, student: nn.Module, optimizer, tensors: Ma
             inner.optimizer.state[flat] = _fresh(flat, step, inner.optimizer)
     for name, parameter in parameters:
         for moment in MOMENTS:
+            # A parameter without a gradient so far has no moments; it keeps its zeros.
             if (value := tensors.get(f"{moment}/{name}")) is not None:
                 _write(accelerator, stage, inner, parameter, moment, value)
 
@@ -75,6 +80,7 @@ def refuse_other_moments(student: nn.Module, tensors: Mapping[str, Tensor], wher
     Raises:
         UserError: one has another name or shape, or a mean of squares is below zero.
     """
+    # Checked by name and shape before any rank writes, because a partial state would train on without an error.
     shapes = {f"{moment}/{name}": parameter.shape for name, parameter in trained(student) for moment in MOMENTS}
     for name, tensor in tensors.items():
         if tensor.shape != shapes.get(name) or (name.startswith("exp_avg_sq/") and (tensor < 0).any()):

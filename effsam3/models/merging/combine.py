@@ -51,6 +51,7 @@ def combine(
         refuse_misfit(part, slot.config_of(config), slot.alike)
         # Configs change one after the other, because the model that the result must fit depends on all of them.
         config = slot.install(config, part.config)
+        # Counted before they go, so that the table of a merge shows what a student has saved.
         dropped[part.slot] = [
             tensor.numel()
             for tensors in rest.values()
@@ -67,6 +68,7 @@ def combine(
         tuple(prefix for part in parts for prefix in part.also),
     )
     offers |= rest
+    # References only: a merge of memory-mapped files holds no second copy of SAM 3.
     tensors = {name: offers[owner][name] for name, owner in owners.items()}
     tensors, owners = adapt(tensors, owners, adapted)
     return Merged(config=config, tensors=tensors, owners=owners, dropped=dropped)
@@ -96,6 +98,7 @@ def refuse_misfit(part: Part, own: PreTrainedConfig, alike: dict[str, str]) -> N
         MergeError: they are not; the message names the size.
     """
     theirs, ours = part.config.to_dict(), own.to_dict()
+    # Every size that other parts of the model rely on; the student's own sizes are free.
     for key, meaning in alike.items():
         if theirs[key] != ours[key]:
             raise MergeError(
@@ -131,6 +134,7 @@ def assign(
     offers = {**students, **kept}
     owners, problems = {}, []
     for name, shape in expected.items():
+        # One owner exactly: none would leave random numbers, two would leave it to the order of a dict.
         owning = [owner for owner, tensors in offers.items() if name in tensors]
         # All problems are collected before any is reported, because one wrong prefix causes many.
         if len(owning) != 1:
@@ -154,6 +158,7 @@ def slot_table(merged: Merged, origins: dict[str, str]) -> str:
     """
     tensors, elements = Counter(merged.owners.values()), Counter[str]()
     for name, owner in merged.owners.items():
+        # Counted from the result, not from the parts, so that the table cannot claim what is not there.
         elements[owner] += merged.tensors[name].numel()
     rows = [
         [owner, origin, f"{tensors[owner]:,}", f"{elements[owner] / 1e6:.2f} M"] for owner, origin in origins.items()

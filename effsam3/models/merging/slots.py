@@ -232,6 +232,7 @@ def owners_card(chassis: Path | None, parts: Sequence[Part], adapted: Sequence[d
                 "merge into a SAM 3 without it"
             )
         if not lost:
+            # What an earlier part took over outside its slot may have been replaced since.
             also = [prefix for prefix in filled.get("also", ()) if not prefix.startswith(replaced)]
             slots[slot] = {key: value for key, value in filled.items() if key != "also"}
             slots[slot] |= {"also": also} if also else {}
