@@ -8,9 +8,10 @@ was made from, so that a re-run after a kill knows the finished ones by their na
 from __future__ import annotations
 
 import datetime
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,19 @@ DETAILS = 100  # files of each reason that a report explains in full
 def printable(name: str) -> str:
     """Return a file name that UTF-8 can hold; bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def walk(tops: list[Path], unreadable: Callable[[OSError], object]) -> Iterator[tuple[Path, list[Path]]]:
+    """Yield folders and their files, in sorted order, through links to folders, without hidden ones."""
+    visited = set()
+    for top in tops:
+        for parent, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
+            if os.path.realpath(parent) in visited:  # a link back up
+                folders.clear()
+                continue
+            visited.add(os.path.realpath(parent))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            yield Path(parent), [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
 
 
 # ---- build

@@ -222,9 +222,12 @@ def test_out_of_reach_says_what_is_needed(tmp_path, hub):
             fetch.fetch(tmp_path, fraction)
 
 
-def test_a_disk_that_is_too_small_is_named_before_anything_is_sent(tmp_path):
-    with pytest.raises(UserError, match="1000000.00 GB are missing and .*; make room, name another --out"):
-        fetch._refuse_full_disk(tmp_path / "not/there", 10**15)
+def test_a_disk_that_is_too_small_is_named_before_anything_is_sent(tmp_path, hub):
+    full = "import shutil\nshutil.disk_usage = lambda path: shutil._ntuple_diskusage(9000, 9000, 100)\n"
+    (tmp_path / "sitecustomize.py").write_text(full)
+    code, out, err = run(tmp_path, hub.url, "--fraction", "0.3", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert code == 2 and "will take 9e-06 GB in" in err and "1e-07 GB are free" in err, err
+    assert "make room, name another --out, or take a smaller --fraction" in err and not hub.ranges
 
 
 def test_a_login_is_asked_for_and_used(tmp_path):

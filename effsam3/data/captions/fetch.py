@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from effsam3.errors import UserError
-from effsam3.files import refuse_unwritable
+from effsam3.files import refuse_full_disk, refuse_unwritable
 from effsam3.hub import hub_errors
 
 REPO = "UCSC-VLAA/Recap-DataComp-1B"
@@ -54,7 +53,8 @@ def fetch(
             for bad in checked.mismatches:
                 print(f"damaged  {bad['path']}")
                 (out / bad["path"]).unlink()
-        _refuse_full_disk(out, sum(file.size for file in _missing(out, wanted)))
+        size = sum(file.size for file in _missing(out, wanted))
+        refuse_full_disk(out, size, "what is missing", "make room, name another --out, or take a smaller --fraction")
         paths = [file.path for file in wanted]
         snapshot_download(repo, repo_type="dataset", revision=commit, local_dir=out, allow_patterns=paths)
     if missing := _missing(out, wanted):  # huggingface_hub takes what is there where the Hub has gone meanwhile
@@ -66,12 +66,3 @@ def fetch(
 def _missing(out: Path, files: list) -> list:
     """Return those of the Hub's files that are not in a folder, or not of their size."""
     return [file for file in files if not (out / file.path).is_file() or (out / file.path).stat().st_size != file.size]
-
-
-def _refuse_full_disk(out: Path, needed: int) -> None:
-    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.is_dir())
-    if needed > (free := shutil.disk_usage(place).free):
-        raise UserError(
-            f"{needed / 1e9:.2f} GB are missing and {out} has {free / 1e9:.2f} GB free; make room, name another "
-            "--out, or take a smaller --fraction"
-        )

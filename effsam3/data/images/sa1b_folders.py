@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from effsam3.data.images.decoding import EXTENSIONS
-from effsam3.data.indexing import printable
+from effsam3.data.indexing import printable, walk
 from effsam3.data.splits import SPLITS, split_of
 from effsam3.data.store.format import storable
 from effsam3.errors import UserError
@@ -131,22 +131,16 @@ def _walk(top: Path, folder: Path, listing: Listing, own: bool) -> Iterator[tupl
     In a folder of one's own the others are listed, too: they may be photographs in a format that nobody reads here.
     """
 
-    def unreadable(path: str | Path) -> None:
-        listing.excluded.setdefault("unreadable", []).append(printable(os.path.relpath(path, folder)))
+    def unreadable(fault: OSError) -> None:
+        listing.excluded.setdefault("unreadable", []).append(printable(os.path.relpath(fault.filename, folder)))
 
-    visited = set()
-    for parent, folders, files in os.walk(top, followlinks=True, onerror=lambda fault: unreadable(fault.filename)):
-        if os.path.realpath(parent) in visited:  # a link back up
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (Path(parent, name) for name in sorted(files) if not name.startswith(".")):
+    for _, files in walk([top], unreadable):
+        for path in files:
             if path.suffix.lower() in (*EXTENSIONS, ".json", ".tar") or path.name.endswith(COMPRESSED):
                 try:
                     status = path.stat()
-                except OSError:  # a broken link
-                    unreadable(path)
+                except OSError as fault:  # a broken link
+                    unreadable(fault)
                     continue
                 file = Path(os.path.relpath(path, folder)).as_posix()
                 yield path, Blob(file, "", 0, status.st_size, status.st_mtime_ns)

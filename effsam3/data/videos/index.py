@@ -139,24 +139,15 @@ def list_videos(sources: list[Path], folder: Path, val_fraction: float) -> tuple
         elif found[kind].setdefault(name, blob).file != file:
             left.setdefault("duplicate", []).append(file)
 
-    visited = set()
-    for source in sources:
-        for parent, folders, files in os.walk(source.resolve(), followlinks=True, onerror=unreadable):
-            if os.path.realpath(parent) in visited:  # a link back up
-                folders.clear()
-                continue
-            visited.add(os.path.realpath(parent))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            images = 0
-            for path in (Path(parent, name) for name in sorted(files) if not name.startswith(".")):
-                video_id, _, kind = path.stem.rpartition("_")
-                if path.suffix == ".json" and kind in KINDS:
-                    note(kind, video_id, path)
-                elif path.suffix == ".mp4":
-                    note("mp4", path.stem, path)
-                images += path.suffix.lower() in EXTENSIONS
-            if images:
-                note("frames", os.path.basename(parent), Path(parent), images)
+    for parent, files in indexing.walk([source.resolve() for source in sources], unreadable):
+        for path in files:
+            video_id, _, kind = path.stem.rpartition("_")
+            if path.suffix == ".json" and kind in KINDS:
+                note(kind, video_id, path)
+            elif path.suffix == ".mp4":
+                note("mp4", path.stem, path)
+        if images := sum(path.suffix.lower() in EXTENSIONS for path in files):
+            note("frames", parent.name, parent, images)
 
     videos = found["mp4"] | found["frames"]
     entries = []
