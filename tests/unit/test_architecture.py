@@ -22,9 +22,25 @@ def test_ten_questions_are_answered():
     assert len(ANSWERS) == 10
 
 
-@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:effsam3|tests)/[\w./]+)`", PAGE))))
+PAGES = [ROOT / "docs" / page for page in ("architecture.md", "extending.md", "troubleshooting.md")]
+PATHS = {
+    path
+    for page in PAGES
+    for path in re.findall(r"`((?:effsam3|tests|scripts)/[\w./]+\w/?)`", page.read_text("utf-8"))
+}
+
+
+@pytest.mark.parametrize("path", sorted(PATHS))
 def test_paths_exist(path):
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize(
+    "page", [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text("utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_every_room_is_drawn():
