@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -357,29 +356,6 @@ def test_a_killed_worker_is_a_clear_error():
     with pytest.raises(UserError, match="run the same command again"):
         with worker_pool(2) as submit:
             submit(os._exit, 1).result()
-
-
-def test_workers_end_with_a_killed_parent(tmp_path):
-    code = (
-        "from effsam3.data.workers import worker_pool\nimport os, time\n"
-        "if __name__ == '__main__':\n"
-        "    with worker_pool(2) as submit:\n"
-        "        print(submit(os.getpid).result(), flush=True)\n"
-        "        time.sleep(60)\n"
-    )
-    (tmp_path / "main.py").write_text(code)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, tmp_path / "main.py"], stdout=subprocess.PIPE, env=environment)
-    worker = int(process.stdout.readline())
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:
-        if Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":  # ended; nobody has collected it
-            break
-        time.sleep(0.02)
-    assert time.monotonic() < deadline
 
 
 # ---- scripts
