@@ -63,7 +63,8 @@ def run(recipe: FeatureRecipe, check: int | None = None) -> None:
     report = Report(recipe.folder, accelerator.is_main_process)
     teacher_pass: TeacherPass = stages.embedding(recipe.stage).TeacherPass(recipe, accelerator)
     if check is not None:
-        return _check(recipe, teacher_pass, accelerator, report, check)
+        _check(recipe, teacher_pass, accelerator, report, check)
+        return accelerator.end_training()
     root = Path(recipe.embed.to)
     # One process repairs, because two would cut the same tail.
     lines = on_main(accelerator, partial(open_store, recipe, root, teacher_pass, report))
@@ -81,8 +82,11 @@ def run(recipe: FeatureRecipe, check: int | None = None) -> None:
     embedded, asked = accelerator.reduce(counts).tolist()
     if asked:
         report.say(f"asked to stop: {embedded:,} records made now are kept; the same command resumes from there")
+        accelerator.end_training()
         sys.exit(STOPPED)
     on_main(accelerator, partial(close_store, root, teacher_pass, embedded, started, report))
+    # A rank that exits with the group still up can be aborted by the group's own threads.
+    accelerator.end_training()
 
 
 def open_store(recipe: FeatureRecipe, root: Path, teacher_pass: TeacherPass, report: Report) -> dict[str, str]:
