@@ -58,7 +58,7 @@ def build_index(
 
     `check`: `decode` decodes every image to its end, `header` reads sizes only and so lets truncated images through.
     `min_side` is in pixels. `workers` defaults to one per core; with 1 all is done in this process. `own`: photographs
-    of one's own, see data/own_photographs.py.
+    of one's own, see photographs.py.
     The same sources give the same bytes, whatever the workers and the interruptions.
     Raises UserError for sources or values that cannot be used, when no image is usable, and when a worker was killed.
     """
