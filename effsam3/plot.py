@@ -116,7 +116,7 @@ def draw(curves: dict[str, dict[str, Curve]], metrics: Sequence[str], smooth: fl
     rows = -(-len(metrics) // columns)
     figure = Figure(figsize=(16, 4.8 * rows), dpi=100, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flat
-    for axis, metric in zip(axes, metrics, strict=False):
+    for axis, metric in zip(axes[: len(metrics)], metrics, strict=True):
         drawn = {run: points[metric] for run, points in curves.items() if metric in points}
         for run, curve in drawn.items():
             _line(axis, metric, curve, smooth, run, f"C{list(curves).index(run)}")

@@ -265,7 +265,7 @@ def refuse_misfit(asked: Asked, is_video: bool, size: tuple[int, int]) -> None:
 def _in_pixels(option: str, shares: list[float], label: float, size: tuple[int, int]) -> PredictError:
     """Say that pixels are expected where shares of the image's sides were given."""
     sides = [size[1], size[0]] * 2
-    pixels = ",".join(f"{share * side:.0f}" for share, side in zip(shares, sides, strict=False))
+    pixels = ",".join(f"{share * side:.0f}" for share, side in zip(shares, sides[: len(shares)], strict=True))
     given = ",".join(f"{share:g}" for share in shares)
     return PredictError(
         f"{option} {given}: expected pixels; as shares of an image of {size[1]}x{size[0]} px that is {option} {pixels}"

@@ -39,8 +39,18 @@ def test_paths_exist(path):
     "page", [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md"))], ids=lambda page: page.name
 )
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", page.read_text("utf-8"))
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    broken = []
+    for file, heading in re.findall(r"\]\(([\w./-]*)(?:#([\w-]+))?\)", page.read_text("utf-8")):
+        target = page.parent / file if file else page
+        if not target.exists() or heading and heading not in anchors(target):
+            broken.append(f"{file}#{heading}")
+    assert broken == []
+
+
+def anchors(page):
+    """Return the names that GitHub gives a page's headings."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_every_room_is_drawn():

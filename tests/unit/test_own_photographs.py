@@ -4,6 +4,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from effsam3.data.images.sa1b import digest_of, load_index, read_image
 from effsam3.data.splits import split_of
 from effsam3.errors import UserError
 from effsam3.recipe.reader import RecipeError, load_recipe
+from effsam3.stages.image.facts import SOURCES, ImageData
 
 SMOKE = Path(__file__).parents[2] / "recipes/smoke/image.yaml"
 
@@ -138,3 +140,9 @@ def test_an_index_of_something_else_is_refused(photos, tmp_path):
 def test_contradictions_are_recipe_errors(overrides, said):
     with pytest.raises(RecipeError, match=said):
         load_recipe(SMOKE, overrides)
+
+
+def test_every_source_has_its_row():
+    assert set(get_args(get_type_hints(ImageData)["source"])) == set(SOURCES)
+    for row in SOURCES.values():
+        assert "{" not in row.made_by.format(index="i", folder="f", synthetic_images=3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError
@@ -31,11 +31,34 @@ from effsam3.recipe.rules import (
 )
 
 
+class ImageSource(NamedTuple):
+    """What is known of a value of `data.source`."""
+
+    label: str  # its name on the model card
+    made_by: str  # how an index that is not there yet comes to be, with keys of the section `data`
+    divided_by: str  # what decides which images are held out
+
+
+SOURCES = {
+    "sa1b": ImageSource(
+        "SA-1B", "make it with: effsam3 index sa1b FOLDER --out {index}", "effsam3 index sa1b --val-fraction"
+    ),
+    "folder": ImageSource(
+        "own photographs", "the photographs in {folder} will be indexed by `embed` or `train`", "data.held_out"
+    ),
+    "synthetic": ImageSource(
+        "synthetic",
+        "{synthetic_images} images will be drawn by `embed` or `train`",
+        "their number, data.synthetic_images,",
+    ),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageData(Data):
     """The photographs."""
 
-    # folder: photographs of your own; synthetic: drawn shapes, never used unless asked for here
+    # folder: photographs of your own; synthetic: drawn shapes, never used unless asked for here; rows of SOURCES
     source: Literal["sa1b", "folder", "synthetic"]
     index: Annotated[str, parquet]  # made by `effsam3 index sa1b`; `folder` and `synthetic` make their own
     folder: str | None = None  # source folder only: the photographs, in subfolders too; indexed on first use
@@ -106,7 +129,7 @@ class ImageRecipe(FeatureRecipe):
     replaces = "vision trunk"
     metric = "val/cosine"
     card_keys = FeatureRecipe.card_keys | {"student sees, px": "student_image_size"}
-    data_names = {"sa1b": "SA-1B", "folder": "own photographs"}
+    data_names = {source: row.label for source, row in SOURCES.items()}
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck")
 
     stage: Literal["image"]  # the folder of effsam3/stages that reads this recipe
@@ -183,12 +206,7 @@ class ImageRecipe(FeatureRecipe):
             UserError: there is no report.
         """
         data = self.data
-        remedies = {
-            "synthetic": f"{data.synthetic_images} images will be drawn by `embed` or `train`",
-            "folder": f"the photographs in {data.folder} will be indexed by `embed` or `train`",
-            "sa1b": f"make it with: effsam3 index sa1b FOLDER --out {data.index}",
-        }
-        counts = index_counts(data.index, "images", remedies[data.source])
+        counts = index_counts(data.index, "images", SOURCES[data.source].made_by.format_map(vars(data)))
         return {split: min(count, data.limit or count) for split, count in counts.items()}
 
     def _images_line(self) -> str:

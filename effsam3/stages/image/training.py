@@ -42,15 +42,10 @@ from effsam3.models.image.teacher import (
 )
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.base import FeatureStage, open_store
-from effsam3.stages.image.facts import ImageRecipe, record_fields
+from effsam3.stages.image.facts import SOURCES, ImageRecipe, record_fields
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.report import Report
 
-DIVIDED_BY = {
-    "sa1b": "effsam3 index sa1b --val-fraction",
-    "folder": "data.held_out",
-    "synthetic": "their number, data.synthetic_images,",
-}
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn images: they are few
 
 
@@ -210,7 +205,7 @@ class ImageStage(FeatureStage):
         if not len(train_data) or not len(val_data):
             raise UserError(
                 f"data.index: {index} has {len(train_data)} training and {len(val_data)} held-out images; "
-                f"both are needed ({DIVIDED_BY[recipe.data.source]} divides them)"
+                f"both are needed ({SOURCES[recipe.data.source].divided_by} divides them)"
             )
         neck = None
         if recipe.loss.neck:
