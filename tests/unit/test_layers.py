@@ -57,7 +57,7 @@ LAYERS = [
         "plot",
         "launch",
     },
-    {"cli", "verbs"},
+    {"cli", "verbs", "data_verbs", "verb"},
     {"__main__"},
 ]
 VERBS = LAYERS[3]
@@ -209,9 +209,9 @@ def test_the_lowest_layer_needs_only_python_and_yaml():
 
 
 def test_the_command_line_imports_verbs_only_when_they_run():
-    for file in ("cli.py", "verbs.py"):
+    for file in ("cli.py", "verbs.py", "data_verbs.py", "verb.py"):
         top = imports(PACKAGE / file, top_level_only=True)
-        light = {"errors", "stopping", "__version__", "verbs"}
+        light = {"errors", "stopping", "__version__", "verbs", "data_verbs", "verb"}
         assert {name.split(".")[1] for name in top if name.startswith("effsam3.")} <= light
 
 
