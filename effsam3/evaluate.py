@@ -15,14 +15,15 @@ from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.merging.slots import read_card
 from effsam3.models.registry import is_made_up
 from effsam3.publish.release import unmeasured
-from effsam3.recipe.common import Recipe
+from effsam3.recipe.common import AdaptingRecipe, Recipe
 from effsam3.training.report import Report, provenance
 
 
 def run(recipe: Recipe) -> dict:
     """Run the recipe's benchmarks on held-out data; return what it writes to `runs/<name>/eval`.
 
-    A release runs the benchmarks of every part's own recipe on the release's model; their names begin with the slot's.
+    A release runs the benchmarks of every part's own recipe on the release's model; their names begin with the slot's,
+    or with that of the run that changed tensors in place.
 
     What the data do not allow is skipped, as the summary reports.
 
@@ -37,22 +38,24 @@ def run(recipe: Recipe) -> dict:
     # What was merged is what is measured, whatever has been changed in the recipe since.
     merged = read_card(folder / "merged", {"chassis": str, "revision": (str, None)})
     asked = recipe.learned()
-    for slot in asked.keys() - merged["slots"].keys():
+    owners = [*merged["slots"], *(one["name"] for one in merged.get("adapted", ()))]
+    for owner in asked.keys() - set(owners):
+        kind = "changes by" if isinstance(asked[owner], AdaptingRecipe) else "student in the slot"
         raise UserError(
-            f"{folder}/merged has no student in the slot {slot} (it has {', '.join(merged['slots']) or 'none'}); "
-            "evaluate a recipe of that stage, or merge again"
+            f"{folder}/merged has no {kind} {owner} (it has {', '.join(owners) or 'none'}); evaluate a recipe of what "
+            "it has, or merge again"
         )
     if merged["chassis"] == merged.get("imported"):  # its own chassis: the recipe names the one to measure against
         merged |= {"chassis": recipe.sam3.checkpoint, "revision": recipe.sam3.revision}
     report = Report(folder)
     chassis = chassis_folder(merged["chassis"], merged["revision"])
-    made_by = provenance() | {key: merged[key] for key in ("chassis", "slots", "weights") if key in merged}
+    made_by = provenance() | {key: merged[key] for key in ("chassis", "slots", "adapted", "weights") if key in merged}
     (folder / "eval").mkdir(exist_ok=True)
     found, tables, device = [], [], device_for(recipe.hardware)
-    for slot, own in asked.items():
-        results = Results(folder / "eval", "" if own is recipe else f"{slot}_", made_by)
-        stages.measuring(slot).measure(own, folder, chassis, merged["chassis"], device, results)
-        tables += stages.measuring(slot).tables(results.by_name)
+    for owner, own in asked.items():
+        results = Results(folder / "eval", "" if own is recipe else f"{owner}_", made_by)
+        stages.measuring(own.stage).measure(own, folder, chassis, merged["chassis"], device, results)
+        tables += stages.measuring(own.stage).tables(results.by_name)
         found.append(results)
     summary = summarise([*tables, *(line for results in found for line in results.left_out)], merged)
     write_text(folder / "eval" / "summary.md", summary + "\n")

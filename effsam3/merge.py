@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from effsam3 import stages
@@ -16,7 +17,7 @@ from effsam3.checked_files import read_json
 from effsam3.files import refuse_unwritable, write_text
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_config, read_tensors
-from effsam3.models.merging.adapt import read_adapted
+from effsam3.models.merging.adapt import Adapted, read_adapted
 from effsam3.models.merging.combine import combine, slot_table
 from effsam3.models.merging.formats import extras, write_model
 from effsam3.models.merging.slots import (
@@ -27,7 +28,7 @@ from effsam3.models.merging.slots import (
     part_of_model,
     refuse_other_chassis,
 )
-from effsam3.recipe.common import Recipe, StageRecipe
+from effsam3.recipe.common import AdaptingRecipe, Recipe, StageRecipe
 from effsam3.recipe.reader import dump_recipe, load_recipe
 from effsam3.training import checkpoint
 from effsam3.training.report import Report, provenance
@@ -52,7 +53,7 @@ def run(recipe: Recipe) -> Path:
     rest = read_tensors(chassis)
     for part in parts:
         refuse_other_chassis(part, rest, sam3.checkpoint, sam3.revision)
-    adapted = [read_adapted(folder) for folder in recipe.adapted()]
+    adapted = [adapted_of(folder, recipe.merge.checkpoint) for folder in recipe.adapted()]
     merged = combine(config, {"chassis": rest}, parts, adapted)
     owners = owners_card(chassis, parts, [one.card() for one in adapted])
     card = owners | {
@@ -112,22 +113,49 @@ def part_of(slot: str, folder: Path, which: str, config: PreTrainedConfig) -> Pa
     if not (folder / "recipe.yaml").is_file() and model_folder(folder) is not None:
         return part_of_model(slot, folder)
     trained = trained_recipe(slot, folder)
-    source = checkpoint.chosen(folder / "checkpoints", which)
-    merging = stages.merging(slot)
-    form, remedy = {"features": merging.FEATURES_FORM}, "restore it, or train again"
-    features = read_json(folder / "provenance.json", form, remedy, MergeError)["features"]
+    features, weights, about = what_was_learned(trained, folder, which)
     teacher = {"checkpoint": trained.sam3.checkpoint, "revision": trained.sam3.revision}
     if "fingerprint" in features["teacher"]:  # an imported store names none
         teacher["fingerprint"] = features["teacher"]["fingerprint"]
-    about = {
-        "origin": f"{folder.name}/{source.name}",
-        "teacher": teacher,
-        "facts": {
-            "student_init": trained.student_init,
-            "validation": read_trainer(source).get("best"),
-        },
-    }
-    return merging.part_of_run(trained, features, checkpoint.read_weights(source), config, about)
+    about["facts"]["student_init"] = trained.student_init
+    return stages.merging(slot).part_of_run(trained, features, weights, config, about | {"teacher": teacher})
+
+
+def adapted_of(folder: Path, which: str) -> Adapted:
+    """Return the tensors that a run changed in place, or those of a folder that holds nothing else.
+
+    Raises:
+        MergeError: there is neither, it is a run of a stage that fills a slot, or it does not fit its own SAM 3.
+        CheckpointError: the run has no checkpoint `which`.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        return read_adapted(folder)
+    trained = load_recipe(folder / "recipe.yaml")
+    if not isinstance(trained, AdaptingRecipe):
+        raise MergeError(
+            f"parts.adapted: {folder} is a run of stage {trained.stage}, which changes no tensors in place; name a run "
+            f"that does, or give this one to its slot (parts.{trained.stage})"
+        )
+    features, weights, about = what_was_learned(trained, folder, which)
+    # On the SAM 3 that it learned on, whatever it is merged into: `adapt` compares the two.
+    chassis = chassis_folder(trained.sam3.checkpoint, trained.sam3.revision)
+    about["name"] = folder.name
+    return stages.merging(trained.stage).adapted_of_run(trained, features, weights, chassis, about)
+
+
+def what_was_learned(trained: StageRecipe, folder: Path, which: str) -> tuple[dict, dict[str, Tensor], dict]:
+    """Return what a run records of its features, its weights, and the `origin` and `facts` of a part made of them.
+
+    Raises:
+        MergeError: the record is missing or damaged.
+        CheckpointError: there is no checkpoint `which`.
+    """
+    source = checkpoint.chosen(folder / "checkpoints", which)
+    form = {"features": stages.merging(trained.stage).FEATURES_FORM}
+    features = read_json(folder / "provenance.json", form, "restore it, or train again", MergeError)["features"]
+    facts = {"validation": read_trainer(source).get("best")}
+    about = {"origin": f"{folder.name}/{source.name}", "facts": facts}
+    return features, checkpoint.read_weights(source), about
 
 
 def trained_recipe(slot: str, folder: Path) -> StageRecipe:

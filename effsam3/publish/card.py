@@ -189,21 +189,27 @@ def measurements(release: Release) -> str:
 
 
 def _training(release: Release) -> str:
-    slots, recipes = release.merged["slots"], release.recipes
-    learned = {slot: _how_it_learned(recipe) for slot, recipe in recipes.items()}
+    made, recipes = _made(release), release.recipes
+    learned = {owner: _how_it_learned(recipe) for owner, recipe in recipes.items()}
     rows = []
     for title in dict.fromkeys(title for values in learned.values() for title in values):
-        cells = [learned.get(slot, {}).get(title) for slot in slots]
+        cells = [learned.get(owner, {}).get(title) for owner in made]
         if any(cells):
             rows.append([title, *(cell or "-" for cell in cells)])
-    blocks = [table(rows, ["", *slots], text_columns=1 + len(slots))] if rows else []
-    for slot in slots:
-        if slot in recipes:
-            recipe = f"```yaml\n{dump_recipe(recipes[slot])}```"
-            blocks.append(f"<details><summary>Recipe, {slot}</summary>\n\n{recipe}\n\n</details>")
+    blocks = [table(rows, ["", *made], text_columns=1 + len(made))] if rows else []
+    for owner, origin in made.items():
+        if owner in recipes:
+            recipe = f"```yaml\n{dump_recipe(recipes[owner])}```"
+            blocks.append(f"<details><summary>Recipe, {owner}</summary>\n\n{recipe}\n\n</details>")
         else:
-            blocks.append(f"Slot `{slot}`: no recipe is known; the student is from `{slots[slot]['from']}`.")
+            blocks.append(f"`{owner}`: no recipe is known; it is from `{origin}`.")
     return "\n\n".join(blocks)
+
+
+def _made(release: Release) -> dict[str, str]:
+    """Return {slot, or name of changed tensors: where they come from}."""
+    slots = {slot: filled["from"] for slot, filled in release.merged["slots"].items()}
+    return slots | {one["name"]: one["from"] for one in release.merged.get("adapted", ())}
 
 
 def _how_it_learned(recipe: StageRecipe) -> dict[str, str | None]:

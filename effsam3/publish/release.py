@@ -33,7 +33,7 @@ class Release:
         folder: the run folder.
         merged: content of the model's effsam3.json.
         chassis: the SAM 3 at the bottom, where the model was merged into one that was merged itself.
-        recipe_files: {slot: recipe by which its student learned}; a slot whose recipe is not known is left out.
+        recipe_files: {slot, or name of changed tensors: recipe by which they learned}, as far as it is known.
         measured: those of eval/*.json that are of this merged model, which is known by its weights: merging the same
             ones again makes no other model.
         since: when the first of these was begun, in seconds since 1970; None: there are none.
@@ -82,7 +82,7 @@ class Release:
 
     @cached_property
     def recipes(self) -> dict[str, StageRecipe]:
-        """{slot: recipe by which its student learned}."""
+        """The recipes of `recipe_files`."""
         return {slot: load_recipe(file) for slot, file in self.recipe_files.items()}
 
 
@@ -123,22 +123,26 @@ def _began(provenance: dict) -> float:
 def unmeasured(recipe: Recipe) -> list[str]:
     """Return a line for every part without a recipe to measure it by."""
     learned = recipe.learned()
-    if not recipe.sources():
-        return [
-            "parts.adapted: changed tensors have no benchmarks of their own; name a part that has, such as parts.image"
-        ]
-    return [
+    lines = [
         f"parts.{slot}: {part} has no recipe.yaml with the data to measure it on; run `effsam3 evaluate` on a recipe "
         f"of stage {slot} with name={recipe.name}"
         for slot, part in recipe.sources().items()
         if slot not in learned
     ]
+    return lines + [
+        f"parts.adapted: {folder} has no recipe.yaml with data to measure its tensors on; a run that changed them has"
+        for folder in recipe.adapted()
+        if folder.name not in learned
+    ]
 
 
 def _recipe_files(folder: Path) -> dict[str, Path]:
-    """Return {slot: file} of the recipes by which the students learned: the run's own, or the parts' of a release."""
-    files = {slot: source / "recipe.yaml" for slot, source in load_recipe(folder).sources().items()}
-    return {slot: file for slot, file in files.items() if file.is_file()}
+    """Return {slot, or name of changed tensors: file} of the recipes by which they learned: the run's own, or the
+    parts' of a release."""
+    recipe = load_recipe(folder)
+    folders = recipe.sources() | {adapted.name: adapted for adapted in recipe.adapted()}
+    files = {owner: source / "recipe.yaml" for owner, source in folders.items()}
+    return {owner: file for owner, file in files.items() if file.is_file()}
 
 
 def sam_license(chassis: str, revision: str | None, license_file: str | None, model: Path) -> Path | None:

@@ -181,7 +181,10 @@ class Recipe(Section):
         return ()
 
     def learned(self) -> dict[str, StageRecipe]:
-        """Return {slot: recipe by which its student learned}, as far as they are known."""
+        """Return {who owns what was learned: recipe by which it learned}, as far as they are known.
+
+        A student's owner is its slot; changed tensors are called by their run.
+        """
         raise NotImplementedError
 
     def changed(self: AnyRecipe, key: str, value: object) -> AnyRecipe:
@@ -247,6 +250,25 @@ class StageRecipe(Recipe):
         if self.data.source != "synthetic":
             return []
         return [f"The student in the slot `{self.stage}` only learned from made-up data."]
+
+
+class AdaptingRecipe(StageRecipe):
+    """A recipe of something that changes tensors of its SAM 3 in place, and fills no slot."""
+
+    card_keys = {title: key for title, key in StageRecipe.card_keys.items() if key != "student_init"}
+
+    def sources(self) -> dict[str, Path]:
+        return {}
+
+    def adapted(self) -> tuple[Path, ...]:
+        return (self.folder,)
+
+    def learned(self) -> dict[str, StageRecipe]:
+        return {self.folder.name: self}
+
+    def limits(self) -> list[str]:
+        made_up = self.data.source == "synthetic"
+        return [f"What `{self.name}` changed only learned from made-up data."] if made_up else []
 
 
 class FeatureRecipe(StageRecipe):

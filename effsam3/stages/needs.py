@@ -112,13 +112,14 @@ def whole_merge(recipe: StageRecipe) -> str:
         return f"{recipe.sam3.checkpoint} is not on this machine; it will be fetched"
     config = read_config(folder)
     about = {"origin": f"{recipe.name}, untrained", "facts": {}}
-    part = stages.merging(recipe.stage).untrained_part(recipe, config, about)
-    slots = owners_card(folder, [part])["slots"]
+    # What is changed in place keeps its name and size: there is nothing that could not fit.
+    parts = [stages.merging(slot).untrained_part(recipe, config, about) for slot in recipe.sources()]
+    slots = owners_card(folder, parts)["slots"]
     rest = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(folder).items()}
     inherited = tuple(prefix for slot in owners_card(folder, [])["slots"] for prefix in SLOTS[slot].owns)
     # A format may compute with the values of students that are in it already.
     rest |= {name: one for name, one in map_tensors(folder).items() if name.startswith(inherited)}
-    merged = combine(config, {"chassis": rest}, [part])
+    merged = combine(config, {"chassis": rest}, parts)
     if "efficientsam3" in recipe.merge.formats and not recipe.merge.allow_padding_mismatch:
         refuse_other_padding(merged, slots)
     files = [FORMATS[name](merged, extras(folder), slots)[0] for name in recipe.merge.formats if name in FORMATS]
@@ -166,8 +167,7 @@ def needs_of(recipe: Recipe, verb: str) -> list[Callable[[], str | None]]:
     if verb == "push":
         return [partial(licence, recipe)]
     if verb == "evaluate":  # a release is measured by the recipes of its parts
-        learned = recipe.learned().items()
-        return [partial(need, own) for stage, own in learned for need in stages.measuring(stage).NEEDS]
+        return [partial(need, own) for own in recipe.learned().values() for need in stages.measuring(own.stage).NEEDS]
     if not isinstance(recipe, StageRecipe):
         return []
     if verb == "train":

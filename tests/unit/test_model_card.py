@@ -254,7 +254,7 @@ def test_a_part_without_a_recipe_is_said_to_have_none(run, tmp_path):
     recipe = load_recipe(folder / "recipe.yaml", [f"parts.text={tmp_path}"])
     (folder / "recipe.yaml").write_text(dump_recipe(recipe))
     card = card_of(folder)
-    assert "Slot `text`: no recipe is known; the student is from `smoke-text/best-step-000007`" in card
+    assert "`text`: no recipe is known; it is from `smoke-text/best-step-000007`" in card
     assert len(re.findall(r"```yaml\n", card)) == 1
 
 

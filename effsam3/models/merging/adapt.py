@@ -7,7 +7,7 @@ A `Part` replaces what is in its slot; `Adapted` keeps names, shapes and types, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -30,16 +30,19 @@ class Adapted:
         origin: where they come from.
         tensors: as they are now, by their names in the whole model.
         made_on: `fingerprint` of the same tensors before they were changed.
+        facts: what else the model's effsam3.json records of them.
     """
 
     name: str
     origin: str
     tensors: dict[str, Tensor]
     made_on: str
+    facts: dict = field(default_factory=dict)
 
     def card(self) -> dict:
         """Return what effsam3.json says of them."""
-        return {"name": self.name, "from": self.origin, "made_on": self.made_on, "tensors": sorted(self.tensors)}
+        own = {"name": self.name, "from": self.origin, "made_on": self.made_on, "tensors": sorted(self.tensors)}
+        return own | self.facts
 
 
 def read_adapted(folder: Path) -> Adapted:

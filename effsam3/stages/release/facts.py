@@ -24,7 +24,9 @@ class Parts(Section):
     image: str | None = None  # who fills the vision trunk
     text: str | None = None  # who fills the text encoder
     memory: str | None = None  # who fills the tracker's memory
-    adapted: Annotated[tuple[str, ...], each_once] = ()  # folders of tensors to change in place, see docs/formats.md
+    adapted: Annotated[
+        tuple[str, ...], each_once
+    ] = ()  # runs that changed tensors in place, or folders of such tensors, see docs/formats.md
 
     def slots(self) -> dict[str, str | None]:
         """Return {slot: who fills it}."""
@@ -68,8 +70,9 @@ class ReleaseRecipe(Recipe):
         return tuple(Path(folder) for folder in self.parts.adapted)
 
     def learned(self) -> dict[str, StageRecipe]:
-        files = {slot: folder / "recipe.yaml" for slot, folder in self.sources().items()}
-        return {slot: load_recipe(file) for slot, file in files.items() if file.is_file()}
+        folders = self.sources() | {folder.name: folder for folder in self.adapted()}
+        files = {owner: folder / "recipe.yaml" for owner, folder in folders.items()}
+        return {owner: load_recipe(file) for owner, file in files.items() if file.is_file()}
 
     def derived(self) -> dict[str, Callable[[], str]]:
         lines = {slot: partial(self._part_line, slot) for slot in self.parts.slots()}
