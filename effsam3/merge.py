@@ -133,8 +133,8 @@ def adapted_of(folder: Path, which: str) -> Adapted:
     trained = load_recipe(folder / "recipe.yaml")
     if not isinstance(trained, AdaptingRecipe):
         raise MergeError(
-            f"parts.adapted: {folder} is a run of stage {trained.stage}, which changes no tensors in place; name a run "
-            f"that does, or give this one to its slot (parts.{trained.stage})"
+            f"parts.adapted: {folder} is a run of stage {trained.stage}, which changes no tensors in place; name a "
+            f"run that does, or give this one to its slot (parts.{trained.stage})"
         )
     features, weights, about = what_was_learned(trained, folder, which)
     # On the SAM 3 that it learned on, whatever it is merged into: `adapt` compares the two.

@@ -10,10 +10,11 @@ needs; each is imported only when it is asked for:
 - `embedding.py`: TeacherPass, what `embed` runs (`protocol.TeacherPass`).
 - `merging.py`: `part_of_run`, what a run has learned as a part for its slot; FEATURES_FORM, what the run must record
   of the features for that; and `untrained_part`; `describe` and `card`, who fills the slot for `inspect` and for the
-  model card.
+  model card. A stage whose recipes are `recipe.common.AdaptingRecipe` has FEATURES_FORM and `adapted_of_run`, the
+  tensors that a run has changed in place (`models.merging.adapt.Adapted`), instead.
 - `measuring.py`: `measure`, which adds to `benchmarks.results.Results`; `tables` of what it has found, and NEEDS.
 
-A stage that learns has its slot's name (`models.merging.slots`).
+A stage that fills a slot has its name (`models.merging.slots`).
 """
 
 from __future__ import annotations
