@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what effsam3 claims about its speed, each claim as a ratio of two ways of doing the same.
+
+    python scripts/benchmark.py [--suite cpu|gpu] [--only NAME] [--rounds 7] [--tiny] [--out benchmark.json]
+
+All sides of a benchmark run in one process, in turn, so that a busy machine slows all of them alike; the first round
+is dropped. The ratio is that of CPU times (medians) in the suite `cpu`, and of the best wall times in the suite `gpu`.
+`--tiny` only shows that everything runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from effsam3.benchmarks.speed import device_name
+from effsam3.files import write_text
+from effsam3.losses.masks import object_weights
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import load_part, read_config
+from effsam3.models.memory.config import EfficientTrackerConfig
+from effsam3.models.memory.student import TrackerStudent
+from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
+from effsam3.models.memory.training import Prompts, read_tracker_tensors
+from effsam3.training.report import table
+
+Sides = dict[str, Callable[[], object]]
+
+
+class Benchmark(NamedTuple):
+    """`sides` makes the ways by name, ours first, the naive one second; ours may take `most` times as long."""
+
+    sides: Callable[[torch.device, bool], Sides]
+    most: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one side."""
+
+    cpu_s: float  # median
+    wall_s: float  # best
+
+
+def measure(sides: Sides, rounds: int, device: torch.device) -> dict[str, Measured]:
+    """Run all sides round after round; the first round warms up and is dropped."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            side()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.process_time() - cpu, time.perf_counter() - wall))
+    kept = {name: taken[1:] for name, taken in times.items()}
+    return {
+        name: Measured(statistics.median(cpu for cpu, _ in taken), min(wall for _, wall in taken))
+        for name, taken in kept.items()
+    }
+
+
+# ---- benchmarks: a function (device, whether tiny) -> named sides, and its entry in BENCHMARKS
+
+
+def video_step(device: torch.device, tiny: bool) -> Sides:
+    """One training step of SAM 3's tracker on a clip of 8 frames with 3 objects, and object by object."""
+    frames, objects = (2, 2) if tiny else (8, 3)
+    folder = chassis_folder("random" if device.type == "cuda" else "tiny")
+    own = read_config(folder).tracker_config.to_dict()
+    own.pop("model_type")
+    config = EfficientTrackerConfig(**own, memory_mode="dense")
+    tracker = load_part(EfficientTracker(config), efficient_tracker_tensors(read_tracker_tensors(folder), config))
+    teacher = EfficientTracker(config, remove_vision_encoder=True)
+    student = TrackerStudent(
+        tracker.to(device), ("memory", "decoder"), teacher.to(device),
+        {"focal": 20.0, "dice": 1.0, "iou": 1.0, "presence": 1.0, "memory": 0.0},
+        config.image_size, False, trunk_batch=8, objects_at_once=None, recompute=False,
+    ).train()  # fmt: skip
+    side = config.image_size
+    pixels = torch.randn(1, frames, 3, side, side, device=device)
+    masks = torch.zeros(objects, frames, side, side, dtype=torch.bool, device=device)
+    for index in range(objects):
+        masks[index, :, index * side // 8 : (index + 2) * side // 8, side // 4 : side // 2] = True
+    clip = torch.zeros(objects, dtype=torch.long, device=device)
+    none = torch.zeros(objects, 2, 2, device=device), torch.full((objects, 2), -1, dtype=torch.int32, device=device)
+    prompts = Prompts(*none, torch.ones(objects, dtype=torch.bool, device=device))
+
+    def step(objects_N: torch.Tensor) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            given = (masks[objects_N], clip[objects_N], object_weights(clip[objects_N], 1), prompts.some(objects_N))
+            student(pixels, *given)["loss"].backward()
+
+    every = torch.arange(objects, device=device)
+    return {
+        "all objects at once": lambda: step(every),
+        "object by object": lambda: [step(one) for one in every[:, None]],
+    }
+
+
+BENCHMARKS = {"video-step": Benchmark(video_step, most=0.5)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--only", choices=tuple(BENCHMARKS), help="run one benchmark")
+    parser.add_argument("--rounds", type=int, default=7, help="the first one is dropped")
+    parser.add_argument("--tiny", action="store_true", help="smallest sizes: a test of the script")
+    parser.add_argument("--out", type=Path, default=Path("benchmark.json"), help="where the numbers are written")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds: the first one is dropped; ask for 2 or more")
+    if arguments.suite == "cpu":
+        torch.set_num_threads(1)
+    device = torch.device("cuda" if arguments.suite == "gpu" else "cpu")
+    found, rows = {}, []
+    for name, (sides, most) in BENCHMARKS.items():
+        if arguments.only not in (None, name):
+            continue
+        times = measure(sides(device, arguments.tiny), arguments.rounds, device)
+        key = "wall_s" if arguments.suite == "gpu" else "cpu_s"
+        ours, naive, *_ = (getattr(one, key) for one in times.values())
+        found[name] = {
+            "sides": {side: asdict(one) for side, one in times.items()},
+            "ratio": ours / naive,
+            "most": most,
+        }
+        for place, (side, one) in enumerate(times.items()):
+            ratio = [f"{ours / naive:.2f}", f"{most:.2f}"] if not place else ["", ""]
+            rows.append([name if not place else "", side, f"{one.cpu_s:.3f}", f"{one.wall_s:.3f}", *ratio])
+    print(f"{device_name(device)}, load average {os.getloadavg()[0]:.1f}, {arguments.rounds - 1} rounds\n")
+    print(table(rows, ["benchmark", "side", "CPU s", "best wall s", "ratio", "at most"], text_columns=2))
+    about = {"device": device_name(device), "suite": arguments.suite, "rounds": arguments.rounds - 1}
+    write_text(arguments.out, json.dumps(about | {"tiny": arguments.tiny, "benchmarks": found}, indent=1) + "\n")
+    print(f"\nnumbers in {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

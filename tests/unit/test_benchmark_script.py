@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""scripts/benchmark.py on its smallest sizes: everything runs, and the numbers are where it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[2] / "scripts/benchmark.py"
+spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
+benchmark = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = benchmark
+spec.loader.exec_module(benchmark)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """The script sets their number for its process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_every_benchmark_runs_and_is_written(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "benchmark.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--tiny", "--rounds", "2", "--out", str(out)])
+    benchmark.main()
+    found, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert found["benchmarks"].keys() == benchmark.BENCHMARKS.keys() and found["rounds"] == 1 and found["tiny"]
+    for name, one in found["benchmarks"].items():
+        ours, naive = list(one["sides"].values())[:2]
+        assert one["ratio"] == ours["cpu_s"] / naive["cpu_s"] and f"| {name} " in printed
+        assert all(side in printed for side in one["sides"])
+
+
+def test_sides_take_turns_and_the_first_round_is_dropped():
+    calls = []
+    times = benchmark.measure({side: lambda side=side: calls.append(side) for side in "ab"}, 3, torch.device("cpu"))
+    assert calls == list("ababab") and times.keys() == set("ab")
