@@ -69,6 +69,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         for inside in partial.rglob("*"):
+            if inside.is_symlink():
+                continue  # what it points to is not ours to change
             if inside.is_file():
                 inside.chmod(inside.stat().st_mode | 0o044)  # safetensors lets only the owner read
             sync(inside)

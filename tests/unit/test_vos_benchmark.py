@@ -14,7 +14,7 @@ from transformers.models.sam2_video.video_processing_sam2_video import Sam2Video
 from vos_folders import write_vos_trees
 
 from effsam3.benchmarks.jaccard import DavisScorer, SavScorer
-from effsam3.benchmarks.pictures.videos import evenly
+from effsam3.benchmarks.pictures.drawing import evenly
 from effsam3.benchmarks.tracking import TrackerRun, TrackingError, track
 from effsam3.benchmarks.vos import voc_palette, vos, vos_table, write_objects
 from effsam3.data.videos.vos import open_vos

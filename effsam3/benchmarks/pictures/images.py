@@ -15,7 +15,7 @@ from torch import Tensor
 
 from effsam3.benchmarks.masks import choose_annotations, segment
 from effsam3.benchmarks.models import Pair
-from effsam3.benchmarks.pictures.videos import paint
+from effsam3.benchmarks.pictures.drawing import paint
 from effsam3.data.images.sa1b import mask_of, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.unreadable import Unreadable

@@ -13,17 +13,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
-from effsam3.benchmarks.pictures.videos import colour_of, evenly, paint, save_png
+from effsam3.benchmarks.pictures.drawing import CELL_WIDTH, colour_of, contact_sheet, evenly, paint, save_png
 from effsam3.data.coco import rles_of
 from effsam3.files import write_json
 from effsam3.models.inference.concepts import Instances
 
 SHOWN = 12  # frames on a video's contact sheet
-CELL_WIDTH = 400  # pixels of a frame there
-COLUMNS = 4
 OVERLAY_WIDTH = 900  # assumed display width; sets label size
 SHADES = ((0, 0, 0), (255, 255, 255))  # of prompts with label 0 and 1
-GAP = 6  # pixels
 
 
 def records(found: Instances) -> list[dict]:
@@ -59,7 +56,7 @@ def write_video(folder: Path, about: dict, frames: Mapping[int, list[dict]], ima
     write_json(folder / "predictions.json", about | {"frames": rows})
     first, *_ = chosen = evenly(sorted(frames), SHOWN)
     pictures = {
-        index: draw(images[index], frames[index], CELL_WIDTH, about["prompts"] if index == first else {})
+        f"frame {index}": draw(images[index], frames[index], CELL_WIDTH, about["prompts"] if index == first else {})
         for index in chosen
     }
     save_png(contact_sheet(pictures), folder / "overlay.png")
@@ -96,22 +93,3 @@ def draw(image_HW3: np.ndarray, instances: list[dict], width: int, prompts: Mapp
     for x, y, label in prompts.get("points", ()):
         pen.circle((x, y), 4 * unit, fill=SHADES[label], outline=SHADES[1 - label], width=unit)
     return picture
-
-
-def contact_sheet(pictures: dict[int, Image.Image]) -> Image.Image:
-    """Put pictures side by side, in rows, each under the number of its frame."""
-    font = ImageFont.load_default(14)
-    width, height = next(iter(pictures.values())).size
-    across = min(CELL_WIDTH, width)
-    cell = across, round(across * height / width)
-    columns = min(COLUMNS, len(pictures))
-    line = 20
-    down = -(-len(pictures) // columns) * (cell[1] + line + GAP)
-    sheet = Image.new("RGB", (columns * (cell[0] + GAP) + GAP, down + GAP), (255, 255, 255))
-    pen = ImageDraw.Draw(sheet)
-    for place, (index, picture) in enumerate(pictures.items()):
-        row, column = divmod(place, columns)
-        left, top = GAP + column * (cell[0] + GAP), GAP + row * (cell[1] + line + GAP)
-        pen.text((left, top), f"frame {index}", (60, 60, 60), font)
-        sheet.paste(picture.resize(cell, Image.Resampling.LANCZOS), (left, top + line))
-    return sheet

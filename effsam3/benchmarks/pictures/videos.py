@@ -12,33 +12,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
-from effsam3.benchmarks.jaccard import ObjectScore, boundary
+from effsam3.benchmarks.jaccard import ObjectScore
+from effsam3.benchmarks.pictures.drawing import colour_of, evenly, paint, save_png
 from effsam3.benchmarks.tracking import Masks, TrackedFrame
-from effsam3.files import atomic_file
 
-# Far from one another and from most of what is filmed; after the last, the first is used again.
-COLOURS = tuple(
-    np.array(ImageColor.getrgb(text), np.float32)
-    for text in ("#ff3b6b", "#22c7ff", "#ffd400", "#7dff5a", "#b784ff", "#ff9d2e", "#19e3b1", "#ff7ad9", "#5b8cff")
-)
 CELL_WIDTH = 320  # pixels of a frame on the contact sheet
 COLUMNS = 6  # frames of a contact sheet
 LINE, GAP = 22, 6  # pixels: a line of text, the space between frames
 INK, PALE, PAPER = (30, 32, 38), (120, 124, 134), (255, 255, 255)
-
-
-def evenly(items: list[int], count: int) -> list[int]:
-    """Up to `count` of the items, evenly spaced, with the first and the last one."""
-    if len(items) <= count:
-        return list(items)
-    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
-
-
-def colour_of(number: int) -> np.ndarray:
-    """RGB 0..255, float, of the object with this id: whoever sees two pictures of a video compares like with like."""
-    return COLOURS[(number - 1) % len(COLOURS)]
 
 
 def reduce(frame: TrackedFrame, width: int) -> TrackedFrame:
@@ -57,29 +40,6 @@ def reduce(frame: TrackedFrame, width: int) -> TrackedFrame:
         masks={name: small(masks) for name, masks in frame.masks.items()},
         prompted=frame.prompted,
     )
-
-
-def paint(image_HWC: np.ndarray, filled: Masks, outlined: Masks) -> Image.Image:
-    """Draw masks over an image: `filled` as coloured areas, `outlined` as lines with a dark seam."""
-    canvas = image_HWC * np.float32(0.85)
-    for number, mask in filled.items():
-        canvas[mask] = 0.45 * canvas[mask] + 0.55 * colour_of(number)
-    for number, mask in outlined.items():
-        line = boundary(mask)
-        seam = line.copy()
-        seam[1:] |= line[:-1]
-        seam[:-1] |= line[1:]
-        seam[:, 1:] |= line[:, :-1]
-        seam[:, :-1] |= line[:, 1:]
-        canvas[seam] *= 0.3
-        canvas[line] = 0.4 * 255 + 0.6 * colour_of(number)
-    return Image.fromarray(canvas.round().astype(np.uint8))
-
-
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all."""
-    with atomic_file(path) as file:
-        picture.save(file, "PNG")
 
 
 class ContactSheet:

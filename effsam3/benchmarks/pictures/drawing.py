@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masks drawn over images, one colour per object, and sheets of such pictures.
+
+Letters: H W rows and columns of a picture, C colours (RGB).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from effsam3.benchmarks.jaccard import boundary
+from effsam3.files import atomic_file
+
+Masks = dict[int, np.ndarray]  # {object: bool (H, W)}
+# Far from one another and from most of what is filmed; after the last, the first is used again.
+COLOURS = tuple(
+    np.array(ImageColor.getrgb(text), np.float32)
+    for text in ("#ff3b6b", "#22c7ff", "#ffd400", "#7dff5a", "#b784ff", "#ff9d2e", "#19e3b1", "#ff7ad9", "#5b8cff")
+)
+CELL_WIDTH = 400  # pixels of a picture on a sheet
+COLUMNS = 4
+LINE, GAP = 20, 6  # pixels: a line of text, the space between pictures
+
+
+def evenly(items: list[int], count: int) -> list[int]:
+    """Up to `count` of the items, evenly spaced, with the first and the last one."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(place)] for place in np.linspace(0, len(items) - 1, count)]
+
+
+def colour_of(number: int) -> np.ndarray:
+    """RGB 0..255, float, of the object with this id: whoever sees two pictures of a video compares like with like."""
+    return COLOURS[(number - 1) % len(COLOURS)]
+
+
+def paint(image_HWC: np.ndarray, filled: Masks, outlined: Masks) -> Image.Image:
+    """Draw masks over an image: `filled` as coloured areas, `outlined` as lines with a dark seam."""
+    canvas = image_HWC * np.float32(0.85)
+    for number, mask in filled.items():
+        canvas[mask] = 0.45 * canvas[mask] + 0.55 * colour_of(number)
+    for number, mask in outlined.items():
+        line = boundary(mask)
+        seam = line.copy()
+        seam[1:] |= line[:-1]
+        seam[:-1] |= line[1:]
+        seam[:, 1:] |= line[:, :-1]
+        seam[:, :-1] |= line[:, 1:]
+        canvas[seam] *= 0.3
+        canvas[line] = 0.4 * 255 + 0.6 * colour_of(number)
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Write a picture whole or not at all."""
+    with atomic_file(path) as file:
+        picture.save(file, "PNG")
+
+
+def contact_sheet(pictures: dict[str, Image.Image]) -> Image.Image:
+    """Put pictures side by side, in rows, each under its title."""
+    font = ImageFont.load_default(14)
+    across = min(CELL_WIDTH, max(picture.width for picture in pictures.values()))
+    sizes = [(across, round(across * picture.height / picture.width)) for picture in pictures.values()]
+    columns, tallest = min(COLUMNS, len(pictures)), max(height for _, height in sizes)
+    down = -(-len(pictures) // columns) * (tallest + LINE + GAP)
+    sheet = Image.new("RGB", (columns * (across + GAP) + GAP, down + GAP), (255, 255, 255))
+    pen = ImageDraw.Draw(sheet)
+    for place, (title, picture) in enumerate(pictures.items()):
+        row, column = divmod(place, columns)
+        left, top = GAP + column * (across + GAP), GAP + row * (tallest + LINE + GAP)
+        pen.text((left, top), title, (60, 60, 60), font)
+        sheet.paste(picture.resize(sizes[place], Image.Resampling.LANCZOS), (left, top + LINE))
+    return sheet
