@@ -18,7 +18,7 @@ from transformers import Sam3TrackerVideoModel
 from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import Sam3TrackerVideoInferenceSession
 
 from effsam3.data.transforms import normalise, resize_image
-from effsam3.data.videos.vos import VosVideo
+from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 from effsam3.models.inference.prompted import prompt_processor
 from effsam3.models.memory.attention import MemoryTokens

@@ -27,7 +27,8 @@ from effsam3.benchmarks.pictures.videos import ContactSheet
 from effsam3.benchmarks.speed import device_name
 from effsam3.benchmarks.tables import Column, percent, result_table
 from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
-from effsam3.data.videos.vos import HIGHEST_ID, VosVideo
+from effsam3.data.videos.mask_pngs import HIGHEST_ID
+from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError, did_you_mean
 from effsam3.files import atomic_folder, write_text
 

@@ -15,7 +15,8 @@ from effsam3.benchmarks.jaccard import DavisScorer
 from effsam3.benchmarks.tracking import TrackedFrame
 from effsam3.benchmarks.vos import PredictionFolder, vos
 from effsam3.data.synthetic.videos import mp4_bytes, sav_record
-from effsam3.data.videos.vos import FromOne, open_vos
+from effsam3.data.videos.vos import open_vos
+from effsam3.data.videos.vos_video import FromOne
 from effsam3.errors import UserError
 
 

@@ -8,46 +8,186 @@ Letters: B clips, T frames, N object slots, S side of the square frames, H W row
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
 from effsam3.data.sampler import PADDING
 from effsam3.data.unreadable import Unreadable
+from effsam3.data.videos.augmentation import Augmentation
 from effsam3.data.videos.sav import FRAME_STRIDE, SavAnnotations, read_annotated_frames, read_sav
 from effsam3.errors import UserError
 
 OTHERS = 8  # videos tried in place of one that cannot be read
-TURN, SHEAR = 25, 20  # degrees either way, at most; as SAM 2 is trained, like the colours
-COLOUR = np.array([0.1, 0.03, 0.03])  # brightness, contrast and saturation of a clip change by this share
-FRAME_COLOUR = np.array([0.1, 0.05, 0.05])  # and those of each frame
-FILL = 128  # what a turned frame shows where there is no video; the mean colour
 
 
 class NoClip(Unreadable):
-    """Reasons: too_small, all masks of the clip's first frame are empty at the clip's size."""
+    """Reasons: too_small, all masks of the clip's first frame are empty at the clip's size; no_object."""
 
     what = "clip of"
 
 
-class VideoClips(Dataset):
-    """Map-style dataset that builds a whole batch of clips at a time.
+@dataclass(frozen=True)
+class Clip:
+    """One entry of a batch, see `Clips.__getitems__`."""
+
+    pixels: Tensor
+    masks: Tensor
+    valid: Tensor
+    frames: Tensor
+    inside: Tensor
+    key: str
+
+
+class Clips(Dataset, ABC):
+    """Map-style dataset that builds a whole batch of clips at a time; what a clip is drawn from is up to its kinds.
+
+    Args:
+        image_size: S; the whole frame is resized to S x S, whatever its shape.
+        frames: T, of a clip.
+        objects: N, the most objects of a clip.
+        reverse: share of the clips that run backwards.
+        augment: mirror, turn, shear and recolour clips, each alike in all its frames but for a little colour.
+        seed: of everything that is drawn.
+    """
+
+    def __init__(self, image_size: int, frames: int, objects: int, reverse: float, augment: bool, seed: int):
+        self.image_size, self.frames, self.objects = image_size, frames, objects
+        self.reverse, self.augment, self.seed = reverse, augment, seed
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Count the videos."""
+
+    @abstractmethod
+    def _key(self, position: int) -> str:
+        """Return what reports call a video."""
+
+    @abstractmethod
+    def _clip(self, position: int, rng: np.random.Generator) -> Clip:
+        """Draw a clip of a video. Raises Unreadable."""
+
+    def __getitem__(self, item: int | tuple[int, int]) -> dict:
+        """Return one clip without the batch axis, see `__getitems__`."""
+        batch = self.__getitems__([item])
+        return {name: value if name == "unreadable" else value[0] for name, value in batch.items()}
+
+    def __getitems__(self, items: list[int | tuple[int, int]]) -> dict:
+        """Return the clips of `items`, each a (position, number) or only a position, which is its own number.
+
+        The number seeds what is drawn. Where a video cannot be read, a numbered item takes a clip of another video,
+        found by the number. A position without a number asks for this very video (validation) and gives an empty clip,
+        as does `PADDING`.
+
+        Keys of the batch: `pixels` uint8 (B, T, 3, S, S); `masks` bool (B, T, N, S, S), empty where an object is
+        absent; `valid` bool (B, N), which slots hold an object, and all False for an empty clip; `frames` int64
+        (B, T), numbers of the video's frames; `inside` bool (B, T), False where a video has no more frames; lists
+        `keys` ("" for an empty clip) and `numbers` (0 for padding); `unreadable`, pairs (key, reason), of
+        all videos that could not be read.
+        """
+        clips = []
+        unreadable: list[tuple[str, str]] = []
+        pairs = [item if isinstance(item, tuple) else (item, item) for item in items]
+        for item, (position, number) in zip(items, pairs, strict=True):
+            if position == PADDING:
+                clips.append(self._empty())
+            elif isinstance(item, tuple):
+                clips.append(self._clip_of_any(position, number, unreadable))
+            else:
+                clips.append(self._clip_of_any(position, number, unreadable, others=0))
+        return {
+            "pixels": torch.stack([clip.pixels for clip in clips]),
+            "masks": torch.stack([clip.masks for clip in clips]),
+            "valid": torch.stack([clip.valid for clip in clips]),
+            "frames": torch.stack([clip.frames for clip in clips]),
+            "inside": torch.stack([clip.inside for clip in clips]),
+            "keys": [clip.key for clip in clips],
+            "numbers": [max(number, 0) for _, number in pairs],
+            "unreadable": unreadable,
+        }
+
+    def _clip_of_any(self, position: int, number: int, unreadable: list, others: int = OTHERS) -> Clip:
+        """Return the clip of the position's video, else of one of `others` drawn by the number, else an empty one."""
+        for attempt in range(1 + others):
+            # The attempt seeds too: a broken video is replaced by another one that is as random, and the same after
+            # resuming.
+            rng = np.random.default_rng([self.seed, number, attempt])
+            position = int(rng.integers(len(self)) if attempt else position)
+            try:
+                return self._clip(position, rng)
+            except Unreadable as error:
+                unreadable.append((self._key(position), f"{error.reason}: {error.detail}"))
+        return self._empty()
+
+    def _finish(
+        self,
+        frames_T3HW: np.ndarray,
+        masks_TNHW: Tensor,
+        first: list[int],
+        numbers: list[int],
+        key: str,
+        rng: np.random.Generator,
+        count: int | None = None,
+    ) -> Clip:
+        """Augment and resize a clip of at most N objects.
+
+        Args:
+            first: for each object a frame that shows it; none is moved out of it.
+            numbers: of the frames.
+            count: how many of the frames are of the video; None: all.
+        """
+        objects = masks_TNHW.shape[1]
+        frames = torch.from_numpy(frames_T3HW)
+        if self.augment:
+            augmentation = Augmentation.draw(rng)
+            shown_NHW = masks_TNHW[first, range(objects)]
+            if not self._resized(augmentation.move_masks(shown_NHW)).flatten(1).any(1).all():
+                augmentation = augmentation.unturned()  # it moves an object out of the frame that shows it
+            # Masks move like the frames; colours only concern the frames.
+            masks_TNHW = augmentation.move_masks(masks_TNHW.flatten(0, 1)).view_as(masks_TNHW)
+            frames = augmentation.move_frames(frames)
+        pixels = functional.resize(frames, [self.image_size, self.image_size], antialias=True)
+        if self.augment:
+            pixels = augmentation.recolour(pixels)
+        masks = torch.zeros(self.frames, self.objects, *pixels.shape[2:], dtype=torch.bool)
+        masks[:, :objects] = self._resized(masks_TNHW.flatten(0, 1)).unflatten(0, (self.frames, objects))
+        valid = torch.arange(self.objects) < objects
+        inside = torch.arange(self.frames) < (self.frames if count is None else count)
+        return Clip(pixels, masks, valid, torch.tensor(numbers), inside, key)
+
+    def _resized(self, masks_MHW: Tensor) -> Tensor:
+        """Resize bool masks to S x S: True where the object covers half of a pixel or more."""
+        # By area: the nearest pixel would lose thin objects, or keep them by chance.
+        soft = masks_MHW[:, None].to(torch.uint8) * 255
+        return functional.resize(soft, [self.image_size, self.image_size], antialias=True)[:, 0] >= 128
+
+    def _empty(self) -> Clip:
+        side = self.image_size
+        return Clip(
+            torch.zeros(self.frames, 3, side, side, dtype=torch.uint8),
+            torch.zeros(self.frames, self.objects, side, side, dtype=torch.bool),
+            torch.zeros(self.objects, dtype=torch.bool),
+            torch.zeros(self.frames, dtype=torch.int64),
+            torch.zeros(self.frames, dtype=torch.bool),
+            "",
+        )
+
+
+class VideoClips(Clips):
+    """Clips of SA-V, of consecutive annotated frames.
 
     Args:
         index: rows of an SA-V index, `sav.load_index`. Rows without any clip are left out of the dataset.
         folder: what the rows' files are relative to.
-        image_size: S; the whole frame is resized to S x S, whatever its shape.
         frames: T, consecutive annotated frames (6 per second).
         objects: N, the most objects of a clip, drawn from those visible in its first frame.
-        reverse: share of the clips that run backwards.
-        augment: mirror, turn, shear and recolour clips, each alike in all its frames but for a little colour.
-        seed: of everything that is drawn.
+        image_size, reverse, augment, seed: as for `Clips`.
 
     Attributes:
         left_out: {key: reason} of the rows that have no clip: too short, or no object where a clip could begin.
@@ -68,9 +208,8 @@ class VideoClips(Dataset):
         augment: bool = True,
         seed: int = 0,
     ):
-        self.folder, self.image_size = Path(folder), image_size
-        self.frames, self.objects = frames, objects
-        self.reverse, self.augment, self.seed = reverse, augment, seed
+        super().__init__(image_size, frames, objects, reverse, augment, seed)
+        self.folder = Path(folder)
         self.left_out: dict[str, str] = {}
         usable = []
         for position, (key, annotated, gaps, visible) in enumerate(
@@ -92,57 +231,11 @@ class VideoClips(Dataset):
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, item: int | tuple[int, int]) -> dict:
-        """Return one clip without the batch axis, see `__getitems__`."""
-        batch = self.__getitems__([item])
-        return {name: value if name == "unreadable" else value[0] for name, value in batch.items()}
+    def _key(self, position: int) -> str:
+        return self.index[position]["key"]
 
-    def __getitems__(self, items: list[int | tuple[int, int]]) -> dict:
-        """Return the clips of `items`, each a (position, number) or only a position, which is its own number.
-
-        The number seeds what is drawn. Where a video cannot be read, a numbered item takes a clip of another video,
-        found by the number. A position without a number asks for this very video (validation) and gives an empty clip,
-        as does `PADDING`.
-
-        Keys of the batch: `pixels` uint8 (B, T, 3, S, S); `masks` bool (B, T, N, S, S), empty where an object is
-        absent; `valid` bool (B, N), which slots hold an object, visible in the first frame, and all False for an empty
-        clip; `frames` int64 (B, T), numbers of the video's frames; lists `keys` ("" for an empty clip) and `numbers`
-        (0 for padding); `unreadable`, pairs (key, reason), of all videos that could not be read.
-        """
-        clips = []
-        unreadable: list[tuple[str, str]] = []
-        pairs = [item if isinstance(item, tuple) else (item, item) for item in items]
-        for item, (position, number) in zip(items, pairs, strict=True):
-            if position == PADDING:
-                clips.append(self._empty())
-            elif isinstance(item, tuple):
-                clips.append(self._clip_of_any(position, number, unreadable))
-            else:
-                clips.append(self._clip_of_any(position, number, unreadable, others=0))
-        return {
-            "pixels": torch.stack([clip.pixels for clip in clips]),
-            "masks": torch.stack([clip.masks for clip in clips]),
-            "valid": torch.stack([clip.valid for clip in clips]),
-            "frames": torch.stack([clip.frames for clip in clips]),
-            "keys": [clip.key for clip in clips],
-            "numbers": [max(number, 0) for _, number in pairs],
-            "unreadable": unreadable,
-        }
-
-    def _clip_of_any(self, position: int, number: int, unreadable: list, others: int = OTHERS) -> Clip:
-        """Return the clip of the position's video, else of one of `others` drawn by the number, else an empty one."""
-        for attempt in range(1 + others):
-            # The attempt seeds too: a broken video is replaced by another one that is as random, and the same after
-            # resuming.
-            rng = np.random.default_rng([self.seed, number, attempt])
-            row = self.index[int(rng.integers(len(self)) if attempt else position)]
-            try:
-                return self._clip(row, rng)
-            except Unreadable as error:
-                unreadable.append((row["key"], f"{error.reason}: {error.detail}"))
-        return self._empty()
-
-    def _clip(self, row: dict, rng: np.random.Generator) -> Clip:
+    def _clip(self, position: int, rng: np.random.Generator) -> Clip:
+        row = self.index[position]
         forward, backward = self._starts(row["annotated"], row["gaps"], row["visible"])
         backwards = rng.random() < self.reverse
         # Some objects are only visible at one end of their video; the other direction still gives a clip.
@@ -155,22 +248,9 @@ class VideoClips(Dataset):
         masks_TNHW = self._draw_objects(annotations, row, annotated, rng)
         size = masks_TNHW.shape[2], masks_TNHW.shape[3]
         file = self.folder / row["video_file"]
-        frames = torch.from_numpy(read_annotated_frames(file, annotated, size, row["seekable"], row["video_bytes"]))
-        if self.augment:
-            augmentation = Augmentation.draw(rng)
-            if not self._resized(augmentation.move_masks(masks_TNHW[0])).flatten(1).any(1).all():
-                augmentation = augmentation.unturned()  # it moves an object out of the first frame
-            # Masks move like the frames; colours only concern the frames.
-            masks_TNHW = augmentation.move_masks(masks_TNHW.flatten(0, 1)).view_as(masks_TNHW)
-            frames = augmentation.move_frames(frames)
-        pixels = functional.resize(frames, [self.image_size, self.image_size], antialias=True)
-        if self.augment:
-            pixels = augmentation.recolour(pixels)
-        count = masks_TNHW.shape[1]
-        masks = torch.zeros(self.frames, self.objects, *pixels.shape[2:], dtype=torch.bool)
-        masks[:, :count] = self._resized(masks_TNHW.flatten(0, 1)).unflatten(0, (self.frames, count))
-        valid = torch.arange(self.objects) < count
-        return Clip(pixels, masks, valid, torch.tensor(annotated) * FRAME_STRIDE, row["key"])
+        frames_T3HW = read_annotated_frames(file, annotated, size, row["seekable"], row["video_bytes"])
+        numbers = [FRAME_STRIDE * frame for frame in annotated]
+        return self._finish(frames_T3HW, masks_TNHW, [0] * masks_TNHW.shape[1], numbers, row["key"], rng)
 
     def _draw_objects(
         self, annotations: SavAnnotations, row: dict, annotated: list[int], rng: np.random.Generator
@@ -190,22 +270,6 @@ class VideoClips(Dataset):
             np.stack([[annotations.mask(frame, position) for position in drawn] for frame in annotated])
         )
 
-    def _resized(self, masks_MHW: Tensor) -> Tensor:
-        """Resize bool masks to S x S: True where the object covers half of a pixel or more."""
-        # By area: the nearest pixel would lose thin objects, or keep them by chance.
-        soft = masks_MHW[:, None].to(torch.uint8) * 255
-        return functional.resize(soft, [self.image_size, self.image_size], antialias=True)[:, 0] >= 128
-
-    def _empty(self) -> Clip:
-        side = self.image_size
-        return Clip(
-            torch.zeros(self.frames, 3, side, side, dtype=torch.uint8),
-            torch.zeros(self.frames, self.objects, side, side, dtype=torch.bool),
-            torch.zeros(self.objects, dtype=torch.bool),
-            torch.zeros(self.frames, dtype=torch.int64),
-            "",
-        )
-
     def _starts(self, annotated: int, gaps: list[int], visible: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         """Return the lowest annotated frames of all forward and of all backward clips of a row."""
         shown_A = np.zeros(annotated, bool)
@@ -222,75 +286,6 @@ class VideoClips(Dataset):
         forward = np.flatnonzero(whole & shown_A[:count]) if self.reverse < 1 else np.empty(0, int)
         backward = np.flatnonzero(whole & shown_A[last : last + count]) if self.reverse > 0 else np.empty(0, int)
         return forward, backward
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One entry of a batch, see `VideoClips.__getitems__`."""
-
-    pixels: Tensor
-    masks: Tensor
-    valid: Tensor
-    frames: Tensor
-    key: str
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """What is done to a clip, alike in all its frames but for a little colour."""
-
-    mirror: bool
-    angle: float  # degrees
-    shear_x: float  # degrees
-    shear_y: float
-    grey: bool  # 1 clip in 20
-    colour: np.ndarray  # factors of brightness, contrast and saturation
-    frame_seed: int  # of each frame's own factors
-
-    @classmethod
-    def draw(cls, rng: np.random.Generator) -> Augmentation:
-        """Draw one for a clip."""
-        return cls(
-            mirror=bool(rng.random() < 0.5),
-            angle=float(rng.uniform(-TURN, TURN)),
-            shear_x=float(rng.uniform(-SHEAR, SHEAR)),
-            shear_y=float(rng.uniform(-SHEAR, SHEAR)),
-            grey=bool(rng.random() < 0.05),
-            colour=rng.uniform(1 - COLOUR, 1 + COLOUR),
-            frame_seed=int(rng.integers(2**32)),
-        )
-
-    def move_frames(self, frames_T3HW: Tensor) -> Tensor:
-        """Mirror, turn and shear, bilinearly."""
-        return self._move(frames_T3HW, InterpolationMode.BILINEAR, [FILL] * 3)
-
-    def move_masks(self, masks_MHW: Tensor) -> Tensor:
-        """Return the same to bool masks, by the nearest pixel."""
-        return self._move(masks_MHW[:, None].to(torch.uint8), InterpolationMode.NEAREST, [0])[:, 0].bool()
-
-    def unturned(self) -> Augmentation:
-        """Without turn and shear."""
-        return replace(self, angle=0.0, shear_x=0.0, shear_y=0.0)
-
-    def recolour(self, pixels: Tensor) -> Tensor:
-        """Change brightness, contrast and saturation of the clip, and of each frame a little more. uint8 (T, ...)."""
-        rng = np.random.default_rng(self.frame_seed)
-        factors_T3 = self.colour * rng.uniform(1 - FRAME_COLOUR, 1 + FRAME_COLOUR, (len(pixels), 3))
-        frames = []
-        for frame, (brightness, contrast, saturation) in zip(pixels, factors_T3.tolist(), strict=True):
-            frame = functional.adjust_brightness(frame, brightness)
-            frame = functional.adjust_contrast(frame, contrast)
-            frames.append(functional.adjust_saturation(frame, 0.0 if self.grey else saturation))
-        return torch.stack(frames)
-
-    def _move(self, images: Tensor, interpolation: InterpolationMode, fill: list[int]) -> Tensor:
-        if self.mirror:
-            images = functional.horizontal_flip(images)
-        if self.angle == self.shear_x == self.shear_y == 0:
-            return images
-        return functional.affine(
-            images, self.angle, [0, 0], 1.0, [self.shear_x, self.shear_y], interpolation=interpolation, fill=fill
-        )
 
 
 def _within(frame: int, runs: list[int]) -> bool:

@@ -47,6 +47,13 @@ class VideoFile:
     def __reduce__(self):
         return VideoFile, (self.path, self.seekable)
 
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def close(self) -> None:
+        """Close it in this process; it is opened again when asked, and its table of frames is kept for a while."""
+        self._decoders.pop(os.getpid(), None)
+
     @property
     def _decoder(self) -> Decoder:
         process = os.getpid()

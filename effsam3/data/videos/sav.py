@@ -9,6 +9,7 @@ Letters: A annotated frames, N objects, T frames asked for, H W rows and columns
 
 from __future__ import annotations
 
+import functools
 import reprlib
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from effsam3.data import coco, indexing
 from effsam3.data.images.decoding import MAX_PIXELS
 from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import UnreadableVideo, open_video
+from effsam3.data.videos.vos_video import Annotations
 from effsam3.errors import UserError
 
 VIDEO_FPS = 24
@@ -142,6 +144,32 @@ def _check_sav(content, key: str) -> SavAnnotations:
         except coco.Malformed as fault:
             raise coco.Malformed(f"masklet[{annotated}]: {fault}", fault.reason) from fault
     return SavAnnotations(key, video_id, frames, height, width, objects, checked)
+
+
+class SavFile(Annotations):
+    """SA-V's JSON; objects have the ids of its `masklet_id`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @functools.cached_property
+    def _content(self) -> SavAnnotations:
+        content = parse_sav(self.path.read_bytes(), self.path.stem)
+        content.check_masks()  # before any of them is tracked
+        return content
+
+    @property
+    def objects(self) -> list[int]:
+        return self._content.objects
+
+    @property
+    def numbers(self) -> list[int]:
+        return [FRAME_STRIDE * index for index, rles in enumerate(self._content.masklet) if rles is not None]
+
+    def masks(self, number: int) -> dict[int, np.ndarray]:
+        """Return every object's mask."""
+        content = self._content
+        return {name: content.mask(number // FRAME_STRIDE, place) for place, name in enumerate(content.objects)}
 
 
 def read_sav(row: dict, folder: Path) -> SavAnnotations:

@@ -9,8 +9,9 @@ import torch
 
 from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.vos import vos, vos_table, write_objects
-from effsam3.data.videos.sav import load_index
-from effsam3.data.videos.vos import SavFile, VosVideo, open_vos
+from effsam3.data.videos.sav import SavFile, load_index
+from effsam3.data.videos.vos import open_vos
+from effsam3.data.videos.vos_video import VosVideo
 from effsam3.models.chassis.tensors import load_part, read_config
 from effsam3.models.inference.prompted import load_tracker
 from effsam3.models.memory.slot import tracker_config

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What JSONs of videos have in common: masks as RLEs or polygons, tracks by any name, and where their frames are.
+
+Letters: H W rows and columns.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from effsam3.data import coco
+from effsam3.data.unreadable import UnreadableAnnotations
+from effsam3.data.videos.files import VIDEO_EXTENSIONS, VideoFile
+from effsam3.data.videos.frame_list import FrameList
+from effsam3.data.videos.vos_video import Annotations, Frames, Note
+from effsam3.errors import UserError
+
+FRAME_FOLDERS = ("", "images", "JPEGImages", "frames", "videos")  # next to a JSON, or to the folder it is in
+Size = tuple[int, int]
+
+
+class Segment(NamedTuple):
+    """One annotation of an object on a frame."""
+
+    where: str  # of which annotation errors and notes tell
+    value: Any  # RLE or list of polygons; None: the object is there, but nobody knows where
+
+
+class JsonMasks(Annotations):
+    """Masks of a video, decoded when asked for.
+
+    Args:
+        sizes: (rows, columns) of each annotated frame; None where the file does not say, then those of `frames`.
+        segments: {number of a frame: {object: its annotations}}; an object that is not in it is absent.
+        names: what the file calls the objects.
+    """
+
+    def __init__(
+        self,
+        video: str,
+        frames: Frames,
+        sizes: dict[int, Size | None],
+        segments: dict[int, dict[int, list[Segment]]],
+        names: dict[int, str | int],
+        notes: list[Note],
+    ):
+        self.video, self.frames, self.sizes, self.segments = video, frames, sizes, segments
+        self._names, self._notes = names, notes
+
+    @property
+    def objects(self) -> list[int]:
+        return sorted(self._names)
+
+    @property
+    def numbers(self) -> list[int]:
+        return sorted(self.sizes)
+
+    @property
+    def names(self) -> dict[int, str | int]:
+        return self._names
+
+    @property
+    def notes(self) -> list[Note]:
+        return self._notes
+
+    def masks(self, number: int) -> dict[int, np.ndarray]:
+        """Return the union of each object's annotations; an object with only a box has none."""
+        size = self.sizes[number] or self.frames.size
+        masks = {}
+        for name in self.objects:
+            segments = self.segments[number].get(name, [])
+            known = [segment for segment in segments if segment.value is not None]
+            if known or not segments:
+                mask_HW = np.zeros(size, bool)
+                for segment in known:
+                    mask_HW |= self._decode(segment, size)
+                masks[name] = mask_HW
+        return masks
+
+    def _decode(self, segment: Segment, size: Size) -> np.ndarray:
+        try:
+            return coco.decode(segment.value, *size)
+        except coco.Malformed as fault:
+            raise UnreadableAnnotations(self.video, fault.reason or "bad_mask", f"{segment.where}: {fault}") from fault
+
+
+def segment_of(value, where: str, notes: list[Note]) -> Segment:
+    """Return an annotation's mask, without what is none: `[]`, null, and polygons of one or two points."""
+    if isinstance(value, list):
+        parts = [part for part in value if not isinstance(part, list) or len(part) >= 6]
+        if len(parts) < len(value):
+            notes.append(Note("two_points", where, "a polygon of fewer than three points has no inside; left out"))
+        value = parts
+    if not value:
+        notes.append(Note("no_mask", where, "only a box: its object counts as not annotated on this frame"))
+        return Segment(where, None)
+    return Segment(where, value)
+
+
+def number_objects(keys: Iterable[Hashable]) -> dict[Hashable, int]:
+    """Return an id for each key: itself if all are whole numbers from 0 on, else 1, 2 ... as they come."""
+    found = list(dict.fromkeys(keys))
+    if all(isinstance(key, int) and 0 <= key <= coco.MOST for key in found):
+        return {key: key for key in found if isinstance(key, int)}
+    return {key: number for number, key in enumerate(found, 1)}
+
+
+def identifier(value, name: str) -> str | int:
+    """Return an id of a file. Raises coco.Malformed."""
+    if isinstance(value, bool) or not isinstance(value, (str, int)):
+        raise coco.Malformed(f"{name} is {reprlib.repr(value)}; it must be a whole number or a text")
+    return value
+
+
+def size_of(record: dict, where: str) -> Size | None:
+    """Return (height, width) that a record of a file gives; tools without the frames write 0 or null."""
+    sides = [record.get("height"), record.get("width")]
+    if not all(sides):
+        return None
+    return coco.whole(sides[0], f"height of {where}", 1), coco.whole(sides[1], f"width of {where}", 1)
+
+
+def unique_names(names: dict[Hashable, str], file: Path) -> dict[Hashable, str]:
+    """Return names of videos that folders can have: those given, or the keys where two videos have one name.
+
+    Raises:
+        UserError: two keys are the same as texts.
+    """
+    for some in (names, {key: str(key) for key in names}):
+        found = {key: name.strip("/").replace("/", "_") or file.stem for key, name in some.items()}
+        twice = [name for name, count in Counter(found.values()).items() if count > 1]
+        if not twice:
+            return found
+    raise UserError(f"{file}: two videos are called {twice[0]!r}; give each a name of its own")
+
+
+# ---- frames
+
+
+class FrameFinder:
+    """Finds the frames that a JSON names: tools put them into many places."""
+
+    def __init__(self, file: Path):
+        self.file, self.here = file, file.parent
+        subset = file.stem.rpartition("_")[2]  # instances_train.json
+        inner = [*FRAME_FOLDERS, file.stem, subset, f"images/{subset}", f"{subset}/JPEGImages"]
+        folders = [base / name for base in (self.here, self.here.parent) for name in inner]
+        self.folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+
+    def images(self, video: str, names: Sequence[Sequence[str]]) -> list[Path] | None:
+        """Return the files of a video's frames, or None if neither its first nor its last is anywhere.
+
+        `names`: for each frame what the file calls it, the best first. The others are expected where one of these is.
+        """
+        for frame in (0, -1):
+            for place, name in enumerate(names[frame]):
+                for reading in READINGS:
+                    for folder in self.folders:
+                        if (folder / reading(name, video)).is_file():
+                            return [folder / reading(some[min(place, len(some) - 1)], video) for some in names]
+        return None
+
+    def video_file(self, names: Iterable[str], alone: bool) -> Path | None:
+        """Return a video's file: one that has one of the names; of the only video, also the JSON's name or the only
+        file."""
+        files = [
+            file
+            for folder in self.folders
+            for file in sorted(folder.iterdir())
+            if file.suffix.lower() in VIDEO_EXTENSIONS and not file.name.startswith(".")
+        ]
+        named = [name for name in names if name] + ([self.file.stem] if alone else [])
+        for name in map(PurePosixPath, named):
+            for file in files:
+                if file.name == name.name or file.stem == name.name:
+                    return file
+        return files[0] if alone and len(files) == 1 else None
+
+    def frames(
+        self, video: str, names: Sequence[Sequence[str]], numbers: Sequence[int], files: Iterable[str], alone: bool
+    ) -> tuple[FrameList | VideoFile, list[int]]:
+        """Return a video's frames, and the number of each of the file's images among them.
+
+        Args:
+            names: of each image, as for `images`; in order.
+            numbers: which frame of a video file each image is.
+            files: names that the video file may have.
+            alone: there is no other video in the JSON.
+        """
+        images = self.images(video, names)
+        if images is None:
+            found = self.video_file([video, *files], alone)
+            if found is not None:
+                return VideoFile(found), list(numbers)
+            images = [
+                self.here / (some[-1] if some else f"{number:05d}.jpg")
+                for some, number in zip(names, numbers, strict=True)
+            ]
+        return FrameList(video, images), list(range(len(images)))
+
+
+def posix(value: str) -> str:
+    """Return a path with slashes: tools on Windows write the other ones; Label Studio puts some into a question."""
+    return value.replace("\\", "/").rpartition("?d=")[2]
+
+
+READINGS = (
+    lambda name, video: name,
+    lambda name, video: f"{video}/{name}",  # file names only
+    lambda name, video: f"{video}/{PurePosixPath(name).name}",
+    lambda name, video: PurePosixPath(name).name,  # another computer's folders
+)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training clips of people's own videos, in any format that `open_vos` reads.
+
+A clip is T annotated frames in a row, or every few of them; an object may come later in it, leave, or be hidden for a
+while. Which frames, direction, objects and augmentation is a pure function of the seed and the clip's number.
+
+Letters: T frames, N object slots, H W rows and columns of the video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from effsam3.data.videos.clips import Clip, Clips, NoClip
+from effsam3.data.videos.mask_cache import MaskCache, PackedMask
+from effsam3.data.videos.vos_video import VosVideo
+from effsam3.errors import UserError
+
+STARTS = 8  # drawn before a frame that shows an object is looked for one by one
+CACHE_BYTES = 256 * 2**20  # of packed masks in every data worker: 1,000 masks of 1080p
+
+
+class OwnClips(Clips):
+    """Clips of videos with masks.
+
+    Args:
+        videos: that clips are drawn from.
+        frames: T. A video with fewer annotated frames gives a clip whose last frame is repeated, `inside` False.
+        objects: N, the most objects of a clip, drawn from those visible anywhere in it. Objects that are not annotated
+            on every frame of a clip are not drawn.
+        stride: how many annotated frames one frame of a clip is after the other.
+        cache_bytes: the most that decoded masks may hold, in every data worker.
+        image_size, reverse, augment, seed: as for `Clips`.
+
+    Raises:
+        UserError: there is no video.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[VosVideo],
+        image_size: int,
+        frames: int = 8,
+        objects: int = 3,
+        reverse: float = 0.0,
+        augment: bool = True,
+        seed: int = 0,
+        stride: int = 1,
+        cache_bytes: int = CACHE_BYTES,
+    ):
+        super().__init__(image_size, frames, objects, reverse, augment, seed)
+        if not videos:
+            raise UserError("there is no video to draw clips from")
+        self.videos, self.stride, self.cache = list(videos), stride, MaskCache(cache_bytes)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def _key(self, position: int) -> str:
+        return self.videos[position].name
+
+    def _clip(self, position: int, rng: np.random.Generator) -> Clip:
+        video = self.videos[position]
+        indexes, masks, drawn = self._draw(position, rng)
+        # Masks before pixels: whether there is an object is known without decoding the video.
+        masks_TNHW = torch.from_numpy(np.stack([[one[name].mask() for name in drawn] for one in masks]))
+        shown_TN = self._resized(masks_TNHW.flatten(0, 1)).flatten(1).any(1).view(len(indexes), len(drawn))
+        first = shown_TN.int().argmax(0).tolist()
+        frames_T3HW = video.read(indexes)
+        video.close()  # thousands of open video files would be too many
+        # The last frame again and again, so that all clips of a batch have one length.
+        padded = [min(time, len(indexes) - 1) for time in range(self.frames)]
+        numbers = [indexes[time] for time in padded]
+        return self._finish(frames_T3HW[padded], masks_TNHW[padded], first, numbers, video.name, rng, len(indexes))
+
+    def _draw(
+        self, position: int, rng: np.random.Generator
+    ) -> tuple[list[int], list[dict[int, PackedMask]], list[int]]:
+        """Return the frames of a clip, their masks, and at most N objects that are visible in it."""
+        video = self.videos[position]
+        count = len(video.annotated)
+        backwards = rng.random() < self.reverse
+        last = max(count - 1 - (self.frames - 1) * self.stride, 0)  # where the last clip starts
+        for attempt in range(STARTS + 1):
+            if attempt < STARTS:
+                start = int(rng.integers(last + 1))
+            else:  # objects are rare: a clip around some frame that shows one
+                shown = self._frame_with_objects(position, int(rng.integers(max(count, 1))))
+                start = min(max(shown - self.stride * int(rng.integers(self.frames)), 0), last)
+            places = range(start, count, self.stride)[: self.frames]
+            indexes = [video.annotated[place] for place in (reversed(places) if backwards else places)]
+            masks = [self.cache.read(position, video, index) for index in indexes]
+            drawn = self._draw_objects(masks, rng)
+            if drawn:
+                return indexes, masks, drawn
+        raise NoClip(video.name, "no_object", f"no object is visible at {self.image_size} px in {STARTS} clips of it")
+
+    def _frame_with_objects(self, position: int, start: int) -> int:
+        """Return the first place from `start` on, all around, whose frame shows an object."""
+        video = self.videos[position]
+        count = len(video.annotated)
+        for place in (*range(start, count), *range(start)):
+            masks = self.cache.read(position, video, video.annotated[place])
+            if any(self._visible(mask) for mask in masks.values()):
+                return place
+        raise NoClip(video.name, "no_object", f"no object is visible at {self.image_size} px")
+
+    def _draw_objects(self, masks: list[dict[int, PackedMask]], rng: np.random.Generator) -> list[int]:
+        """Draw objects that some frame of a clip shows."""
+        # On a frame where an object is not annotated, nobody knows whether it is there.
+        known = sorted(set.intersection(*(set(one) for one in masks))) if masks else []
+        drawn = []
+        for name in rng.permutation(np.array(known, int)).tolist():
+            if any(self._visible(one[name]) for one in masks):
+                drawn.append(name)
+            if len(drawn) == self.objects:
+                break
+        return drawn
+
+    def _visible(self, mask: PackedMask) -> bool:
+        """Say whether anything of a mask is left at the clip's size."""
+        return mask.bits is not None and bool(self._resized(torch.from_numpy(mask.mask())[None]).any())

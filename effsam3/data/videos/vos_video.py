@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A video with masks of objects, whatever format it was read from.
+
+Letters: T frames, H W rows and columns.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from effsam3.data.unreadable import UnreadableAnnotations
+from effsam3.data.videos.files import UnreadableVideo, VideoFile, open_video
+from effsam3.data.videos.frame_numbers import missing_number
+
+
+class Note(NamedTuple):
+    """Something about a video that a reader repaired or took for granted: training goes on, people should know."""
+
+    reason: str  # one word, to count them by
+    where: str  # the file, frame or annotation
+    detail: str = ""
+
+
+class Frames(Protocol):
+    """What `VideoFile`, `FrameFolder` and `FrameList` have in common."""
+
+    @property
+    def frames(self) -> int: ...
+
+    @property
+    def numbers(self) -> Sequence[int]: ...
+
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    def read(self, indexes: Iterable[int]) -> np.ndarray: ...
+
+
+class Annotations(ABC):
+    """The masks of a video in some format; objects are known by whole numbers from 0 on."""
+
+    @property
+    @abstractmethod
+    def objects(self) -> list[int]:
+        """Ids of all objects."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> list[int]:
+        """Numbers of the annotated frames, ascending."""
+
+    @abstractmethod
+    def masks(self, number: int) -> dict[int, np.ndarray]:
+        """Return the masks of an annotated frame by object."""
+
+    @property
+    def names(self) -> dict[int, str | int]:
+        """What the format calls its objects."""
+        return {number: number for number in self.objects}
+
+    @property
+    def notes(self) -> list[Note]:
+        """What was repaired or taken for granted."""
+        return []
+
+
+class VosVideo:
+    """A video and masks for some of its frames. Frames count from 0, whatever the names of their files.
+
+    Attributes:
+        name: of the video.
+        frames: how many there are.
+        frame_names: the frames' file names without their endings; their masks have the same names. For a video file,
+            the frames' numbers in five digits.
+        size: (rows, columns) in pixels.
+        objects: ids of all objects, those that appear later included.
+        object_names: {id: what the object is called where it was read from}.
+        annotated: the frames that have masks, ascending.
+        notes: what the reader repaired or took for granted.
+    """
+
+    def __init__(self, name: str, frames: Path | Frames, annotations: Annotations):
+        """`frames`: a video file, a folder of images, or whatever else has frames."""
+        self.name = name
+        self._frames, self._annotations = frames, annotations
+
+    def numbered_from_one(self) -> VosVideo:
+        """The same video with objects 1, 2 ..., those of the first annotated frame first, as DAVIS numbers them."""
+        return VosVideo(self.name, self._frames, FromOne(self._annotations))
+
+    @functools.cached_property
+    def _video(self) -> Frames:
+        video = open_video(self._frames) if isinstance(self._frames, Path) else self._frames
+        lost = missing_number(video.numbers)
+        if lost is not None:  # whatever follows it would be tracked as if no time had passed
+            detail = f"frame {lost} is not in {self._frames}, which has others before and after it; put it back"
+            raise UnreadableVideo(self.name, "missing_frame", detail)
+        return video
+
+    @property
+    def frames(self) -> int:
+        return self._video.frames
+
+    @property
+    def frame_names(self) -> list[str]:
+        return self._video.names
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._video.size
+
+    @property
+    def objects(self) -> list[int]:
+        return self._annotations.objects
+
+    @property
+    def object_names(self) -> dict[int, str | int]:
+        return self._annotations.names
+
+    @property
+    def notes(self) -> list[Note]:
+        return self._annotations.notes
+
+    @functools.cached_property
+    def annotated(self) -> list[int]:
+        place = {number: index for index, number in enumerate(self._video.numbers)}
+        missing = [number for number in self._annotations.numbers if number not in place]
+        if missing:
+            detail = f"frame {missing[0]} has masks but is not in {self._frames} ({self.frames} frames)"
+            raise UnreadableVideo(self.name, "missing_frame", detail)
+        return [place[number] for number in self._annotations.numbers]
+
+    def read(self, indexes: Iterable[int]) -> np.ndarray:
+        """Return frames as uint8 RGB (T, 3, H, W). Raises UnreadableVideo."""
+        return self._video.read(indexes)
+
+    def close(self) -> None:
+        """Let go of an open video file. It is opened again when asked."""
+        if isinstance(video := self.__dict__.get("_video"), VideoFile):
+            video.close()
+
+    def masks(self, index: int) -> dict[int, np.ndarray]:
+        """Return the masks of an annotated frame by object, bool (H, W), all False where an object is absent.
+
+        An object that is not annotated on this frame has no mask: without a PNG in the folder tree `sav`, with only a
+        box in a JSON.
+
+        Raises:
+            UnreadableAnnotations: damaged, of another size than the frames, or not masks of this folder tree.
+        """
+        masks = self._annotations.masks(self._annotations.numbers[self.annotated.index(index)])
+        other = {mask.shape for mask in masks.values()} - {self.size}
+        if other:
+            detail = f"frame {index}: masks of {other.pop()}, frames of {self.size}"
+            raise UnreadableAnnotations(self.name, "size_mismatch", detail)
+        return masks
+
+
+class FromOne(Annotations):
+    """Annotations whose objects are numbered from 1, those of the first annotated frame first."""
+
+    def __init__(self, annotations: Annotations):
+        self._annotations = annotations
+
+    @functools.cached_property
+    def _place(self) -> dict[int, int]:
+        given = self._annotations
+        shown = {name for number in given.numbers[:1] for name, mask in given.masks(number).items() if mask.any()}
+        ordered = sorted(given.objects, key=lambda name: (name not in shown, name))
+        return {name: place for place, name in enumerate(ordered, 1)}
+
+    @property
+    def objects(self) -> list[int]:
+        return list(self._place.values())
+
+    @property
+    def numbers(self) -> list[int]:
+        return self._annotations.numbers
+
+    @property
+    def names(self) -> dict[int, str | int]:
+        return {self._place[number]: name for number, name in self._annotations.names.items()}
+
+    @property
+    def notes(self) -> list[Note]:
+        return self._annotations.notes
+
+    def masks(self, number: int) -> dict[int, np.ndarray]:
+        return {self._place[name]: mask for name, mask in self._annotations.masks(number).items()}
