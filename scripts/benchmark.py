@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from effsam3.benchmarks.speed import device_name
@@ -28,7 +29,8 @@ from effsam3.losses.masks import object_weights
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import load_part, read_config
 from effsam3.models.memory.config import EfficientTrackerConfig
-from effsam3.models.memory.student import TrackerStudent
+from effsam3.models.memory.prompts import draw_prompt
+from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.training import Prompts, read_tracker_tensors
 from effsam3.training.report import table
@@ -79,11 +81,10 @@ def video_step(device: torch.device, tiny: bool) -> Sides:
     own.pop("model_type")
     config = EfficientTrackerConfig(**own, memory_mode="dense")
     tracker = load_part(EfficientTracker(config), efficient_tracker_tensors(read_tracker_tensors(folder), config))
-    teacher = EfficientTracker(config, remove_vision_encoder=True)
+    weights = {"focal": 20.0, "dice": 1.0, "iou": 1.0, "presence": 1.0}
     student = TrackerStudent(
-        tracker.to(device), ("memory", "decoder"), teacher.to(device),
-        {"focal": 20.0, "dice": 1.0, "iou": 1.0, "presence": 1.0, "memory": 0.0},
-        config.image_size, False, trunk_batch=8, objects_at_once=None, recompute=False,
+        tracker.to(device), ["memory_attention", "memory_encoder", "mask_decoder"], None,
+        Scoring(weights, config.image_size), trunk_batch=8, objects_at_once=None, recompute=False,
     ).train()  # fmt: skip
     side = config.image_size
     pixels = torch.randn(1, frames, 3, side, side, device=device)
@@ -91,12 +92,14 @@ def video_step(device: torch.device, tiny: bool) -> Sides:
     for index in range(objects):
         masks[index, :, index * side // 8 : (index + 2) * side // 8, side // 4 : side // 2] = True
     clip = torch.zeros(objects, dtype=torch.long, device=device)
-    none = torch.zeros(objects, 2, 2, device=device), torch.full((objects, 2), -1, dtype=torch.int32, device=device)
-    prompts = Prompts(*none, torch.ones(objects, dtype=torch.bool, device=device))
+    prompts = Prompts.of([{0: (*draw_prompt(masks[0, 0], "mask", np.random.default_rng(0)), True)}] * objects).to(
+        device
+    )
 
     def step(objects_N: torch.Tensor) -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            given = (masks[objects_N], clip[objects_N], object_weights(clip[objects_N], 1), prompts.some(objects_N))
+            weight_NT = object_weights(clip[objects_N], 1)[:, None].expand(-1, frames)
+            given = (masks[objects_N], clip[objects_N], weight_NT, prompts.some(objects_N))
             student(pixels, *given)["loss"].backward()
 
     every = torch.arange(objects, device=device)

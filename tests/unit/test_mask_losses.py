@@ -6,7 +6,18 @@ import math
 import pytest
 import torch
 
-from effsam3.losses.masks import at_side, dice, focal, iou, mask_losses, object_weights
+from effsam3.losses.masks import (
+    at_side,
+    bce,
+    dice,
+    focal,
+    frame_weights,
+    iou,
+    mask_losses,
+    object_weights,
+    soft_iou,
+    temporal,
+)
 
 WEIGHTS = {"focal": 20.0, "dice": 1.0}
 
@@ -40,6 +51,79 @@ def test_dice_equals_a_loop(case):
             p, t = logits[n, m].sigmoid().flatten().tolist(), target[n].flatten().tolist()
             both = sum(a * b for a, b in zip(p, t, strict=True))
             assert found[n, m].item() == pytest.approx(1 - (2 * both + 1) / (sum(p) + sum(t) + 1), rel=1e-5)
+
+
+def sigmoid(value):
+    return 1 / (1 + math.exp(-value))
+
+
+def pairs(logits_HW, target_HW):
+    """(probability, truth) of every pixel."""
+    return [(sigmoid(x), y) for x, y in zip(logits_HW.flatten().tolist(), target_HW.flatten().tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("smooth", [1e-6, 1.0])
+def test_bce_dice_and_soft_iou_equal_loops(case, smooth):
+    logits, target = case
+    for n in range(3):
+        for m in range(2):
+            pixels = pairs(logits[n, m], target[n])
+            both, p_sum, y_sum = (sum(values) for values in zip(*((p * y, p, y) for p, y in pixels), strict=True))
+            cross = sum(-math.log(p if y else 1 - p) for p, y in pixels) / len(pixels)
+            assert bce(logits, target)[n, m].item() == pytest.approx(cross, rel=1e-5)
+            wanted = 1 - (2 * both + smooth) / (p_sum + y_sum + smooth)
+            assert dice(logits, target, smooth)[n, m].item() == pytest.approx(wanted, rel=1e-5)
+            wanted = 1 - (both + smooth) / (p_sum + y_sum - both + smooth)
+            assert soft_iou(logits, target, smooth)[n, m].item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("of_logits", [False, True])
+def test_temporal_equals_a_loop_over_valid_pairs(of_logits):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(2, 4, 3, 5, generator=generator, requires_grad=True)
+    target = (torch.rand(2, 4, 3, 5, generator=generator) > 0.5).float()
+    valid = torch.tensor([[True, True, True, True], [False, True, True, False]])
+    found = temporal(logits, target, valid, of_logits)
+    for n in range(2):
+        errors = []
+        for t in range(3):
+            if valid[n, t] and valid[n, t + 1]:
+                now, then = (
+                    [x if of_logits else sigmoid(x) for x in logits[n, s].flatten().tolist()] for s in (t + 1, t)
+                )
+                changes = (target[n, t + 1] - target[n, t]).abs().flatten().tolist()
+                errors.append(sum((abs(a - b) - c) ** 2 for a, b, c in zip(now, then, changes, strict=True)) / 15)
+        assert found[n].item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+    found.sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad[0].any() and not logits.grad[1, [0, 3]].any()
+
+
+def test_temporal_is_zero_for_one_frame_and_for_what_does_not_change():
+    one = torch.randn(2, 1, 4, 4)
+    assert temporal(one, one, torch.ones(2, 1, dtype=torch.bool)).tolist() == [0, 0]
+    still = one.expand(2, 5, 4, 4)
+    target = (still > 0).float()
+    assert temporal(still, target, torch.ones(2, 5, dtype=torch.bool)).tolist() == [0, 0]
+    assert temporal(still, target, torch.zeros(2, 5, dtype=torch.bool)).tolist() == [0, 0]
+
+
+def test_terms_without_a_weight_are_left_out_and_all_choose_the_candidate(case):
+    logits, target = case
+    weights = {"bce": 1.0, "soft_iou": 0.5, "temporal": 0.1}
+    parts = mask_losses(logits, torch.zeros(3, 2), torch.zeros(3), target, weights, smooth=1e-6)
+    assert list(parts) == ["bce", "soft_iou", "iou", "presence"]
+    each = torch.arange(3)
+    best = (bce(logits, target) + 0.5 * soft_iou(logits, target, 1e-6)).argmin(1)
+    torch.testing.assert_close(parts["bce"], bce(logits, target)[each, best])
+    torch.testing.assert_close(parts["soft_iou"], soft_iou(logits, target, 1e-6)[each, best])
+
+
+def test_frames_of_a_clip_weigh_alike_and_clips_too():
+    counts = torch.tensor([[True, True, False], [False, True, False], [True, False, False], [False] * 3])
+    weights = frame_weights(counts, torch.tensor([0, 0, 1, 2]), 3)
+    assert weights.tolist() == [
+        pytest.approx(row) for row in [[1 / 9, 1 / 9, 0], [0, 1 / 9, 0], [1 / 3, 0, 0], [0] * 3]
+    ]
 
 
 def test_iou_counts_pixels_and_is_zero_for_nothing(case):

@@ -109,8 +109,8 @@ def test_corrected_frames_and_clicks(stage, batch):
     shares = {"mask": 0.0, "point": 0.5, "box": 0.5}
     whole = stage.inputs(batch, shares, corrected)[4]
     alone = stage.inputs(part(batch, 3), shares, corrected)[4]
-    count = len(alone.by_mask_O)
-    assert torch.equal(alone.points_OP2, whole.points_OP2[-count:])
+    count = len(alone.by_mask_OF)
+    assert torch.equal(alone.points_OFP2, whole.points_OFP2[-count:])
     for frame, chances_OK in alone.corrections.items():
         assert torch.equal(chances_OK, whole.corrections[frame][-count:]) and chances_OK.shape == (count, 1)
     assert len(whole.corrections[0].unique()) == whole.corrections[0].numel()

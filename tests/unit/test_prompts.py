@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from effsam3.models.memory.prompts import draw_clicks, draw_kind, draw_prompt
+from effsam3.models.memory.prompts import PromptStyle, draw_clicks, draw_kind, draw_prompt
 
 
 @pytest.fixture
@@ -76,3 +76,74 @@ def test_every_wrong_pixel_can_be_clicked_and_the_batch_does_not_matter(mask):
     for chance in (0.0, 1.0):  # the ends, too, are pixels of the mask
         x, y = draw_clicks(pred[:1], truth[:1], torch.tensor([chance]))[0][0, 0].long()
         assert mask[y, x]
+
+
+# ---- styles
+
+
+def drawn(mask, kind, seed=0, **style):
+    points, labels = draw_prompt(mask, kind, np.random.default_rng(seed), PromptStyle(**style))
+    return [tuple(point) for point in points.tolist()], labels.tolist()
+
+
+def test_the_numbers_of_recipes_before_styles(mask):
+    """What a run of an earlier version drew: the same points and boxes from the same generator."""
+    rng = np.random.default_rng(7)
+    rows, columns = (axis.tolist() for axis in mask.nonzero(as_tuple=True))
+    chosen = rng.integers(len(rows))
+    assert drawn(mask, "point", 7) == ([(columns[chosen], rows[chosen]), (0, 0)], [1, -1])
+    box = np.array([[40.0, 10.0], [59.0, 29.0]]) + np.random.default_rng(7).uniform(-1, 1, (2, 2)) * 1.9
+    assert drawn(mask, "box", 7)[0] == [tuple(corner) for corner in np.float32(box).tolist()]
+
+
+def test_several_points_are_distinct_and_uniform(mask):
+    small = torch.zeros(8, 8, dtype=torch.bool)
+    small[2, 1:5] = True
+    counts = Counter()
+    for seed in range(600):
+        points, labels = drawn(small, "point", seed, points=3)
+        assert len(set(points)) == 3 and labels == [1] * 3 and all(small[int(y), int(x)] for x, y in points)
+        counts.update([frozenset(points)])
+    assert len(counts) == 4 and min(counts.values()) > 110  # of 150 each
+    points, labels = drawn(small, "point", points=9)  # more than there are pixels
+    assert sorted(points) == [(x, 2) for x in range(1, 5)] and labels == [1] * 4
+
+
+def test_centre_is_one_of_the_points_where_it_is_inside(mask):
+    # The mean of rows 10..29 is 19.5, of columns 40..59 it is 49.5.
+    assert drawn(mask, "point", centre=True) == ([(49, 19), (0, 0)], [1, -1])
+    points, labels = drawn(mask, "point", centre=True, points=4)
+    assert points[0] == (49, 19) and len(set(points)) == 4 and labels == [1] * 4
+    ring = mask.clone()
+    ring[15:25, 45:55] = False
+    points, labels = drawn(ring, "point", centre=True, points=2)
+    assert labels == [1, 1] and all(ring[int(y), int(x)] for x, y in points) and (49, 19) not in points
+
+
+def test_negatives_come_from_all_of_the_background(mask):
+    points, labels = drawn(mask, "point", points=2, negatives=300)
+    assert labels == [1] * 2 + [0] * 300 and len(set(points)) == 302
+    outside = points[2:]
+    assert not any(mask[int(y), int(x)] for x, y in outside)
+    assert {(x < 32, y < 32) for x, y in outside} == {(True, True), (True, False), (False, True), (False, False)}
+    full = torch.ones(4, 4, dtype=torch.bool)  # no background
+    assert drawn(full, "point", negatives=2)[1] == [1, -1]
+
+
+def test_mixed_is_a_box_and_points(mask):
+    points, labels = drawn(mask, "mixed", negatives=1, jitter=0.0)
+    assert labels == [2, 3, 1, 0] and points[:2] == [(40, 10), (59, 29)]
+    assert drawn(mask, "box", jitter=1.0, jitter_px=0.0)[0] == points[:2]
+    loose = [drawn(mask, "box", seed, jitter=1.0, jitter_px=3.0)[0] for seed in range(50)]
+    assert 2.5 < max(abs(x - 40) for (x, _), _ in loose) <= 3
+
+
+@pytest.mark.parametrize("kind", ["mask", "point", "box", "mixed"])
+def test_an_empty_mask_gives_an_empty_prompt(kind):
+    points, labels = drawn(torch.zeros(16, 16, dtype=torch.bool), kind, points=3, negatives=3, centre=True)
+    assert labels == [-1, -1] and points == [(0, 0)] * 2
+
+
+def test_kinds_without_a_share_are_not_drawn():
+    rng = np.random.default_rng(0)
+    assert {draw_kind({"mixed": 0.5, "box": 0.5}, rng) for _ in range(50)} == {"mixed", "box"}

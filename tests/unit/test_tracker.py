@@ -5,6 +5,7 @@ Letters: O objects, T frames, S image side.
 """
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import Sam3TrackerVideoInferenceSession, Sam3TrackerVideoModel
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import load_part, read_config
 from effsam3.models.memory.config import EfficientTrackerConfig
-from effsam3.models.memory.student import TrackerStudent
+from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.training import (
     PARTS,
@@ -22,6 +23,7 @@ from effsam3.models.memory.training import (
     Prompts,
     Tracked,
     encode_frames,
+    nearest,
     read_tracker_tensors,
     track,
 )
@@ -44,7 +46,9 @@ def shapes(objects=3, frames=T):
 
 def by_mask(objects):
     return Prompts(
-        torch.zeros(objects, 2, 2), torch.full((objects, 2), -1, dtype=torch.int32), torch.ones(objects).bool()
+        torch.zeros(objects, 1, 2, 2),
+        torch.full((objects, 1, 2), -1, dtype=torch.int32),
+        torch.ones(objects, 1).bool(),
     )
 
 
@@ -52,7 +56,7 @@ def mixed():
     """One object by its mask, one by a point, one by a box."""
     points = torch.tensor([[[0, 0], [0, 0]], [[100, 90], [0, 0]], [[124, 94], [176, 146]]]).float()
     labels = torch.tensor([[-1, -1], [1, -1], [2, 3]], dtype=torch.int32)
-    return Prompts(points, labels, torch.tensor([True, False, False]))
+    return Prompts(points[:, None], labels[:, None], torch.tensor([[True], [False], [False]]))
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +76,11 @@ def make_tracker(tensors, mode, vision=True):
     return load_part(tracker, efficient_tracker_tensors(given, config))
 
 
-def make_student(tensors, mode="hybrid", parts=("memory",), **options):
-    options = {
-        "side_px": 56,
-        "squared_iou": False,
-        "trunk_batch": 8,
-        "objects_at_once": None,
-        "recompute": False,
-    } | options
+def make_student(tensors, mode="hybrid", parts=("memory",), side_px=56, **options):
+    options = {"trunk_batch": 8, "objects_at_once": None, "recompute": False} | options
     teacher = make_tracker(tensors, "dense", vision=False)
-    student = TrackerStudent(make_tracker(tensors, mode), parts, teacher, WEIGHTS, **options)
+    trained = [prefix.removesuffix(".") for part in parts for prefix in PARTS[part]]
+    student = TrackerStudent(make_tracker(tensors, mode), trained, teacher, Scoring(WEIGHTS, side_px), **options)
     for name, parameter in student.named_parameters():
         if name.startswith("memory_resampler.") and not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)  # what starts at zero hides what stands behind it
@@ -91,7 +90,7 @@ def make_student(tensors, mode="hybrid", parts=("memory",), **options):
 def inputs(prompts=None):
     pixels, masks = shapes()
     clip = torch.zeros(3, dtype=torch.long)
-    return pixels[None], masks, clip, torch.full((3,), 1 / 3), prompts or mixed()
+    return pixels[None], masks, clip, torch.full((3, T), 1 / 3), prompts or mixed()
 
 
 def test_tracks_what_transformers_session_tracks(tensors):
@@ -123,7 +122,7 @@ def test_all_objects_at_once_equal_one_by_one(tensors):
     pixels, masks = shapes()
     clicks = torch.linspace(0.1, 0.9, 6).view(3, 2)
     prompts = mixed()
-    prompts = Prompts(prompts.points_OP2, prompts.labels_OP, prompts.by_mask_O, {0: clicks, 2: clicks})
+    prompts = replace(prompts, corrections={0: clicks, 2: clicks})
     with torch.no_grad():
         features = encode_frames(tracker, pixels, 8, frozen=True)
         together = track(tracker, features, torch.arange(T).expand(3, T), masks, prompts)
@@ -209,7 +208,7 @@ def test_activations_computed_again_and_objects_in_turns_change_nothing(tensors)
     expected = make_student(tensors).train()
     clicks = torch.linspace(0.1, 0.9, 3).view(3, 1)
     prompts = mixed()
-    prompts = Prompts(prompts.points_OP2, prompts.labels_OP, prompts.by_mask_O, {0: clicks, 2: clicks})
+    prompts = replace(prompts, corrections={0: clicks, 2: clicks})
     parts = expected(*inputs(prompts))
     parts["loss"].backward()
     for options in ({"recompute": True}, {"objects_at_once": 1, "trunk_batch": 1}):
@@ -236,8 +235,9 @@ def test_the_best_mask_is_chosen_by_the_students_own_weights(tensors):
     decoded = Decoded(one.long(), logits, torch.zeros(1, 2), one, torch.zeros(1, 2, 4))
     student = make_student(tensors, side_px=8)
     found = []
-    for student.weights["focal"] in (20.0, 0.0):
-        found.append(student.losses([Tracked([decoded], sure)], mask, torch.ones(1))["dice"].item())
+    for focal in (20.0, 0.0):
+        student.scoring = Scoring(WEIGHTS | {"focal": focal}, 8)
+        found.append(student.losses([Tracked(0, [decoded], sure)], mask, torch.ones(1, 1))["dice"].item())
     assert found[0] > 0.4 > 0.1 > found[1]
 
 
@@ -272,7 +272,7 @@ def test_corrections_add_predictions_and_conditioning_frames(tensors):
     features = encode_frames(student.tracker, pixels, 8, frozen=True)
     prompts = mixed()
     clicks = {0: torch.rand(3, 3), 1: torch.rand(3, 2)}
-    prompts = Prompts(prompts.points_OP2, prompts.labels_OP, prompts.by_mask_O, clicks)
+    prompts = replace(prompts, corrections=clicks)
     tracked = track(student.tracker, features, torch.arange(T).expand(3, T), masks, prompts)
     # Frame 0: a point and a box decoded, three corrections of both; the given mask is never scored.
     assert [len(frame.predictions) for frame in tracked] == [5, 3, 1, 1]
@@ -287,7 +287,7 @@ def test_all_conditioning_frames_are_read_where_there_is_no_limit(tensors):
     features = encode_frames(student.tracker, pixels, 8, frozen=True)
     prompts = mixed()
     clicks = {frame: torch.rand(3, 1) for frame in (0, 1, 2)}
-    prompts = Prompts(prompts.points_OP2, prompts.labels_OP, prompts.by_mask_O, clicks)
+    prompts = replace(prompts, corrections=clicks)
 
     def last(most):
         student.tracker.config.max_cond_frame_num = most
@@ -307,3 +307,90 @@ def test_a_given_mask_enters_memory_as_it_is_and_an_absent_object_not_at_all(ten
         tracked = track(tracker, features, torch.arange(T).expand(3, T), masks, by_mask(3))
     assert torch.equal(tracked[0].logits_OSS > 0, masks[:, 0]) and not tracked[0].predictions
     assert (tracked[2].logits_OSS[1] == -1024).all() and (tracked[2].logits_OSS[0] > -1024).all()
+
+
+# ---- prompted later
+
+
+def at(objects, *frames, kind="mask"):
+    """Prompts of all objects on some frames: by their masks, or by boxes around discs where `shapes` has them."""
+    drawn = []
+    for o in range(objects):
+        none = torch.zeros(2, 2), torch.full((2,), -1, dtype=torch.int32), True
+        centres = {t: torch.tensor([50.0 + 50 * o + 5 * t, 60.0 + 30 * o]) for t in frames}
+        boxes = {
+            t: (torch.stack([c - 20, c + 20]), torch.tensor([2, 3], dtype=torch.int32), False)
+            for t, c in centres.items()
+        }
+        drawn.append(boxes if kind == "box" else dict.fromkeys(frames, none))
+    return Prompts.of(drawn)
+
+
+def in_session(tensors, prompts, objects, frames):
+    """Logits of a transformers session whose prompts are all given before it is propagated: {frame: (O, L, L)}."""
+    pixels, masks = shapes(objects)
+    own = read_config(chassis_folder("tiny")).tracker_config
+    reference = load_part(Sam3TrackerVideoModel(own), tensors)
+    session = Sam3TrackerVideoInferenceSession(video=pixels, video_height=S, video_width=S, dtype=torch.float32)
+    for o in range(objects):
+        session.obj_id_to_idx(o)
+    for t in frames:
+        for o in range(objects):
+            if prompts.by_mask_OF[o, t]:
+                session.add_mask_inputs(o, t, masks[o, t][None, None].float())
+            else:
+                points, labels = prompts.points_OFP2[o, t][None, None], prompts.labels_OFP[o, t][None, None]
+                session.add_point_inputs(o, t, {"point_coords": points, "point_labels": labels})
+        session.obj_with_new_inputs = list(range(objects))
+        reference(session, frame_idx=t)
+    return {output.frame_idx: output.pred_masks[:, 0] for output in reference.propagate_in_video_iterator(session)}
+
+
+@pytest.mark.parametrize(("frames", "kind"), [((1,), "mask"), ((0, 2), "mask"), ((0, 2), "box")])
+def test_prompts_on_chosen_frames_track_what_a_session_tracks(tensors, frames, kind):
+    prompts = at(2, *frames, kind=kind)
+    tracker = make_tracker(tensors, "dense")
+    expected = in_session(tensors, prompts, 2, frames)
+    pixels, masks = shapes(2)
+    with torch.no_grad():
+        features = encode_frames(tracker, pixels, 4, frozen=True)
+        found = track(tracker, features, torch.arange(T).expand(2, T), masks, prompts, by_truth=False)
+    assert [frame.time for frame in found] == sorted(expected) == list(range(frames[0], T))
+    for frame in found:
+        wanted = expected[frame.time]
+        if frame.time in frames:
+            assert frame.conditioned_OCGG is None
+            if kind == "mask":
+                continue  # what was given is not predicted
+        low = frame.predictions[0].best()[0]
+        scale = wanted.abs().max()
+        assert (low - wanted).abs().max() < 2e-3 * scale and low.std() > 0.01 * scale, frame.time
+
+
+def test_the_nearest_conditioning_frames_are_those_of_transformers():
+    model = Sam3TrackerVideoModel
+    for given in ([0], [0, 2], [0, 1, 5, 7, 9], [3, 4, 5]):
+        for time in range(11):
+            for most in (1, 2, 3, 4):
+                wanted, _ = model._select_closest_cond_frames(None, time, dict.fromkeys(given), most)
+                found = nearest(given, time, most)
+                assert sorted(found) == sorted(wanted), (given, time, most)
+
+
+def test_objects_prompted_on_other_frames_do_not_change_each_other(tensors):
+    student = make_student(tensors).eval()
+    pixels, masks = shapes()
+    none = torch.zeros(2, 2), torch.full((2,), -1, dtype=torch.int32), True
+    prompts = Prompts.of([{0: none}, {2: none}, {0: none, 2: none}])
+    weights = torch.full((3, T), 0.1)
+    student.scoring = replace(student.scoring, held_out=True)
+    together = student(pixels[None], masks, torch.zeros(3, dtype=torch.long), weights, prompts)
+    assert len(prompts.groups(None)) == 3 and together["j"][1, :2].tolist() == [0, 0]
+    parts = []
+    for o in range(3):
+        one = torch.tensor([o])
+        parts.append(
+            student(pixels[None], masks[one], torch.zeros(1, dtype=torch.long), weights[one], prompts.some(one))
+        )
+        torch.testing.assert_close(parts[-1]["j"][0], together["j"][o])
+    torch.testing.assert_close(sum(part["loss"] for part in parts), together["loss"])

@@ -1,49 +1,90 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts drawn from true masks: a point inside, a loose box, the mask itself, and clicks that correct a prediction.
+"""Prompts drawn from true masks: points, a loose box, the mask itself, and clicks that correct a prediction.
 
 Labels are SAM's: 1 inside, 0 outside, 2 and 3 a box's corners, -1 no point.
 
-Letters: N objects, S image side in pixels, K = S * S.
+Letters: N objects, S image side in pixels, P points, K some pixels or all S * S.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-KINDS = ("mask", "point", "box")
+KINDS = ("mask", "point", "box", "mixed")  # mixed: a box and points
 NO_POINT = -1
-BOX_NOISE, BOX_NOISE_PX = 0.1, 20.0  # a corner moves by at most this share of the side, and this many pixels
+FEWEST = 2  # places for points of a prompt: a box's corners
 
 
-def draw_kind(shares: dict[str, float], rng: np.random.Generator) -> str:
-    """Draw one of `KINDS` by its share."""
-    weights = np.array([shares[kind] for kind in KINDS], dtype=float)
+@dataclass(frozen=True)
+class PromptStyle:
+    """How points and boxes are drawn."""
+
+    points: int = 1  # inside, at most: a mask may have fewer pixels
+    centre: bool = False  # the first of them is the mask's mean row and column, where that is inside
+    negatives: int = 0  # points outside
+    jitter: float = 0.1  # a box's corner moves by at most this share of its side ...
+    jitter_px: float = 20.0  # ... and this many pixels
+
+
+def draw_kind(shares: Mapping[str, float], rng: np.random.Generator) -> str:
+    """Draw one of `KINDS` by its share; a kind without one is not drawn."""
+    weights = np.array([shares.get(kind, 0.0) for kind in KINDS])
     return str(rng.choice(KINDS, p=weights / weights.sum()))
 
 
-def draw_prompt(mask_SS: Tensor, kind: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Draw a prompt for one object: points (2, 2) as x, y in pixels and labels (2,); `mask` has no points.
+def draw_prompt(
+    mask_SS: Tensor, kind: str, rng: np.random.Generator, style: PromptStyle = PromptStyle()
+) -> tuple[Tensor, Tensor]:
+    """Draw a prompt for one object: points (P, 2) as x, y in pixels and labels (P,), P at least `FEWEST`.
 
-    `mask_SS` is boolean and not empty. The point is uniform over the mask. The corners of the tight box are moved by
-    up to `BOX_NOISE` of its sides, as SAM 2 trains.
+    `mask_SS` is boolean. An empty one and the kind `mask` give no points. Points are uniform over the mask, and over
+    what is outside, without one twice. The corners of the tight box are moved at random, as SAM 2 trains.
     """
-    points, labels = torch.zeros(2, 2), torch.full((2,), NO_POINT, dtype=torch.int32)
-    if kind == "mask":
-        return points, labels
+    points: list[tuple[float, float]] = []
+    labels: list[int] = []
+    if kind != "mask" and mask_SS.any():
+        if kind in ("box", "mixed"):
+            points, labels = _box(mask_SS, rng, style), [2, 3]
+        if kind in ("point", "mixed"):
+            inside = _inside(mask_SS, rng, style)
+            outside = _pick((~mask_SS).nonzero(), style.negatives, rng) if style.negatives else []
+            points, labels = points + inside + outside, labels + [1] * len(inside) + [0] * len(outside)
+    unused = max(FEWEST - len(points), 0)
+    return torch.tensor(points + [(0.0, 0.0)] * unused), torch.tensor(labels + [NO_POINT] * unused, dtype=torch.int32)
+
+
+def _box(mask_SS: Tensor, rng: np.random.Generator, style: PromptStyle) -> list[tuple[float, float]]:
     rows, columns = (axis.numpy() for axis in mask_SS.nonzero(as_tuple=True))
-    if kind == "point":
-        chosen = rng.integers(len(rows))
-        points[0] = torch.tensor([float(columns[chosen]), float(rows[chosen])])
-        labels[0] = 1
-        return points, labels
-    side = mask_SS.shape[-1]
     # Noise, because users do not draw tight boxes.
     box = np.array([[columns.min(), rows.min()], [columns.max(), rows.max()]], dtype=float)
-    reach = np.minimum(BOX_NOISE * (box[1] - box[0]), BOX_NOISE_PX)
-    box = (box + rng.uniform(-1, 1, (2, 2)) * reach).clip(0, side - 1)
-    return torch.from_numpy(box).float(), torch.tensor([2, 3], dtype=torch.int32)
+    reach = np.minimum(style.jitter * (box[1] - box[0]), style.jitter_px)
+    box = (box + rng.uniform(-1, 1, (2, 2)) * reach).clip(0, mask_SS.shape[-1] - 1)
+    return [(x, y) for x, y in box.tolist()]
+
+
+def _inside(mask_SS: Tensor, rng: np.random.Generator, style: PromptStyle) -> list[tuple[float, float]]:
+    places_K2 = mask_SS.nonzero()
+    row, column = places_K2.double().mean(0).int().tolist()
+    if not (style.centre and mask_SS[row, column]):
+        return _pick(places_K2, style.points, rng)
+    others_K2 = places_K2[(places_K2 != torch.tensor([row, column])).any(1)]
+    return [(float(column), float(row)), *_pick(others_K2, style.points - 1, rng)]
+
+
+def _pick(places_K2: Tensor, count: int, rng: np.random.Generator) -> list[tuple[float, float]]:
+    """Draw some of these places (row, column), none of them twice, as x, y."""
+    chosen: list[int] = []
+    for taken in range(min(count, len(places_K2))):
+        place = int(rng.integers(len(places_K2) - taken))  # among those that are left
+        for earlier in sorted(chosen):
+            place += place >= earlier
+        chosen.append(place)
+    return [(float(column), float(row)) for row, column in places_K2[chosen].tolist()]
 
 
 def draw_clicks(pred_NSS: Tensor, masks_NSS: Tensor, chance_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The part of a tracker that learns, as one module: what is optimised, saved and merged, and nothing else.
 
-Letters: B clips, T frames of a clip, O objects of all clips, N some of them, S image side in pixels.
+Letters: B clips, T frames of a clip, O objects of all clips, N some of them, S image side in pixels, L side of a loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from effsam3.losses.masks import at_side, iou, mask_losses
+from effsam3.losses.masks import SMOOTH, at_side, iou, mask_losses, temporal
 from effsam3.losses.memory import memory_loss
 from effsam3.models.memory.tracker import EfficientTracker
-from effsam3.models.memory.training import PARTS, UNUSED, Prompts, Tracked, encode_frames, track
+from effsam3.models.memory.trainable import unused_of
+from effsam3.models.memory.training import ABSENT_LOGIT, MASK_BIAS, Prompts, Tracked, encode_frames, track
+
+VISION = ("vision_encoder.", "mask_decoder.conv_s0.", "mask_decoder.conv_s1.")  # what `encode_frames` runs
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How predicted masks are held against true ones."""
+
+    weights: Mapping[str, float]  # of the terms: `iou`, `presence`, `memory`, `temporal` and those of `MASK_TERMS`
+    side_px: int  # masks are compared at this size
+    squared_iou: bool = False  # as in `mask_losses`
+    smooth: float = SMOOTH  # likewise
+    of_logits: bool = False  # as in `temporal`
+    held_out: bool = False  # in eval mode, too
 
 
 class TrackerStudent(nn.Module):
@@ -26,29 +42,25 @@ class TrackerStudent(nn.Module):
     """
 
     tracker: EfficientTracker
-    teacher: EfficientTracker
+    teacher: EfficientTracker | None
 
     def __init__(
         self,
         tracker: EfficientTracker,
-        parts: tuple[str, ...],
-        teacher: EfficientTracker,
-        weights: Mapping[str, float],
-        side_px: int,
-        squared_iou: bool,
+        trained: Iterable[str],
+        teacher: EfficientTracker | None,
+        scoring: Scoring,
         trunk_batch: int,
         objects_at_once: int | None,
         recompute: bool,
     ):
-        """`parts` are keys of `PARTS`; `weights` those of the terms `focal dice iou presence memory`; `side_px` is
-        the size at which masks are compared, `squared_iou` as in `mask_losses`."""
+        """`trained` are names of submodules and parameters of the tracker; `teacher` is one whose memory the term
+        `memory` compares with, if there is that term."""
         super().__init__()
         tracker.eval().requires_grad_(False)
-        prefixes = tuple(prefix for part in parts for prefix in PARTS[part])
-        # Without latents the resampler is never called; training it would only decay its weights.
-        unused = UNUSED if tracker.config.keeps_latents else (*UNUSED, "memory_resampler.")
-        for prefix in prefixes:
-            _adopt(self, tracker, prefix.removesuffix("."))
+        for name in trained:
+            _adopt(self, tracker, name)
+        unused = unused_of(tracker)
         for name, parameter in self.named_parameters():
             # A copy: tracker and teacher may share the same memory, that of a mapped file.
             parameter.data = parameter.data.clone()
@@ -56,14 +68,16 @@ class TrackerStudent(nn.Module):
         # Not attributes as torch knows them: these must not be optimised, saved or moved with the student.
         self.__dict__["tracker"] = tracker
         self.__dict__["teacher"] = teacher
-        self.weights, self.side_px, self.squared_iou = dict(weights), side_px, squared_iou
+        self.scoring = scoring
         self.trunk_batch, self.objects_at_once, self.recompute = trunk_batch, objects_at_once, recompute
-        self.trunk_frozen = not {"trunk", "neck", "decoder"} & set(parts)  # the decoder's first convolutions are there
+        self.trunk_frozen = not any(
+            parameter.requires_grad for name, parameter in self.named_parameters() if name.startswith(VISION)
+        )
 
     def __deepcopy__(self, memo: dict) -> TrackerStudent:
         """Copy what is trained, for averaged weights; what is frozen is shared."""
         # `deepcopy` finds these tensors in `memo` and does not copy them: an average of frozen weights is the weights.
-        for module in (self.tracker, self.teacher):
+        for module in filter(None, (self.tracker, self.teacher)):
             for tensor in (*module.parameters(), *module.buffers()):
                 if not tensor.requires_grad:
                     memo[id(tensor)] = tensor
@@ -76,17 +90,19 @@ class TrackerStudent(nn.Module):
 
         The flag decides whether given masks are remembered soft, as in training, or sharp."""
         super().train(mode)
-        self.tracker.training = self.teacher.training = mode
+        for whole in filter(None, (self.tracker, self.teacher)):
+            whole.training = mode
         return self
 
     def forward(
-        self, pixels_BT3SS: Tensor, masks_OTSS: Tensor, clip_O: Tensor, weight_O: Tensor, prompts: Prompts
+        self, pixels_BT3SS: Tensor, masks_OTSS: Tensor, clip_O: Tensor, weight_OT: Tensor, prompts: Prompts
     ) -> dict[str, Tensor]:
-        """Track every object through its clip.
+        """Track every object through its clip, from where it is first prompted; `weight_OT` are its frames' in the
+        loss.
 
         Returns:
-            In train mode `loss` and its named terms, scalars, each a sum over frames and a mean by `weight_O`. In eval
-            mode `j` (O, T-1), the mask's intersection over union in every frame but the first, 1 where both are empty.
+            `loss` and its named terms, scalars; in eval mode only where `scoring` asks for them. In eval mode `j`
+            (O, T), the mask's intersection over union, 1 where both are empty, and 0 before the first prompt.
         """
         # Every parameter has a gradient in every step, on every rank, whatever the prompts were. Made first, so that
         # the backward pass comes to it last and all gradients are ready in the same order on every rank: ZeRO-1 and 2
@@ -96,58 +112,70 @@ class TrackerStudent(nn.Module):
         # Once for all objects: the trunk is most of the cost and does not depend on the prompts.
         features = encode_frames(self.tracker, pixels_BT3SS.flatten(0, 1), self.trunk_batch, self.trunk_frozen)
         frame_OT = clip_O[:, None] * frames + torch.arange(frames, device=clip_O.device)
-        results = []
+        results, j_OT = [], weight_OT.new_zeros(weight_OT.shape)
         # Activations grow with objects times frames; in groups only one group's are alive with `recompute`.
-        for objects_N in torch.arange(len(clip_O), device=clip_O.device).split(self.objects_at_once or len(clip_O)):
+        for objects_N in prompts.groups(self.objects_at_once):
+            masks_NTSS = masks_OTSS[objects_N]
             tracked = track(
                 self.tracker,
                 features,
                 frame_OT[objects_N],
-                masks_OTSS[objects_N],
+                masks_NTSS,
                 prompts.some(objects_N),
                 # The teacher's memory is the expensive one: it only runs where its term has a weight.
-                teacher=self.teacher if self.training and self.weights["memory"] else None,
+                teacher=self.teacher if self.training and self.scoring.weights.get("memory") else None,
                 by_truth=self.training,
                 recompute=self.recompute,
             )
-            masks_NTSS = masks_OTSS[objects_N]
-            if self.training:
+            if self.training or self.scoring.held_out:
                 # Sums, not means: the weights of all objects add up to 1, so groups add up to the whole.
-                results.append(self.losses(tracked, masks_NTSS, weight_O[objects_N]))
-            else:
-                results.append({"j": overlap(tracked, masks_NTSS)})
-        if not self.training:
-            return {"j": torch.cat([result["j"] for result in results])}
-        zero = weight_O.new_zeros(())
-        terms = {name: sum((result[name] for result in results), zero) for name in results[0]}
-        total = sum((self.weights[name] * value for name, value in terms.items()), zero)
+                results.append(self.losses(tracked, masks_NTSS, weight_OT[objects_N]))
+            if not self.training:
+                j_OT[objects_N, tracked[0].time :] = overlap(tracked, masks_NTSS)
+        zero = weight_OT.new_zeros(())
+        terms = {name: sum((result[name] for result in results), zero) for name in (results[0] if results else ())}
+        total = sum((self.scoring.weights[name] * value for name, value in terms.items()), zero)
         # Times zero: gradients exist without changing their value.
-        return {"loss": total + 0 * touched, **terms}
+        scores = {"loss": total + 0 * touched, **terms} if results else {}
+        return scores if self.training else {"j": j_OT, **scores}
 
-    def losses(self, tracked: list[Tracked], masks_NTSS: Tensor, weight_N: Tensor) -> dict[str, Tensor]:
-        """Return the named terms, summed over frames and over predictions, weighted over objects."""
-        zero = weight_N.new_zeros(())
-        terms = {name: zero for name, weight in self.weights.items() if name != "memory" or weight}
-        for time, frame in enumerate(tracked):
+    def losses(self, tracked: list[Tracked], masks_NTSS: Tensor, weight_NT: Tensor) -> dict[str, Tensor]:
+        """Return the named terms, weighted and summed over objects, frames and predictions."""
+        scoring, zero = self.scoring, weight_NT.new_zeros(())
+        terms = {name: zero for name, weight in scoring.weights.items() if name != "memory" or weight}
+        for frame in tracked:
             # Each correction is scored as well, so that the first answer and the corrected one both improve.
             for part in frame.predictions:
-                logits, target = at_side(part.logits_NMLL, masks_NTSS[part.objects_N, time], self.side_px)
-                scores = (logits, part.iou_NM, part.presence_N, target, self.weights, self.squared_iou)
-                for name, value_N in mask_losses(*scores).items():
-                    terms[name] = terms[name] + (value_N * weight_N[part.objects_N]).sum()
+                logits, target = at_side(part.logits_NMLL, masks_NTSS[part.objects_N, frame.time], scoring.side_px)
+                scores = (logits, part.iou_NM, part.presence_N, target, scoring.weights)
+                for name, value_N in mask_losses(*scores, scoring.squared_iou, scoring.smooth).items():
+                    terms[name] = terms[name] + (value_N * weight_NT[part.objects_N, frame.time]).sum()
             if frame.teacher_OCGG is not None and frame.conditioned_OCGG is not None:
                 value_O = memory_loss(frame.conditioned_OCGG, frame.teacher_OCGG)
-                terms["memory"] = terms["memory"] + (value_O * weight_N).sum()
+                terms["memory"] = terms["memory"] + (value_O * weight_NT[:, frame.time]).sum()
+        if "temporal" in terms:
+            terms["temporal"] = self.agreement(tracked, masks_NTSS, weight_NT)
         return terms
+
+    def agreement(self, tracked: list[Tracked], masks_NTSS: Tensor, weight_NT: Tensor) -> Tensor:
+        """Return the term `temporal` of the masks that entered memory, given ones among them."""
+        first, scoring = tracked[0].time, self.scoring
+        seen = [at_side(frame.logits_OSS[:, None], masks_NTSS[:, frame.time], scoring.side_px) for frame in tracked]
+        logits_NTLL = torch.cat([logits for logits, _ in seen], 1)
+        # An absent object's logit only says that there is no mask; as a number it would be all of the loss.
+        logits_NTLL = logits_NTLL.masked_fill(logits_NTLL == ABSENT_LOGIT, MASK_BIAS)
+        target_NTLL = torch.stack([target for _, target in seen], 1)
+        value_N = temporal(logits_NTLL, target_NTLL, weight_NT[:, first:] > 0, scoring.of_logits)
+        return (value_N * weight_NT.sum(1)).sum()
 
 
 def overlap(tracked: list[Tracked], masks_NTSS: Tensor) -> Tensor:
-    """J of every frame but the first, (N, T-1): intersection over union, 1 where both are empty."""
+    """J of every tracked frame, (N, frames): intersection over union, 1 where both are empty."""
     values = []
-    for time, frame in enumerate(tracked[1:], start=1):
-        target_NSS = masks_NTSS[:, time].float()
+    for frame in tracked:
+        target_NSS = masks_NTSS[:, frame.time].float()
         j_N = iou(frame.logits_OSS[:, None], target_NSS)[:, 0]
-        empty_N = ~((frame.logits_OSS > 0) | masks_NTSS[:, time]).flatten(1).any(1)
+        empty_N = ~((frame.logits_OSS > 0) | masks_NTSS[:, frame.time]).flatten(1).any(1)
         values.append(torch.where(empty_N, 1.0, j_N.float()))
     return torch.stack(values, 1)
 

@@ -4,14 +4,15 @@
 transformers' own forward runs under `inference_mode`, object by object. This one calls the same submodules, and the
 same `remember` and `recall` as inference, so what is trained is what will track.
 
-Letters: B clips, T frames of a clip, O objects of all clips, N some of them, C channels of the tracker, G side of its
-grid, L = 4 G side of its mask logits, S image side in pixels, M candidate masks, P points.
+Letters: B clips, T frames of a clip, F the first of them, O objects of all clips, N some of them, C channels of the
+tracker, G side of its grid, L = 4 G side of its mask logits, S image side in pixels, M candidate masks, P points.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effsam3.models.chassis.tensors import TRUNK, read_tensors
 from effsam3.models.memory.attention import FrameMemory
-from effsam3.models.memory.prompts import NO_POINT, draw_clicks
+from effsam3.models.memory.prompts import FEWEST, NO_POINT, draw_clicks
 from effsam3.models.memory.tracker import EfficientTracker
 
 ABSENT_LOGIT = -1024.0  # SAM's mask logit of an object that is not in the frame
@@ -44,8 +45,6 @@ PARTS = {
 }
 # Where a whole SAM 3 keeps what is the tracker's: beginning of a name there -> here.
 PLACES = {"tracker_model.": "", "tracker_neck.": "vision_encoder.neck.", TRUNK: "vision_encoder.backbone."}
-# The neck's coarsest level feeds nothing in the tracker.
-UNUSED = ("vision_encoder.neck.fpn_layers.3.",)
 
 
 def read_tracker_tensors(folder: Path) -> dict[str, Tensor]:
@@ -70,22 +69,50 @@ class Features:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is given on the first frame, for O objects.
+    """What is given on the first F frames, for O objects.
 
-    `points_OP2` are x, y in pixels and `labels_OP` as in models/prompts.py; where `by_mask_O`, the true mask is given
-    instead. `corrections` maps the number of a frame that clicks correct to where they go, (O, clicks): see
+    `points_OFP2` are x, y in pixels and `labels_OFP` as in models/memory/prompts.py; where `by_mask_OF`, the true mask
+    is given instead. `corrections` maps the number of a frame that clicks correct to where they go, (O, clicks): see
     `draw_clicks`.
     """
 
-    points_OP2: Tensor
-    labels_OP: Tensor
-    by_mask_O: Tensor
+    points_OFP2: Tensor
+    labels_OFP: Tensor
+    by_mask_OF: Tensor
     corrections: dict[int, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, drawn: Sequence[Mapping[int, tuple[Tensor, Tensor, bool]]]) -> Prompts:
+        """Put together what `draw_prompt` has drawn: for each object {frame: (points, labels, whether by mask)}."""
+        frames = 1 + max(frame for given in drawn for frame in given)
+        most = max([FEWEST, *(len(labels) for given in drawn for _, labels, _ in given.values())])
+        points, by_mask = torch.zeros(len(drawn), frames, most, 2), torch.zeros(len(drawn), frames, dtype=torch.bool)
+        labels = torch.full((len(drawn), frames, most), NO_POINT, dtype=torch.int32)
+        for place, given in enumerate(drawn):
+            for frame, (points_P2, labels_P, by_mask[place, frame]) in given.items():
+                points[place, frame, : len(points_P2)], labels[place, frame, : len(labels_P)] = points_P2, labels_P
+        return cls(points, labels, by_mask)
+
+    @cached_property
+    def given_OF(self) -> Tensor:
+        """Whether anything is given."""
+        return self.by_mask_OF | (self.labels_OFP != NO_POINT).any(2)
 
     def some(self, objects_N: Tensor) -> Prompts:
         """Return those of some of the objects."""
-        given = (self.points_OP2[objects_N], self.labels_OP[objects_N], self.by_mask_O[objects_N])
+        given = (self.points_OFP2[objects_N], self.labels_OFP[objects_N], self.by_mask_OF[objects_N])
         return Prompts(*given, {frame: chances[objects_N] for frame, chances in self.corrections.items()})
+
+    def to(self, device: torch.device) -> Prompts:
+        """Return them on a device."""
+        given = (self.points_OFP2.to(device), self.labels_OFP.to(device), self.by_mask_OF.to(device))
+        return Prompts(*given, {frame: chances.to(device) for frame, chances in self.corrections.items()})
+
+    def groups(self, most: int | None) -> list[Tensor]:
+        """Return the numbers of objects that can be tracked together: given on the same frames, at most `most`."""
+        _, group_O = self.given_OF.unique(dim=0, return_inverse=True)
+        groups = [(group_O == group).nonzero()[:, 0] for group in range(int(group_O.max()) + 1)]
+        return [part for group_N in groups for part in group_N.split(most or len(group_N))]
 
 
 @dataclass(frozen=True)
@@ -122,9 +149,10 @@ class Tracked:
 
     `predictions` are what can be scored: the decoder's, before and after every correction; none for a given mask.
     `logits_OSS` is the mask that entered memory, `ABSENT_LOGIT` where absent. `conditioned_OCGG` and `teacher_OCGG`
-    are the features after memory of the tracker and of the teacher, None on the first frame.
+    are the features after memory of the tracker and of the teacher, None on a prompted frame.
     """
 
+    time: int
     predictions: list[Decoded]
     logits_OSS: Tensor
     conditioned_OCGG: Tensor | None = None
@@ -155,20 +183,25 @@ def track(
     by_truth: bool = True,
     recompute: bool = False,
 ) -> list[Tracked]:
-    """Track O objects through T frames, prompted on the first.
+    """Track O objects from the first frame on which they are prompted to the last of T.
+
+    All must be prompted on the same frames: objects do not see each other, so that others can have a call of their own
+    (`Prompts.groups`). Prompted frames come first and see no memory, as in a session that is propagated after all its
+    prompts; the other frames follow in order of time and remember them, those that are still to come among them.
 
     Args:
         frame_OT: which frame of `features` each object sees at each time.
-        masks_OTSS: boolean true masks; only the first frame's, and those of corrected frames, reach the tracker.
+        masks_OTSS: boolean true masks; only those of prompted and of corrected frames reach the tracker.
         teacher: a tracker whose memory sees the same masks and pointers; its features are returned as well.
         by_truth: take from the true masks whether an object is present, as in training; else from the tracker.
         recompute: keep no activations of a frame but compute them again in the backward pass.
     """
-    run = _Pass(tracker, teacher, prompts, by_truth, recompute)
-    return [
-        run.frame(time, features.at(frame_OT[:, time]), masks_OTSS[:, time], frame_OT.shape[1])
-        for time in range(frame_OT.shape[1])
-    ]
+    assert (prompts.given_OF == prompts.given_OF[:1]).all() and prompts.given_OF[0].any()
+    given, length = prompts.given_OF[0].nonzero()[:, 0].tolist(), frame_OT.shape[1]
+    run = _Pass(tracker, teacher, prompts, given, by_truth, recompute)
+    order = [*given, *(time for time in range(given[0], length) if time not in given)]
+    tracked = [run.frame(time, features.at(frame_OT[:, time]), masks_OTSS[:, time], length) for time in order]
+    return sorted(tracked, key=lambda frame: frame.time)
 
 
 @dataclass(frozen=True)
@@ -184,11 +217,11 @@ class _Remembered:
 class _Pass:
     """One pass over clips: the memory bank, and what does not change from frame to frame."""
 
-    def __init__(self, tracker, teacher, prompts: Prompts, by_truth: bool, recompute: bool):
-        self.tracker, self.teacher, self.prompts = tracker, teacher, prompts
+    def __init__(self, tracker, teacher, prompts: Prompts, prompted: list[int], by_truth: bool, recompute: bool):
+        self.tracker, self.teacher, self.prompts, self.prompted = tracker, teacher, prompts, prompted
         self.by_truth, self.recompute = by_truth, recompute
         self.position_1CGG = tracker.get_image_wide_positional_embeddings()
-        self.bank: list[_Remembered] = []
+        self.bank: dict[int, _Remembered] = {}
 
     def run(self, function: Callable, *inputs):
         """Call a function, keeping its activations or not."""
@@ -202,30 +235,34 @@ class _Pass:
         """Track one frame and put it into the bank."""
         prompts, conditioned, distilled = self.prompts, None, None
         everyone_O = torch.ones(len(masks_OSS), dtype=torch.bool, device=masks_OSS.device)
-        by_mask_O = prompts.by_mask_O if time == 0 else ~everyone_O
-        if time == 0:
+        by_mask_O = prompts.by_mask_OF[:, time] if time in self.prompted else ~everyone_O
+        if time in self.prompted:
             # SAM 3 adds it where there is nothing to recall, but not under a given mask, which is not decoded from the
             # image.
             no_memory_1C11 = self.tracker.no_memory_embedding.reshape(1, -1, 1, 1)
             image_OCGG = seen.top + no_memory_1C11 * ~by_mask_O[:, None, None, None]
-            points, labels = prompts.points_OP2, prompts.labels_OP
-            single_O = (labels != NO_POINT).sum(1) > 1  # a box leaves no doubt which mask is meant
+            points, labels = prompts.points_OFP2[:, time], prompts.labels_OFP[:, time]
+            count_O = (labels != NO_POINT).sum(1)
             # One decoder call serves prompts of one kind only: a single click is ambiguous and wants three candidates,
-            # a box one.
-            groups = [by_mask_O, ~by_mask_O & ~single_O, ~by_mask_O & single_O]
+            # more points or a box leave no doubt. Of one length, too, so that no object depends on another's padding.
+            lengths = sorted(set(count_O[~by_mask_O].tolist()))
+            groups = [by_mask_O, *(~by_mask_O & (count_O == count) for count in lengths)]
         else:
-            image_OCGG = conditioned = self.run(self.recall, self.tracker, seen.top, time, length, False)
+            # As it is now: computed again in the backward pass, it would hold later frames too.
+            recalled = (seen.top, time, length, dict(self.bank))
+            image_OCGG = conditioned = self.run(self.recall, self.tracker, *recalled, False)
             if self.teacher is not None:
                 with torch.no_grad():
-                    distilled = self.recall(self.teacher, seen.top, time, length, True)
-            points, labels = (tensor[:, :0] for tensor in (prompts.points_OP2, prompts.labels_OP))
-            groups = [everyone_O]
+                    distilled = self.recall(self.teacher, *recalled, True)
+            points, labels = (tensor[:, 0, :0] for tensor in (prompts.points_OFP2, prompts.labels_OFP))
+            lengths, groups = [], [everyone_O]
         shown = self.mask_prompt(masks_OSS) if by_mask_O.any() else None
-        decoded = [
-            self.decode(group_O, image_OCGG, seen, points, labels, shown if place == 0 else None, multimask=place < 2)
-            for place, group_O in enumerate(groups)
-            if group_O.any()
-        ]
+        decoded = []
+        for group_O, count in zip(groups, (0, *lengths), strict=True):
+            if group_O.any():
+                width = max(count, FEWEST)
+                maps = (group_O, image_OCGG, seen, points[:, :width], labels[:, :width])
+                decoded.append(self.decode(*maps, None if count else shown, multimask=count <= 1))
         # What was given is not predicted: scoring it would reward copying.
         predictions = [part.only(~by_mask_O) for part in decoded]
         clicked_O = ~by_mask_O
@@ -251,8 +288,9 @@ class _Pass:
         logits_OSS = torch.where(by_mask_O[:, None, None], given_OSS, enlarge(logits_OLL, masks_OSS.shape[-1]))
         # SAM's convention for an absent object, which the memory encoder has learned to read.
         logits_OSS = torch.where(present_O[:, None, None], logits_OSS, ABSENT_LOGIT)
-        self.remember(seen.top, logits_OSS, token_OC, present_O, given=time == 0 or corrected)
-        return Tracked([part for part in predictions if len(part.objects_N)], logits_OSS, conditioned, distilled)
+        given = time in self.prompted or corrected
+        self.bank[time] = self.remember(seen.top, logits_OSS, token_OC, present_O, given)
+        return Tracked(time, [part for part in predictions if len(part.objects_N)], logits_OSS, conditioned, distilled)
 
     def decode(
         self,
@@ -304,8 +342,8 @@ class _Pass:
         size = self.tracker.prompt_encoder.mask_input_size
         return F.interpolate(small.float(), size, mode="bilinear", align_corners=False, antialias=True)
 
-    def remember(self, top_OCGG, logits_OSS, token_OC, present_O, given: bool) -> None:
-        """Put a frame into the bank."""
+    def remember(self, top_OCGG, logits_OSS, token_OC, present_O, given: bool) -> _Remembered:
+        """Encode a frame for the bank."""
         present_O1 = present_O[:, None]
         # An absent object's pointer marks it as absent, instead of pointing at whatever the decoder has found.
         pointer_OC = torch.where(
@@ -316,26 +354,30 @@ class _Pass:
         if self.teacher is not None:
             with torch.no_grad():
                 taught = self.teacher.remember(top_OCGG, logits_OSS[:, None], present_O, given)
-        self.bank.append(_Remembered(given, memory, pointer_OC, taught))
+        return _Remembered(given, memory, pointer_OC, taught)
 
-    def recall(self, tracker, top_OCGG: Tensor, time: int, length: int, taught: bool) -> Tensor:
+    def recall(self, tracker, top_OCGG: Tensor, time: int, length: int, bank: dict[int, _Remembered], taught: bool):
         """Condition a frame's features on the bank, by the tracker's memory or the teacher's."""
-        # Up to this frame: computed again in the backward pass, the bank holds later ones too.
-        given = [past for past, entry in enumerate(self.bank[:time]) if entry.given]
+        given = sorted(frame for frame, entry in bank.items() if entry.given)
         # Same order and limits as a transformers session, so that training sees the memory that inference will see.
         most = tracker.config.max_cond_frame_num  # -1: all, as in transformers
-        near = sorted(given, key=lambda past: time - past)[: None if most == -1 else most]
-        recent = [past for past in range(time - tracker.num_maskmem + 1, time) if past >= 0 and past not in near]
+        near = given if most == -1 else nearest(given, time, most)
+        recent = [past for past in range(time - tracker.num_maskmem + 1, time) if past in bank and past not in near]
         # Offset 0 marks conditioning frames, whatever their distance; it selects the encoding that SAM 3 gives them.
         order = [(0, past) for past in sorted(near)] + [(time - past, past) for past in recent]
-        frames = [
-            (offset, self.bank[past].teacher_memory if taught else self.bank[past].memory) for offset, past in order
-        ]
-        # Pointers reach further back than maps: they cost four tokens each.
+        frames = [(offset, bank[past].teacher_memory if taught else bank[past].memory) for offset, past in order]
+        # Pointers reach further back than maps: they cost four tokens each. They only come from the past.
         reach = min(length, tracker.config.max_object_pointers_in_encoder)
-        pointing = given + [past for past in range(time - 1, max(time - reach, -1), -1) if past not in given]
-        pointers = [(time - past, self.bank[past].pointer_OC) for past in pointing]
+        back = [past for past in range(time - 1, max(time - reach, -1), -1) if past in bank and past not in given]
+        pointers = [(time - past, bank[past].pointer_OC) for past in [*(one for one in given if one < time), *back]]
         return tracker.recall(top_OCGG, frames, pointers, length)
+
+
+def nearest(given: list[int], time: int, most: int) -> list[int]:
+    """Return at most `most` of the given frames: the nearest before and after, then the others by their distance."""
+    before, after = [one for one in given if one < time][-1:], [one for one in given if one >= time][:1]
+    others = [one for one in given if one not in before + after]
+    return (before + after + sorted(others, key=lambda one: abs(one - time)))[: max(most, len(before + after))]
 
 
 def enlarge(logits_OLL: Tensor, side: int) -> Tensor:

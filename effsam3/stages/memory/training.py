@@ -36,9 +36,9 @@ from effsam3.models.memory.attention import memory_tokens
 from effsam3.models.memory.config import EfficientTrackerConfig
 from effsam3.models.memory.prompts import draw_kind, draw_prompt
 from effsam3.models.memory.slot import MEMORY, tracker_config
-from effsam3.models.memory.student import TrackerStudent
+from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
-from effsam3.models.memory.training import Prompts, read_tracker_tensors
+from effsam3.models.memory.training import PARTS, Prompts, read_tracker_tensors
 from effsam3.stages.base import StageBase
 from effsam3.stages.memory.facts import MemoryData, MemoryRecipe
 from effsam3.stages.protocol import Batch, Place, Stage
@@ -110,13 +110,12 @@ def load_trackers(recipe: MemoryRecipe, folder: Path) -> tuple[EfficientTracker,
 def make_student(recipe: MemoryRecipe, tracker: EfficientTracker, teacher: EfficientTracker) -> TrackerStudent:
     """Take out of a tracker what the recipe trains."""
     train, loss = recipe.train, recipe.loss
+    weights = {name: getattr(loss, name) for name in LOSSES}
     return TrackerStudent(
         tracker,
-        recipe.memory.trains,
+        [prefix.removesuffix(".") for part in recipe.memory.trains for prefix in PARTS[part]],
         teacher,
-        {name: getattr(loss, name) for name in LOSSES},
-        loss.side_px or tracker.image_size,
-        loss.iou_error == "squared",
+        Scoring(weights, loss.side_px or tracker.image_size, loss.iou_error == "squared"),
         train.trunk_batch,
         train.objects_at_once,
         train.recompute,
@@ -156,7 +155,7 @@ class ClipInputs(NamedTuple):
     pixels_BT3SS: Tensor
     masks_OTSS: Tensor
     clip_O: Tensor  # the clip of each object
-    weight_O: Tensor  # of each object in the loss; 0 for the empty slot of a batch without any
+    weight_OT: Tensor  # of each object's frames in the loss; 0 for the empty slot of a batch without any
     prompts: Prompts
 
 
@@ -173,7 +172,7 @@ class MemoryStage(StageBase):
         super().__init__(recipe, place)
         self.max_unreadable = recipe.data.max_unreadable
         self.lr_scales = {"": recipe.optim.pretrained_scale, "memory_resampler.": 1.0}
-        self.student = make_student(recipe, tracker, teacher)
+        self.student, self.teacher = make_student(recipe, tracker, teacher), teacher
         self.student_parameters = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
         self.frozen_parameters = parameter_count(tracker) - self.student_parameters
         self.config = tracker.config
@@ -230,11 +229,11 @@ class MemoryStage(StageBase):
 
     @property
     def frozen(self) -> list[nn.Module]:
-        return [self.student.tracker, self.student.teacher]
+        return [self.student.tracker, self.teacher]
 
     def describe(self) -> dict[str, str]:
         data, config = self.recipe.data, self.config
-        dense = memory_tokens(self.student.teacher.config)
+        dense = memory_tokens(self.teacher.config)
         left_out = len(self.train_data.left_out) + len(self.val_data.left_out)
         short = f", {left_out:,} left out (no clip of {data.frames} annotated frames)" if left_out else ""
         slow = self.train_data.unseekable + self.val_data.unseekable
@@ -273,20 +272,20 @@ class MemoryStage(StageBase):
         clip_O, slot_O = valid_BN.nonzero(as_tuple=True)
         masks_OTSS = batch["masks"][clip_O, :, slot_O]
         weight_O = object_weights(clip_O, len(valid_BN)) * (0.0 if empty else 1.0)
-        drawn = []
+        drawn, chances = [], []
         for clip, slot, mask_TSS in zip(clip_O.tolist(), slot_O.tolist(), masks_OTSS, strict=True):
             # By the clip's number, so that prompts are the same on any number of ranks and after resuming.
             rng = np.random.default_rng([self.recipe.train.seed, batch["numbers"][clip], slot])
             kind = "mask" if empty else draw_kind(shares, rng)
             points, labels = draw_prompt(mask_TSS[0], kind, rng)
-            chances_FK = torch.from_numpy(rng.random((len(corrected), self.recipe.prompts.clicks))).float()
-            drawn.append((points, labels, torch.tensor(kind == "mask"), chances_FK))
-        points, labels, by_mask, chances_OFK = (torch.stack(kind).to(self.device) for kind in zip(*drawn, strict=True))
-        prompts = Prompts(points, labels, by_mask, dict(zip(corrected, chances_OFK.unbind(1), strict=True)))
+            drawn.append({0: (points, labels, kind == "mask")})
+            chances.append(torch.from_numpy(rng.random((len(corrected), self.recipe.prompts.clicks))).float())
+        clicks = dict(zip(corrected, torch.stack(chances, 1), strict=True))
+        prompts = replace(Prompts.of(drawn), corrections=clicks).to(self.device)
         pixels = normalise(batch["pixels"].to(self.device, non_blocking=True))
-        return ClipInputs(
-            pixels, masks_OTSS.to(self.device), clip_O.to(self.device), weight_O.to(self.device), prompts
-        )
+        # A frame of an object counts as much as another: the loss is a sum over frames.
+        weight_OT = weight_O[:, None].expand(masks_OTSS.shape[:2]).to(self.device)
+        return ClipInputs(pixels, masks_OTSS.to(self.device), clip_O.to(self.device), weight_OT, prompts)
 
     def corrected_frames(self, batch: Batch) -> tuple[int, ...]:
         """Which frames of a step's clips are corrected by clicks: the first, and others at random.
@@ -313,9 +312,9 @@ class MemoryStage(StageBase):
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return sums of a batch for `summarise`: J of objects given by their mask in the first frame."""
         inputs = self.inputs(batch, {"mask": 1.0, "point": 0.0, "box": 0.0})
-        counts_O = inputs.weight_O > 0
+        counts_O = inputs.weight_OT[:, 0] > 0
         with self.place.autocast():
-            j_OT = student(*inputs)["j"].double()
+            j_OT = student(*inputs)["j"][:, 1:].double()
         return {"j": j_OT[counts_O].sum(), "positions": counts_O.sum().double() * j_OT.shape[1]}
 
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
