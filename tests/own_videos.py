@@ -27,9 +27,9 @@ def moving(frames=5):
 
 
 def write_frames(folder: Path, names, size=(H, W)):
-    """Write flat images: the k-th has brightness 10 + 20k."""
+    """Write flat images: the k-th has brightness 10 + 20k, beyond 250 from 0 again."""
     for k, name in enumerate(names):
-        save(Image.fromarray(np.full((*size, 3), 10 + 20 * k, np.uint8)), folder / name)
+        save(Image.fromarray(np.full((*size, 3), (10 + 20 * k) % 250, np.uint8)), folder / name)
 
 
 def rle(mask_HW):

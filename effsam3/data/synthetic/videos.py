@@ -121,29 +121,43 @@ def make_video(number: int, frames: int, side_px: int, objects: int, seed: int =
     hue = rng.uniform()
     background = _Surface(hue, rng, plain=True)
     pan = rng.uniform(-0.2, 0.2, 2)
-    # Hues are spread over the circle, so that objects differ from each other and from what is behind them.
-    hues = hue + (1 + np.arange(objects)) / (objects + 1)
-    shapes = [_Shape(position, extent, hues[position], rng) for position in range(objects)]
+    shapes = shapes_of(objects, extent, hue, rng)
     part = objects >= 3 and number % 3 == 0
     noise = rng.uniform(0.005, 0.02)
     images, masks_TNHW = [], np.zeros((frames, objects, height, width), bool)
     for index in range(frames):
         time = index / VIDEO_FPS
         image_HW3 = background.colours(*(yx_2HW + (pan * time).astype(np.float32)[:, None, None]))
-        for position in range(objects - 1, -1, -1):  # the first object is in front
-            if part and position == objects - 1:
-                continue
-            mask_HW, colours_P3 = shapes[position].draw(yx_2HW, time)
-            image_HW3[mask_HW] = colours_P3
-            masks_TNHW[index, position + 1 :] &= ~mask_HW
-            masks_TNHW[index, position] = mask_HW
+        whole = shapes[: objects - part]
+        masks_TNHW[index, : len(whole)] = paint(image_HW3, whole, yx_2HW, time)
         if part:  # of the first object, and so in the masks of both
-            mask_HW, colours_P3 = shapes[0].draw(yx_2HW, time, hues[-1], scale=0.45)
+            mask_HW, colours_P3 = shapes[0].draw(yx_2HW, time, hue + objects / (objects + 1), scale=0.45)
             image_HW3[mask_HW] = colours_P3
             masks_TNHW[index, -1] = mask_HW
         images.append(image_HW3 + rng.normal(0, noise, image_HW3.shape))
     masks_TNHW[masks_TNHW.sum((2, 3)) < FEWEST_PIXELS] = False
     return Video((np.stack(images).clip(0, 1) * 255).round().astype(np.uint8), masks_TNHW)
+
+
+def shapes_of(objects: int, extent: np.ndarray, hue: float, rng: np.random.Generator) -> list[_Shape]:
+    """Draw shapes for frames of `extent` (height, width), of other hues than the one behind them."""
+    # Spread over the circle, so that objects differ from each other, too.
+    hues = hue + (1 + np.arange(objects)) / (objects + 1)
+    return [_Shape(position, extent, hues[position], rng) for position in range(objects)]
+
+
+def paint(image_HW3: np.ndarray, shapes: list[_Shape], yx_2HW: np.ndarray, time: float) -> np.ndarray:
+    """Paint shapes into an image of colours 0..1, the first in front; return what is visible of each, (N, H, W).
+
+    `yx_2HW` are the pixels' places, `time` is in seconds.
+    """
+    masks_NHW = np.zeros((len(shapes), *image_HW3.shape[:2]), bool)
+    for position in reversed(range(len(shapes))):
+        mask_HW, colours_P3 = shapes[position].draw(yx_2HW, time)
+        image_HW3[mask_HW] = colours_P3
+        masks_NHW[position + 1 :] &= ~mask_HW
+        masks_NHW[position] = mask_HW
+    return masks_NHW
 
 
 def _even(side_px: float) -> int:

@@ -63,6 +63,9 @@ class FrameList:
             images.append(image_HW3)
         return np.stack(images).transpose(0, 3, 1, 2)
 
+    def close(self) -> None:
+        """Files are only open while they are read."""
+
 
 def images_in(folder: Path) -> list[Path]:
     """Return the images of a folder, by name; hidden files are none."""

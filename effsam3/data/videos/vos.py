@@ -27,7 +27,7 @@ from effsam3.data.videos.files import VIDEO_EXTENSIONS
 from effsam3.data.videos.frame_list import images_in
 from effsam3.data.videos.mask_pngs import ObjectFolders, PaletteFrames, folders_in
 from effsam3.data.videos.sav import KINDS, SavFile
-from effsam3.data.videos.vos_video import VosVideo
+from effsam3.data.videos.vos_video import NoMasks, VosVideo
 from effsam3.data.videos.youtube_vis import is_youtube_vis, read_youtube_vis
 from effsam3.errors import UserError
 
@@ -82,6 +82,18 @@ def open_vos(path: str | Path, split: str | None = None) -> list[VosVideo]:
     if not videos:
         raise UserError(f"no video with masks in {tree.about}")
     return [videos[name] for name in sorted(videos)]
+
+
+def open_frames(path: str | Path) -> list[VosVideo]:
+    """Return the videos of a folder or file, whether anybody has annotated them or not, in order of their names.
+
+    Raises:
+        UserError: as `open_vos`.
+    """
+    tree = recognise(path)
+    if tree.format != "frames":
+        return open_vos(path)
+    return [VosVideo(name, frames, NoMasks()) for name, frames in sorted(frame_sources(tree.path).items())]
 
 
 def recognise(path: str | Path) -> Tree:

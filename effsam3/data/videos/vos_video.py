@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from effsam3.data.unreadable import UnreadableAnnotations
-from effsam3.data.videos.files import UnreadableVideo, VideoFile, open_video
+from effsam3.data.videos.files import UnreadableVideo, open_video
 from effsam3.data.videos.frame_numbers import missing_number
 
 
@@ -43,6 +43,8 @@ class Frames(Protocol):
     def size(self) -> tuple[int, int]: ...
 
     def read(self, indexes: Iterable[int]) -> np.ndarray: ...
+
+    def close(self) -> None: ...
 
 
 class Annotations(ABC):
@@ -145,8 +147,7 @@ class VosVideo:
 
     def close(self) -> None:
         """Let go of an open video file. It is opened again when asked."""
-        if isinstance(video := self.__dict__.get("_video"), VideoFile):
-            video.close()
+        self._video.close()
 
     def masks(self, index: int) -> dict[int, np.ndarray]:
         """Return the masks of an annotated frame by object, bool (H, W), all False where an object is absent.
@@ -163,6 +164,21 @@ class VosVideo:
             detail = f"frame {index}: masks of {other.pop()}, frames of {self.size}"
             raise UnreadableAnnotations(self.name, "size_mismatch", detail)
         return masks
+
+
+class NoMasks(Annotations):
+    """Of a video that nobody has annotated."""
+
+    @property
+    def objects(self) -> list[int]:
+        return []
+
+    @property
+    def numbers(self) -> list[int]:
+        return []
+
+    def masks(self, number: int) -> dict[int, np.ndarray]:
+        raise AssertionError(f"frame {number} is not annotated")
 
 
 class FromOne(Annotations):
