@@ -57,9 +57,29 @@ STORE = arg("root", "folder of the store", type=Path, metavar="STORE")
 WORKERS = arg("--workers", "processes (default: one per core)", type=count)
 INDEX = arg("--out", "the index to write, .parquet", required=True, type=Path)
 SPEED: dict[str, Any] = {"choices": ("decode", "header"), "default": "decode"}
+SPLIT = arg("--split", "only the videos of this list, <PATH>/NAME.txt or in ImageSets", metavar="NAME")
 RESUMES = "The same command resumes after an interruption."
 
 DATA_VERBS = {
+    "data convert": Verb(
+        "write videos with masks in another format",
+        "data_convert:run",
+        [
+            arg("path", "JSON or folder of videos with masks, as data.videos takes them", type=Path, metavar="PATH"),
+            arg("--to", "the format", required=True, choices=("coco_video", "youtube_vis", "sav", "davis")),
+            arg("--out", "the new folder", required=True, type=Path, metavar="FOLDER"),
+            arg(
+                "--frames",
+                "copy them (default), link to them, or none",
+                choices=("copy", "link", "none"),
+                default="copy",
+            ),
+            SPLIT,
+            flag("--lossy", "write it even if the format cannot hold everything; what is lost is listed"),
+        ],
+        more=". Nothing is written if something would be lost, unless --lossy allows it. docs/formats.md tells what "
+        "each format can hold.",
+    ),
     "index sa1b": Verb(
         "index SA-1B, or any photographs, for training",
         index_sa1b,

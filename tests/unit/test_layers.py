@@ -49,6 +49,8 @@ LAYERS = [
         "evaluate",
         "predict",
         "push",
+        "data_check",
+        "data_convert",
         "import_student",
         "inspect_model",
         "show",

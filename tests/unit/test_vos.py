@@ -105,7 +105,7 @@ def test_every_fifth_frame_annotated_and_objects_that_come_later(tmp_path):
     assert (first[4] == (ids == 4)).all() and not first[2].any()
     assert (second[2] == (later == 2)).all() and second[2].sum() == 4, "255 is void, no object"
     assert second.keys() == third.keys() and not any(mask.any() for mask in third.values())
-    with pytest.raises(ValueError):
+    with pytest.raises(KeyError):
         video.masks(1)
 
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from effsam3.data.coco import rles_of
+from effsam3.data.videos import writing
 from effsam3.data.videos.sav import FRAME_STRIDE, VIDEO_FPS
+from effsam3.data.videos.writing import text_rles
 from effsam3.files import write_bytes, write_text
 
 FEWEST_PIXELS = 12  # of an object that counts as visible; fewer are not annotated
@@ -68,43 +69,9 @@ def mp4_bytes(frames_THW3: np.ndarray) -> bytes:
 
 def sav_record(name: str, masks_TNHW: np.ndarray) -> dict:
     """Return what SA-V's manual JSON holds for the masks of all frames; every fourth frame is annotated."""
-    count, _, height, width = masks_TNHW.shape
-    masks_ANHW = masks_TNHW[::FRAME_STRIDE]
-    masklet = [
-        [{"size": [height, width], "counts": rle["counts"].decode("ascii")} for rle in rles_of(masks_NHW)]
-        for masks_NHW in masks_ANHW
-    ]
-    present_AN = masks_ANHW.any((2, 3))
-    sizes_N = masks_ANHW.sum((0, 2, 3)) / np.maximum(present_AN.sum(0), 1)  # mean over the frames that show it
-    appeared_N = present_AN.argmax(0)
-    changes = [int(np.diff(shown_A[first:]).sum()) for shown_A, first in zip(present_AN.T, appeared_N, strict=True)]
-    objects = len(sizes_N)
-    return {
-        "video_id": name,
-        "video_duration": count / VIDEO_FPS,
-        "video_frame_count": float(count),
-        "video_height": float(height),
-        "video_width": float(width),
-        "video_resolution": float(height * width),
-        "video_environment": "Synthetic",
-        "video_split": "train",
-        "masklet": masklet,
-        "masklet_id": list(range(objects)),
-        "masklet_size_rel": (sizes_N / (height * width)).tolist(),
-        "masklet_size_abs": sizes_N.tolist(),
-        "masklet_size_bucket": [_bucket(size) for size in sizes_N],
-        "masklet_visibility_changes": changes,
-        "masklet_first_appeared_frame": appeared_N.astype(float).tolist(),
-        "masklet_frame_count": [len(masklet)] * objects,
-        "masklet_edited_frame_count": [0] * objects,
-        "masklet_type": ["manual"] * objects,
-        "masklet_stability_score": [None] * objects,
-        "masklet_num": objects,
-    }
-
-
-def _bucket(pixels: float) -> str:
-    return "small" if pixels < 32**2 else "medium" if pixels < 96**2 else "large"  # COCO's sizes
+    count, objects, *size = masks_TNHW.shape
+    masklet = [text_rles(masks_NHW) for masks_NHW in masks_TNHW[::FRAME_STRIDE]]
+    return writing.sav_record(name, count, tuple(size), list(range(objects)), masklet, "Synthetic")
 
 
 # ---- scenes

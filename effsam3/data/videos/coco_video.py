@@ -17,9 +17,12 @@ from pathlib import Path, PurePosixPath
 from effsam3.data import coco
 from effsam3.data.videos.frame_numbers import UnclearNames, number_names
 from effsam3.data.videos.json_masks import (
+    TRACKS,
     FrameFinder,
     JsonMasks,
     Segment,
+    category_names,
+    category_of,
     identifier,
     number_objects,
     posix,
@@ -32,7 +35,6 @@ from effsam3.errors import UserError
 
 PATHS = ("path", "file_name")  # of an image; in Label Studio's files, the first is an address on its server
 ORDERS = ("order_in_video", "frame_id")
-TRACKS = ("track_id", "instance_id")
 
 
 def is_coco_video(content) -> bool:
@@ -75,10 +77,10 @@ def _videos(content: dict, file: Path) -> list[VosVideo]:
     for image in images.values():
         by_video.setdefault(_video_of(image), []).append(image)
     names = unique_names({key: _name(key, records, some[0]) for key, some in by_video.items()}, file)
-    finder = FrameFinder(file)
+    finder, known = FrameFinder(file), category_names(content)
     videos = []
     for key, some in by_video.items():
-        reader = _Reader(names[key], some, annotations, list(lost))
+        reader = _Reader(names[key], some, annotations, known, list(lost))
         videos.append(reader.video(finder, records.get(key) or {}, alone=len(by_video) == 1))
         lost = []  # the first video's notes tell of them
     return videos
@@ -107,10 +109,13 @@ def _name(key: Hashable, records: dict, image: dict) -> str:
 
 
 class _Reader:
-    """Reads one video of a file; `annotations` are those of all images, with their places in the file."""
+    """Reads one video of a file; `annotations` are those of all images, with their places in the file, and `known`
+    the names of its categories."""
 
-    def __init__(self, name: str, images: list[dict], annotations: dict, notes: list[Note]):
-        self.name, self.notes, self.annotations = name, notes, annotations
+    def __init__(
+        self, name: str, images: list[dict], annotations: dict, known: dict[Hashable, str], notes: list[Note]
+    ):
+        self.name, self.notes, self.annotations, self.known = name, notes, annotations, known
         self.images, self.numbers = self._in_order(images)
 
     def video(self, finder: FrameFinder, record: dict, alone: bool) -> VosVideo:
@@ -123,8 +128,8 @@ class _Reader:
             _called(image) for number, image in zip(numbers, self.images, strict=True) if sizes[number] is None
         ]:
             self.notes.append(Note("no_size", unsized[0], f"{len(unsized)} images: taken from the frames"))
-        segments, objects = self._segments(numbers)
-        return VosVideo(self.name, frames, JsonMasks(self.name, frames, sizes, segments, objects, self.notes))
+        masks = JsonMasks(self.name, frames, sizes, *self._segments(numbers), self.notes)
+        return VosVideo(self.name, frames, masks)
 
     def _in_order(self, images: list[dict]) -> tuple[list[dict], list[int]]:
         """Return the images in the order of time, and the frame's number of each."""
@@ -159,8 +164,10 @@ class _Reader:
             return [images[at] for _, at in ordered], [by_name[stems[at]] for _, at in ordered]
         return [images[at] for _, at in ordered], [number for number, _ in ordered]
 
-    def _segments(self, numbers: list[int]) -> tuple[dict[int, dict[int, list[Segment]]], dict[int, str | int]]:
-        """Return the annotations of each frame by object, and what the file calls the objects."""
+    def _segments(
+        self, numbers: list[int]
+    ) -> tuple[dict[int, dict[int, list[Segment]]], dict[int, str | int], dict[int, str]]:
+        """Return the annotations of each frame by object, what the file calls the objects, and their categories."""
         found = [
             (number, f"annotations[{place}] ({_called(image)})", annotation, at)
             for number, image in zip(numbers, self.images, strict=True)
@@ -169,6 +176,7 @@ class _Reader:
         tracked = any(_track_of(annotation) is not None for _, _, annotation, _ in found)
         keyed: list[tuple[Hashable, int, Segment]] = []
         names: dict[Hashable, str | int] = {}
+        categories: dict[Hashable, str] = {}
         taken: Counter[str] = Counter()
         for number, where, annotation, at in found:
             kind, key = _identity(annotation, at)
@@ -178,6 +186,8 @@ class _Reader:
             taken[kind] += 1
             identity: Hashable = key if kind == "track" or not tracked else (kind, key)
             names.setdefault(identity, key if kind == "track" else f"{kind} {key}")
+            if (category := category_of(annotation, self.known)) is not None:
+                categories.setdefault(identity, category)
             if _attributes(annotation).get("outside") is True:
                 self.notes.append(Note("outside", where, "marked as outside: taken as absent"))
                 continue  # tools keep the last shape of a track that has left
@@ -194,7 +204,8 @@ class _Reader:
             if len(others) == 2:
                 detail = f"object {names[identity]} has several annotations on this frame: their union is taken"
                 self.notes.append(Note("union", segment.where, detail))
-        return segments, {ids[identity]: name for identity, name in names.items()}
+        called = {ids[identity]: name for identity, name in names.items()}
+        return segments, called, {ids[identity]: category for identity, category in categories.items()}
 
 
 FALLBACKS = {

@@ -15,7 +15,7 @@ class FrameFolder(FrameList):
     """The images of a folder, in the order of the numbers in their names, see `frame_numbers`.
 
     Attributes:
-        numbers: the numbers in the names, ascending; they may have gaps, see `missing_number`.
+        numbers: the numbers in the names, ascending; they may have gaps, see `missing_numbers`.
     """
 
     def __init__(self, path: str | Path):

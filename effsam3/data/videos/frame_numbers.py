@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 HASH = re.compile(r"(?i)(?=[0-9]*[a-f])[0-9a-f]{16,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 DECIMAL = re.compile(r"([0-9]+)\.([0-9]+)")
@@ -76,12 +76,12 @@ def stride(numbers: Sequence[int]) -> int | None:
     return None if 2 * steps.count(smallest) < len(steps) or any(step % smallest for step in steps) else smallest
 
 
-def missing_number(numbers: Sequence[int]) -> int | None:
-    """Return the first number that is lost from ascending ones of a constant stride; None if none is."""
+def missing_numbers(numbers: Sequence[int]) -> Iterator[int]:
+    """Yield the numbers that are lost from ascending ones of a constant stride."""
     step = stride(numbers)
-    if step is None:
-        return None
-    return next((number + step for number, after in itertools.pairwise(numbers) if after > number + step), None)
+    if step is not None:
+        for number, after in itertools.pairwise(numbers):
+            yield from range(number + step, after, step)
 
 
 def match_names(names: Sequence[str], frames: Mapping[str, int]) -> dict[str, int]:

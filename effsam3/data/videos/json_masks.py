@@ -22,6 +22,7 @@ from effsam3.data.videos.vos_video import Annotations, Frames, Note
 from effsam3.errors import UserError
 
 FRAME_FOLDERS = ("", "images", "JPEGImages", "frames", "videos")  # next to a JSON, or to the folder it is in
+TRACKS = ("track_id", "instance_id")  # keys of an annotation that tell which object it is of
 Size = tuple[int, int]
 
 
@@ -39,6 +40,7 @@ class JsonMasks(Annotations):
         sizes: (rows, columns) of each annotated frame; None where the file does not say, then those of `frames`.
         segments: {number of a frame: {object: its annotations}}; an object that is not in it is absent.
         names: what the file calls the objects.
+        categories: what it says that they are.
     """
 
     def __init__(
@@ -48,10 +50,11 @@ class JsonMasks(Annotations):
         sizes: dict[int, Size | None],
         segments: dict[int, dict[int, list[Segment]]],
         names: dict[int, str | int],
+        categories: dict[int, str],
         notes: list[Note],
     ):
         self.video, self.frames, self.sizes, self.segments = video, frames, sizes, segments
-        self._names, self._notes = names, notes
+        self._names, self._categories, self._notes = names, categories, notes
 
     @property
     def objects(self) -> list[int]:
@@ -64,6 +67,10 @@ class JsonMasks(Annotations):
     @property
     def names(self) -> dict[int, str | int]:
         return self._names
+
+    @property
+    def categories(self) -> dict[int, str]:
+        return self._categories
 
     @property
     def notes(self) -> list[Note]:
@@ -100,7 +107,31 @@ def segment_of(value, where: str, notes: list[Note]) -> Segment:
     if not value:
         notes.append(Note("no_mask", where, "only a box: its object counts as not annotated on this frame"))
         return Segment(where, None)
+    if isinstance(value, dict) and _is_empty(value.get("counts")):
+        notes.append(Note("empty_mask", where, "an RLE without a pixel: its object is absent"))
     return Segment(where, value)
+
+
+def _is_empty(counts) -> bool:
+    """Say whether an RLE is of background alone; what is no RLE is found when it is decoded."""
+    if isinstance(counts, list):
+        return not any(counts[1::2])
+    # As a string, a number has six characters at most, and bit 5 of each but the last one is set.
+    return isinstance(counts, str) and 0 < len(counts) <= 6 and all((ord(one) - 48) & 32 for one in counts[:-1])
+
+
+def category_of(annotation: dict, known: dict[Hashable, str]) -> str | None:
+    """Return the name of an annotation's category; None where the file has none."""
+    key = annotation.get("category_id")
+    return known.get(key) if isinstance(key, (str, int)) else None
+
+
+def category_names(content: dict) -> dict[Hashable, str]:
+    """Return {id: name} of a file's categories."""
+    rows = [
+        coco.mapping(row, "a category", ("id",)) for row in coco.listed(content.get("categories") or [], "categories")
+    ]
+    return {identifier(row["id"], "id of a category"): str(row["name"]) for row in rows if row.get("name") is not None}
 
 
 def number_objects(keys: Iterable[Hashable]) -> dict[Hashable, int]:

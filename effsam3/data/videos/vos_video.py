@@ -7,6 +7,7 @@ Letters: T frames, H W rows and columns.
 from __future__ import annotations
 
 import functools
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from effsam3.data.unreadable import UnreadableAnnotations
-from effsam3.data.videos.files import UnreadableVideo, open_video
-from effsam3.data.videos.frame_numbers import missing_number
+from effsam3.data.videos.files import UnreadableVideo, VideoFile, open_video
+from effsam3.data.videos.frame_list import FrameList
+from effsam3.data.videos.frame_numbers import missing_numbers
 
 
 class Note(NamedTuple):
@@ -70,6 +72,11 @@ class Annotations(ABC):
         return {number: number for number in self.objects}
 
     @property
+    def categories(self) -> dict[int, str]:
+        """What the objects are, where the format says so."""
+        return {}
+
+    @property
     def notes(self) -> list[Note]:
         """What was repaired or taken for granted."""
         return []
@@ -86,27 +93,51 @@ class VosVideo:
         size: (rows, columns) in pixels.
         objects: ids of all objects, those that appear later included.
         object_names: {id: what the object is called where it was read from}.
+        categories: {id: what the object is}, where the format says so.
         annotated: the frames that have masks, ascending.
         notes: what the reader repaired or took for granted.
+        image_files, video_file: where the frames are: one of them, or neither for frames that are made.
     """
 
-    def __init__(self, name: str, frames: Path | Frames, annotations: Annotations):
-        """`frames`: a video file, a folder of images, or whatever else has frames."""
+    def __init__(self, name: str, frames: Path | Frames, annotations: Annotations, gaps: bool = False):
+        """`frames`: a video file, a folder of images, or whatever else has frames; `gaps`: see `with_gaps`."""
         self.name = name
-        self._frames, self._annotations = frames, annotations
+        self._frames, self._annotations, self._gaps = frames, annotations, gaps
 
     def numbered_from_one(self) -> VosVideo:
         """The same video with objects 1, 2 ..., those of the first annotated frame first, as DAVIS numbers them."""
         return VosVideo(self.name, self._frames, FromOne(self._annotations))
 
+    def with_gaps(self) -> VosVideo:
+        """The same video without what is `missing`, to look at the rest: its frames do not follow each other."""
+        return VosVideo(self.name, self._frames, self._annotations, gaps=True)
+
     @functools.cached_property
     def _video(self) -> Frames:
         video = open_video(self._frames) if isinstance(self._frames, Path) else self._frames
-        lost = missing_number(video.numbers)
+        lost = None if self._gaps else next(missing_numbers(video.numbers), None)
         if lost is not None:  # whatever follows it would be tracked as if no time had passed
             detail = f"frame {lost} is not in {self._frames}, which has others before and after it; put it back"
             raise UnreadableVideo(self.name, "missing_frame", detail)
         return video
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the frames that are not there, although frames around them are, or their masks.
+
+        Of each kind the first 1,000: one wrong number may be as far away as a date.
+        """
+        numbers = self._video.numbers
+        unseen = sorted(set(self._annotations.numbers).difference(numbers))
+        return sorted({*itertools.islice(missing_numbers(numbers), 1000), *unseen[:1000]})
+
+    @property
+    def image_files(self) -> list[Path]:
+        return self._video.files if isinstance(self._video, FrameList) else []
+
+    @property
+    def video_file(self) -> Path | None:
+        return self._video.path if isinstance(self._video, VideoFile) else None
 
     @property
     def frames(self) -> int:
@@ -129,17 +160,26 @@ class VosVideo:
         return self._annotations.names
 
     @property
+    def categories(self) -> dict[int, str]:
+        return self._annotations.categories
+
+    @property
     def notes(self) -> list[Note]:
         return self._annotations.notes
 
     @functools.cached_property
-    def annotated(self) -> list[int]:
+    def _annotated(self) -> dict[int, int]:
+        """{annotated frame: its number}."""
         place = {number: index for index, number in enumerate(self._video.numbers)}
         missing = [number for number in self._annotations.numbers if number not in place]
-        if missing:
+        if missing and not self._gaps:
             detail = f"frame {missing[0]} has masks but is not in {self._frames} ({self.frames} frames)"
             raise UnreadableVideo(self.name, "missing_frame", detail)
-        return [place[number] for number in self._annotations.numbers]
+        return {place[number]: number for number in self._annotations.numbers if number in place}
+
+    @functools.cached_property
+    def annotated(self) -> list[int]:
+        return list(self._annotated)
 
     def read(self, indexes: Iterable[int]) -> np.ndarray:
         """Return frames as uint8 RGB (T, 3, H, W). Raises UnreadableVideo."""
@@ -158,7 +198,7 @@ class VosVideo:
         Raises:
             UnreadableAnnotations: damaged, of another size than the frames, or not masks of this folder tree.
         """
-        masks = self._annotations.masks(self._annotations.numbers[self.annotated.index(index)])
+        masks = self._annotations.masks(self._annotated[index])
         other = {mask.shape for mask in masks.values()} - {self.size}
         if other:
             detail = f"frame {index}: masks of {other.pop()}, frames of {self.size}"
@@ -205,6 +245,10 @@ class FromOne(Annotations):
     @property
     def names(self) -> dict[int, str | int]:
         return {self._place[number]: name for number, name in self._annotations.names.items()}
+
+    @property
+    def categories(self) -> dict[int, str]:
+        return {self._place[number]: name for number, name in self._annotations.categories.items()}
 
     @property
     def notes(self) -> list[Note]:

@@ -7,15 +7,21 @@ frame an RLE, polygons, or null where the object is absent.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
 
 from effsam3.data import coco
 from effsam3.data.videos.frame_numbers import UnclearNames, number_names
 from effsam3.data.videos.json_masks import (
+    TRACKS,
     FrameFinder,
     JsonMasks,
     Segment,
+    category_names,
+    category_of,
     identifier,
+    number_objects,
     posix,
     segment_of,
     size_of,
@@ -62,7 +68,8 @@ def _videos(content: dict, file: Path) -> list[VosVideo]:
         tracks[track["video_id"]].append(track)
     names = unique_names({key: _name(record) for key, record in records.items()}, file)
     finder = FrameFinder(file)
-    return [_video(names[key], record, tracks[key], finder, len(records) == 1) for key, record in records.items()]
+    known, alone = category_names(content), len(records) == 1
+    return [_video(names[key], record, tracks[key], known, finder, alone) for key, record in records.items()]
 
 
 def _name(record: dict) -> str:
@@ -72,7 +79,9 @@ def _name(record: dict) -> str:
     return folder or str(record.get("name") or record["id"])
 
 
-def _video(name: str, record: dict, tracks: list[dict], finder: FrameFinder, alone: bool) -> VosVideo:
+def _video(
+    name: str, record: dict, tracks: list[dict], known: dict[Hashable, str], finder: FrameFinder, alone: bool
+) -> VosVideo:
     notes: list[Note] = []
     names = [posix(str(one)) for one in coco.listed(record.get("file_names") or [], f"file_names of video {name}")]
     count = len(names) or coco.whole(record.get("length"), f"length of video {name}", 1)
@@ -80,12 +89,13 @@ def _video(name: str, record: dict, tracks: list[dict], finder: FrameFinder, alo
     files = [posix(str(record[key])) for key in ("file_name", "path", "name") if record.get(key)]
     frames, numbers = finder.frames(name, [[one] for one in names] or [[]] * count, numbers, files, alone)
     segments: dict[int, dict[int, list[Segment]]] = {number: {} for number in numbers}
-    objects: dict[int, str | int] = {}
-    for place, track in enumerate(tracks):
-        number = coco.whole(track.get("id", place), f"id of an annotation of video {name}")
-        if number in objects:
-            raise coco.Malformed(f"two annotations of video {name} have the id {number}", "object_ids")
-        objects[number] = number
+    called = _called(tracks, name)
+    ids = number_objects(called)
+    categories: dict[int, str] = {}
+    for key, track in zip(called, tracks, strict=True):
+        number = ids[key]
+        if (category := category_of(track, known)) is not None:
+            categories[number] = category
         values = coco.listed(track["segmentations"], f"segmentations of annotation {number}")
         if len(values) != count:
             raise coco.Malformed(
@@ -98,8 +108,25 @@ def _video(name: str, record: dict, tracks: list[dict], finder: FrameFinder, alo
     size = size_of(record, f"video {name}")
     if size is None:
         notes.append(Note("no_size", f"video {name}", "the file gives none: taken from the frames"))
-    masks = JsonMasks(name, frames, dict.fromkeys(numbers, size), segments, objects, notes)
+    own = {ids[key]: key for key in called}
+    masks = JsonMasks(name, frames, dict.fromkeys(numbers, size), segments, own, categories, notes)
     return VosVideo(name, frames, masks)
+
+
+def _called(tracks: list[dict], video: str) -> list[str | int]:
+    """Return what tells a video's objects apart: track_id or instance_id if each has its own, else the id."""
+    for key in TRACKS:
+        found = [track.get(key) for track in tracks]
+        if None not in found and len(set(map(str, found))) == len(found):
+            return [identifier(one, f"{key} of an annotation of video {video}") for one in found]
+    ids = [
+        coco.whole(track.get("id", place), f"id of an annotation of video {video}")
+        for place, track in enumerate(tracks)
+    ]
+    twice = [number for number, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise coco.Malformed(f"two annotations of video {video} have the id {twice[0]}", "object_ids")
+    return list(ids)
 
 
 def _numbers(names: list[str], video: str, notes: list[Note]) -> list[int]:
