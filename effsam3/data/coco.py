@@ -221,7 +221,7 @@ def _check_annotation(annotation: dict, height: int, width: int) -> dict:
     if box is None:
         box = around
     else:
-        _check_box(box, around, height, width)
+        check_box(box, around, height, width)
     if points is None or points == []:
         points = [middle_of(runs, height)]
     for point in listed(points, "point_coords"):
@@ -230,8 +230,12 @@ def _check_annotation(annotation: dict, height: int, width: int) -> dict:
     return annotation | {"segmentation": rle, "area": area, "bbox": box, "point_coords": points}
 
 
-def _check_box(box, around: list[float], height: int, width: int) -> None:
-    """`around` is the mask's own box: another one may be larger or smaller, but not elsewhere."""
+def check_box(box, around: list[float], height: int, width: int) -> None:
+    """Refuse a box [x, y, width, height] in pixels that is not its mask's.
+
+    `around` is the mask's own box: another one may be larger or smaller, but not elsewhere. Raises
+    Malformed (bad_box).
+    """
     x, y, across, down = numbers(box, "bbox", 4)
     if across < 0 or down < 0:
         raise Malformed(f"bbox {box} has a negative side; it must be [x, y, width, height]", "bad_box")
