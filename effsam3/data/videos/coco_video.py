@@ -10,6 +10,7 @@ An image of the file is an annotated frame: an object without an annotation on i
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
@@ -24,6 +25,7 @@ from effsam3.data.videos.json_masks import (
     category_names,
     category_of,
     identifier,
+    note_gap,
     number_objects,
     posix,
     segment_of,
@@ -35,6 +37,7 @@ from effsam3.errors import UserError
 
 PATHS = ("path", "file_name")  # of an image; in Label Studio's files, the first is an address on its server
 ORDERS = ("order_in_video", "frame_id")
+UPLOADED = re.compile("[0-9a-f]{8}-(.+)")
 
 
 def is_coco_video(content) -> bool:
@@ -86,6 +89,14 @@ def _videos(content: dict, file: Path) -> list[VosVideo]:
     return videos
 
 
+def _without_prefix(stems: list[str]) -> list[str]:
+    """Return names of uploaded files without the eight hexadecimal digits that Label Studio puts before them."""
+    found = [UPLOADED.fullmatch(stem) for stem in stems]
+    if not any(re.search("[a-f]", stem[:8]) for stem in stems):  # a date, too, has eight digits
+        return stems
+    return [one[1] for one in found if one] if all(found) else stems
+
+
 def _called(image: dict) -> str:
     return next((str(image[key]) for key in PATHS if image.get(key)), f"image {image['id']}")
 
@@ -124,16 +135,14 @@ class _Reader:
         folder = PurePosixPath(_folder(self.images[0])).name
         frames, numbers = finder.frames(self.name, names, self.numbers, [*files, folder], alone)
         sizes = {number: size_of(image, _called(image)) for number, image in zip(numbers, self.images, strict=True)}
-        if unsized := [
-            _called(image) for number, image in zip(numbers, self.images, strict=True) if sizes[number] is None
-        ]:
-            self.notes.append(Note("no_size", unsized[0], f"{len(unsized)} images: taken from the frames"))
+        if None in sizes.values():
+            self.notes.append(Note("no_size", f"video {self.name}", "images without a size: taken from the frames"))
         masks = JsonMasks(self.name, frames, sizes, *self._segments(numbers), self.notes)
         return VosVideo(self.name, frames, masks)
 
     def _in_order(self, images: list[dict]) -> tuple[list[dict], list[int]]:
         """Return the images in the order of time, and the frame's number of each."""
-        stems = [PurePosixPath(posix(_called(image))).stem for image in images]
+        stems = _without_prefix([PurePosixPath(posix(_called(image))).stem for image in images])
         key = next((key for key in ORDERS if all(image.get(key) is not None for image in images)), None)
         try:
             by_name = number_names(stems) if len(set(stems)) == len(stems) else {}
@@ -157,6 +166,7 @@ class _Reader:
                 f"{_called(first)} and {_called(second)} of video {self.name!r} have one {key or 'number'}; are "
                 "they of two videos? Then give each image its video_id"
             )
+        note_gap(sorted(numbers), self.name, self.notes)
         ordered = sorted(zip(numbers, range(len(images)), strict=True))
         if by_name and [by_name[stems[at]] for _, at in ordered] != sorted(by_name.values()):
             self.notes.append(Note("order", f"video {self.name}", f"{key} gives another order than the files' names"))

@@ -18,10 +18,12 @@ from effsam3.data import coco
 from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import VIDEO_EXTENSIONS, VideoFile
 from effsam3.data.videos.frame_list import FrameList
+from effsam3.data.videos.frame_numbers import missing_numbers
 from effsam3.data.videos.vos_video import Annotations, Frames, Note
 from effsam3.errors import UserError
 
-FRAME_FOLDERS = ("", "images", "JPEGImages", "frames", "videos")  # next to a JSON, or to the folder it is in
+FRAME_FOLDERS = ("", "images", "JPEGImages", "frames", "videos")  # next to a JSON
+ANNOTATION_FOLDERS = ("annotations", "labels")  # that hold only JSONs: frames are next to the folder
 TRACKS = ("track_id", "instance_id")  # keys of an annotation that tell which object it is of
 Size = tuple[int, int]
 
@@ -135,11 +137,11 @@ def category_names(content: dict) -> dict[Hashable, str]:
 
 
 def number_objects(keys: Iterable[Hashable]) -> dict[Hashable, int]:
-    """Return an id for each key: itself if all are whole numbers from 0 on, else 1, 2 ... as they come."""
+    """Return an id for each key: itself if it is a whole number from 0 on, else the next above those, from 1."""
     found = list(dict.fromkeys(keys))
-    if all(isinstance(key, int) and 0 <= key <= coco.MOST for key in found):
-        return {key: key for key in found if isinstance(key, int)}
-    return {key: number for number, key in enumerate(found, 1)}
+    whole: dict[Hashable, int] = {key: key for key in found if isinstance(key, int) and 0 <= key <= coco.MOST}
+    others = [key for key in found if key not in whole]
+    return whole | {key: number for number, key in enumerate(others, max(whole.values(), default=0) + 1)}
 
 
 def identifier(value, name: str) -> str | int:
@@ -181,8 +183,10 @@ class FrameFinder:
         self.file, self.here = file, file.parent
         subset = file.stem.rpartition("_")[2]  # instances_train.json
         inner = [*FRAME_FOLDERS, file.stem, subset, f"images/{subset}", f"{subset}/JPEGImages"]
-        folders = [base / name for base in (self.here, self.here.parent) for name in inner]
+        bases = [self.here] + [self.here.parent] * (self.here.name.lower() in ANNOTATION_FOLDERS)
+        folders = [base / name for base in bases for name in inner]
         self.folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+        self._taken: dict[Path, str] = {}
 
     def images(self, video: str, names: Sequence[Sequence[str]]) -> list[Path] | None:
         """Return the files of a video's frames, or None if neither its first nor its last is anywhere.
@@ -225,6 +229,12 @@ class FrameFinder:
             alone: there is no other video in the JSON.
         """
         images = self.images(video, names)
+        for image, some in zip(images or (), names, strict=False):
+            mine = f"{some} of video {video!r}"
+            if (other := self._taken.setdefault(image, mine)) is not mine:
+                raise coco.Malformed(
+                    f"{mine} and {other} both are {image}; put each video's frames into its own folder"
+                )
         if images is None:
             found = self.video_file([video, *files], alone)
             if found is not None:
@@ -234,6 +244,12 @@ class FrameFinder:
                 for some, number in zip(names, numbers, strict=True)
             ]
         return FrameList(video, images), list(range(len(images)))
+
+
+def note_gap(numbers: Sequence[int], video: str, notes: list[Note]) -> None:
+    """Note a frame that is missing from a JSON: what follows it is learned as if no time had passed."""
+    if (lost := next(missing_numbers(numbers), None)) is not None:
+        notes.append(Note("gap", f"video {video}", f"the file has no frame {lost}, but others before and after it"))
 
 
 def posix(value: str) -> str:

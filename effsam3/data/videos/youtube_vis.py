@@ -21,6 +21,7 @@ from effsam3.data.videos.json_masks import (
     category_names,
     category_of,
     identifier,
+    note_gap,
     number_objects,
     posix,
     segment_of,
@@ -138,6 +139,7 @@ def _numbers(names: list[str], video: str, notes: list[Note]) -> list[int]:
         found = {}
     numbers = [found.get(stem, -1) for stem in stems]
     if len(set(stems)) == len(stems) and list(found) == stems:
+        note_gap(numbers, video, notes)
         return numbers
     notes.append(Note("order", f"video {video}", "its file_names do not ascend; their order in the list is taken"))
     return list(range(len(names)))

@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+"""COCO-video JSONs as annotation tools really write them: each mask is read right, or what is wrong is named."""
+
+import random
+
+import numpy as np
+import pytest
+from own_videos import H, W, box, coco_video, moving, rle, runs, square, write_frames, write_json
+from pycocotools import mask as coco_mask
+
+from effsam3.data.synthetic.videos import mp4_bytes
+from effsam3.data.unreadable import UnreadableAnnotations
+from effsam3.data.videos.files import UnreadableVideo
+from effsam3.data.videos.vos import open_vos
+from effsam3.errors import UserError
+
+MASKS = moving()
+NAMES = [f"{k:05d}.jpg" for k in range(5)]
+
+
+def opened(folder, content, frames="walk", names=NAMES, file="videos.json"):
+    write_frames(folder / frames, names)
+    return open_vos(write_json(folder / file, content))
+
+
+def reasons(video):
+    return sorted(note.reason for note in video.notes)
+
+
+def check(video, masks_TNHW=MASKS, objects=(1, 2)):
+    assert video.objects == sorted(objects) and video.annotated == list(range(len(masks_TNHW)))
+    for k, masks_NHW in enumerate(masks_TNHW):
+        assert all((video.masks(k)[name] == mask_HW).all() for name, mask_HW in zip(objects, masks_NHW, strict=True))
+        assert abs(video.read([k]).mean() - (10 + 20 * k)) < 4
+
+
+# ---- which object
+
+
+@pytest.mark.parametrize("key", ["track_id", "instance_id", "attributes"])
+def test_an_object_is_known_by_its_track_wherever_the_tool_puts_it(tmp_path, key):
+    content = coco_video(MASKS)
+    for annotation in content["annotations"]:
+        number = annotation.pop("track_id") - 1  # 0 is an id
+        annotation |= {"attributes": {"occluded": False, "track_id": number}} if key == "attributes" else {key: number}
+    random.Random(0).shuffle(content["annotations"])
+    (video,) = opened(tmp_path, content)
+    check(video, objects=(0, 1))
+    assert not video.notes
+
+
+def test_ids_that_are_texts_are_numbered_and_kept(tmp_path):
+    content = coco_video(MASKS)
+    for annotation in content["annotations"]:
+        annotation["track_id"] = {1: "zebra", 2: "ape"}[annotation["track_id"]]
+    (video,) = opened(tmp_path, content)
+    check(video)
+    assert video.object_names == {1: "zebra", 2: "ape"} and not video.notes
+
+
+def test_ids_count_for_each_video(tmp_path):
+    one, other = coco_video(MASKS), coco_video(MASKS[:, ::-1], video="run")
+    for image in other["images"]:
+        image["id"] += 100
+    for annotation in other["annotations"]:
+        annotation["image_id"] += 100
+    write_frames(tmp_path / "run", NAMES)
+    run, walk = opened(tmp_path, {key: one[key] + other[key] for key in ("images", "annotations")})
+    assert (run.name, walk.name) == ("run", "walk")
+    check(walk)
+    check(run, MASKS[:, ::-1])
+
+
+def test_without_tracks_a_category_is_one_object_and_that_is_noted_once(tmp_path):
+    content = coco_video(MASKS)
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 10 * annotation.pop("track_id")  # categories have gaps
+    (video,) = opened(tmp_path, content)
+    check(video, objects=(10, 20))
+    assert reasons(video) == ["category_as_track"] and video.object_names == {10: "category 10", 20: "category 20"}
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 7
+    (video,) = opened(tmp_path, content)
+    assert video.objects == [7] and (video.masks(3)[7] == MASKS[3].any(0)).all()
+    assert reasons(video) == ["category_as_track", "union", "union", "union"], "frames 2, 3 and 4 show both"
+    for annotation in content["annotations"]:
+        del annotation["category_id"]
+    (video,) = opened(tmp_path, content)
+    check(video, objects=(0, 1))
+    assert reasons(video) == ["place_as_track"]
+
+
+def test_a_crowd_is_an_object_if_it_has_a_track(tmp_path):
+    # So are the masks of Datumaro and CVAT, and supervision's with holes.
+    (video,) = opened(tmp_path, coco_video(MASKS, encode=runs, iscrowd=1))
+    check(video)
+    assert not video.notes
+    content = coco_video(MASKS)
+    crowd = {"id": 99, "image_id": 1, "category_id": 1, "iscrowd": 1, "segmentation": runs(square(0, 20))}
+    alone = {"id": 99, "image_id": 1, "category_id": 3, "iscrowd": 0, "segmentation": runs(square(14, 24))}
+    content["annotations"] += [crowd, alone]
+    (video,) = opened(tmp_path, content)
+    assert reasons(video) == ["category_as_track", "crowd"]
+    assert video.object_names == {1: 1, 2: 2, 3: "category 3"} and (video.masks(0)[3] == square(14, 24)).all()
+
+
+def test_a_track_that_is_outside_is_absent(tmp_path):
+    content = coco_video(MASKS)
+    for annotation in content["annotations"]:
+        annotation["attributes"] = {"outside": annotation["image_id"] == 5, "keyframe": True}
+    (video,) = opened(tmp_path, content)
+    expected = MASKS.copy()
+    expected[4] = False
+    check(video, expected)
+    assert reasons(video) == ["outside"] * 2 and "00004.jpg" in video.notes[0].where
+
+
+def test_several_annotations_of_one_track_are_one_object(tmp_path):
+    content = coco_video(MASKS)
+    content["annotations"].append({"id": 1, "image_id": 2, "track_id": 1, "segmentation": runs(square(13, 22))})
+    (video,) = opened(tmp_path, content)
+    expected = MASKS.copy()
+    expected[1, 0] |= square(13, 22)
+    check(video, expected)
+    (note,) = video.notes
+    assert note.reason == "union" and "00001.jpg" in note.where and "object 1" in note.detail
+
+
+# ---- masks
+
+
+def ring():
+    mask = square(4, 5, 10)
+    mask[7:10, 8:12] = False
+    return mask
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        rle(ring()),
+        runs(ring()),
+        runs(~ring()),  # begins with a run of 0
+        [box(2, 3, 9, 12)],
+        [box(2, 3, 9, 12), box(8, 10, 15, 28)],
+        [[3.5, 2.25, 20.75, 4.0, 11.0, 17.5]],
+        [[0, 0, W, 0, W, H, 0, H]],
+    ],
+)
+def test_masks_are_what_pycocotools_decodes(tmp_path, segmentation):
+    content = coco_video(MASKS)
+    content["annotations"][0]["segmentation"] = segmentation
+    (video,) = opened(tmp_path, content)
+    found = segmentation
+    if isinstance(found, list):
+        found = coco_mask.merge(coco_mask.frPyObjects(found, H, W))
+    elif isinstance(found["counts"], list):
+        found = coco_mask.frPyObjects(found, H, W)
+    assert (video.masks(0)[1] == coco_mask.decode(found)).all() and video.masks(0)[1].any() and not video.notes
+
+
+def test_an_annotation_without_a_mask_is_unknown_not_absent(tmp_path):
+    content = coco_video(MASKS)
+    empty = [[], None, "gone", [[3, 4, 8, 9]], [[3, 4, 8, 9], [1, 2]]]
+    for annotation, value in zip(content["annotations"][:1] + content["annotations"][1::2], empty, strict=False):
+        annotation |= {"segmentation": value, "bbox": [1, 2, 3, 4]}
+        if value == "gone":
+            del annotation["segmentation"]
+    without = {(one["image_id"], one["track_id"]) for one in content["annotations"] if "bbox" in one}
+    (video,) = opened(tmp_path, content)
+    assert len(without) == 5
+    for k in range(5):
+        masks = video.masks(k)
+        assert {(k + 1, name) for name in (1, 2) if name not in masks} == {one for one in without if one[0] == k + 1}
+        assert all((mask == MASKS[k, name - 1]).all() for name, mask in masks.items())
+    assert reasons(video) == ["no_mask"] * 5 + ["two_points"] * 2
+
+
+def test_a_polygon_of_two_points_next_to_others_is_left_out(tmp_path):
+    content = coco_video(MASKS)
+    content["annotations"][0]["segmentation"] = [[3, 4, 8, 9], box(2, 2, 8, 8)]
+    (video,) = opened(tmp_path, content)
+    assert reasons(video) == ["two_points"] and video.masks(0)[1].sum() == 36
+
+
+def test_an_empty_mask_and_an_empty_frame_keep_their_meaning(tmp_path):
+    content = coco_video(MASKS)
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != 2]
+    content["annotations"][0]["segmentation"] = rle(np.zeros((H, W), bool))
+    (video,) = opened(tmp_path, content)
+    assert video.annotated == [0, 1, 2, 3, 4], "an image of the file is an annotated frame"
+    for k in (0, 1):
+        assert list(video.masks(k)) == [1, 2] and not any(mask.any() for mask in video.masks(k).values())
+    assert reasons(video) == ["empty_mask"]
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "reason"),
+    [
+        ({"size": [W, H], "counts": [W * H]}, "size_mismatch"),
+        ({"size": [H, W], "counts": [10, 20]}, "bad_mask"),
+        ({"size": [H, W], "counts": "04"}, "bad_mask"),
+        ({"size": [H, W], "counts": "\u00e9"}, "bad_mask"),
+        ({"counts": [H * W]}, "bad_mask"),
+        ([[300, 1, 310, 1, 310, 9]], "bad_mask"),
+        ([3, 4, 8, 4, 8, 9], "bad_mask"),
+        ("mask.png", "bad_mask"),
+    ],
+)
+def test_a_bad_mask_is_named_with_its_file(tmp_path, segmentation, reason):
+    content = coco_video(MASKS)
+    content["annotations"][1]["segmentation"] = segmentation
+    (video,) = opened(tmp_path, content)
+    assert video.masks(0)[1].any(), "only the frame of the bad one is refused"
+    with pytest.raises(UnreadableAnnotations, match=r"'walk'.*annotations\[1\] \(walk/00001.jpg\)") as caught:
+        video.masks(1)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("missing", [0, None, "gone"])
+def test_sizes_that_the_file_does_not_know_are_the_frames(tmp_path, missing):
+    content = coco_video(MASKS, encode=lambda mask_HW: [box(*edges(mask_HW))])
+    for image in content["images"]:
+        image |= {"width": missing, "height": missing}
+        if missing == "gone":
+            del image["width"], image["height"]
+    (video,) = opened(tmp_path, content)
+    check(video)
+    assert reasons(video) == ["no_size"]
+
+
+def edges(mask_HW):
+    rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
+    return rows[0].item(), columns[0].item(), rows[-1].item() + 1, columns[-1].item() + 1
+
+
+def test_frames_of_another_size_than_the_file_says_are_named(tmp_path):
+    write_frames(tmp_path / "walk", NAMES, (2 * H, 2 * W))
+    (video,) = open_vos(write_json(tmp_path / "videos.json", coco_video(MASKS)))
+    with pytest.raises(UnreadableAnnotations, match=r"masks of \(20, 30\), frames of \(40, 60\)"):
+        video.masks(0)
+
+
+# ---- which frame
+
+
+@pytest.mark.parametrize("key", ["order_in_video", "frame_id", None])
+def test_frames_are_sorted_and_lists_and_ids_are_not_believed(tmp_path, key):
+    content = coco_video(MASKS)
+    for image in content["images"]:
+        order = image.pop("order_in_video")
+        image |= {} if key is None else {key: 5 * order}
+        image["id"] = 99 - image["id"]
+    for annotation in content["annotations"]:
+        annotation["image_id"] = 99 - annotation["image_id"]
+    random.Random(1).shuffle(content["images"])
+    (video,) = opened(tmp_path, content)
+    check(video)
+    assert not video.notes and video.frame_names == [name[:-4] for name in NAMES]
+
+
+def test_order_and_gaps_are_noted(tmp_path):
+    content = coco_video(MASKS)
+    for image in content["images"]:
+        image["order_in_video"] = 9 - image["order_in_video"]
+    content["images"].pop(2)
+    (video,) = opened(tmp_path, content)
+    assert reasons(video) == ["gap", "no_image", "no_image", "order"]
+    assert video.frame_names == ["00004", "00003", "00001", "00000"]
+
+
+def test_without_video_id_a_folder_is_a_video(tmp_path):
+    content = coco_video(MASKS)
+    for image in content["images"]:
+        image["file_name"] = "data\\walk\\" + image.pop("path")[5:]  # from Windows
+        del image["video_id"]
+    (video,) = opened(tmp_path, content, frames="data/walk")
+    assert video.name == "walk"
+    check(video)
+    for image in content["images"]:
+        image["file_name"] = image["file_name"][-9:]
+    (video,) = opened(tmp_path, content, frames=".", file="trip.json")
+    assert video.name == "trip"
+    check(video)
+
+
+def test_frames_that_cannot_be_told_apart_are_refused_with_both_names(tmp_path):
+    content = coco_video(MASKS)
+    for image in content["images"]:
+        image["file_name"] = image.pop("path")[5:]
+        del image["video_id"], image["order_in_video"]
+    content["images"] += [image | {"id": image["id"] + 100} for image in content["images"]]
+    file = write_json(tmp_path / "videos.json", content)
+    with pytest.raises(UserError, match=r"image 1 \(00000.jpg\) and image 101 \(00000.jpg\) cannot be told apart"):
+        open_vos(file)
+    for number, image in enumerate(content["images"]):
+        image |= {"frame_id": number % 5}  # of two videos
+    write_json(file, content)
+    with pytest.raises(UserError, match="have one frame_id; are they of two videos"):
+        open_vos(file)
+    for number, image in enumerate(content["images"]):
+        image |= {"video_id": number // 5}
+    write_json(file, content)
+    write_frames(tmp_path, NAMES)
+    with pytest.raises(UserError, match="of video '1' and .*of video '0' both are .*00000.jpg"):
+        open_vos(file)
+    for name in ("0", "1"):
+        write_frames(tmp_path / name, NAMES)
+    for name in NAMES:
+        (tmp_path / name).unlink()
+    assert [video.frames for video in open_vos(file)] == [5, 5]
+    content["images"][1]["id"] = content["images"][0]["id"]
+    with pytest.raises(UserError, match="00000.jpg and 00001.jpg have the id 1"):
+        open_vos(write_json(file, content))
+
+
+def test_a_frame_that_is_missing_is_named_when_it_is_read(tmp_path):
+    (video,) = opened(tmp_path, coco_video(MASKS), names=NAMES[:4])
+    assert video.masks(4)[1].any()
+    with pytest.raises(UnreadableVideo, match="00004.jpg") as caught:
+        video.read([4])
+    assert caught.value.reason == "missing_frame"
+
+
+@pytest.mark.parametrize("name", ["walk.mp4", "videos.json.mp4", "other.mov"])
+def test_frames_may_be_those_of_a_video_file(tmp_path, name):
+    content = coco_video(MASKS)
+    for image in content["images"]:
+        image["order_in_video"] = 2 * image["order_in_video"]
+    frames = np.stack([np.full((H, W, 3), 10 + 10 * k, np.uint8) for k in range(11)])
+    (tmp_path / name.replace("videos.json", "videos")).write_bytes(mp4_bytes(frames))
+    (video,) = open_vos(write_json(tmp_path / "videos.json", content))
+    assert video.frames == 11 and video.annotated == [0, 2, 4, 6, 8]
+    for k in range(5):
+        assert (video.masks(2 * k)[1] == MASKS[k, 0]).all() and abs(video.read([2 * k]).mean() - (10 + 20 * k)) < 4
+    content["images"][4]["order_in_video"] = 11
+    (video,) = open_vos(write_json(tmp_path / "videos.json", content))
+    with pytest.raises(UnreadableVideo, match=r"frame 11 has masks but is not in .*\(11 frames\)"):
+        video.annotated  # noqa: B018
+
+
+# ---- files of tools
+
+
+def test_cvat_through_datumaro(tmp_path):
+    """Frames by number only, in images/<subset>; masks as crowds, tracks among the attributes; a closed track."""
+    names = [f"frame_{k:06d}.PNG" for k in range(5)]
+    images = [{"id": k + 1, "width": W, "height": H, "file_name": name, "license": 0, "flickr_url": "", "coco_url": "",
+               "date_captured": 0} for k, name in enumerate(names)]  # fmt: skip
+    annotations = [
+        {"id": 2 * k + n + 1, "image_id": k + 1, "category_id": 1, "segmentation": runs(MASKS[k, n]), "area": 36.0,
+         "bbox": [0.0, 0.0, 5.0, 5.0], "iscrowd": 1,
+         "attributes": {"occluded": False, "track_id": n, "keyframe": k == 0, "outside": (k, n) == (4, 1)}}
+        for k in range(5) for n in range(2) if MASKS[k, n].any()
+    ]  # fmt: skip
+    content = {"licenses": [{"name": "", "id": 0, "url": ""}], "info": {"contributor": ""},
+               "categories": [{"id": 1, "name": "car", "supercategory": ""}], "images": images[::-1],
+               "annotations": annotations}  # fmt: skip
+    write_frames(tmp_path / "images" / "default", names)
+    write_json(tmp_path / "annotations" / "instances_default.json", content)
+    (video,) = open_vos(tmp_path)
+    expected = MASKS.copy()
+    expected[4, 1] = False
+    check(video, expected, objects=(0, 1))
+    assert reasons(video) == ["outside"] and video.name == "instances_default"
+
+
+def test_label_studio(tmp_path):
+    """No tracks, no sizes, ids from 0, an annotation for each contour, addresses for paths, names with a prefix."""
+    prefixes = ["0a1b2c3d", "ffee1234", "12345678", "9ab00c1d", "5e5e5e50"]
+    names = [f"{prefix}-frame_{k}.jpg" for k, prefix in enumerate(prefixes)]
+    images = [{"width": None, "height": None, "id": k, "file_name": f"images\\{name}",
+               "path": f"/data/upload/1/{name}"} for k, name in enumerate(names)]  # fmt: skip
+    annotations = [
+        {"id": number, "image_id": k, "category_id": 0, "segmentation": [box(2, left, 6, left + 4)], "bbox": [],
+         "ignore": 0, "iscrowd": 0, "area": 16}
+        for number, (k, left) in enumerate((k, left) for k in range(5) for left in (2, 20))
+    ]  # fmt: skip
+    content = {
+        "images": images[::-1],
+        "categories": [{"id": 0, "name": "dog"}],
+        "annotations": annotations,
+        "info": {},
+    }
+    (video,) = opened(tmp_path, content, frames="images", names=names, file="result.json")
+    check(video, np.stack([[square(2, 2, 4) | square(2, 20, 4)]] * 5), objects=(0,))
+    assert reasons(video) == ["category_as_track", "no_size", *["union"] * 5]
+
+
+def test_sahi(tmp_path):
+    """CocoVid has boxes only: nothing is learned from it, and that is said for every annotation."""
+    content = {
+        "videos": [{"id": 1, "name": "walk", "fps": 30}],
+        "images": [{"id": k + 1, "file_name": f"walk/{name}", "height": H, "width": W, "video_id": 1, "frame_id": k}
+                   for k, name in enumerate(NAMES)],
+        "annotations": [{"id": k + 1, "image_id": k + 1, "video_id": 1, "category_id": 0, "category_name": "dog",
+                         "bbox": [1, 2, 3, 4], "area": 12, "segmentation": [], "iscrowd": 0, "instance_id": 7}
+                        for k in range(5)],
+        "categories": [{"id": 0, "name": "dog", "supercategory": "dog"}],
+    }  # fmt: skip
+    (video,) = opened(tmp_path, content)
+    assert video.name == "walk" and video.objects == [7] and reasons(video) == ["no_mask"] * 5
+    assert all(video.masks(k) == {} for k in range(5))
+
+
+def test_supervision(tmp_path):
+    """A solid mask is a polygon through the middles of its border pixels, one with a hole an RLE and a crowd."""
+    content = coco_video(MASKS)
+    for number, annotation in enumerate(content["annotations"]):
+        annotation.pop("track_id")
+        annotation |= {"id": number + 1, "category_id": 0, "iscrowd": 0}
+    solid = [[2, 2, 2, 7, 7, 7, 7, 2]]
+    content["annotations"] = [{"id": 1, "image_id": 1, "category_id": 0, "bbox": [2, 2, 5, 5], "area": 36,
+                               "segmentation": solid, "iscrowd": 0},
+                              {"id": 2, "image_id": 2, "category_id": 0, "bbox": [5, 4, 10, 10], "area": 88,
+                               "segmentation": runs(ring()), "iscrowd": 1}]  # fmt: skip
+    (video,) = opened(tmp_path, content)
+    assert video.objects == [0] and (video.masks(1)[0] == ring()).all()
+    expected = coco_mask.decode(coco_mask.frPyObjects(solid, H, W))[..., 0]
+    assert (video.masks(0)[0] == expected).all() and 25 <= expected.sum() <= 36
+    assert reasons(video) == ["category_as_track"]
+
+
+# ---- what is no such file
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content.update(annotations={}), "annotations is {}; it must be a list"),
+        (lambda content: content["images"][0].pop("id"), r"images\[0\] has no id"),
+        (lambda content: content["images"][0].update(id=[1]), "it must be a whole number or a text"),
+        (lambda content: content["annotations"][0].pop("image_id"), r"annotations\[0\] has no image_id"),
+        (lambda content: content["annotations"][0].update(attributes=[1]), "attributes of an annotation"),
+        (lambda content: content["annotations"][0].update(track_id=1.5), "track_id is 1.5"),
+        (lambda content: content["images"][0].update(height=-3), "height of walk/00000.jpg is -3"),
+        (lambda content: content["images"][0].update(order_in_video="first"), "order_in_video of walk/00000.jpg"),
+        (lambda content: content["images"].append(7), r"images\[5\] is 7; it must be an object"),
+    ],
+)
+def test_what_has_not_this_form_is_refused_with_its_place(tmp_path, change, words):
+    content = coco_video(MASKS)
+    change(content)
+    with pytest.raises(UserError, match=f"videos.json: .*{words}"):
+        open_vos(write_json(tmp_path / "videos.json", content))
+
+
+def test_files_that_are_no_json_of_videos(tmp_path):
+    with pytest.raises(UserError, match="is neither a video nor a JSON of videos"):
+        open_vos(write_json(tmp_path / "other.json", {"shapes": []}))
+    (tmp_path / "torn.json").write_text('{"images": [')
+    with pytest.raises(UserError, match="torn.json is no JSON"):
+        open_vos(tmp_path / "torn.json")
+    write_json(tmp_path / "torn.json", coco_video(MASKS))
+    write_json(tmp_path / "more.json", coco_video(MASKS))
+    with pytest.raises(UserError, match="has 2 JSONs of videos; give one of them: .*more.json, .*torn.json"):
+        open_vos(tmp_path)
