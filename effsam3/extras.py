@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from effsam3.errors import UserError
-from effsam3.hardware.accelerate_configs import config_file, config_kind
+from effsam3.hardware.accelerate_configs import read_config
 from effsam3.recipe.common import Recipe, StageRecipe
 
 
@@ -18,7 +18,7 @@ def refuse_missing_extras(recipe: Recipe, verbs: Sequence[str], processes: int =
         UserError: the command that installs it.
     """
     asked = {}  # package -> key of the recipe
-    if processes > 1 and {"embed", "train"} & set(verbs) and config_kind(config_file(recipe.hardware)) == "DEEPSPEED":
+    if processes > 1 and {"embed", "train"} & set(verbs) and read_config(recipe.hardware).kind == "DEEPSPEED":
         asked["deepspeed"] = f"hardware: {recipe.hardware}"
     if "train" in verbs and isinstance(recipe, StageRecipe):
         asked |= {logger: f"train.loggers: {logger}" for logger in recipe.train.loggers}

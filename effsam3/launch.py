@@ -15,14 +15,7 @@ from pathlib import Path
 from effsam3.errors import RecipeError, UserError, did_you_mean
 from effsam3.extras import refuse_missing_extras
 from effsam3.files import refuse_unwritable
-from effsam3.hardware.accelerate_configs import (
-    config_environment,
-    config_file,
-    config_kind,
-    config_nodes,
-    config_port,
-    config_processes,
-)
+from effsam3.hardware.accelerate_configs import read_config
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.derived import accumulation
 from effsam3.recipe.reader import load_recipe, refuse_verb
@@ -66,11 +59,11 @@ class Machines:
         Raises:
             UserError: the numbers contradict each other or the hardware, or several nodes could not find each other.
         """
-        file = config_file(hardware)
-        nodes, rank = slurm_step() if isinstance(self.nodes, str) else (self.nodes or config_nodes(file), 0)
-        port = config_port(file) if self.main_port is None else self.main_port
-        per_node = self.processes_per_node or config_processes(file) // config_nodes(file)
-        if config_kind(file) == "NO" and nodes * per_node > 1:
+        config = read_config(hardware)
+        nodes, rank = slurm_step() if isinstance(self.nodes, str) else (self.nodes or config.nodes, 0)
+        port = config.port if self.main_port is None else self.main_port
+        per_node = self.processes_per_node or config.processes // config.nodes
+        if config.kind == "NO" and nodes * per_node > 1:
             raise UserError(
                 f"hardware: {hardware} is one process, --nodes and --processes-per-node ask for {nodes} x {per_node}; "
                 "choose hardware of several, such as hardware=ddp"
@@ -163,7 +156,7 @@ def launch(
             continue
         print(f"+ {shlex.join(command)}", flush=True)
         before = read_progress(recipe.folder)
-        if code := _run(command, config_environment(config_file(recipe.hardware))):
+        if code := _run(command, read_config(recipe.hardware).environment):
             # The launcher of several processes has one code of its own for every end. The file, which is compared
             # with itself because the clocks of two machines may differ, tells a saved run from a failed one. What was
             # asked to stop before its first heartbeat, or by a verb that keeps no such file, begins again.
@@ -207,19 +200,18 @@ def command_of(
     Raises:
         UserError: there is no such hardware.
     """
-    file = config_file(hardware)
-    nodes, processes = cluster.nodes, cluster.processes
+    config, nodes, processes = read_config(hardware), cluster.nodes, cluster.processes
     # One process needs no launcher, which would come between it and the signals of a batch system.
     if not DISTRIBUTED[verb] or processes == 1:
         return [sys.executable, "-m", "effsam3", verb, *arguments]
-    options = ["--config_file", _short(file)]
-    if nodes > 1 or processes != config_processes(file):
+    options = ["--config_file", _short(config.file)]
+    if nodes > 1 or processes != config.processes:
         options += ["--num_machines", str(nodes), "--num_processes", str(processes)]
     if nodes > 1:
         options += ["--machine_rank", str(cluster.node_rank), "--main_process_ip", str(cluster.main_address)]
-        if config_kind(file) == "DEEPSPEED":  # its default is pdsh: node 0 starts the others through ssh
+        if config.kind == "DEEPSPEED":  # its default is pdsh: node 0 starts the others through ssh
             options += ["--deepspeed_multinode_launcher", "standard"]
-    if cluster.main_port != config_port(file) or nodes > 1:
+    if cluster.main_port != config.port or nodes > 1:
         options += ["--main_process_port", str(cluster.main_port)]
     if log_dir is not None:
         options += ["--tee", "3", "--log_dir", f"{log_dir}/node-{cluster.node_rank}"]  # 3: stdout and stderr

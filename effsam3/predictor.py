@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from effsam3.models.chassis.pickled import PickledError
 from effsam3.models.chassis.tensors import ChassisError
 from effsam3.models.inference import concepts
 from effsam3.models.inference.concepts import ConceptModel, Instances
-from effsam3.models.inference.prompt_options import Asked, PredictError, checked
+from effsam3.models.inference.prompt_options import Asked, PredictError, labelled
 from effsam3.models.inference.prompted import Prompts, load_tracker, shown_masks, tracked_masks
 from effsam3.models.merging.slots import first_chassis, read_card
 from effsam3.models.registry import is_made_up
@@ -122,7 +123,7 @@ class Predictor:
             raise PredictError(
                 f"image is {image_HW3.dtype} of {image_HW3.shape}; expected uint8 of (height, width, 3)"
             )
-        asked = checked(_list(text), _rows(box, 5), _rows(point, 3), None, threshold)
+        asked = Asked(_list(text), _rows(box, 4), _rows(point, 2), None, threshold)
         refuse_misfit(asked, False, image_HW3.shape[:2])
         return together(list(self.on_image(image_HW3, asked)))
 
@@ -149,7 +150,7 @@ class Predictor:
             ChassisError: the model is not whole.
         """
         opened = read_video(video)
-        asked = checked(_list(text), _rows(box, 5), _rows(point, 3), None if mask is None else Path(mask), threshold)
+        asked = Asked(_list(text), _rows(box, 4), _rows(point, 2), None if mask is None else Path(mask), threshold)
         refuse_misfit(asked, True, tuple(opened.size))
         return self.on_video(opened, asked)
 
@@ -215,16 +216,15 @@ def _list(text: str | Sequence[str]) -> tuple[str, ...]:
     return (text,) if isinstance(text, str) else tuple(text)
 
 
-def _rows(numbers: Sequence, most: int) -> tuple[tuple[float, ...], ...]:
-    """Return one prompt or several as rows, each with its label, 1 where none is given.
+def _rows(numbers: Sequence, count: int) -> tuple[tuple[float, ...], ...]:
+    """Return one prompt or several as rows of `count` numbers, each with its label, 1 where none is given.
 
     Raises:
         PredictError: other counts of numbers.
     """
     rows = [list(row) for row in ([numbers] if len(numbers) and np.ndim(numbers[0]) == 0 else numbers)]
-    if wrong := [row for row in rows if len(row) not in (most - 1, most) or row[most - 1 :] not in ([], [0], [1])]:
-        raise PredictError(f"{wrong[0]}: expected {most - 1} numbers in pixels and, where wanted, a label 1 or 0")
-    return tuple((*map(float, row[: most - 1]), int(row[most - 1]) if len(row) == most else 1) for row in rows)
+    expected = f"expected {count} numbers in pixels and, where wanted, a label 1 or 0"
+    return tuple(labelled(row, count, PredictError(f"{row}: {expected}")) for row in rows)
 
 
 def refuse_misfit(asked: Asked, is_video: bool, size: tuple[int, int]) -> None:
@@ -353,7 +353,7 @@ def of_prompts(masks_OHW: Tensor, scores_O: Tensor) -> Instances:
     return Instances(masks_OHW, boxes_O4, scores_O, list(range(1, len(masks_OHW) + 1)), [""] * len(masks_OHW))
 
 
-class Images(Sequence[np.ndarray]):
+class Images(Sequence[Any]):
     """A video's frames, uint8 RGB (H, W, 3), decoded when they are asked for."""
 
     def __init__(self, video):
@@ -362,7 +362,7 @@ class Images(Sequence[np.ndarray]):
     def __len__(self) -> int:
         return self.video.frames
 
-    def __getitem__(self, index: int) -> np.ndarray:  # type: ignore[override]  # one at a time, no slices
+    def __getitem__(self, index: int) -> Any:  # type: ignore[override]  # one at a time, no slices
         image_HW3 = np.ascontiguousarray(self.video.read([index])[0].transpose(1, 2, 0))
         if image_HW3.shape[:2] != tuple(self.video.size):
             height, width = image_HW3.shape[:2]
@@ -373,14 +373,12 @@ class Images(Sequence[np.ndarray]):
         return image_HW3
 
 
-class Frames(Sequence[Tensor]):
+class Frames(Images):
     """The same as the model takes them: normalised pixels (3, S, S)."""
 
     def __init__(self, video, side: int):
-        self.images, self.side = Images(video), side
+        super().__init__(video)
+        self.side = side
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # one at a time, no slices
-        return normalise(resize_image(self.images[index], self.side, "square")[0])
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+        return normalise(resize_image(super().__getitem__(index), self.side, "square")[0])

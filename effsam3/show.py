@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
-from effsam3.hardware.accelerate_configs import config_file, config_processes
+from effsam3.hardware.accelerate_configs import read_config
 from effsam3.recipe.common import Recipe, StageRecipe
 from effsam3.recipe.derived import accumulation
 from effsam3.recipe.reader import dump_recipe, flat
@@ -63,12 +63,12 @@ def _known(line: Callable[[], str]) -> str:
 
 
 def _hardware(recipe: Recipe) -> str:
-    file = config_file(recipe.hardware)
-    return f"{file}, processes: {config_processes(file)}"
+    config = read_config(recipe.hardware)
+    return f"{config.file}, processes: {config.processes}"
 
 
 def _batch(recipe: StageRecipe) -> str:
-    processes = config_processes(config_file(recipe.hardware))
+    processes = read_config(recipe.hardware).processes
     micros = accumulation(recipe, processes)
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
     return f"{batch} = {micro} per process x {processes} (processes) x {micros} (accumulated)"

@@ -132,14 +132,8 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
     else:  # an older run, without progress.json
         ended = saved and _read(saved[-1] / "trainer.json", {"ended?": bool}).get("ended")
         provenance = _read(folder / "provenance.json", {"hardware?": str, "layout?": str})
-        unknown = dict.fromkeys(("age_s", "host", "pid"))
-        state = "complete" if ended else "unknown"
-        facts |= {
-            "state": state,
-            "hardware": provenance.get("hardware", provenance.get("layout")),
-            "error": "",
-            **unknown,
-        }
+        facts |= dict.fromkeys(("age_s", "host", "pid")) | {"state": "complete" if ended else "unknown", "error": ""}
+        facts["hardware"] = provenance.get("hardware", provenance.get("layout"))
     speed, hardware = facts["samples_per_s"], facts["hardware"]
     if facts["samples_per_s_per_device"] is None and speed and hardware:
         facts["samples_per_s_per_device"] = speed / int(hardware.split(" x ")[0])
@@ -216,14 +210,19 @@ def _next(facts: dict[str, Any], folder: Path) -> str:
 
 def as_text(facts: dict[str, Any]) -> str:
     """Return everything about one run, a line per subject; subjects of which nothing is known are left out."""
-    mfu = _in_percent(facts["mfu"])
+    speed = {
+        "{:.1f} samples/s": facts["samples_per_s"],
+        "{:.1f} per device": facts["samples_per_s_per_device"],
+        "{:.0f} % of the time waiting for data": _in_percent(facts["data_wait"]),
+    }
+    device = {"peak memory {:.1f} GiB": facts["peak_gib"], "MFU {:.1f} %": _in_percent(facts["mfu"])}
     rows = {
         "state": _state_line(facts),
         "step": _step_line(facts),
-        "speed": _speed_line(facts),
+        "speed": _known(speed),
         "loss": _loss_line(facts),
-        "optim": _pairs({"lr": (facts["lr"], "{:.2e}"), "gradient norm": (facts["grad_norm"], "{:.3f}")}),
-        "device": _pairs({"peak memory": (facts["peak_gib"], "{:.1f} GiB"), "MFU": (mfu, "{:.1f} %")}),
+        "optim": _known({"lr {:.2e}": facts["lr"], "gradient norm {:.3f}": facts["grad_norm"]}),
+        "device": _known(device),
         "held out": _held_out_line(facts),
         "saved": ", ".join([*facts["checkpoints"], *filter(None, [facts["best_checkpoint"]])]) or "nothing yet",
         "bad data": f"{facts['unreadable']} unreadable samples, {facts['run']}/unreadable.jsonl names them"
@@ -280,15 +279,6 @@ def _step_line(facts: dict[str, Any]) -> str:
     return f"[{'#' * full}{'.' * (BAR - full)}] {facts['step']:,} of {facts['steps']:,}, {_percent(facts)}{left}"
 
 
-def _speed_line(facts: dict[str, Any]) -> str:
-    pairs = {
-        "{} samples/s": (facts["samples_per_s"], "{:.1f}"),
-        "{} per device": (facts["samples_per_s_per_device"], "{:.1f}"),
-        "{} of the time waiting for data": (_in_percent(facts["data_wait"]), "{:.0f} %"),
-    }
-    return ", ".join(text.format(shown.format(value)) for text, (value, shown) in pairs.items() if value is not None)
-
-
 def _loss_line(facts: dict[str, Any]) -> str:
     losses = dict(facts["losses"])
     if not losses:
@@ -307,8 +297,9 @@ def _held_out_line(facts: dict[str, Any]) -> str:
     return f"{facts['metric']}: {', '.join(values)}" if values else ""
 
 
-def _pairs(pairs: dict[str, tuple[float | None, str]]) -> str:
-    return ", ".join(f"{name} {shown.format(value)}" for name, (value, shown) in pairs.items() if value is not None)
+def _known(numbers: dict[str, float | None]) -> str:
+    """Join the numbers that are known, each in the words around it."""
+    return ", ".join(words.format(value) for words, value in numbers.items() if value is not None)
 
 
 def _in_percent(share: float | None) -> float | None:

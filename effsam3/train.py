@@ -23,7 +23,7 @@ from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
 from effsam3.errors import UserError
 from effsam3.files import refuse_unwritable, write_text
-from effsam3.hardware.accelerate_configs import config_file, config_processes
+from effsam3.hardware.accelerate_configs import read_config
 from effsam3.hardware.accelerator import (
     describe_hardware,
     frozen_autocast,
@@ -363,7 +363,7 @@ def announce(
     if accelerator.is_main_process and not state["ended"]:
         lines |= needs.header_lines(recipe, ("merge", "evaluate", "push"))
     report.header(f"train    {recipe.name}   {describe_hardware(accelerator)}   {recipe.train.precision}", lines)
-    declared = config_processes(config_file(recipe.hardware))
+    declared = read_config(recipe.hardware).processes
     if declared != accelerator.num_processes:
         report.say(
             f"the recipe names hardware: {recipe.hardware} ({declared} processes); on {accelerator.num_processes} it "

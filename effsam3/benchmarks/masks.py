@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from effsam3.benchmarks.models import Pair
+from effsam3.benchmarks.pictures.drawing import evenly
 from effsam3.data.coco import rles_of
 from effsam3.data.images.sa1b import read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
@@ -36,10 +37,7 @@ def annotated_rows(index, most: int) -> Iterator[dict]:
 
 def choose_annotations(annotations: list[dict], count: int) -> list[dict]:
     """Choose up to `count` annotations evenly over the range of areas, so that small objects count, too."""
-    ordered = sorted(annotations, key=lambda annotation: annotation["area"])
-    if len(ordered) <= count:
-        return ordered
-    return [ordered[round(place)] for place in np.linspace(0, len(ordered) - 1, count)]
+    return evenly(sorted(annotations, key=lambda annotation: annotation["area"]), count)
 
 
 def segment(model, embeddings, annotations: list[dict], prompt: str, height: int, width: int, side: int) -> Tensor:
@@ -99,12 +97,11 @@ def prompted_mask_quality(pair: Pair, index, folder, prompts: tuple[str, ...], m
         chosen = choose_annotations(annotations, per_image)
         pixels = normalise(resize_image(image, pair.image_size, "square")[0])[None].to(pair.device)
         truths = [annotation["segmentation"] for annotation in chosen]
-        embeddings = {name: model.get_image_embeddings(pixels) for name, model in
-                      (("teacher", pair.teacher), ("student", pair.student))}  # fmt: skip
+        embeddings = {name: model.get_image_embeddings(pixels) for name, model in pair.models.items()}
         for prompt in prompts:
             masks = {
                 name: segment(model, embeddings[name], chosen, prompt, height, width, pair.image_size)
-                for name, model in (("teacher", pair.teacher), ("student", pair.student))
+                for name, model in pair.models.items()
             }
             teacher_rles = rles_of(masks["teacher"].numpy())
             scores = zip(

@@ -43,6 +43,11 @@ class Pair:
         return trunk_of(self.student).get_buffer(name)
 
     @property
+    def models(self) -> dict[str, Sam3TrackerVideoModel]:
+        """Both by name, the teacher first."""
+        return {"teacher": self.teacher, "student": self.student}
+
+    @property
     def image_size(self) -> int:
         """Side of the square input in pixels."""
         return self.teacher.config.image_size
@@ -57,8 +62,7 @@ class Pair:
     def features(self, pixels_B3SS: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's and the student's trunk features, (B, C, G, G) each."""
         teacher, student = (
-            to_map(trunk_of(model)(pixels_B3SS.to(self.device)).last_hidden_state)
-            for model in (self.teacher, self.student)
+            to_map(trunk_of(model)(pixels_B3SS.to(self.device)).last_hidden_state) for model in self.models.values()
         )
         return teacher, student
 

@@ -30,8 +30,7 @@ def speed(pair: Pair, elements: dict[str, int]) -> dict:
     batch of `batch`), `model_ms` and `model_images_per_s` (one image: embed it, segment one box); their ratios; and
     `image_size`, the pixels that either trunk sees (a student's resizing is part of its time).
     """
-    models = {"teacher": pair.teacher, "student": pair.student}
-    side = pair.image_size
+    models, side = pair.models, pair.image_size
     batch = BATCH[pair.device.type]
     pixels = torch.rand(batch, 3, side, side, device=pair.device) * 2 - 1
     box = torch.tensor([[side / 4, side / 4, side / 2, side / 2]], device=pair.device)

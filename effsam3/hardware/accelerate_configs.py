@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -32,43 +33,53 @@ def config_file(hardware: str) -> Path:
     raise UserError(f"hardware: there is no accelerate_configs/{hardware}.yaml{did_you_mean(hardware, names)}")
 
 
-def config_kind(file: Path) -> str:
-    """Return a config's `distributed_type`: NO (one process), MULTI_GPU or DEEPSPEED."""
-    return _read(file)["distributed_type"]
+@dataclass(frozen=True)
+class Config:
+    """What accelerate starts by one of its configs."""
+
+    file: Path
+    kind: str  # `distributed_type`: NO (one process), MULTI_GPU or DEEPSPEED
+    processes: int  # over all machines
+    nodes: int  # machines among which they are divided
+    port: int  # on which the processes find each other; 0 is any free one
+    use_cpu: bool
+    on_cpu: bool  # no GPU is asked for, even where there are some
+    deepspeed: dict[str, str]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What accelerate's launcher would put into the environment of a single process: to stay on the CPU."""
+        return {"ACCELERATE_USE_CPU": "true"} if self.use_cpu else {}
 
 
-def config_processes(file: Path) -> int:
-    """Return how many processes, over all machines, accelerate starts for a config.
+def read_config(hardware: str | Path) -> Config:
+    """Read a config by its file, or by the name that a recipe calls its `hardware`.
 
-    Raises UserError where several processes are asked for and none is counted.
+    Raises:
+        UserError: there is none, or it is damaged: several processes are asked for and none is counted, say.
     """
-    if config_kind(file) == "NO":
-        return 1
-    count = int(_read(file).get("num_processes", 0))
+    file = hardware if isinstance(hardware, Path) else config_file(hardware)
+    # BaseLoader: NO stays text instead of becoming a boolean.
+    form = {"distributed_type": str, "deepspeed_config?": {"zero_stage?": str}} | {f"{name}?": str for name in COUNTS}
+    content = read_yaml(file, form, REMEDY, loader=yaml.BaseLoader)
+    deepspeed = content.get("deepspeed_config", {})
+    counts = {name: where[name] for where in (content, deepspeed) for name in (*COUNTS, "zero_stage") if name in where}
+    if wrong := [name for name, count in counts.items() if not count.isdecimal()]:
+        raise UserError(f"{file}: {wrong[0]} is {counts[wrong[0]]!r}, expected a number; {REMEDY}")
+    count = 1 if content["distributed_type"] == "NO" else int(content.get("num_processes", 0))
     if count < 1:
         raise UserError(f"{file}: num_processes is not there or 0; it counts the processes on all machines; {REMEDY}")
-    return count
-
-
-def config_nodes(file: Path) -> int:
-    """Return over how many machines a config divides its processes."""
-    return int(_read(file).get("num_machines", 1))
-
-
-def config_port(file: Path) -> int:
-    """Return the port on which the processes find each other; 0 is any free one."""
-    return int(_read(file).get("main_process_port", 29500))  # accelerate's own default
-
-
-def config_environment(file: Path) -> dict[str, str]:
-    """Return what accelerate's launcher would put into the environment of a single process: to stay on the CPU."""
-    return {"ACCELERATE_USE_CPU": "true"} if _read(file).get("use_cpu") == "true" else {}
-
-
-def config_on_cpu(file: Path) -> bool:
-    """Return whether a config asks for no GPU, even where there are some."""
-    config = _read(file)
-    return config.get("use_cpu") == "true" or no_devices(config.get("gpu_ids", ""))
+    use_cpu = content.get("use_cpu") == "true"
+    return Config(
+        file=file,
+        kind=content["distributed_type"],
+        processes=count,
+        nodes=int(content.get("num_machines", 1)),
+        port=int(content.get("main_process_port", 29500)),  # accelerate's own default
+        use_cpu=use_cpu,
+        on_cpu=use_cpu or no_devices(content.get("gpu_ids", "")),
+        deepspeed=deepspeed,
+    )
 
 
 def no_devices(devices: str) -> bool:
@@ -80,12 +91,3 @@ def twin_on_cpu(hardware: str) -> str:
     """Return the CPU config that takes the place of another: the one with as many processes, or one process."""
     twin = config_file("cpu").with_name(f"{hardware}_cpu.yaml")
     return twin.stem if twin.is_file() else "cpu"
-
-
-def _read(file: Path) -> dict:
-    # BaseLoader: NO stays text instead of becoming a boolean.
-    form = {"distributed_type": str} | {f"{name}?": str for name in COUNTS}
-    content = read_yaml(file, form, REMEDY, loader=yaml.BaseLoader)
-    if wrong := [name for name in COUNTS if not content.get(name, "0").isdecimal()]:
-        raise UserError(f"{file}: {wrong[0]} is {content[wrong[0]]!r}, expected a number; {REMEDY}")
-    return content

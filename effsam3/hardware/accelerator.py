@@ -16,7 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from effsam3.errors import RecipeError, UserError
-from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, config_file, config_on_cpu, no_devices, twin_on_cpu
+from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, no_devices, read_config, twin_on_cpu
 from effsam3.training.optimizer_state import zero_stage
 
 PRECISION = {"bf16": "bf16", "fp32": "no"}
@@ -44,7 +44,7 @@ def refuse_missing_gpu(hardware: str) -> None:
             return
         asked, other = "`accelerate launch` was told to use GPUs", "--config_file accelerate_configs/cpu.yaml"
     else:
-        if config_on_cpu(config_file(hardware)):
+        if read_config(hardware).on_cpu:
             return
         asked, other = f"hardware: {hardware} is for GPUs", f"hardware={twin_on_cpu(hardware)}"
     raise RecipeError(
@@ -63,7 +63,7 @@ def device_for(hardware: str) -> torch.device:
     The config that `accelerate launch` was given counts, else the recipe's.
     """
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    on_cpu = on_cpu or (not _launched() and config_on_cpu(config_file(hardware)))
+    on_cpu = on_cpu or (not _launched() and read_config(hardware).on_cpu)
     return torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
 
 

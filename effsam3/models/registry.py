@@ -215,7 +215,7 @@ class TextStudent:
     num_hidden_layers: int
     num_attention_heads: int
     use_repmixer_blocks: bool  # the first and the last layer are convolutions with BatchNorm
-    weights: str | None  # where MobileCLIP's own are, as models/text_weights.py reads it
+    weights: str | None  # where MobileCLIP's own are, as models/text/weights.py reads it
     source: str  # paper and licence of the weights
 
     @property
@@ -235,6 +235,7 @@ _EFFICIENTVIT: dict[str, Any] = {
     "family": "EfficientViT",
     "source": "Cai et al., ICCV 2023, arXiv:2205.14756; Apache-2.0",
 }
+_CONVNEXT: dict[str, Any] = {"family": "ConvNeXt", "source": "timm's test model; Apache-2.0"}
 
 IMAGE_STUDENTS = {
     name: ImageStudent(
@@ -250,84 +251,47 @@ IMAGE_STUDENTS = {
         ("efficientvit_b0", "ES-EV-S", "efficientvit_b0", 0.68, 682_608, (16, 32, 64, 128), _EFFICIENTVIT),
         ("efficientvit_b1", "ES-EV-M", "efficientvit_b1", 4.64, 4_643_936, (32, 64, 128, 256), _EFFICIENTVIT),
         ("efficientvit_b2", "ES-EV-L", "efficientvit_b2", 14.98, 14_977_008, (48, 96, 192, 384), _EFFICIENTVIT),
+        # For tests and the smoke recipe: no BatchNorm, so its trajectory does not depend on the micro-batch.
+        ("tiny_convnext", "tiny", "test_convnext", None, 207_000, (24, 32, 48, 64), _CONVNEXT),
     )
 }
-# For tests and the smoke recipe: no BatchNorm, so its trajectory does not depend on the micro-batch.
-IMAGE_STUDENTS["tiny_convnext"] = ImageStudent(
-    label="tiny",
-    timm_name="test_convnext",
-    published_millions=None,
-    trunk_params=207_000,
-    channels=(24, 32, 48, 64),
-    family="ConvNeXt",
-    source="timm's test model; Apache-2.0",
-)
-
 # apple-amlr is Apple's licence for research purposes only.
-_MOBILECLIP = {"source": "Vasu et al., CVPR 2024, arXiv:2311.17049; weights apple-amlr"}
-_MOBILECLIP2 = {"source": "Faghri et al., TMLR 2025, arXiv:2508.20691; weights apple-amlr"}
+_MOBILECLIP = "Vasu et al., CVPR 2024, arXiv:2311.17049; weights apple-amlr"
+_MOBILECLIP2 = "Faghri et al., TMLR 2025, arXiv:2508.20691; weights apple-amlr"
 
-TEXT_STUDENTS = {
-    "mobileclip_s0": TextStudent(
-        label="ES-MC-S",
-        tower="MobileCLIP-S0",
-        published_millions=42.57,
-        encoder_params=42_441_216,
-        hidden_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        use_repmixer_blocks=True,
-        weights="apple/MobileCLIP-S0/mobileclip_s0.pt",
-        **_MOBILECLIP,
-    ),
-    "mobileclip_s1": TextStudent(
-        label="ES-MC-M",
-        tower="MobileCLIP-S1",
-        published_millions=63.56,
-        encoder_params=63_428_096,
-        hidden_size=512,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        use_repmixer_blocks=False,
-        weights="MobileCLIP-S1",
-        **_MOBILECLIP,
-    ),
-    "mobileclip2_l": TextStudent(
-        label="ES-MC-L",
-        tower="MobileCLIP2-L",
-        published_millions=123.6,
-        encoder_params=123_650_304,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        use_repmixer_blocks=False,
-        weights="MobileCLIP2-L-14",
-        **_MOBILECLIP2,
-    ),
-}
 
+def _text_students(*rows: tuple) -> dict[str, TextStudent]:
+    """Return the text students by name; sizes are width, layers, heads and whether there are RepMixer blocks."""
+    return {
+        name: TextStudent(
+            label=label,
+            tower=tower,
+            published_millions=millions,
+            encoder_params=exact,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            use_repmixer_blocks=repmixer,
+            weights=weights,
+            source=source,
+        )
+        for name, label, tower, millions, exact, (width, layers, heads, repmixer), weights, source in rows
+    }
+
+
+# Where MobileCLIP's own weights are, as models/text/weights.py reads it.
+_S0, _S1, _L = "apple/MobileCLIP-S0/mobileclip_s0.pt", "MobileCLIP-S1", "MobileCLIP2-L-14"
+TEXT_STUDENTS = _text_students(
+    ("mobileclip_s0", "ES-MC-S", "MobileCLIP-S0", 42.57, 42_441_216, (512, 6, 8, True), _S0, _MOBILECLIP),
+    ("mobileclip_s1", "ES-MC-M", "MobileCLIP-S1", 63.56, 63_428_096, (512, 12, 8, False), _S1, _MOBILECLIP),
+    ("mobileclip2_l", "ES-MC-L", "MobileCLIP2-L", 123.6, 123_650_304, (768, 12, 12, False), _L, _MOBILECLIP2),
+)
 # For tests and the smoke recipe. The second has no BatchNorm, so its trajectory does not depend on the micro-batch.
-_TINY: dict[str, Any] = {"label": "tiny", "published_millions": None, "weights": None, "source": "made up"}
-TINY_TEXT_STUDENTS = {
-    "tiny_text": TextStudent(
-        tower="RepMixer, transformer layer, RepMixer",
-        encoder_params=1_616_064,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        use_repmixer_blocks=True,
-        **_TINY,
-    ),
-    "tiny_text_plain": TextStudent(
-        tower="two transformer layers",
-        encoder_params=1_610_016,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        use_repmixer_blocks=False,
-        **_TINY,
-    ),
-}
+_REPMIXER, _PLAIN = "RepMixer, transformer layer, RepMixer", "two transformer layers"
+TINY_TEXT_STUDENTS = _text_students(
+    ("tiny_text", "tiny", _REPMIXER, None, 1_616_064, (32, 3, 2, True), None, "made up"),
+    ("tiny_text_plain", "tiny", _PLAIN, None, 1_610_016, (32, 2, 2, False), None, "made up"),
+)
 
 
 def text_student_row(name: str) -> TextStudent:

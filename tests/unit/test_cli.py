@@ -18,7 +18,7 @@ import effsam3
 from effsam3 import launch as launcher
 from effsam3.cli import main
 from effsam3.errors import RecipeError, UserError
-from effsam3.hardware.accelerate_configs import config_environment, config_file
+from effsam3.hardware.accelerate_configs import read_config
 from effsam3.recipe.reader import dump_recipe, load_recipe
 from effsam3.verbs import VERBS
 
@@ -254,8 +254,8 @@ def commands(monkeypatch, clone):
 def test_one_process_needs_no_launcher_and_stays_on_the_cpu(commands):
     assert main(["launch", "recipes/smoke/image.yaml", "train"]) == 0
     assert commands.lines == [[sys.executable, "-m", "effsam3", "train", "recipes/smoke/image.yaml"]]
-    assert config_environment(config_file("cpu")) == {"ACCELERATE_USE_CPU": "true"}
-    assert config_environment(config_file("gpu")) == {}
+    assert read_config("cpu").environment == {"ACCELERATE_USE_CPU": "true"}
+    assert read_config("gpu").environment == {}
 
 
 def test_launch_runs_all_verbs_in_order(commands, capsys):

@@ -11,7 +11,7 @@ from effsam3.data.store.format import Field, create_store
 from effsam3.data.store.reader import StoreReader, verify_store
 from effsam3.data.store.writer import StoreWriter, finish_store
 from effsam3.errors import UserError
-from effsam3.hardware.accelerate_configs import config_file, config_on_cpu, config_processes
+from effsam3.hardware.accelerate_configs import config_file, read_config
 
 MUTATIONS = 200
 KEYS = [f"sa_{number}" for number in range(4)]
@@ -50,7 +50,7 @@ def test_accelerate_configs(tmp_path):
     for _ in range(MUTATIONS):
         path.write_bytes(mutate_bytes(whole, rng))
         try:
-            assert config_processes(path) > 0 and config_on_cpu(path) in (True, False)
+            assert read_config(path).processes > 0 and read_config(path).on_cpu in (True, False)
         except UserError as error:
             assert str(path) in str(error)
             refused += 1

@@ -14,7 +14,7 @@ import pytest
 
 from effsam3 import launch as launcher
 from effsam3.cli import main
-from effsam3.hardware.accelerate_configs import config_kind, config_nodes, config_port, config_processes
+from effsam3.hardware.accelerate_configs import read_config
 from effsam3.launch import Machines, command_of
 
 ROOT = Path(__file__).parents[2]
@@ -58,14 +58,14 @@ def accelerate_sees(line):
 def test_what_the_configs_say():
     folder = ROOT / "accelerate_configs"
     names = ("cpu", "ddp", "multinode_ddp", "multinode_zero2_cpu")
-    reads = (config_kind, config_nodes, config_processes, config_port)
-    assert {name: tuple(read(folder / f"{name}.yaml") for read in reads) for name in names} == {
+    configs = {name: read_config(folder / f"{name}.yaml") for name in names}
+    assert {name: (one.kind, one.nodes, one.processes, one.port) for name, one in configs.items()} == {
         "cpu": ("NO", 1, 1, 29500),
         "ddp": ("MULTI_GPU", 1, 8, 29500),
         "multinode_ddp": ("MULTI_GPU", 2, 16, 29500),
         "multinode_zero2_cpu": ("DEEPSPEED", 2, 2, 29500),
     }
-    assert config_port(folder / "ddp_cpu.yaml") == 0
+    assert read_config(folder / "ddp_cpu.yaml").port == 0
 
 
 def test_twins_on_the_cpu_differ_in_machines_only():

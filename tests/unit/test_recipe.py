@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from effsam3 import stages
-from effsam3.hardware.accelerate_configs import config_processes
+from effsam3.hardware.accelerate_configs import read_config
 from effsam3.models.registry import IMAGE_STUDENTS
 from effsam3.recipe.derived import accumulation, total_steps, warmup_steps
 from effsam3.recipe.reader import (
@@ -359,7 +359,7 @@ def test_warmup_longer_than_training():
 
 
 def test_processes_of_configs():
-    processes = {file.stem: config_processes(file) for file in (ROOT / "accelerate_configs").glob("*.yaml")}
+    processes = {file.stem: read_config(file).processes for file in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert processes == {
         "cpu": 1,
         "gpu": 1,
@@ -386,7 +386,7 @@ def test_accelerate_accepts_the_config_and_it_says_nothing_about_learning(path):
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(str(path))
-    assert config.num_processes == config_processes(path)
+    assert config.num_processes == read_config(path).processes
     assert config.mixed_precision is None
     learning = {"gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file"}
     assert not learning & set(config.deepspeed_config)

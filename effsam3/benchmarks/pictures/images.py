@@ -105,7 +105,7 @@ def _mask_panels(
         return np.asarray(paint(image, by_number, by_number))
 
     panels = [("annotated masks", drawn(truth))]
-    for name, model in (("teacher", pair.teacher), ("student", pair.student)):
+    for name, model in pair.models.items():
         embeddings = model.get_image_embeddings(pixels.to(pair.device))
         masks = segment(model, embeddings, annotations, "box", height, width, pair.image_size).numpy()
         panels.append((f"{name}, box prompts", drawn(masks)))

@@ -19,18 +19,10 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # the content decides, not the extension
 MAX_PIXELS = 178_956_970  # above this Pillow itself refuses to open an image
 
-MODES = {  # Pillow mode: conversions needed to reach RGB
-    "RGB": (),
-    "RGBX": (),
-    "YCbCr": (),
-    "1": ("grayscale",),
-    "L": ("grayscale",),
+MODES: dict[str, tuple[str, ...]] = {  # Pillow mode: conversions needed to reach RGB
+    **dict.fromkeys(("RGB", "RGBX", "YCbCr"), ()),
+    **dict.fromkeys(("1", "L", "I", "I;16", "I;16B", "I;16L", "I;16N"), ("grayscale",)),
     "LA": ("grayscale", "alpha"),
-    "I;16": ("grayscale",),
-    "I;16B": ("grayscale",),
-    "I;16L": ("grayscale",),
-    "I;16N": ("grayscale",),
-    "I": ("grayscale",),
     "P": ("palette",),
     "PA": ("palette", "alpha"),
     "RGBA": ("alpha",),

@@ -19,9 +19,8 @@ from typing import TypeVar
 import torch
 from accelerate import Accelerator
 
-from effsam3.checked_files import read_yaml
 from effsam3.errors import UserError
-from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, REMEDY, config_file, config_processes
+from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, config_file, read_config
 from effsam3.hardware.budget.dry_run import cost, dry_stage
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.reader import flat
@@ -102,10 +101,10 @@ def read_hardware(hardware: str) -> Hardware:
     Raises:
         UserError: there is no such hardware.
     """
-    file = config_file(hardware)
-    config = read_yaml(file, {"deepspeed_config?": dict}, REMEDY).get("deepspeed_config", {})
-    kept = [config.get(f"offload_{part}_device", "none") != "none" for part in ("optimizer", "param")]
-    return Hardware(hardware, config_processes(file), config.get("zero_stage"), *kept)
+    config = read_config(hardware)
+    kept = [config.deepspeed.get(f"offload_{part}_device", "none") != "none" for part in ("optimizer", "param")]
+    stage = config.deepspeed.get("zero_stage")
+    return Hardware(hardware, config.processes, None if stage is None else int(stage), *kept)
 
 
 @dataclass(frozen=True)

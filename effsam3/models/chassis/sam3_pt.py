@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 import xxhash
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -27,7 +28,14 @@ from effsam3.models.chassis.classes import empty_tensors, key_map
 from effsam3.models.chassis.config import config_from
 from effsam3.models.chassis.pickled import Pickled, open_pickled
 from effsam3.models.chassis.processor import processor
-from effsam3.models.chassis.tensors import EXTRAS_FILE, ChassisError, misfits, quiet_transformers, refuse_partial
+from effsam3.models.chassis.tensors import (
+    EXTRAS_FILE,
+    INDEX,
+    ChassisError,
+    misfits,
+    quiet_transformers,
+    refuse_partial,
+)
 from effsam3.models.chassis.torch_file import content_key
 from effsam3.models.chassis.unsupported import refuse_unsupported
 from effsam3.models.keymaps import KeyMapError
@@ -123,23 +131,12 @@ def refuse_misfit(tensors: Mapping[str, Tensor], config: PreTrainedConfig, probl
 
 def _save(tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Write the tensors as float32 in shards with transformers' index, one shard in memory at a time."""
-    shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
-    for name, tensor in tensors.items():
-        size = tensor.numel() * torch.float32.itemsize
-        if size > room and shards[-1]:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(name)
-        room -= size
-    where: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+    split = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
         save_file({name: _for_file(tensors[name]) for name in names}, folder / file, {"format": "pt"})
-        where |= dict.fromkeys(names, file)
-    size = sum((folder / file).stat().st_size for file in set(where.values()))
-    index = {"metadata": {"total_size": size}, "weight_map": where}
-    write_json(folder / "model.safetensors.index.json", index)
+    if split.is_sharded:
+        size = sum((folder / file).stat().st_size for file in split.filename_to_tensors)
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": split.tensor_to_filename})
 
 
 def _for_file(tensor: Tensor) -> Tensor:

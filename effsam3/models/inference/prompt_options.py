@@ -25,7 +25,11 @@ class PredictError(UserError):
 
 @dataclass(frozen=True)
 class Asked:
-    """The prompts of the command line, checked against one another but not yet against the input."""
+    """Prompts, checked against one another but not yet against the input.
+
+    Raises:
+        PredictError: no prompt, an empty one, or prompts that do not go together.
+    """
 
     texts: tuple[str, ...]
     boxes: tuple[tuple[float, ...], ...]  # x1, y1, x2, y2 and 1, or 0 for an example of what is not meant
@@ -33,16 +37,39 @@ class Asked:
     mask: Path | None
     threshold: float | None
 
+    def __post_init__(self):
+        object.__setattr__(self, "texts", tuple(text.strip() for text in self.texts))
+        if not (self.texts or self.boxes or self.points or self.mask):
+            raise PredictError("nothing to look for; give --text, --box, --point or, for a video, --mask")
+        if "" in self.texts:
+            raise PredictError('--text is empty; name what to look for, such as --text "a dog"')
+        if self.texts and (self.points or self.mask):
+            raise PredictError("--text finds all instances, --point and --mask show one object; give one or the other")
+        if len(self.texts) > 1 and self.boxes:
+            raise PredictError("boxes are examples of the one text that they come with; give a single --text")
+        if not self.texts and any(box[4] == 0 for box in self.boxes):
+            raise PredictError(
+                "a box with label 0 is an example of what to exclude from --text; without --text it has no meaning"
+            )
+        if self.points and len(self.boxes) > 1:
+            raise PredictError(
+                "points show one object, for which there can be one --box; without points, each box shows one object"
+            )
+        if self.points and all(label == 0 for _, _, label in self.points) and not self.boxes:
+            raise PredictError(
+                "every point has label 0, off the object; give a point on it (label 1) or a box around it"
+            )
+        if self.mask is not None and (self.boxes or self.points):
+            raise PredictError("--mask already shows the objects; give it on its own")
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise PredictError(f"--threshold {self.threshold}: a score is from 0 to 1")
+        if self.threshold is not None and not self.texts:
+            raise PredictError("--threshold is for the instances that --text finds; what is shown is always segmented")
+
     def as_json(self) -> dict:
         """Return the request as predictions.json records it."""
-        found: dict[str, Any] = {
-            "texts": self.texts,
-            "boxes": self.boxes,
-            "points": self.points,
-            "threshold": self.threshold,
-        }
-        found["mask"] = None if self.mask is None else str(self.mask)
-        return {name: value for name, value in found.items() if value not in (None, ())}
+        found: dict[str, Any] = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        return found | ({} if self.mask is None else {"mask": str(self.mask)})
 
 
 def parse(
@@ -51,69 +78,33 @@ def parse(
     """Read the prompts of the command line.
 
     Raises:
-        PredictError: no prompt, an empty one, or prompts that do not go together.
+        PredictError: as `Asked`; or numbers that are no box or point.
     """
-    return checked(
-        texts,
-        tuple(_numbers("--box", text, ("x1", "y1", "x2", "y2")) for text in boxes),
-        tuple(_numbers("--point", text, ("x", "y")) for text in points),
+    return Asked(
+        tuple(texts),
+        tuple(_numbers("--box", text, "x1,y1,x2,y2") for text in boxes),
+        tuple(_numbers("--point", text, "x,y") for text in points),
         None if mask is None else Path(mask),
         threshold,
     )
 
 
-def checked(
-    texts: Sequence[str],
-    boxes: tuple[tuple[float, ...], ...],
-    points: tuple[tuple[float, ...], ...],
-    mask: Path | None,
-    threshold: float | None,
-) -> Asked:
-    """Return the prompts, checked against one another; as the fields of `Asked`.
-
-    Raises:
-        PredictError: no prompt, an empty one, or prompts that do not go together.
-    """
-    asked = Asked(tuple(text.strip() for text in texts), boxes, points, mask, threshold)
-    if not (texts or boxes or points or mask):
-        raise PredictError("nothing to look for; give --text, --box, --point or, for a video, --mask")
-    if "" in asked.texts:
-        raise PredictError('--text is empty; name what to look for, such as --text "a dog"')
-    if asked.texts and (asked.points or asked.mask):
-        raise PredictError("--text finds all instances, --point and --mask show one object; give one or the other")
-    if len(asked.texts) > 1 and asked.boxes:
-        raise PredictError("boxes are examples of the one text that they come with; give a single --text")
-    if not asked.texts and any(box[4] == 0 for box in asked.boxes):
-        raise PredictError(
-            "a box with label 0 is an example of what to exclude from --text; without --text it has no meaning"
-        )
-    if asked.points and len(asked.boxes) > 1:
-        raise PredictError(
-            "points show one object, for which there can be one --box; without points, each box shows one object"
-        )
-    if asked.points and all(label == 0 for _, _, label in asked.points) and not asked.boxes:
-        raise PredictError("every point has label 0, off the object; give a point on it (label 1) or a box around it")
-    if asked.mask is not None and (asked.boxes or asked.points):
-        raise PredictError("--mask already shows the objects; give it on its own")
-    if threshold is not None and not 0 <= threshold < 1:
-        raise PredictError(f"--threshold {threshold}: a score is from 0 to 1")
-    if threshold is not None and not asked.texts:
-        raise PredictError("--threshold is for the instances that --text finds; what is shown is always segmented")
-    return asked
-
-
-def _numbers(option: str, text: str, names: tuple[str, ...]) -> tuple[float, ...]:
+def _numbers(option: str, text: str, names: str) -> tuple[float, ...]:
     """Read comma-separated numbers and a label, 1 where none is given."""
-    expected = f"expected {','.join(names)} in pixels and, where wanted, a label 1 or 0 behind it"
+    wrong = PredictError(f"{option} {text}: expected {names} in pixels and, where wanted, a label 1 or 0 behind it")
     try:
-        numbers = tuple(float(part) for part in text.split(","))
+        numbers = [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise PredictError(f"{option} {text}: {expected}") from error
-    if len(numbers) == len(names):
-        numbers = (*numbers, 1.0)
-    if len(numbers) != len(names) + 1 or numbers[-1] not in (0, 1) or not all(map(math.isfinite, numbers)):
-        raise PredictError(f"{option} {text}: {expected}")
-    return (*numbers[:-1], int(numbers[-1]))
+        raise wrong from error
+    return labelled(numbers, names.count(",") + 1, wrong)
+
+
+def labelled(numbers: list[float], count: int, wrong: PredictError) -> tuple[float, ...]:
+    """Return `count` numbers and their label, 1 where none is given; raise `wrong` for anything else."""
+    *numbers, label = numbers if len(numbers) > count else [*numbers, 1]
+    if len(numbers) != count or label not in (0, 1) or not all(map(math.isfinite, numbers)):
+        raise wrong
+    return (*map(float, numbers), int(label))
 
 
 def refuse_swapped(model: str, source: str) -> None:
