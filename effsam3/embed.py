@@ -10,7 +10,6 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -125,7 +124,7 @@ def plan(recipe: FeatureRecipe, root: Path, teacher_pass: TeacherPass) -> dict[s
     """
     reader = StoreReader(root, allow_unfinished=True)
     keys = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
-    missing = [key for key, place in zip(keys, reader.find(keys), strict=True) if place < 0]
+    missing = reader.missing(keys)
     needed = len(missing) * reader.manifest.stride
     refuse_full_disk(
         root,
@@ -200,8 +199,7 @@ def refuse_many_skipped(expected: list[str], root: Path, most: int) -> None:
     Raises:
         StoreError: more than `data.max_unreadable` samples are not in the store.
     """
-    reader = StoreReader(root, allow_unfinished=True)
-    missing = [key for key in expected if not reader.contains(key)]
+    missing = StoreReader(root, allow_unfinished=True).missing(expected)
     if len(missing) > most:
         raise StoreError(
             f"{len(missing)} of {len(expected)} images could not be read, more than data.max_unreadable={most} "
@@ -229,7 +227,8 @@ def stored_sample(reader: StoreReader, dataset: StoredSamples, size: int) -> lis
     """Return the first `size` positions of the statistics' fixed order whose images are in the store."""
     # A fixed order by key, so that any number of ranks and restarts yields the same statistics.
     order = statistics_sample(dataset.keys, len(dataset))
-    return list(islice((position for position in order if reader.contains(dataset.store_keys[position])), size))
+    places = reader.find([dataset.store_keys[position] for position in order])
+    return [position for position, place in zip(order, places, strict=True) if place >= 0][:size]
 
 
 def _check(

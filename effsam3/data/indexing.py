@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from effsam3.data.splits import SPLITS
+from effsam3.data.unreadable import Unreadable
 from effsam3.data.workers import submit_jobs
 from effsam3.errors import UserError
 from effsam3.files import atomic_file, refuse_unwritable, write_json
@@ -27,6 +28,30 @@ DETAILS = 100  # files of each reason that a report explains in full
 def printable(name: str) -> str:
     """Return a file name that UTF-8 can hold; bytes that are not UTF-8 become escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def relative(path: Path | str, folder: Path) -> str:
+    """Return how an index in `folder` names a file."""
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def read_file(row: dict, folder: Path, what: str, error: type[Unreadable]) -> bytes:
+    """Return the bytes where a row points to for its `image` or `annotation`, as far as they have the size indexed.
+
+    Raises:
+        Unreadable: as `error`: unreadable, or changed.
+    """
+    file, offset, size = folder / row[f"{what}_file"], row.get(f"{what}_offset", 0), row[f"{what}_bytes"]
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(offset)  # 0: a plain file, which is read whole to notice that it has grown
+            data = stream.read(size if offset else -1)
+    except OSError as fault:
+        raise error(row["key"], "unreadable", str(fault)) from fault
+    if len(data) != size:
+        detail = f"{file} has {len(data)} bytes, {size} when indexed; build the index again"
+        raise error(row["key"], "changed", detail)
+    return data
 
 
 def walk(tops: list[Path], unreadable: Callable[[OSError], object]) -> Iterator[tuple[Path, list[Path]]]:
@@ -159,11 +184,16 @@ def write_parquet(table, path: Path) -> None:
         parquet.write_table(table, partial, write_page_checksum=True)
 
 
-def read_index(path: Path, command: str):
-    """Return an index as an Arrow table; `command` is what makes one.
+def read_index(path: Path, columns: dict[str, str], what: str, command: str, later: dict[str, Any] | None = None):
+    """Return an index as an Arrow table of these columns.
+
+    Args:
+        what: it is, for messages.
+        command: makes one.
+        later: columns that older indexes lack, with what is known of their rows.
 
     Raises:
-        UserError: it is missing, is not a parquet file, or is damaged.
+        UserError: it is missing, is not a parquet file, is damaged, or is another index.
     """
     import pyarrow
     import pyarrow.parquet as parquet
@@ -176,7 +206,19 @@ def read_index(path: Path, command: str):
         table.schema.names  # noqa: B018  they are decoded only now
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a parquet file, or is damaged ({error}); make it with: {command}") from error
-    return table
+    asked = arrow_schema(columns)
+    for name in (later or {}).keys() - set(table.schema.names):
+        table = table.append_column(name, pyarrow.array([(later or {})[name]] * len(table), asked.field(name).type))
+    found = {field.name: field.type for field in table.schema}
+    wrong = [
+        f"{one.name} ({one.type}, found {found.get(one.name)})" for one in asked if found.get(one.name) != one.type
+    ]
+    if wrong:
+        raise UserError(
+            f"{path} is not {what}, or an older version's: {', '.join(wrong)}; make it again, with the options it was "
+            f"made with: {command}"
+        )
+    return table.select(asked.names).cast(asked)
 
 
 def rows_of(table, path: Path, split: str | None, limit: int | None, unit: str):
@@ -205,6 +247,11 @@ def rows_of(table, path: Path, split: str | None, limit: int | None, unit: str):
 # ---- reports
 
 
+def told(title: str, found: dict, names: list[str]) -> str:
+    """Return a line of a report on what was `found` for a reason, its first names included."""
+    return f"{title} {found['count']:,} ({', '.join(names[:3])}{', ...' if found['count'] > 3 else ''})"
+
+
 def is_empty(column):
     """Return where a string column is empty: the rows without a reason to skip them."""
     import pyarrow.compute as compute
@@ -212,19 +259,16 @@ def is_empty(column):
     return compute.equal(column, "")
 
 
-def names_by_reason(table, reason: str, name: str, listed: dict[str, list[str]]) -> dict[str, list[str]]:
-    """Return {reason: names} from two columns of a table, after those that were `listed` before."""
+def counted_rows(table, reason: str, name: str, listed: dict[str, list[str]]) -> dict:
+    """Return `counted` of a table's columns of reasons, names and `detail`, after those that were `listed` before."""
     found = {word: list(names) for word, names in listed.items()}
-    for word, one in zip(table[reason].to_pylist(), table[name].to_pylist(), strict=True):
+    details: dict[str, str] = {}
+    for word, one, detail in zip(*(table[column].to_pylist() for column in (reason, name, "detail")), strict=True):
         if word:
             found.setdefault(word, []).append(one)
-    return found
-
-
-def details_by_name(table, name: str) -> dict[str, str]:
-    """Return {name: what is wrong in full} from a table's column `detail`, for rows that have one."""
-    columns = (table[column].to_pylist() for column in (name, "detail"))
-    return {one: detail for one, detail in zip(*columns, strict=True) if detail}
+        if detail:
+            details[one] = detail
+    return counted(found, details)
 
 
 def counted(names: dict[str, list[str]], details: dict[str, str]) -> dict:
@@ -236,6 +280,6 @@ def counted(names: dict[str, list[str]], details: dict[str, str]) -> dict:
     for reason, some in sorted(names.items()):
         if some:
             files = sorted(some)
-            told = {file: details[file] for file in files[:DETAILS] if file in details}
-            found[reason] = {"count": len(files), "files": files} | ({"details": told} if told else {})
+            full = {file: details[file] for file in files[:DETAILS] if file in details}
+            found[reason] = {"count": len(files), "files": files} | ({"details": full} if full else {})
     return found

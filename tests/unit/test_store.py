@@ -56,7 +56,7 @@ def test_round_trip_of_all_dtypes(tmp_path, shape):
     assert 0 <= manifest.stride - manifest.payload < 4096
     assert_holds(tmp_path / "s", KEYS[::-1], fields)
     reader = StoreReader(tmp_path / "s")
-    assert len(reader) == 10 and reader.keys == KEYS and reader.contains("sa_3") and not reader.contains("sa_33")
+    assert len(reader) == 10 and reader.keys == KEYS and reader.missing(["sa_3", "sa_33"]) == ["sa_33"]
     assert reader.positions([]).dtype == np.int64
 
 
@@ -210,7 +210,7 @@ def test_a_store_that_grows_keeps_its_statistics_and_tells_replaced_inputs(tmp_p
     with StoreWriter(tmp_path, 0) as writer:
         assert new not in writer.done
         writer.write(new, record(new))
-    assert StoreReader(tmp_path, allow_unfinished=True).contains(new) and not StoreReader(tmp_path).contains(new)
+    assert StoreReader(tmp_path, allow_unfinished=True).missing([new]) == [] and StoreReader(tmp_path).missing([new])
     finish_store(tmp_path, [new], {"mean": [2.0]})
     reader = StoreReader(tmp_path)
     assert reader.manifest.statistics == {"mean": [1.0]} and reader.keys == [old, new]

@@ -7,6 +7,7 @@ Letters: H W rows and columns of a picture, C colours (RGB).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -14,6 +15,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from effsam3.benchmarks.jaccard import boundary
 from effsam3.files import atomic_file
 
+Item = TypeVar("Item")
 Masks = dict[int, np.ndarray]  # {object: bool (H, W)}
 # Far from one another and from most of what is filmed; after the last, the first is used again.
 COLOURS = tuple(
@@ -25,7 +27,7 @@ COLUMNS = 4
 LINE, GAP = 20, 6  # pixels: a line of text, the space between pictures
 
 
-def evenly(items: list[int], count: int) -> list[int]:
+def evenly(items: list[Item], count: int) -> list[Item]:
     """Up to `count` of the items, evenly spaced, with the first and the last one."""
     if len(items) <= count:
         return list(items)

@@ -56,13 +56,8 @@ class CaptionBatches(Dataset):
         kept = np.maximum(positions, 0).tolist()
         ids, mask = self.encode(self.part.texts(kept))
         counts = torch.tensor([position != PADDING for position in positions])
-        batch: dict[str, Any] = {
-            "ids": ids,
-            "mask": mask,
-            "counts": counts,
-            "positions": torch.tensor(positions),
-            "unreadable": [],
-        }
+        batch: dict[str, Any] = {"ids": ids, "mask": mask, "counts": counts, "unreadable": []}
+        batch["positions"] = torch.tensor(positions)
         if self.store is not None:
             keys = self.part.keys(kept)
             batch |= self.store.read(self.store.positions(keys))
@@ -82,11 +77,11 @@ class CaptionBatches(Dataset):
         return positions[np.argsort(lengths, kind="stable")]
 
 
-class Distinct:
-    """A view of a part that holds every distinct text once, for a store."""
+class Chosen:
+    """A view of a part: the texts at some of its positions."""
 
-    def __init__(self, part):
-        self.part, self.places = part, part.distinct()
+    def __init__(self, part, places: np.ndarray):
+        self.part, self.places = part, places
 
     def __len__(self) -> int:
         return len(self.places)
@@ -100,15 +95,9 @@ class Distinct:
         return self.part.keys(self.places[list(positions)])
 
 
-class First:
-    """The first texts of a part."""
-
-    def __init__(self, part, size: int):
-        self.part, self.size = part, size
-        self.texts, self.keys = part.texts, part.keys
-
-    def __len__(self) -> int:
-        return self.size
+def distinct(part) -> Chosen:
+    """Return every distinct text of a part once, for a store."""
+    return Chosen(part, part.distinct())
 
 
 def valid_tokens(batch: dict, padding_too: bool = False) -> Tensor:

@@ -102,8 +102,7 @@ def summary(report: dict) -> str:
     for title in ("converted", "excluded", "annotation_problems", "tars"):
         for reason, found in report[title].items():
             names = found["keys" if title == "converted" else "files"]
-            more = ", ..." if found["count"] > 3 else ""
-            lines.append(f"{title.replace('_', ' ')}: {reason} {found['count']:,} ({', '.join(names[:3])}{more})")
+            lines.append(indexing.told(f"{title.replace('_', ' ')}: {reason}", found, names))
     return "\n".join(lines)
 
 
@@ -120,17 +119,11 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
     row: dict[str, Any] = {
         "key": entry.key,
         "split": entry.split,
-        "image_file": image.file,
-        "image_offset": image.offset,
-        "image_bytes": image.size,
-        "image_digest": "",
+        **image.place("image"),
         "annotation_file": None,
         "annotation_offset": 0,
         "annotation_bytes": 0,
-        "width": 0,
-        "height": 0,
         "num_masks": 0,
-        "converted": "",
         "image_name": image.name,
         "annotation_name": annotation.name if annotation else "",
         "excluded": "",
@@ -138,7 +131,7 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
         "detail": "",
     }
     try:
-        data = sa1b.read_file(row, folder, "image")
+        data = indexing.read_file(row, folder, "image", UnreadableImage)
         row["image_digest"] = sa1b.digest_of(data)
         row["split"] = row["split"] or split_of(row["image_digest"], options.val_fraction)
         row["width"], row["height"], kinds = image_header(data, options.max_pixels, entry.key)
@@ -150,11 +143,7 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
         return row | {"excluded": fault.reason, "detail": printable(fault.detail)}
     row["converted"] = ",".join(kinds)
     if annotation:
-        place = {
-            "annotation_file": annotation.file,
-            "annotation_offset": annotation.offset,
-            "annotation_bytes": annotation.size,
-        }
+        place = annotation.place("annotation")
         try:
             row |= place | {"num_masks": len(sa1b.read_annotations(row | place, folder))}
         except UnreadableAnnotations as fault:
@@ -188,8 +177,8 @@ def _report(table, listing: Listing) -> dict:
     for key, kinds in zip(usable["key"].to_pylist(), usable["converted"].to_pylist(), strict=True):
         for kind in filter(None, kinds.split(",")):
             converted.setdefault(kind, []).append(key)
-    excluded = indexing.names_by_reason(table, "excluded", "image_name", listing.excluded)
-    problems = indexing.names_by_reason(table, "annotation_problem", "annotation_name", listing.annotation_problems)
+    excluded = indexing.counted_rows(table, "excluded", "image_name", listing.excluded)
+    problems = indexing.counted_rows(table, "annotation_problem", "annotation_name", listing.annotation_problems)
     return {
         "images": {split: splits.count(split) for split in SPLITS},
         "masks": sum(usable["num_masks"].to_pylist()),
@@ -199,7 +188,7 @@ def _report(table, listing: Listing) -> dict:
             for kind in CONVERSIONS
             if kind in converted
         },
-        "excluded": indexing.counted(excluded, indexing.details_by_name(table, "image_name")),
-        "annotation_problems": indexing.counted(problems, indexing.details_by_name(table, "annotation_name")),
+        "excluded": excluded,
+        "annotation_problems": problems,
         "tars": indexing.counted(listing.tars, {}),
     }

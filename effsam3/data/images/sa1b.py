@@ -14,7 +14,6 @@ import numpy as np
 from effsam3.data import coco, indexing
 from effsam3.data.images.decoding import decode_image
 from effsam3.data.unreadable import UnreadableAnnotations, UnreadableImage
-from effsam3.errors import UserError
 
 COLUMNS = {  # name: Arrow type
     "key": "string",  # the file's stem, `sa_123`, of one's own photographs the path below their folder; unique
@@ -52,15 +51,8 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
     """
     path = Path(path)
     command = f"effsam3 index sa1b FOLDER_OR_TARS --out {path}"
-    table = indexing.read_index(path, command)
-    found = {field.name: str(field.type) for field in table.schema}
-    wrong = [f"{name} ({kind}, found {found.get(name)})" for name, kind in COLUMNS.items() if found.get(name) != kind]
-    if wrong:
-        raise UserError(
-            f"{path} is not an index of images, or an older version's: {', '.join(wrong)}; make it again, with the "
-            f"options it was made with: {command}"
-        )
-    return indexing.rows_of(table.select(list(COLUMNS)), path, split, limit, "image")
+    table = indexing.read_index(path, COLUMNS, "an index of images", command)
+    return indexing.rows_of(table, path, split, limit, "image")
 
 
 def read_indexed(row: dict, folder: Path, what: str) -> bytes:
@@ -68,26 +60,10 @@ def read_indexed(row: dict, folder: Path, what: str) -> bytes:
 
     Of an image these are the very bytes that were indexed: a file replaced under the same name is noticed.
     """
-    data = read_file(row, folder, what)
+    data = indexing.read_file(row, folder, what, {"image": UnreadableImage, "annotation": UnreadableAnnotations}[what])
     if what == "image" and digest_of(data) != row["image_digest"]:
         detail = f"{row['image_file']} is another file of the same size than when indexed; build the index again"
         raise UnreadableImage(row["key"], "changed", detail)
-    return data
-
-
-def read_file(row: dict, folder: Path, what: str) -> bytes:
-    """Return the bytes where a row points to, as far as it has the size that was indexed."""
-    error = {"image": UnreadableImage, "annotation": UnreadableAnnotations}[what]
-    file = Path(folder) / row[f"{what}_file"]
-    try:
-        with open(file, "rb") as stream:
-            stream.seek(row[f"{what}_offset"])  # 0: a plain file, which is read whole to notice that it has grown
-            data = stream.read(row[f"{what}_bytes"] if row[f"{what}_offset"] else -1)
-    except OSError as fault:
-        raise error(row["key"], "unreadable", str(fault)) from fault
-    if len(data) != row[f"{what}_bytes"]:
-        detail = f"{file} has {len(data)} bytes, {row[f'{what}_bytes']} when indexed; build the index again"
-        raise error(row["key"], "changed", detail)
     return data
 
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from effsam3.data.images.decoding import EXTENSIONS
-from effsam3.data.indexing import printable, walk
+from effsam3.data.indexing import printable, relative, walk
 from effsam3.data.splits import SPLITS, split_of
 from effsam3.data.store.format import storable
 from effsam3.errors import UserError
@@ -37,6 +37,10 @@ class Blob(NamedTuple):
     @property
     def name(self) -> str:
         return printable(f"{self.file}:{self.member}" if self.member else self.file)
+
+    def place(self, what: str) -> dict[str, str | int]:
+        """Return the columns of an index that lead to it as an `image` or `annotation`."""
+        return {f"{what}_file": self.file, f"{what}_offset": self.offset, f"{what}_bytes": self.size}
 
 
 class Entry(NamedTuple):
@@ -142,11 +146,9 @@ def _walk(top: Path, folder: Path, listing: Listing, own: bool) -> Iterator[tupl
                 except OSError as fault:  # a broken link
                     unreadable(fault)
                     continue
-                file = Path(os.path.relpath(path, folder)).as_posix()
-                yield path, Blob(file, "", 0, status.st_size, status.st_mtime_ns)
+                yield path, Blob(relative(path, folder), "", 0, status.st_size, status.st_mtime_ns)
             elif own and path.suffix != ".parquet":
-                file = Path(os.path.relpath(path, folder)).as_posix()
-                listing.excluded.setdefault("other_file", []).append(printable(file))
+                listing.excluded.setdefault("other_file", []).append(printable(relative(path, folder)))
 
 
 def scan_tar(path: Path) -> TarScan:
@@ -174,7 +176,7 @@ def scan_tar(path: Path) -> TarScan:
 
 
 def _tar_blobs(path: Path, scan: TarScan, folder: Path, listing: Listing) -> dict[str, Blob]:
-    file, mtime_ns = Path(os.path.relpath(path, folder)).as_posix(), path.stat().st_mtime_ns
+    file, mtime_ns = relative(path, folder), path.stat().st_mtime_ns
     if scan.problem:
         listing.tars.setdefault(scan.problem, []).append(printable(file))
     if scan.cut:

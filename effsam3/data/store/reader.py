@@ -94,19 +94,15 @@ class StoreReader:
         """Names of the fields of a record."""
         return [f.name for f in self.manifest.fields]
 
-    def contains(self, key: str) -> bool:
-        """Return whether the key is stored; microseconds."""
-        hashes, order, seed = self._sorted_hashes()
-        place = np.searchsorted(hashes, np.uint64(xxhash.xxh3_64_intdigest(key.encode(), seed)))
-        # The key itself is compared as well, because other keys may have the same hash.
-        return bool(place < len(hashes)) and self.arrow_keys[order[place]].as_py() == key
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """Return those of the keys that are not stored, in order."""
+        return [key for key, place in zip(keys, self.find(keys), strict=True) if place < 0]
 
     def positions(self, keys: Sequence[str]) -> np.ndarray:
         """Position of every key, int64; StoreError naming the keys that are not stored, and those replaced since."""
-        keys = list(keys)
         found = self.find(keys)
         if (found < 0).any():
-            missing = [keys[i] for i in np.flatnonzero(found < 0)]
+            missing = self.missing(keys)
             replaced = self.replaced(missing)
             said = f"{self.root} lacks {len(missing)} of {len(keys)} keys: {_first(missing)}. "
             if replaced:
@@ -122,7 +118,7 @@ class StoreReader:
         names = {name_of(key) for key in self.keys} if self.manifest.ties_inputs and len(missing) else set()
         return [name for name in map(name_of, missing) if name in names and name]
 
-    def find(self, keys: list[str]) -> np.ndarray:
+    def find(self, keys: Sequence[str]) -> np.ndarray:
         """Return positions, int64, -1 where absent: a search among sorted hashes, then a comparison of the keys."""
         import pyarrow
         from pyarrow import compute
@@ -132,6 +128,7 @@ class StoreReader:
         hashes, order, seed = self._sorted_hashes()
         wanted = pyarrow.array(keys, pyarrow.string())
         candidates = order[np.minimum(np.searchsorted(hashes, _hash(wanted, seed)), len(hashes) - 1)]
+        # The keys themselves are compared as well, because other keys may have the same hash.
         same = compute.equal(self.arrow_keys.take(candidates), wanted)
         return np.where(same.to_numpy(zero_copy_only=False), candidates, -1)
 
@@ -196,13 +193,6 @@ def _hash(keys: pyarrow.Array, seed: int) -> np.ndarray:
     return np.fromiter((xxhash.xxh3_64_intdigest(key, seed) for key in encoded), np.uint64, len(encoded))
 
 
-def _checksum(buffers: Sequence[memoryview]) -> str:
-    digest = xxhash.xxh3_64()
-    for buffer in buffers:
-        digest.update(buffer)
-    return digest.hexdigest()
-
-
 # ---- verify
 
 
@@ -245,7 +235,7 @@ def verify_store(root: str | Path, progress: Callable[[int], object] = lambda co
                 report.bad.append(BadRecord(key, shard, "shard is truncated"))
             elif checksums is None:
                 report.unchecked += 1
-            elif checksums[i] != _checksum([buffer]):
+            elif checksums[i] != xxhash.xxh3_64_hexdigest(buffer):
                 report.bad.append(BadRecord(key, shard, "wrong checksum"))
             else:
                 report.checked += 1

@@ -117,7 +117,7 @@ def verify_images(root: Path, index: Path) -> int:
     rows, tied = load_index(index), reader.manifest.ties_inputs
     keys = store_keys(rows, tied)
     skipped = {entry["key"] for entry in reader.manifest.skipped}
-    missing = [key for key, place in zip(keys, reader.find(keys), strict=True) if place < 0 and key not in skipped]
+    missing = [key for key in reader.missing(keys) if key not in skipped]
     replaced = set(reader.replaced(missing))
     wrong = [f"{name}: replaced since its features were made; embed again" for name in sorted(replaced)]
     wrong += [f"{key}: has no features; embed again" for key in missing if key.rpartition("@")[0] not in replaced]

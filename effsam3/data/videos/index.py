@@ -22,7 +22,7 @@ from effsam3.data.splits import SPLITS, split_of
 from effsam3.data.unreadable import Unreadable, UnreadableAnnotations
 from effsam3.data.videos.decoder import UnreadableVideo, seeks_agree
 from effsam3.data.videos.files import open_video
-from effsam3.data.videos.sav import COLUMNS, FRAME_STRIDE, KINDS, SavAnnotations, parse_sav
+from effsam3.data.videos.sav import COLUMNS, FRAME_STRIDE, KINDS, SavAnnotations, read_sav
 from effsam3.data.workers import worker_pool
 from effsam3.errors import UserError
 
@@ -106,10 +106,8 @@ def summary(report: dict) -> str:
         lines.append(
             f"{report['unseekable']:,} annotations are of videos that seeks go wrong in: clips decode them whole"
         )
-    for reason, found in report["excluded"].items():
-        more = ", ..." if found["count"] > 3 else ""
-        lines.append(f"excluded: {reason} {found['count']:,} ({', '.join(found['files'][:3])}{more})")
-    return "\n".join(lines)
+    excluded = [indexing.told(f"excluded: {reason}", one, one["files"]) for reason, one in report["excluded"].items()]
+    return "\n".join(lines + excluded)
 
 
 # ---- sources
@@ -127,7 +125,7 @@ def list_videos(sources: list[Path], folder: Path, val_fraction: float) -> tuple
         left.setdefault("unreadable", []).append(printable(os.path.relpath(fault.filename, folder)))
 
     def note(kind: str, name: str, path: Path, size: int | None = None) -> None:
-        file = Path(os.path.relpath(path, folder)).as_posix()
+        file = indexing.relative(path, folder)
         try:
             status = path.stat()
         except OSError as fault:  # a broken link
@@ -221,11 +219,7 @@ def _left_out(fault: Unreadable) -> dict:
 
 
 def _read_annotations(row: dict, folder: Path) -> SavAnnotations:
-    try:
-        data = (folder / row["annotation_file"]).read_bytes()
-    except OSError as fault:
-        raise UnreadableAnnotations(row["key"], "unreadable", str(fault)) from fault
-    annotations = parse_sav(data, row["key"])
+    annotations = read_sav(row, folder)
     annotations.check_masks()
     if annotations.video_id != row["video_id"]:
         raise UnreadableAnnotations(row["key"], "other_video", f"its video_id is {reprlib.repr(annotations.video_id)}")
@@ -290,8 +284,5 @@ def _report(table, unpaired: dict[str, list[str]]) -> dict:
             file.endswith(".mp4") and not seekable
             for file, seekable in zip(usable["video_file"].to_pylist(), usable["seekable"].to_pylist(), strict=True)
         ),
-        "excluded": indexing.counted(
-            indexing.names_by_reason(table, "excluded", "annotation_file", unpaired),
-            indexing.details_by_name(table, "annotation_file"),
-        ),
+        "excluded": indexing.counted_rows(table, "excluded", "annotation_file", unpaired),
     }

@@ -23,7 +23,6 @@ from effsam3.data.images.decoding import MAX_PIXELS
 from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import UnreadableVideo, open_video
 from effsam3.data.videos.vos_video import Annotations
-from effsam3.errors import UserError
 
 VIDEO_FPS = 24
 FRAME_STRIDE = 4  # video frames from one annotated frame to the next
@@ -174,15 +173,7 @@ class SavFile(Annotations):
 
 def read_sav(row: dict, folder: Path) -> SavAnnotations:
     """Return the annotations of an index row. Raises UnreadableAnnotations, also when the file has changed."""
-    file = Path(folder) / row["annotation_file"]
-    try:
-        data = file.read_bytes()
-    except OSError as fault:
-        raise UnreadableAnnotations(row["key"], "unreadable", str(fault)) from fault
-    if len(data) != row["annotation_bytes"]:
-        detail = f"{file} has {len(data)} bytes, {row['annotation_bytes']} when indexed; build the index again"
-        raise UnreadableAnnotations(row["key"], "changed", detail)
-    return parse_sav(data, row["key"])
+    return parse_sav(indexing.read_file(row, folder, "annotation", UnreadableAnnotations), row["key"])
 
 
 def read_annotated_frames(
@@ -228,15 +219,7 @@ def load_index(path: str | Path, split: str | None = None, limit: int | None = N
     Raises:
         UserError: the file is missing, is damaged, is not such an index, or has no row in the split.
     """
-    import pyarrow
-
     path = Path(path)
     command = f"effsam3 index sav FOLDER --out {path}"
-    table = indexing.read_index(path, command)
-    asked = indexing.arrow_schema(COLUMNS)
-    for name in LATER.keys() - set(table.schema.names):
-        table = table.append_column(name, pyarrow.array([LATER[name]] * len(table), asked.field(name).type))
-    wrong = [field.name for field in asked if field.name not in table.schema.names]
-    if wrong or table.select(asked.names).schema.types != asked.types:
-        raise UserError(f"{path} is not an SA-V index (columns {table.schema.names}); make it again with: {command}")
-    return indexing.rows_of(table.select(list(COLUMNS)).cast(asked), path, split, limit, "video")
+    table = indexing.read_index(path, COLUMNS, "an SA-V index", command, LATER)
+    return indexing.rows_of(table, path, split, limit, "video")

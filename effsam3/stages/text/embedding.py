@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from effsam3.data.captions.batches import CaptionBatches, Distinct, as_map
+from effsam3.data.captions.batches import CaptionBatches, as_map, distinct
 from effsam3.data.store.format import INPUTS, Field, ties_inputs
 from effsam3.data.store.reader import StoreReader, to_float16
 from effsam3.hardware.accelerator import frozen_autocast
@@ -32,7 +32,7 @@ class TeacherPass:
         self.less_room = ""
         captions = ready_captions(recipe, accelerator)
         self.datasets = [
-            CaptionBatches(Distinct(part), encoder(recipe)) for part in (captions.train, captions.val) if len(part)
+            CaptionBatches(distinct(part), encoder(recipe)) for part in (captions.train, captions.val) if len(part)
         ]
 
     def fields(self) -> list[Field]:

@@ -11,11 +11,12 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from effsam3.data.captions.batches import CaptionBatches, Distinct, First, as_map, valid_tokens
+from effsam3.data.captions.batches import CaptionBatches, Chosen, as_map, distinct, valid_tokens
 from effsam3.data.captions.sources import Captions, open_captions
 from effsam3.data.statistics import statistics_sample
 from effsam3.data.store.format import INPUTS, StoreError
@@ -143,14 +144,14 @@ class TextStage(FeatureStage):
                     f"{inputs()}); embed again to another embed.to"
                 )
         captions = ready_captions(recipe, accelerator)
-        val = First(captions.val, min(len(captions.val), recipe.train.eval_samples))
+        val = Chosen(captions.val, np.arange(min(len(captions.val), recipe.train.eval_samples)))
         train_data, val_data = (CaptionBatches(part, encoder(recipe), store) for part in (captions.train, val))
         if not len(train_data) or not len(val_data):
             raise UserError(
                 f"{len(train_data)} training and {len(val_data)} held-out texts; both are needed (data.held_out)"
             )
         if store is not None:  # now: a text that is missing would end the training when its turn comes
-            for texts in map(Distinct, (captions.train, captions.val)):
+            for texts in map(distinct, (captions.train, captions.val)):
                 # Checked for every text before the first step, because batches look up only their own.
                 store.positions(texts.keys(range(len(texts))))
         student, loaded = make_student(recipe, facts["channels"])
@@ -198,7 +199,7 @@ class TextStage(FeatureStage):
     def statistics_batches(self) -> Iterator[Batch]:
         """Yield the sample that a store's statistics are made of, in batches."""
         size = self.recipe.embed.batch_size
-        texts = CaptionBatches(Distinct(self.captions.train), encoder(self.recipe))
+        texts = CaptionBatches(distinct(self.captions.train), encoder(self.recipe))
         sample = statistics_sample(texts.keys)
         for start in range(0, len(sample), size):
             yield texts.__getitems__(sample[start : start + size])
