@@ -9,12 +9,11 @@ from __future__ import annotations
 import sys
 import time
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -56,6 +55,9 @@ from effsam3.training.optim import adamw, lr_at
 from effsam3.training.progress import Progress
 from effsam3.training.report import Report, provenance
 from effsam3.training.resume import AUTO, resumable, resume_weights, resumed_state
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 
 def run(recipe: StageRecipe, resume: str = AUTO) -> None:
@@ -256,6 +258,8 @@ def make_ema(recipe: StageRecipe, accelerator: Accelerator, student: nn.Module) 
     """Return the moving average of the weights that the recipe asks for, None without one."""
     if not recipe.train.ema:
         return None
+    from timm.utils import ModelEmaV3  # a second of imports, all of timm and wandb, that other runs do without
+
     return ModelEmaV3(student, decay=recipe.train.ema, device=accelerator.device)
 
 

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from effsam3.checked_files import read_json
@@ -15,6 +14,9 @@ from effsam3.models.merging.slots import refuse_other_student
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.reader import differing_keys, load_recipe
 from effsam3.training import checkpoint, optimizer_state
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 AUTO, NEVER = "auto", "never"
 TRAINER_FORM = {
