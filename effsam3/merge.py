@@ -31,6 +31,7 @@ from effsam3.models.merging.slots import (
 from effsam3.recipe.common import AdaptingRecipe, Recipe, StageRecipe
 from effsam3.recipe.reader import dump_recipe, load_recipe
 from effsam3.training import checkpoint
+from effsam3.training.checkpoint_folders import validation_of
 from effsam3.training.report import Report, provenance
 from effsam3.training.resume import read_trainer
 
@@ -153,7 +154,7 @@ def what_was_learned(trained: StageRecipe, folder: Path, which: str) -> tuple[di
     source = checkpoint.chosen(folder / "checkpoints", which)
     form = {"features": stages.merging(trained.stage).FEATURES_FORM}
     features = read_json(folder / "provenance.json", form, "restore it, or train again", MergeError)["features"]
-    facts = {"validation": read_trainer(source).get("best")}
+    facts = {"validation": validation_of(read_trainer(source))}
     about = {"origin": f"{folder.name}/{source.name}", "facts": facts}
     return features, checkpoint.read_weights(source), about
 

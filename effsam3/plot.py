@@ -8,12 +8,14 @@ effsam3 plot runs/a runs/b --metrics loss,val/cosine --out both.png
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from effsam3 import stages
+from effsam3.checked_files import read_yaml
 from effsam3.errors import UserError, did_you_mean
 from effsam3.files import atomic_file, refuse_unwritable
+from effsam3.training.monitor import MONITOR_FORM, Monitor
 from effsam3.training.progress import each_run
 from effsam3.training.report import read_metrics
 
@@ -22,7 +24,7 @@ Curve = list[tuple[int, float]]  # (step, value)
 PREFIXES = ("", "train/", "val/", "perf/")  # tried in this order: `loss` is train/loss
 # Metrics drawn by default, if the run has them.
 METRICS = sorted({metric for stage in stages.STAGES if (metric := stages.recipe_class(stage).metric)})
-DEFAULT = ("train/loss", *METRICS, "train/lr", "train/grad_norm", "perf/samples_per_s", "perf/data_wait")
+DEFAULT = (*METRICS, "train/lr", "train/grad_norm", "perf/samples_per_s", "perf/data_wait")
 PANELS = 6  # at most
 SMOOTH, SMOOTH_SHARE = 0.9, 10  # unless asked otherwise the average spans 10 points, of short curves a tenth
 LOG_RATIO = 20  # losses and gradients have a logarithmic scale from this ratio of highest to lowest value on
@@ -54,11 +56,22 @@ def plot(runs: Sequence[str], out: str | None = None, metrics: str | None = None
     short = len({folder.name for folder in folders}) == len(folders)
     curves = {folder.name if short else str(folder): found for folder, found in folders.items()}
     known = list(dict.fromkeys(name for run in curves.values() for name in run))
-    chosen = [name for name in DEFAULT if name in known][:PANELS] if metrics is None else choose(metrics, known)
+    chosen = default_metrics(folders, known) if metrics is None else choose(metrics, known)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as partial:
         draw(curves, chosen, smooth).savefig(partial, format=path.suffix[1:])
     return "\n".join([f"{path}: {', '.join(curves)}", *(f"left out: {reason}" for reason in left_out)])
+
+
+def default_metrics(folders: Iterable[Path], known: Sequence[str]) -> list[str]:
+    """Return the names of what is drawn unless asked otherwise: the loss and what decides the best come first."""
+    recipes = (folder / "recipe.yaml" for folder in folders)
+    monitors = [
+        monitor.name
+        for recipe in recipes
+        if recipe.is_file() and (monitor := Monitor.of_values(read_yaml(recipe, MONITOR_FORM, "restore it")))
+    ]
+    return [name for name in dict.fromkeys(("train/loss", *monitors, *DEFAULT)) if name in known][:PANELS]
 
 
 def choose(metrics: str, known: Sequence[str]) -> list[str]:

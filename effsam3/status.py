@@ -18,6 +18,8 @@ from typing import Any
 
 from effsam3 import stages
 from effsam3.checked_files import read_yaml
+from effsam3.training.checkpoint_folders import best_first, complete
+from effsam3.training.monitor import Monitor
 from effsam3.training.progress import each_run, read_progress
 from effsam3.training.report import duration, read_lines, read_metrics, table
 
@@ -41,9 +43,9 @@ RECIPE_FORM = {
     "stage?": str,
     "student?": (str, None),
     "memory?": {"mode?": str},
-    "train?": {"steps?": (int, None)},
+    "train?": {"steps?": (int, None), "monitor?": (str, None)},
 }
-NOT_LOSSES = ("train/lr", "train/grad_norm")
+NOT_LOSSES = ("train/lr", "train/grad_norm", "train/loss_scale")
 
 
 def status(runs: Sequence[str], as_json: bool = False) -> str:
@@ -93,7 +95,7 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
     trained = [line for line in lines if "train/loss" in line]
     last = trained[-1] if trained else {}
     checkpoints = folder / "checkpoints"
-    saved, best = _complete(checkpoints, "step-"), _complete(checkpoints, "best-step-")
+    saved, best = complete(checkpoints), best_first(checkpoints)
     facts = {
         "run": str(folder),
         "name": recipe.get("name", folder.name),
@@ -108,9 +110,10 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
             if name.startswith("train/") and name not in NOT_LOSSES
         },
         "loss_curve": _curve([line["train/loss"] for line in trained]),
-        **_validations(lines, learned.metric if learned else None),
+        **_validations(lines, Monitor.of_values(recipe)),
         "checkpoints": [path.name for path in saved],
-        "best_checkpoint": best[-1].name if best else None,
+        "best_checkpoint": best[0].name if best else None,
+        "runners_up": [path.name for path in best[1:]],
         "unreadable": len({str(line.get("key")) for line in read_lines(folder / "unreadable.jsonl")}),
         "skipped_micro_batches": len(
             {(str(one.get("step")), str(one.get("micro_batch"))) for one in read_lines(folder / "skipped.jsonl")}
@@ -143,28 +146,22 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
     return facts | {"next": _next(facts, folder)}
 
 
-def _complete(checkpoints: Path, prefix: str) -> list[Path]:
-    """As `checkpoint.complete`, which would import torch: a folder in the making ends in `.partial`."""
-    return sorted(checkpoints.glob(f"{prefix}*[0-9]"), key=_step_of)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
 def _read(path: Path, form: dict) -> dict:
     # JSON is YAML
     return read_yaml(path, form, "restore it, or delete it") if path.is_file() else {}
 
 
-def _validations(lines: list[dict], metric: str | None) -> dict[str, Any]:
+def _validations(lines: list[dict], monitor: Monitor | None) -> dict[str, Any]:
     """The number at the start, the best and the latest of a trained student, each {"step": ..., "value": ...}."""
-    values = [{"step": line["step"], "value": line[metric]} for line in lines if metric in line]
+    if monitor is None:
+        return dict.fromkeys(("metric", "start", "best", "latest"))
+    name = monitor.name
+    values = [{"step": line["step"], "value": line[name]} for line in lines if name in line]
     trained = [value for value in values if value["step"] > 0]
     return {
-        "metric": metric,
+        "metric": name,
         "start": values[0] if values and values[0]["step"] == 0 else None,
-        "best": max(trained, key=lambda value: value["value"], default=None),
+        "best": min(trained, key=lambda one: monitor.order({name: one["value"]}), default=None),
         "latest": trained[-1] if trained else None,
     }
 
@@ -224,7 +221,8 @@ def as_text(facts: dict[str, Any]) -> str:
         "optim": _known({"lr {:.2e}": facts["lr"], "gradient norm {:.3f}": facts["grad_norm"]}),
         "device": _known(device),
         "held out": _held_out_line(facts),
-        "saved": ", ".join([*facts["checkpoints"], *filter(None, [facts["best_checkpoint"]])]) or "nothing yet",
+        "saved": ", ".join([*facts["checkpoints"], *filter(None, [facts["best_checkpoint"]]), *facts["runners_up"]])
+        or "nothing yet",
         "bad data": f"{facts['unreadable']} unreadable samples, {facts['run']}/unreadable.jsonl names them"
         if facts["unreadable"]
         else "",

@@ -49,8 +49,10 @@ from effsam3.stages.protocol import Stage
 from effsam3.stopping import STOP, STOPPED
 from effsam3.training import checkpoint, optimizer_state
 from effsam3.training.loggers import Loggers
+from effsam3.training.loss_scale import LossScale
 from effsam3.training.meters import Unreadable, Window, line_of, step_line
-from effsam3.training.not_finite import NotFinite, refuse_not_finite
+from effsam3.training.monitor import Monitor
+from effsam3.training.not_finite import NotFinite
 from effsam3.training.optim import adamw, lr_at
 from effsam3.training.progress import Progress
 from effsam3.training.report import Report, provenance
@@ -120,13 +122,16 @@ def learn(
 
     # ---- resume; `prepare` lets the hardware divide what it divides
     state: dict[str, Any] = {"step": 0, "best": None, "untrained": None, "worse": 0, "ended": False}
+    monitor = Monitor.of(recipe)
     if last is not None:
         state |= resumed_state(last, folder, steps)
         moments = resume_weights(last, bare, ema)
     student, optimizer = accelerator.prepare(bare.train(), optimizer)
+    scale = LossScale(accelerator, student, optimizer, recipe.train.precision)
     if last is not None:
+        scale.restore(state)
         # After `prepare`, because only then does each rank know which part of the state is its own.
-        optimizer_state.scatter(accelerator, student, optimizer, moments, state["step"])
+        optimizer_state.scatter(accelerator, student, optimizer, moments, state["step"] - scale.skipped)
     # Steps after the checkpoint will be taken again; their old lines would appear twice.
     report.forget_metrics_after(state["step"] if last is not None else -1)
     # Recompute: train.patience may have been raised.
@@ -158,8 +163,8 @@ def learn(
     bar = progress_bar(accelerator, steps, state["step"])
     flops = None if sizes is None else sizes.flops
     window = Window(accelerator, recipe.train.global_batch_size, flops, recipe.train.per_rank)
-    if recipe.train.precision != "bf16":
-        window.peak = None  # the peak table is for bf16
+    if recipe.train.precision == "fp32":
+        window.peak = None  # the peak table is for half precision
     started, first = time.monotonic(), state["step"]
     finite = NotFinite(stage, accelerator, folder, recipe.train.not_finite == "skip")
     for step in range(state["step"], state["step"] if state["ended"] else steps):
@@ -194,17 +199,18 @@ def learn(
         state["step"] = done = step + 1
         # One exchange a step decides for all ranks. If ranks decided on their own, one would stop while the others
         # wait for it.
-        asked, missing, bad = agree(accelerator, STOP.asked, len(unreadable.keys), finite.count(grad_norm))
+        judged = None if scale.skipped_step() else grad_norm  # fp16 excuses a gradient that overflowed
+        asked, missing, bad = agree(accelerator, STOP.asked, len(unreadable.keys), finite.count(judged))
         # Before anything is saved: the last checkpoint must not hold weights that NaN has reached.
         finite.refuse(bad)
         unreadable.refuse(missing, stage.max_unreadable, stage.files)
         # The last step always validates and saves, whatever the intervals.
-        final, improved = done == steps, False
+        final, improved, kept = done == steps, False, False
         due = {name: final or done % getattr(recipe.train, name) == 0 for name in ("eval_every", "save_every")}
 
         # ---- log
         if final or done % recipe.train.log_every == 0:
-            values = window.close(lr, grad_norm)
+            values = window.close(lr, grad_norm) | scale.metrics()
             # Of all that there was since this start, validations and checkpoints among it.
             left_s = (time.monotonic() - started) / (done - first) * (steps - done)
             record(report, loggers, values, done, step_line(done, steps, values, left_s))
@@ -218,12 +224,7 @@ def learn(
         if due["eval_every"]:
             with window.paused():
                 values = validate(recipe, stage, accelerator, average or student, unreadable, done)
-            # A NaN compares as no improvement; the run would continue to its end and keep an old best.
-            refuse_not_finite(values[recipe.metric], done)
-            improved = state["best"] is None or values[recipe.metric] > state["best"][recipe.metric]
-            state["worse"] = 0 if improved else state["worse"] + 1
-            if improved:
-                state["best"] = {"step": done, **values}
+            improved, kept = monitor.enter(state, done, values, recipe.train.keep_best)
             line = f"step {done:>6}/{steps}  held out: {line_of(values)}{'  best' if improved else ''}"
             record(report, loggers, values, done, line)
             progress.update("running", done, steps)
@@ -233,10 +234,10 @@ def learn(
         enough = 0 < recipe.train.patience <= state["worse"]
         state["ended"] = final or enough
         # Best weights are saved at once: a crash later must not lose the only good ones.
-        if improved or asked or enough or due["save_every"]:
-            keep, home = recipe.train.keep_checkpoints, folder / "checkpoints"
+        if kept or asked or enough or due["save_every"]:
+            keep, home, state = recipe.train.keep_checkpoints, folder / "checkpoints", state | scale.state()
             with window.paused():
-                checkpoint.save(accelerator, student, optimizer, average, home, state, keep, improved)
+                checkpoint.save(accelerator, student, optimizer, average, home, state, keep, kept)
         # After saving. A run that was asked to stop at its last step is complete instead.
         if asked and not final:
             end_stopped(progress, report, loggers, done, steps)

@@ -19,7 +19,8 @@ from effsam3.errors import RecipeError, UserError
 from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, no_devices, read_config, twin_on_cpu
 from effsam3.training.optimizer_state import zero_stage
 
-PRECISION = {"bf16": "bf16", "fp32": "no"}
+PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}  # as accelerate calls it
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast computes in
 Result = TypeVar("Result")
 
 
@@ -116,6 +117,9 @@ def make_accelerator(
         )
     if by_deepspeed:
         _configure_deepspeed(accelerator, precision, clip_grad_norm)
+    elif precision == "fp16" and not on_gpu:
+        # On a CPU accelerate would train in float32 without a word. Torch has all that fp16 takes there as well.
+        accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
     set_batch(accelerator, micro_batch, accumulation)
     return accelerator
 
@@ -134,9 +138,9 @@ def _configure_deepspeed(accelerator: Accelerator, precision: str, clip_grad_nor
     config["gradient_clipping"] = clip_grad_norm
     config["zero_optimization"]["reduce_bucket_size"] = REDUCE_BUCKET
     # DeepSpeed's own bf16 mode casts the weights and breaks BatchNorm; autocast over float32 weights does not.
-    # No module is safe in its sense: those it would average in bfloat16, where DDP averages in float32.
-    autocast = {"enabled": precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    config["torch_autocast"] = autocast
+    # No module is safe in its sense: those it would average in half precision, where DDP averages in float32.
+    dtype = str(HALF.get(precision, torch.bfloat16)).removeprefix("torch.")
+    config["torch_autocast"] = {"enabled": precision in HALF, "dtype": dtype, "lower_precision_safe_modules": []}
     # Else accelerate replaces an offloaded AdamW by DeepSpeed's own, which first compiles C++ on every machine, for
     # minutes. Torch's takes 40 ms per step for 10 M parameters on one core, and all hardware has the same one.
     config["zero_force_ds_cpu_optimizer"] = False
@@ -149,7 +153,7 @@ def frozen_autocast(device: torch.device, precision: str) -> torch.autocast:
 
     accelerate's own does nothing under DeepSpeed, whose engine only autocasts the student.
     """
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, HALF.get(precision, torch.bfloat16), enabled=precision in HALF)
 
 
 def on_main(accelerator: Accelerator, call: Callable[[], Result]) -> Result:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
+from effsam3.errors import did_you_mean
 from effsam3.models.registry import SAM3
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -73,17 +74,20 @@ class Train(Section):
     global_batch_size: PositiveInt  # samples per optimizer step over all ranks; accumulation is derived from it
     micro_batch_size: PositiveInt  # samples per rank per forward; changes what BatchNorm students learn
     find_micro_batch: bool = False  # on GPUs: start with the largest micro_batch_size that fits, found by trying
-    precision: Literal["bf16", "fp32"] = "bf16"  # of the forward; weights and optimizer stay fp32
+    # of the forward; weights and optimizer stay fp32. fp16 scales the loss and skips steps whose gradient overflows
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     seed: NonNegativeInt = 0  # seed of initialisation and sample order
     ema: Decay = 0.0  # decay per step of the averaged weights; 0: no averaging
     log_every: PositiveInt = 20  # steps between lines of numbers
     eval_every: PositiveInt  # steps between validations
     save_every: PositiveInt  # steps between checkpoints
-    keep_checkpoints: PositiveInt = 3  # newest ones; the best one is kept as well
+    keep_checkpoints: PositiveInt = 3  # newest ones; the best ones are kept as well
+    keep_best: PositiveInt = 1  # best ones by `monitor`, weights only
+    monitor: str | None = None  # validation number that decides what is best, such as val/mse; null: the stage's own
     not_finite: Literal["stop", "skip"] = "stop"  # if a loss is NaN: stop and name the samples, or skip them
     sync_batchnorm: bool = False  # GPUs only: BatchNorm sees the micro-batches of all ranks as one
     eval_samples: PositiveInt = 512  # held-out images per validation
-    patience: NonNegativeInt = 0  # stop after N validations without improvement; 0: never
+    patience: NonNegativeInt = 0  # stop after N validations without improvement of `monitor`; 0: never
     per_rank: bool = False  # also report what each rank waits for and uses: metrics `rank<n>/...`
     loggers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], each_once] = ()  # in addition to metrics.jsonl
     wandb_project: str = "effsam3"  # used when loggers has wandb
@@ -146,7 +150,8 @@ class Recipe(Section):
     why_no_more: ClassVar[str] = ""  # why the stage lacks a verb, and what to do instead
     runs_key: ClassVar[str]  # names the folder of run folders
     replaces: ClassVar[str] = ""  # part of SAM 3 whose place the student takes; the slot has the stage's name
-    metric: ClassVar[str | None] = None  # the validation number to maximise: it chooses the best checkpoint
+    metric: ClassVar[str | None] = None  # the validation number that chooses the best checkpoint if none is named
+    metrics: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {}  # all that may choose it: which values are better
     knobs: ClassVar[tuple[str, ...]] = ()  # keys that decide the device memory, the cheapest to change first
     samples_are_separate: ClassVar[bool] = False  # a micro-batch takes the memory of one sample, times their number
 
@@ -241,6 +246,14 @@ class StageRecipe(Recipe):
     def learned(self) -> dict[str, StageRecipe]:
         return {self.stage: self}
 
+    def check(self) -> Iterator[str]:
+        for name in ("epochs", "steps"):
+            warmup, length = getattr(self.optim, f"warmup_{name}"), getattr(self.train, name)
+            if warmup is not None and length is not None and warmup >= length:
+                yield f"optim.warmup_{name}: {warmup:g} is not below train.{name} ({length:g})"
+        if (asked := self.train.monitor) is not None and asked not in self.metrics:
+            yield f"train.monitor: stage {self.stage} validates no {asked}{did_you_mean(asked, self.metrics)}"
+
     def student_line(self) -> str:
         """Say how big the student is, for `show`."""
         raise NotImplementedError
@@ -275,6 +288,8 @@ class FeatureRecipe(StageRecipe):
     """A recipe of a student that learns a teacher's features: stored by `embed`, or computed while it trains."""
 
     verbs = ("embed", "train", "merge", "evaluate")
+    metric = "val/cosine"
+    metrics = {"val/cosine": "higher", "val/cosine_centred": "higher", "val/mse": "lower"}
 
     teacher: str  # stored or online
     sam3: Sam3
@@ -283,11 +298,3 @@ class FeatureRecipe(StageRecipe):
     @property
     def launched(self) -> tuple[str, ...]:
         return self.verbs if self.teacher == "stored" else self.verbs[1:]
-
-
-def warmup_fits(recipe: StageRecipe) -> Iterator[str]:
-    """Yield a sentence when the warm-up is as long as the training or longer."""
-    for name in ("epochs", "steps"):
-        warmup, length = getattr(recipe.optim, f"warmup_{name}"), getattr(recipe.train, name)
-        if warmup is not None and length is not None and warmup >= length:
-            yield f"optim.warmup_{name}: {warmup:g} is not below train.{name} ({length:g})"

@@ -32,7 +32,7 @@ from effsam3.publish.release import refuse_unlicensed, sam_license
 from effsam3.recipe.common import FeatureRecipe, Recipe, StageRecipe
 from effsam3.recipe.reader import load_recipe
 from effsam3.stages.base import start_from_model
-from effsam3.training import checkpoint
+from effsam3.training.checkpoint_folders import STEP, step_folder
 from effsam3.training.resume import AUTO, resumable
 
 VERBS = ("train", "merge", "evaluate", "push")  # that need something
@@ -62,17 +62,18 @@ def room_for_checkpoints(recipe: StageRecipe, trained: int | None = None) -> Non
         student = stages.training(recipe.stage).untrained(recipe)
         trained = sum(tensor.numel() for tensor in student.state_dict().values())
     one, best = checkpoint_bytes(recipe, trained), trained * FP32
-    kept = recipe.train.keep_checkpoints
+    kept, kept_best = recipe.train.keep_checkpoints, recipe.train.keep_best
     if recipe.train.steps is not None:
         kept = min(kept, -(-recipe.train.steps // min(recipe.train.save_every, recipe.train.eval_every)))
+        kept_best = min(kept_best, -(-recipe.train.steps // recipe.train.eval_every))
     there = sum(file.stat().st_size for file in (recipe.folder / "checkpoints").rglob("*") if file.is_file())
     # A new one is whole before the oldest goes, and so is the best one.
-    needed = max((kept + 1) * one + 2 * best - there, one + best)
+    needed = max((kept + 1) * one + (kept_best + 1) * best - there, one + best)
     refuse_full_disk(
         recipe.folder,
         needed,
-        f"{kept} checkpoints, the next one and the best one's weights",
-        "lower train.keep_checkpoints, or name another disk with train.runs",
+        f"{kept} checkpoints, the next one and the weights of the best {kept_best}",
+        "lower train.keep_checkpoints or train.keep_best, or name another disk with train.runs",
     )
 
 
@@ -84,7 +85,7 @@ def kept_checkpoint(recipe: StageRecipe) -> None:
     which, train = recipe.merge.checkpoint, recipe.train
     if which in ("best", "last") or (recipe.folder / "checkpoints" / which).is_dir():
         return
-    match = checkpoint.STEP.match(which)
+    match = STEP.match(which)
     step = int(match[2]) if match else 0
     due = step % train.save_every == 0 or step % train.eval_every == 0 or step == train.steps
     if not match or not due or (train.steps is not None and step > train.steps):
@@ -92,7 +93,7 @@ def kept_checkpoint(recipe: StageRecipe) -> None:
             f"merge.checkpoint: no checkpoint will be called {which}; choose best, last, or a step that is saved "
             f"(train.save_every is {train.save_every}"
             f"{'' if train.steps is None else f', the last step {train.steps}'}), such as "
-            f"{checkpoint.step_folder(Path(), train.save_every).name}"
+            f"{step_folder(Path(), train.save_every).name}"
         )
     if (
         not match[1]

@@ -4,13 +4,13 @@
 `checkpoints/step-000100/` holds `student.safetensors` (the weights to release: the moving average if there is one),
 `trained.safetensors` (the weights themselves where those are an average), `optimizer.safetensors` and `trainer.json`:
 whole tensors by name, so that a run saved on any hardware resumes exactly on any other.
-`checkpoints/best-step-000100/` holds only the weights to release. A folder without the suffix `.partial` is complete.
+`checkpoints/best-step-000100/` holds only the weights to release. A folder without the suffix `.partial` is complete;
+the names are those of checkpoint_folders.py.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from effsam3.errors import UserError
 from effsam3.files import atomic_folder
 from effsam3.tensor_files import read_safetensors
 from effsam3.training import optimizer_state
+from effsam3.training.checkpoint_folders import best_first, complete, latest, ranking, step_folder
 
-STEP = re.compile(r"(best-)?step-(\d{6,})$")
 WEIGHTS = "student.safetensors"
 TRAINED = "trained.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -34,35 +34,16 @@ class CheckpointError(UserError):
     """A checkpoint that is not there or cannot be used."""
 
 
-def step_folder(checkpoints: Path, step: int, best: bool = False) -> Path:
-    """Return the folder name of a step."""
-    return checkpoints / f"{'best-' if best else ''}step-{step:06d}"
-
-
-def complete(checkpoints: Path, best: bool = False) -> list[Path]:
-    """Return the complete checkpoints (or the best ones), oldest first."""
-    found = []
-    for path in checkpoints.glob("*step-*"):
-        if (match := STEP.match(path.name)) and bool(match[1]) == best:
-            found.append((int(match[2]), path))
-    return [path for _, path in sorted(found)]
-
-
-def latest(checkpoints: Path) -> Path | None:
-    """Return the newest complete checkpoint, None if there is none."""
-    found = complete(checkpoints)
-    return found[-1] if found else None
-
-
 def chosen(checkpoints: Path, which: str) -> Path:
     """Return the checkpoint that `merge.checkpoint` names: `best`, `last` or a folder's name.
 
     Raises:
         CheckpointError: it does not exist; the message lists those that do.
     """
-    names = [path.name for path in complete(checkpoints) + complete(checkpoints, best=True)]
-    if which == "best" and (found := complete(checkpoints, best=True)):
-        return found[-1]
+    best = best_first(checkpoints)
+    names = [path.name for path in complete(checkpoints) + best]
+    if which == "best" and best:
+        return best[0]
     # A run without a validation yet has no best checkpoint; its last one is better than an error.
     if which in ("best", "last") and (last := latest(checkpoints)):
         return last
@@ -77,10 +58,11 @@ def chosen(checkpoints: Path, which: str) -> Path:
 def save(
     accelerator: Accelerator, student, optimizer, average, checkpoints: Path, trainer: dict, keep: int, is_best: bool
 ) -> Path:
-    """Save a checkpoint, mark it best if it is, and drop all but the newest `keep`.
+    """Save a checkpoint, its weights once more if it is among the best, and drop all but the newest `keep`.
 
-    `average` is the student with averaged weights, None without averaging. Collective: every rank calls it and gives
-    its part; only rank 0 writes, and all ranks fail if it cannot.
+    Of the best, those are kept that `trainer` ranks (`ranking`). `average` is the student with averaged weights, None
+    without averaging. Collective: every rank calls it and gives its part; only rank 0 writes, and all ranks fail if it
+    cannot.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; older checkpoints are as they were.
@@ -126,8 +108,9 @@ def _write(folder: Path, files: dict[str, dict], trainer: dict, is_best: bool) -
                     # Copied, not linked: the step's folder is deleted later, and not all cluster file systems have
                     # links.
                     shutil.copyfile(partial / name, partial_best / name)
+            kept = [best, *(step_folder(folder.parent, one["step"], best=True) for one in ranking(trainer))]
             for old in complete(folder.parent, best=True):
-                if old != best:
+                if old not in kept:
                     shutil.rmtree(old)
 
 

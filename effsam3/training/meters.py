@@ -143,7 +143,7 @@ class Unreadable:
 def step_line(step: int, steps: int, values: dict[str, float], left_s: float) -> str:
     """One console line of fixed width; `left_s` is the time to the end, in seconds."""
     shown = {name.removeprefix("train/"): value for name, value in values.items() if name.startswith("train/")}
-    lr, grad_norm = shown.pop("lr"), shown.pop("grad_norm", math.nan)
+    lr, grad_norm, scale = shown.pop("lr"), shown.pop("grad_norm", math.nan), shown.pop("loss_scale", None)
     losses = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
@@ -151,6 +151,7 @@ def step_line(step: int, steps: int, values: dict[str, float], left_s: float) ->
         losses,
         f"lr {lr:.1e}",
         f"gradient {grad_norm:.3g}",
+        *([] if scale is None else [f"loss scale {scale:g}"]),
         f"{values['perf/step_s']:.3g} s/step",
         f"{values['perf/samples_per_s']:.1f} samples/s",
         *([f"{values['perf/peak_gib']:.1f} GiB"] if "perf/peak_gib" in values else []),

@@ -77,7 +77,10 @@ class NotFinite:
         return self.accelerator.reduce(flag).item() > 0
 
     def count(self, grad_norm) -> Tensor:
-        """Return how many of this step's losses and gradient norms are not finite on this rank, on its device."""
+        """Return how many of this step's losses and gradient norms are not finite on this rank, on its device.
+
+        `grad_norm` is None where it does not count.
+        """
         # On the device, to be summed with the other things that ranks agree on: no extra sync.
         flags = ~torch.isfinite(torch.stack(self.losses))
         if grad_norm is not None:  # DeepSpeed keeps it to itself at stage 0, and gives -1 where it is not finite
@@ -114,15 +117,6 @@ class NotFinite:
         raise UserError(
             f"{what} at step {self.step}; {note}. {self.folder / FILE} names the samples. Lower optim.lr, lengthen "
             f"the warm-up, set train.precision=fp32, or {remedy}"
-        )
-
-
-def refuse_not_finite(value: float, step: int) -> None:
-    """Stop before a metric that is not finite is saved as progress."""
-    if not math.isfinite(value):
-        raise UserError(
-            f"the held-out metric is {value} at step {step}; nothing of this step was saved. Lower optim.lr, lengthen "
-            "the warm-up, or set train.precision=fp32"
         )
 
 

@@ -13,7 +13,8 @@ from effsam3.errors import UserError
 from effsam3.models.merging.slots import refuse_other_student
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.reader import differing_keys, load_recipe
-from effsam3.training import checkpoint, optimizer_state
+from effsam3.training import checkpoint, loss_scale, optimizer_state
+from effsam3.training.checkpoint_folders import RANKING_FORM
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -21,11 +22,11 @@ if TYPE_CHECKING:
 AUTO, NEVER = "auto", "never"
 TRAINER_FORM = {
     "step": int,
-    "best?": ({"step": int, str: float}, None),
     "untrained?": ({str: float}, None),
     "worse?": int,
     "ended?": bool,
-}
+    "loss_scale?": loss_scale.FORM,  # fp16 only
+} | RANKING_FORM
 # What may differ between a run and its continuation: nothing here changes what is learned.
 SECTIONS_AFTER = ("evaluate.", "merge.", "push.")  # what is done with a trained student
 # A run that begins with another's checkpoint, or whose folder was moved, has another name.
@@ -36,6 +37,8 @@ FREE_KEYS = ("name ", "hardware", "data.workers", "data.max_unreadable", "embed.
         "eval_every",
         "save_every",
         "keep_checkpoints",
+        "keep_best",
+        "monitor",
         "patience",
         "not_finite",  # until the first NaN both are the same
         "per_rank",
@@ -109,7 +112,7 @@ def resumed_state(last: Path, folder: Path, steps: int) -> dict[str, Any]:
     """
     state = read_trainer(last)
     if last.parent.resolve() != (folder / "checkpoints").resolve():
-        state |= {"best": None, "worse": 0}  # the other run's best weights stay there
+        state |= {"best": None, "runners_up": [], "worse": 0}  # the other run's best weights stay there
     if state["step"] == steps and state["best"] is None:
         raise UserError(f"--resume: {last} has taken all {steps} steps; there is nothing left to begin with")
     return state

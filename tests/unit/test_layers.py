@@ -26,6 +26,8 @@ LAYERS = [
         "hardware.accelerate_configs",
         "training.report",
         "training.progress",
+        "training.monitor",
+        "training.checkpoint_folders",
         "stages.__init__",
         "stages.image.facts",
         "stages.text.facts",

@@ -172,7 +172,7 @@ student: repvit_m11
 lr: 1.0e-3
 optimizer: {lr: 3}
 data: {contxt_length: 77}
-train: {stepz: 3, micro_batch_size: two, precision: fp16, warmup_steps: 3}
+train: {stepz: 3, micro_batch_size: two, precision: bf32, warmup_steps: 3}
 """)
     found = problems_of(path, ["loss.mse=-1", "checkpoint=last"])
     expected = [
@@ -185,7 +185,7 @@ train: {stepz: 3, micro_batch_size: two, precision: fp16, warmup_steps: 3}
         "unknown key train.stepz; did you mean train.steps? (recipe.yaml line 7)",
         "unknown key train.warmup_steps; did you mean optim.warmup_steps? (recipe.yaml line 7)",
         "train.micro_batch_size: expected int, got 'two' (recipe.yaml line 7)",
-        "train.precision: 'fp16' is not one of bf16, fp32; did you mean bf16? (recipe.yaml line 7)",
+        "train.precision: 'bf32' is not one of bf16, fp16, fp32; did you mean fp32? (recipe.yaml line 7)",
     ]
     assert set(expected) < set(found)
     assert any(problem.startswith("unknown key data.contxt_length; choose from source, index,") for problem in found)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from counting import RECIPE, made_up_stage
 
 from effsam3 import launch as launcher
 from effsam3 import stages
@@ -19,101 +20,11 @@ from effsam3.training.progress import Progress
 
 PACKAGE = Path(stages.__file__).parent
 
-FACTS = '''
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
-
-from effsam3.errors import UserError
-from effsam3.recipe.common import Merge, Optim, Sam3, StageRecipe, Train
-from effsam3.recipe.push import Push
-from effsam3.recipe.rules import FileName, PositiveInt, Section
-
-
-@dataclass(frozen=True, kw_only=True)
-class CountingData(Section):
-    apples: PositiveInt  # to count
-
-
-@dataclass(frozen=True, kw_only=True)
-class CountingRecipe(StageRecipe):
-    """How many apples are in a basket."""
-
-    why_no_more = "apples are counted as they lie: begin with train"
-    metric = "val/apples"
-
-    stage: Literal["counting"]
-    name: FileName
-    hardware: FileName = "cpu"
-    student: str
-    student_init: str = "random"
-    sam3: Sam3 = Sam3(checkpoint="tiny")
-    data: CountingData
-    optim: Optim
-    train: Train
-    merge: Merge = Merge()
-    push: Push = Push()
-
-    def derived(self) -> dict[str, Callable[[], str]]:
-        return {"apples": lambda: f"{self.data.apples:,} in the basket", "pears": self._pears_line}
-
-    def _pears_line(self) -> str:
-        raise UserError("nobody has brought any")
-
-
-RECIPE = CountingRecipe
-'''
-
-TRAINING = """
-import torch
-
-from effsam3.errors import UserError
-
-
-def few_apples(recipe):
-    if recipe.data.apples > 100:
-        raise UserError(f"data.apples: {recipe.data.apples} do not fit into the basket")
-
-
-NEEDS = (few_apples,)
-
-
-def untrained(recipe):
-    return torch.nn.Linear(1, 1)
-"""
-
-MEASURING = """
-def few_scales(recipe):
-    return "there are no scales"
-
-
-NEEDS = (few_scales,)
-"""
-
-RECIPE = """\
-stage: counting
-name: basket
-student: abacus
-data: {apples: 1000}
-optim: {lr: 1.0e-3, min_lr: 0, warmup_lr: 0, weight_decay: 0, clip_grad_norm: 1, warmup_steps: 0}
-train: {steps: 10, global_batch_size: 4, micro_batch_size: 2, eval_every: 5, save_every: 5}
-"""
-
 
 @pytest.fixture
 def basket(tmp_path, monkeypatch):
-    """A recipe of the stage `counting`, whose folder is not in the package."""
-    folder = tmp_path / "stages" / "counting"
-    folder.mkdir(parents=True)
-    for name, text in {"__init__": "", "facts": FACTS, "training": TRAINING, "measuring": MEASURING}.items():
-        (folder / f"{name}.py").write_text(text)
-    monkeypatch.setattr(stages, "__path__", [*stages.__path__, str(folder.parent)])
-    monkeypatch.setattr(stages, "STAGES", (*stages.STAGES, "counting"))
-    path = tmp_path / "basket.yaml"
-    path.write_text(RECIPE)
-    yield path
-    for module in [name for name in sys.modules if name.startswith("effsam3.stages.counting")]:
-        del sys.modules[module]
+    """A recipe of the stage `counting`."""
+    yield from made_up_stage(tmp_path, monkeypatch)
 
 
 def overrides(tmp_path, *more):
@@ -175,7 +86,7 @@ def test_facts_are_light_and_complete(stage):
     recipe = stages.recipe_class(stage)
     assert recipe.verbs and recipe.runs_key
     if "train" in recipe.verbs:
-        assert recipe.metric and recipe.knobs and recipe.replaces
+        assert recipe.metric in recipe.metrics and recipe.knobs and recipe.replaces
     code = f"import sys, effsam3.stages.{stage}.facts; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -159,7 +159,7 @@ def estimate(recipe: StageRecipe, sizes: Sizes, hardware: Hardware | None = None
     device["micro-batch"] = sizes.micro_batch
     device["CUDA, NCCL"] = LIBRARIES if hardware.has_gpu else 0
     checkpoint = checkpoint_bytes(recipe, sizes.trained)
-    kept = checkpoint * train.keep_checkpoints + P  # the best one's weights
+    kept = checkpoint * train.keep_checkpoints + P * train.keep_best  # of the best ones, only the weights
     return Estimate({name: size for name, size in device.items() if size}, host, checkpoint, kept)
 
 
@@ -261,7 +261,7 @@ def table(recipe: StageRecipe, device_gib: float | None = None) -> str:
         lines.append(f"verdict   {named}; --device-gib N tells whether N are, and what to change")
     lines.append(
         f"disk      about {_gib(found.checkpoint)} for a checkpoint, {_gib(found.checkpoints)} for the "
-        f"{recipe.train.keep_checkpoints} that are kept and the best one's weights"
+        f"{recipe.train.keep_checkpoints} that are kept and the weights of the best {recipe.train.keep_best}"
     )
     return "\n".join(lines)
 

@@ -12,7 +12,7 @@ from effsam3.errors import UserError
 from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
 from effsam3.models.registry import SAM3, head_params
-from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
+from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train
 from effsam3.recipe.derived import index_counts, total_steps, warmup_steps
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -127,7 +127,6 @@ class ImageRecipe(FeatureRecipe):
     """Stage 1, image: a student learns the output of SAM 3's ViT trunk, then takes its place."""
 
     replaces = "vision trunk"
-    metric = "val/cosine"
     card_keys = FeatureRecipe.card_keys | {"student sees, px": "student_image_size"}
     data_names = {source: row.label for source, row in SOURCES.items()}
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck")
@@ -152,7 +151,7 @@ class ImageRecipe(FeatureRecipe):
     push: Push = Push()
 
     def check(self) -> Iterator[str]:
-        yield from warmup_fits(self)
+        yield from super().check()
         if self.loss.neck > 0 and self.embed.tap == "neck":
             yield f"loss.neck: {self.loss.neck} needs the trunk's output, but embed.tap is neck; set one of them back"
         yield from self._student_fits()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.memory.token_counts import CHANNELS, count_tokens
-from effsam3.recipe.common import Data, Merge, Optim, Sam3, Saving, StageRecipe, Train, warmup_fits
+from effsam3.recipe.common import Data, Merge, Optim, Sam3, Saving, StageRecipe, Train
 from effsam3.recipe.derived import index_counts
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -146,6 +146,7 @@ class MemoryRecipe(StageRecipe):
     why_no_more = "its frozen trunk runs next to the student, because clips differ in every step; continue with train"
     replaces = "video memory"
     metric = "val/j"
+    metrics = {"val/j": "higher"}
     card_keys = StageRecipe.card_keys | {"parts of the tracker": "memory.trains"}
     data_names = {"sav": "SA-V"}
     knobs = (
@@ -187,7 +188,7 @@ class MemoryRecipe(StageRecipe):
         return "the chassis' memory"
 
     def check(self) -> Iterator[str]:
-        yield from warmup_fits(self)
+        yield from super().check()
         if self.prompts.corrected_frames > self.data.frames:
             yield f"prompts.corrected_frames: {self.prompts.corrected_frames} of clips of {self.data.frames} frames"
         if "memory" not in self.memory.trains:

@@ -11,7 +11,7 @@ from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError, did_you_mean
 from effsam3.models.chassis.sizes import chassis_facts, sam3_of
 from effsam3.models.registry import text_student_row
-from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train, warmup_fits
+from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
     FileName,
@@ -100,7 +100,6 @@ class TextRecipe(FeatureRecipe):
     """Stage 1, text: a student learns the features of SAM 3's text encoder, then takes its place."""
 
     replaces = "text encoder"
-    metric = "val/cosine"
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "data.context_length", "teacher")
 
     stage: Literal["text"]  # the folder of effsam3/stages that reads this recipe
@@ -122,7 +121,7 @@ class TextRecipe(FeatureRecipe):
     push: Push = Push()
 
     def check(self) -> Iterator[str]:
-        yield from warmup_fits(self)
+        yield from super().check()
 
     def limits(self) -> list[str]:
         return [*super().limits(), f"Prompts were learned up to {self.data.context_length} tokens."]

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop from start to end, on a made-up stage of 25 parameters; real students are in tests/e2e."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from counting import made_up_stage, one_process
+from safetensors.torch import load_file
+
+from effsam3 import train
+from effsam3.errors import RecipeError, UserError
+from effsam3.plot import default_metrics
+from effsam3.recipe.reader import load_recipe
+from effsam3.status import as_text, examine
+from effsam3.training import checkpoint
+from effsam3.training.checkpoint_folders import best_first, validation_of
+from effsam3.training.resume import read_trainer
+
+SHORT = ("data.apples=40", "train.eval_samples=4", "train.eval_every=1", "train.log_every=1", "train.save_every=2")
+
+
+@pytest.fixture
+def basket(tmp_path, monkeypatch) -> Path:
+    """A recipe of the stage `counting`."""
+    yield from made_up_stage(tmp_path, monkeypatch)
+
+
+def learn(basket: Path, *overrides: str, **options) -> Path:
+    """Train in this process and return the run's folder."""
+    one_process()
+    recipe = load_recipe(basket, [*SHORT, *overrides])
+    train.run(recipe, **options)
+    return recipe.folder
+
+
+def lines(folder: Path, key: str) -> dict[int, float]:
+    """Return {step: value} of a run's numbers."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in found if key in line}
+
+
+# ---- the best
+
+FOUND = "data.found=[0, 0.5, 0.9, 0.7, 0.8, 0.2, 0.9]"  # by the step, with one micro-batch each
+ONE = ("train.global_batch_size=4", "train.micro_batch_size=4", "train.steps=6", FOUND)
+
+
+def test_the_best_ones_are_kept_best_first(basket):
+    folder = learn(basket, *ONE, "train.keep_best=3", "train.keep_checkpoints=1")
+    kept = best_first(folder / "checkpoints")
+    # Step 6 is as good as step 2, which was first.
+    assert [path.name for path in kept] == ["best-step-000002", "best-step-000006", "best-step-000004"]
+    assert checkpoint.chosen(folder / "checkpoints", "best") == kept[0]
+    assert [load_file(path / "student.safetensors")["seen"].item() for path in kept] == [2, 6, 4]
+    facts = examine(folder)
+    assert (facts["best_checkpoint"], facts["runners_up"]) == (kept[0].name, [path.name for path in kept[1:]])
+    # What merge writes down is what was measured of the weights that it takes.
+    assert [validation_of(read_trainer(path))["val/apples"] for path in kept] == [0.9, 0.9, 0.8]
+    assert validation_of(read_trainer(folder / "checkpoints/step-000006"))["step"] == 6
+
+
+def test_one_is_kept_unless_asked_otherwise(basket):
+    folder = learn(basket, *ONE)
+    assert [path.name for path in best_first(folder / "checkpoints")] == ["best-step-000002"]
+
+
+def test_a_monitor_that_is_better_when_lower(basket):
+    folder = learn(basket, *ONE, "train.monitor=val/error", "train.keep_best=2")
+    assert [path.name for path in best_first(folder / "checkpoints")] == ["best-step-000005", "best-step-000001"]
+    assert "val/error: start 0.0000, best 0.2000 at step 5, latest 0.9000 at step 6" in as_text(examine(folder))
+    assert default_metrics([folder], ["val/apples", "val/error", "train/loss"])[:2] == ["train/loss", "val/error"]
+    assert "0.2 at step 5" in (folder / "log.txt").read_text()
+
+
+def test_patience_follows_the_monitor(basket):
+    folder = learn(basket, *ONE, "train.monitor=val/error", "train.patience=2")
+    assert checkpoint.latest(folder / "checkpoints").name == "step-000003"  # 0.5, then 0.9 and 0.7
+    assert "no better for 2 validations in a row" in (folder / "log.txt").read_text()
+
+
+def test_an_unknown_monitor_is_refused_with_the_recipe(basket):
+    with pytest.raises(RecipeError, match=r"train.monitor: stage counting validates no val/eror; did you mean val/e"):
+        load_recipe(basket, ["train.monitor=val/eror"])
+
+
+def test_a_resumed_run_ranks_on(basket, monkeypatch):
+    """Also with another monitor, by which the ones that were kept are ranked anew."""
+    folder = learn(basket, *ONE, "train.keep_best=2", "name=whole")
+    stopped(basket, monkeypatch, 3, *ONE, "train.keep_best=2")
+    resumed = learn(basket, *ONE, "train.keep_best=2")
+    for run in (folder, resumed):
+        assert [path.name for path in best_first(run / "checkpoints")] == ["best-step-000002", "best-step-000006"]
+    stopped(basket, monkeypatch, 4, *ONE, "train.keep_best=2", "name=other")
+    other = learn(basket, *ONE, "train.keep_best=2", "train.monitor=val/error", "name=other")
+    assert [path.name for path in best_first(other / "checkpoints")] == ["best-step-000005", "best-step-000004"]
+
+
+def stopped(basket: Path, monkeypatch, step: int, *overrides: str) -> None:
+    """Train until a run is asked to stop in this step."""
+    before = train.lr_at
+
+    def lr_at(now, *rest):
+        train.STOP.asked = now == step - 1
+        return before(now, *rest)
+
+    with monkeypatch.context() as context:
+        context.setattr(train, "lr_at", lr_at)
+        with pytest.raises(SystemExit) as ended:
+            learn(basket, *overrides)
+    train.STOP.asked = False
+    assert ended.value.code == 75
+
+
+def test_a_run_of_an_older_version_resumes(basket, monkeypatch):
+    """It knows its best only, and not yet that there may be more."""
+    stopped(basket, monkeypatch, 2, *ONE)
+    for file in Path("runs/basket/checkpoints").glob("*/trainer.json"):
+        trainer = json.loads(file.read_text())
+        del trainer["runners_up"]
+        file.write_text(json.dumps(trainer))
+    folder = learn(basket, *ONE, "train.keep_best=2")
+    assert [path.name for path in best_first(folder / "checkpoints")] == ["best-step-000002", "best-step-000006"]
+
+
+def test_what_is_not_finite_is_not_the_best(basket):
+    with pytest.raises(UserError, match="the held-out metric val/apples is -inf at step 2; nothing of this step"):
+        learn(basket, *ONE, "data.found=[0, 0.5, -1]")
+
+
+# ---- fp16
+
+HALF = ("train.precision=fp16", "data.found=[0.5]", "train.steps=6", "optim.lr=0.01")
+
+
+def test_an_overflow_skips_its_step_and_the_run_continues(basket):
+    folder = learn(basket, *HALF, "data.rotten=6")  # of step 3, which accumulates two
+    scales, norms = lines(folder, "train/loss_scale"), lines(folder, "train/grad_norm")
+    assert list(scales.values()) == [65536.0] * 2 + [32768.0] * 4
+    assert [step for step, norm in norms.items() if not torch.tensor(norm).isfinite()] == [3]
+    assert read_trainer(folder / "checkpoints/step-000006")["loss_scale"]["skipped"] == 1
+    assert not (folder / "not_finite.json").exists()
+
+
+def test_fp16_is_close_to_fp32_and_not_the_same(basket):
+    half, whole = learn(basket, *HALF), learn(basket, *HALF, "train.precision=fp32", "name=whole")
+    ours, theirs = lines(half, "train/loss"), lines(whole, "train/loss")
+    assert list(ours.values()) == pytest.approx(list(theirs.values()), rel=1e-2) and ours != theirs
+    assert not lines(whole, "train/loss_scale")
+
+
+def test_a_resumed_run_scales_as_before(basket, monkeypatch):
+    options = (*HALF, "data.rotten=4")
+    whole = learn(basket, *options, "name=whole")
+    stopped(basket, monkeypatch, 4, *options)
+    resumed = learn(basket, *options)
+    for key in ("train/loss", "train/loss_scale", "train/grad_norm"):
+        ours, theirs = lines(resumed, key), lines(whole, key)
+        assert all(ours[step] == theirs[step] for step in (4, 5, 6)), key
+    ends = [read_trainer(folder / "checkpoints/step-000006")["loss_scale"] for folder in (whole, resumed)]
+    assert ends[0] == ends[1] == {"scale": 32768.0, "good_steps": 4, "skipped": 1}
+
+
+def test_a_loss_that_is_not_finite_is_no_overflow(basket):
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) on rank 0 at step"):
+        learn(basket, *HALF, "optim.lr=1e30", "optim.clip_grad_norm=1e30")
+
+
+def test_a_gradient_that_never_fits_ends_the_run(basket, monkeypatch):
+    """The scale was halved until it can be no reason any more."""
+    monkeypatch.setattr("effsam3.training.loss_scale.SMALLEST", 40000.0)
+    with pytest.raises(UserError, match="the gradient is not finite at step 3"):
+        learn(basket, *HALF, "data.rotten=6")
