@@ -57,15 +57,28 @@ STORE = arg("root", "folder of the store", type=Path, metavar="STORE")
 WORKERS = arg("--workers", "processes (default: one per core)", type=count)
 INDEX = arg("--out", "the index to write, .parquet", required=True, type=Path)
 SPEED: dict[str, Any] = {"choices": ("decode", "header"), "default": "decode"}
+VIDEOS = arg("path", "JSON or folder, as data.path of a recipe takes it", type=Path, metavar="PATH")
 SPLIT = arg("--split", "only the videos of this list, <PATH>/NAME.txt or in ImageSets", metavar="NAME")
 RESUMES = "The same command resumes after an interruption."
 
 DATA_VERBS = {
+    "data check": Verb(
+        "recognise videos with masks, count them, and list everything that is wrong with them",
+        "data_check:run",
+        [
+            VIDEOS,
+            SPLIT,
+            arg("--pictures", "a contact sheet with masks to draw, .png", type=Path, metavar="FILE"),
+            arg("--json", "the whole report", type=Path, metavar="FILE"),
+        ],
+        more=", before training does. They are read as training reads them. The exit code is 1 if something hurts "
+        "training. docs/data_check.md explains what is found.",
+    ),
     "data convert": Verb(
         "write videos with masks in another format",
         "data_convert:run",
         [
-            arg("path", "JSON or folder of videos with masks, as data.videos takes them", type=Path, metavar="PATH"),
+            VIDEOS,
             arg("--to", "the format", required=True, choices=("coco_video", "youtube_vis", "sav", "davis")),
             arg("--out", "the new folder", required=True, type=Path, metavar="FOLDER"),
             arg(
@@ -77,8 +90,8 @@ DATA_VERBS = {
             SPLIT,
             flag("--lossy", "write it even if the format cannot hold everything; what is lost is listed"),
         ],
-        more=". Nothing is written if something would be lost, unless --lossy allows it. docs/formats.md tells what "
-        "each format can hold.",
+        more=". Nothing is written if something would be lost, unless --lossy allows it. docs/data_check.md tells "
+        "what each format can hold.",
     ),
     "index sa1b": Verb(
         "index SA-1B, or any photographs, for training",

@@ -29,6 +29,7 @@ from effsam3.benchmarks.tables import Column, percent, result_table
 from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
 from effsam3.data.videos.mask_pngs import HIGHEST_ID
 from effsam3.data.videos.vos_video import VosVideo
+from effsam3.data.videos.writing import write_palette_png
 from effsam3.errors import UserError, did_you_mean
 from effsam3.files import atomic_folder, write_text
 
@@ -235,24 +236,13 @@ class PredictionFolder:
         ids = np.zeros(self.size, np.uint8)
         for number, mask in masks.items():
             ids[mask] = number
-        image = Image.fromarray(ids)
-        image.putpalette(voc_palette())
-        image.save(self.folder / file)
+        write_palette_png(ids, self.folder / file)
 
     def finish(self, _) -> None:
         """Put empty masks where an object had not been shown yet."""
         for folder in (folder for folder in self.folder.iterdir() if folder.is_dir()):
             for file in (file for file in self.written if not (folder / file).exists()):
                 Image.fromarray(np.zeros(self.size, bool)).save(folder / file)
-
-
-def voc_palette() -> list[int]:
-    """The colours of ids 0 to 255 in DAVIS and PASCAL VOC: bit 3k + c of an id is bit 7 - k of colour channel c."""
-    return [
-        sum((number >> (3 * step + channel) & 1) << (7 - step) for step in range(3))
-        for number in range(256)
-        for channel in range(3)
-    ]
 
 
 def write_objects(result: dict, path: Path) -> None:

@@ -3,20 +3,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from effsam3.errors import UserError
 
 
 class Unreadable(UserError):
-    """One file that cannot be used: `reason` is one word for reports, `detail` the full explanation."""
+    """One file that cannot be used: `reason` is one word for reports, `detail` the full explanation.
+
+    `others` are the same for other files, where a reader looks at several before it gives up.
+    """
 
     what = ""
 
-    def __init__(self, key: str, reason: str, detail: str = ""):
+    def __init__(self, key: str, reason: str, detail: str = "", others: Sequence[Unreadable] = ()):
         super().__init__(key, reason, detail)
-        self.key, self.reason, self.detail = key, reason, detail
+        self.key, self.reason, self.detail, self.others = key, reason, detail, tuple(others)
 
     def __str__(self) -> str:
-        return f"{self.what} {self.key!r}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+        more = f"; {len(self.others)} more are unreadable" if self.others else ""
+        return f"{self.what} {self.key!r}: {self.reason}" + (f" ({self.detail}{more})" if self.detail else "")
 
 
 class UnreadableImage(Unreadable):

@@ -16,8 +16,9 @@ from vos_folders import write_vos_trees
 from effsam3.benchmarks.jaccard import DavisScorer, SavScorer
 from effsam3.benchmarks.pictures.drawing import evenly
 from effsam3.benchmarks.tracking import TrackerRun, TrackingError, track
-from effsam3.benchmarks.vos import voc_palette, vos, vos_table, write_objects
+from effsam3.benchmarks.vos import vos, vos_table, write_objects
 from effsam3.data.videos.vos import open_vos
+from effsam3.data.videos.writing import voc_palette
 from effsam3.errors import UserError
 from effsam3.models.memory.tracker import EfficientTracker, EfficientTrackerConfig
 from effsam3.stages.memory.measuring import tables

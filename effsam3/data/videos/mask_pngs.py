@@ -91,14 +91,28 @@ class PaletteFrames(Annotations):
         return {number: file for file, number in _frames_of(files, self.frames, self.name).items()}
 
     @functools.cached_property
+    def _found(self) -> tuple[set[int], list[Path]]:
+        """The ids in the PNGs, and those PNGs that have void."""
+        ids: set[int] = set()
+        void, faults = [], []
+        for file in self._files.values():
+            try:
+                ids_HW = _read_png(file, self.name)
+            except UnreadableAnnotations as fault:
+                faults.append(fault)
+                continue
+            found = set(np.unique(ids_HW).tolist()) - {0}
+            own_void = VOID if ids_HW.dtype == np.uint8 else IGNORED
+            void += [file] if own_void in found else []
+            ids |= found - {own_void}
+        if faults:  # all of them, so that they can be mended at once
+            raise UnreadableAnnotations(self.name, faults[0].reason, faults[0].detail, faults[1:])
+        return ids, void
+
+    @functools.cached_property
     def _values(self) -> dict[int, int]:
         """The value of each object in the PNGs."""
-        ids, void = set(), False
-        for file in self._files.values():
-            ids_HW = _read_png(file, self.name)
-            found = set(np.unique(ids_HW).tolist()) - {0}
-            void |= found == {VOID}
-            ids |= found - {VOID if ids_HW.dtype == np.uint8 else IGNORED}
+        ids, void = self._found
         if void and not ids:
             if self.binary:
                 return {1: VOID}
@@ -112,9 +126,9 @@ class PaletteFrames(Annotations):
 
     @property
     def notes(self) -> list[Note]:
-        if self._values != {1: VOID}:
-            return []
-        return [Note("binary", str(self.path), "masks of 0 and 255 only are taken for one object")]
+        if self._values == {1: VOID}:
+            return [Note("binary", str(self.path), "masks of 0 and 255 only are taken for one object")]
+        return [Note("void", f"{self.name}, {file.name}", "void counts as background") for file in sorted(self._found[1])]
 
     @functools.cached_property
     def numbers(self) -> list[int]:

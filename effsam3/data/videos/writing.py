@@ -269,7 +269,7 @@ def put_frames(video: VosVideo, files: dict[int, str], folder: Path, how: str, k
     place = {"copy": shutil.copyfile, "link": lambda file, target: target.symlink_to(file.resolve())}[how]
     whole = video.video_file
     if whole and keep_mp4 and whole.suffix.lower() == ".mp4":
-        place(whole, folder / Path(files[0]).parent.with_suffix(".mp4"))
+        place(whole, folder / f"{Path(files[0]).parent}.mp4")
         return
     if not video.image_files and how == "link":
         raise UserError(f"--frames link: the frames of {whole} are no files of their own; use --frames copy or none")

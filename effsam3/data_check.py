@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb `data check`: recognise data, count what is in it, and list everything that is wrong, before training.
+
+effsam3 data check data/walks --pictures walks.png
+effsam3 data check annotations.json --json report.json
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from effsam3.data.problems import Problem, meaning, problems_of
+from effsam3.data.unreadable import Unreadable
+from effsam3.data.videos.checking import VideoCheck, check_video
+from effsam3.data.videos.vos import FORMATS, JSON_FORMATS, open_frames, open_vos, recognise
+from effsam3.data.videos.vos_video import VosVideo
+from effsam3.errors import UserError
+from effsam3.files import refuse_unwritable, write_json
+
+SHOWN = 3  # of each kind of problem
+SHEET_VIDEOS, SHEET_FRAMES = 12, 4  # on the contact sheet; the frames are a row of it
+Panel = tuple[str, np.ndarray, dict[int, np.ndarray]]  # title, image (H, W, 3), masks
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known of data; `panels` are what the contact sheet shows."""
+
+    format: str
+    counts: dict[str, Any]
+    lines: list[str]  # the same in words
+    problems: list[Problem]
+    recipe: str  # shipped one that fits
+    keys: dict[str, Any]  # for it
+    panels: Iterator[Panel]
+
+
+def run(path: Path, split: str | None = None, pictures: Path | None = None, json: Path | None = None) -> int:
+    """Print what is in `path` and what is wrong with it.
+
+    Args:
+        path: what `data.path` of a recipe may be.
+        split: only the videos of this list.
+        pictures: a PNG to draw.
+        json: a file for the whole report.
+
+    Returns:
+        1 if something hurts training, else 0.
+
+    Raises:
+        UserError: there is nothing, or nothing known.
+    """
+    for file, option in ((pictures, "--pictures"), (json, "--json")):
+        if file is not None:
+            refuse_unwritable(file.parent, option)
+    report = of_videos(path, split)
+    print(f"{path}: {report.format}")
+    print("\n".join(f"  {line}" for line in report.lines))
+    print(listing(report.problems, json))
+    print(f"for a recipe (effsam3 recipes copy {report.recipe}):")
+    print("\n".join(f"  {key}: {value}" for key, value in report.keys.items()))
+    if pictures is not None:
+        draw(report.panels, pictures)
+    if json is not None:
+        rows = [{**one._asdict(), "hurts": one.hurts} for one in report.problems]
+        about = {"path": str(path), "format": report.format, "counts": report.counts}
+        json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(json, {**about, "problems": rows, "recipe": report.recipe, "keys": report.keys})
+    return int(any(problem.hurts for problem in report.problems))
+
+
+def of_videos(path: Path, split: str | None) -> Report:
+    """Read all videos, one after the other."""
+    tree = recognise(path)
+    checks: list[VideoCheck] = []
+    videos: list[VosVideo] = []
+    problems: list[Problem] = []
+    try:
+        videos = open_frames(path) if tree.format == "frames" else open_vos(path, split)
+    except UserError as fault:  # of what is known by its form
+        if split is not None and not isinstance(fault, Unreadable):
+            raise
+        problems += problems_of(fault, str(tree.path), "not_opened")
+    for video in tqdm(videos, unit="video", disable=None):
+        checks.append(check_video(video))
+        problems += checks[-1].problems
+    if tree.format == "frames":
+        problems.append(Problem("no_masks", str(tree.path), "data.masks=synthetic would draw shapes over them"))
+    most = max((check.most for check in checks), default=1)
+    lengths = [check.annotated for check in checks if check.annotated]
+    keys: dict[str, Any] = {"data.path": str(path)} | ({"data.split": split} if split else {})
+    keys |= {"data.frames": min(8, round(statistics.median(lengths))) if lengths else 8}
+    keys |= {"data.objects": max(1, min(most, 8))}
+    name = "adapt/video_coco" if tree.format in JSON_FORMATS else "adapt/video_frames"
+    counts = counts_of(checks)
+    return Report(FORMATS[tree.format], counts, video_lines(counts), problems, name, keys, video_panels(videos))
+
+
+def counts_of(checks: list[VideoCheck]) -> dict[str, Any]:
+    """Return what is in videos; spans are [least, median, most]."""
+    shown = [count for check in checks for count in check.shown.values() if count]
+    return {
+        "videos": len(checks),
+        "frames": sum(check.frames for check in checks),
+        "frames_of_a_video": span(check.frames for check in checks),
+        "annotated_frames": sum(check.annotated for check in checks),
+        "empty_frames": sum(check.empty for check in checks),
+        "objects": sum(len(check.shown) for check in checks),
+        "most_on_a_frame": max((check.most for check in checks), default=0),
+        "object_frames": sum(shown),
+        "frames_of_an_object": span(shown),
+        "sizes": sizes(check.size for check in checks if check.size),
+        "fps": sorted({round(check.fps, 3) for check in checks if check.fps}),
+    }
+
+
+def video_lines(counts: dict[str, Any]) -> list[str]:
+    """Say it in words."""
+    fps = f"; {', '.join(f'{rate:g}' for rate in counts['fps'])} frames a second" if counts["fps"] else ""
+    empty = counts["empty_frames"] / max(counts["annotated_frames"], 1)
+    most = counts["most_on_a_frame"]
+    return [
+        f"{counts['videos']} videos of {in_words(counts['frames_of_a_video'])} frames, {counts['frames']} in all",
+        f"{most_common(counts['sizes'])} pixels{fps}",
+        f"{counts['annotated_frames']} annotated frames, {empty:.0%} of them without an object",
+        f"{counts['objects']} objects, at most {most} on a frame, {counts['object_frames']} masks",
+        f"an object is visible on {in_words(counts['frames_of_an_object'])} frames",
+    ]
+
+
+def span(values: Iterable[int]) -> list[float]:
+    """Return [least, median, most], or nothing of nothing."""
+    found = sorted(values)
+    return [found[0], statistics.median(found), found[-1]] if found else []
+
+
+def in_words(span: list[float]) -> str:
+    if not span:
+        return "0"
+    least, median, most = span
+    return f"{least:g}" if least == most else f"{least:g} to {most:g} (median {median:g})"
+
+
+def sizes(found: Iterable[tuple[int, int]]) -> dict[str, int]:
+    """Return {width x height: how often}, the most common first; sizes come as (rows, columns)."""
+    return dict(Counter(f"{columns} x {rows}" for rows, columns in found).most_common())
+
+
+def most_common(counted: dict[str, int]) -> str:
+    shown = [f"{name} ({count})" for name, count in list(counted.items())[:SHOWN]]
+    more = [f"{len(counted) - SHOWN} more"] if len(counted) > SHOWN else []
+    return ", ".join(shown + more) or "0"
+
+
+def listing(problems: list[Problem], json: Path | None) -> str:
+    """Return the problems by what they mean, those that hurt first, with how many there are and the first of each."""
+    kinds: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        kinds[problem.reason].append(problem)
+    lines = []
+    for title, hurts in (("hurts training:", True), ("worth knowing:", False)):
+        found = {reason: some for reason, some in kinds.items() if some[0].hurts == hurts}
+        lines += [title] if found else []
+        for reason, some in found.items():
+            lines.append(f"  {len(some)} x {reason}: {meaning(reason)}")
+            lines += [f"      {one.where}" + (f": {one.detail}" if one.detail else "") for one in some[:SHOWN]]
+            if len(some) > SHOWN:
+                where = f" in {json}" if json else "; --json FILE lists them"
+                lines.append(f"      and {len(some) - SHOWN} more{where}")
+    return "\n".join(lines or ["nothing is wrong with it"])
+
+
+# ---- pictures
+
+
+def video_panels(videos: list[VosVideo]) -> Iterator[Panel]:
+    """Yield a few frames of some of the videos, those that can be read."""
+    from effsam3.benchmarks.pictures.drawing import evenly
+
+    for place in evenly(list(range(len(videos))), SHEET_VIDEOS):
+        video = videos[place].with_gaps()
+        try:
+            for index in evenly(video.annotated, SHEET_FRAMES):
+                (image_3HW,) = video.read([index])
+                yield f"{video.name}, frame {index}", image_3HW.transpose(1, 2, 0), video.masks(index)
+        except UserError:
+            continue  # listed as a problem
+        finally:
+            video.close()
+
+
+def draw(panels: Iterator[Panel], file: Path) -> None:
+    """Draw images with their masks as one sheet."""
+    from effsam3.benchmarks.pictures.drawing import CELL_WIDTH, contact_sheet, paint, save_png
+
+    cells = {}
+    for title, image_HW3, masks in panels:
+        picture = paint(image_HW3, masks, masks)
+        picture.thumbnail((CELL_WIDTH, 2 * CELL_WIDTH))
+        cells[title] = picture
+    if not cells:
+        print("pictures: none, nothing can be read")
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_png(contact_sheet(cells), file)
+    print(f"pictures: {file}")
