@@ -218,7 +218,7 @@ CASES = [
     (seen_once, "seen_once", "walk, object 2"),
     (one_frame, "one_frame", "walk"),
     (wrong_order, "order", "video walk"),
-    (gap, "gap", "walk, frame 2"),
+    (gap, "gap", "video walk, frame 2"),
     (unclear_names, "names", "walk"),
     (category_only, "category_as_track", "video walk"),
     (one_category, "merged_objects", "walk"),
@@ -239,7 +239,7 @@ CASES = [
     (json_with(twice), "union", "annotations[8] (walk/00004.jpg)"),
     (json_with(crowd), "crowd", "annotations[8] (walk/00002.jpg)"),
     (json_with(lambda content: content["annotations"][-1].update(image_id=77)), "no_image", "annotations[7]"),
-    (json_with(lambda content: [row.update(width=0) for row in content["images"]]), "no_size", "walk/00000.jpg"),
+    (json_with(lambda content: [row.update(width=0) for row in content["images"]]), "no_size", "video walk"),
     (json_with(lambda content: content["images"][3].update(id=1)), "not_opened", "{root}/walk.json"),
     (
         json_with(lambda content: content["annotations"][1].update(id=1), youtube_vis),

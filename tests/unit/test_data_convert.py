@@ -241,6 +241,13 @@ def test_an_object_that_is_never_visible(tmp_path, capsys):
         ].objects == [1]
 
 
+def test_void_is_neither_object_nor_background(tmp_path, capsys):
+    write_davis(tmp_path / "in", {"v": [ids_map(id1=(2, 5), id255=(5, 6)), ids_map(id1=(2, 5))]})
+    for to in ("coco_video", "youtube_vis", "davis"):
+        found = refused(capsys, tmp_path / "in", tmp_path / to, to, "1 masks have void")["v"]
+        assert found.objects == [1] and found.masks(0)[1].sum() == 3 * 16
+
+
 def test_a_png_holds_254_objects(tmp_path, capsys):
     ids_HW = np.zeros((20, 30), np.int32)
     ids_HW.flat[:300] = np.arange(1, 301)

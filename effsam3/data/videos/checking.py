@@ -14,7 +14,6 @@ import av
 import numpy as np
 
 from effsam3.data.problems import Problem, mask_problems, problems_of
-from effsam3.data.videos.frame_numbers import UnclearNames, missing_numbers, number_names
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 
@@ -51,7 +50,7 @@ def check_video(video: VosVideo) -> VideoCheck:
     except UserError as fault:
         check.problems += [*problems_of(fault, video.name), Problem("not_checked", video.name)]
     else:
-        check.problems += [*_masks(video, check), *_names(video)]
+        check.problems += _masks(video, check)
     try:
         check.problems += [Problem(*note) for note in video.notes]
     except UserError:
@@ -138,17 +137,6 @@ def jumps(before: dict[int, np.ndarray], now: dict[int, np.ndarray]) -> list[tup
         for new in now
         if old != new and iou_AB[place[0][old], place[1][new]] > SAME and not stayed(old) and not stayed(new)
     ]
-
-
-def _names(video: VosVideo) -> Iterator[Problem]:
-    """A JSON lists frames; the numbers in their names may have gaps that its order hides."""
-    try:
-        numbers = number_names(video.frame_names)
-    except UnclearNames:
-        return
-    if list(numbers) == video.frame_names and not video.missing:
-        for number in missing_numbers(list(numbers.values())):
-            yield Problem("gap", f"{video.name}, frame {number}", "the frames around it are listed, it is not")
 
 
 def _guesses(check: VideoCheck) -> Iterator[Problem]:

@@ -6,6 +6,7 @@ Letters: H W rows and columns.
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -247,9 +248,9 @@ class FrameFinder:
 
 
 def note_gap(numbers: Sequence[int], video: str, notes: list[Note]) -> None:
-    """Note a frame that is missing from a JSON: what follows it is learned as if no time had passed."""
-    if (lost := next(missing_numbers(numbers), None)) is not None:
-        notes.append(Note("gap", f"video {video}", f"the file has no frame {lost}, but others before and after it"))
+    """Note frames that are missing from a JSON: what follows them is learned as if no time had passed."""
+    for lost in itertools.islice(missing_numbers(numbers), 1000):  # one wrong number may be as far away as a date
+        notes.append(Note("gap", f"video {video}, frame {lost}", "others before and after it are listed, it is not"))
 
 
 def posix(value: str) -> str:

@@ -128,7 +128,8 @@ class PaletteFrames(Annotations):
     def notes(self) -> list[Note]:
         if self._values == {1: VOID}:
             return [Note("binary", str(self.path), "masks of 0 and 255 only are taken for one object")]
-        return [Note("void", f"{self.name}, {file.name}", "void counts as background") for file in sorted(self._found[1])]
+        void = sorted(self._found[1])
+        return [Note("void", f"{self.name}, {file.name}", "void counts as background") for file in void]
 
     @functools.cached_property
     def numbers(self) -> list[int]:

@@ -44,6 +44,7 @@ LOSSES = {
     "never_visible": "objects are visible on no frame, so nothing would tell that they are there",
     "unannotated_frames": "frames without masks are left out: every image that such a JSON lists is an annotated one",
     "unannotated_objects": "objects on a frame are not annotated there, and become absent",
+    "void": "masks have void, neither object nor background: it becomes background",
     "categories": "categories of objects are not told: this format has none",
     "off_stride": f"annotated frames are left out: SA-V annotates frames 0, {FRAME_STRIDE}, {2 * FRAME_STRIDE} ...",
 }
@@ -89,8 +90,10 @@ class Writer(ABC):
             self.lost[reason] += count
             self.first.setdefault(reason, where)
 
-    def _folder_name(self, video: VosVideo) -> str:
-        """Return a name that is one folder below this one, whatever a JSON calls its videos."""
+    def _begin(self, video: VosVideo) -> str:
+        """Return a name that is one folder below this one, whatever a JSON calls its videos; count what is void."""
+        void = [note.where for note in video.notes if note.reason == "void"]
+        self.lose("void", "".join(void[:1]), len(void))
         name = re.sub(r"[^\w.-]+", "_", video.name).lstrip(".") or "video"
         if (other := self._names.setdefault(name, video.name)) != video.name:
             raise UserError(f"the videos {other!r} and {video.name!r} would both be the folder {name}; rename one")
@@ -129,7 +132,7 @@ class Writer(ABC):
 
 class Davis(Writer):
     def add(self, video: VosVideo) -> dict[int, str]:
-        name, ids = self._folder_name(video), self._ids(video, 1, HIGHEST_ID)
+        name, ids = self._begin(video), self._ids(video, 1, HIGHEST_ID)
         self._lose_categories(video)
         masks_folder = self.folder / "Annotations" / name
         masks_folder.mkdir(parents=True)
@@ -148,7 +151,7 @@ class Sav(Writer):
     keeps_mp4 = True
 
     def add(self, video: VosVideo) -> dict[int, str]:
-        name, ids = self._folder_name(video), self._ids(video, 0, MOST)
+        name, ids = self._begin(video), self._ids(video, 0, MOST)
         self._lose_categories(video)
         masklet: list[list[dict] | None] = [None] * -(-video.frames // FRAME_STRIDE)
         empty = np.zeros(video.size, bool)
@@ -185,7 +188,7 @@ class JsonWriter(Writer):
 
     def _listed(self, video: VosVideo) -> dict[int, str]:
         """Return the files of the frames that are listed, without their endings."""
-        name = self._folder_name(video)
+        name = self._begin(video)
         self.lose("unannotated_frames", video.name, video.frames - len(video.annotated))
         return {index: f"{name}/{video.frame_names[index]}" for index in video.annotated}
 
