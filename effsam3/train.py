@@ -20,7 +20,6 @@ from tqdm import tqdm
 from effsam3 import stages
 from effsam3.data.loader import loader, worker_failures_explained
 from effsam3.data.sampler import sequential_batches
-from effsam3.errors import UserError
 from effsam3.files import refuse_unwritable, write_text
 from effsam3.hardware.accelerate_configs import read_config
 from effsam3.hardware.accelerator import (
@@ -48,6 +47,8 @@ from effsam3.stages import needs
 from effsam3.stages.protocol import Stage
 from effsam3.stopping import STOP, STOPPED
 from effsam3.training import checkpoint, optimizer_state
+from effsam3.training.batchnorm import share_batchnorm, share_buffers
+from effsam3.training.debug_run import Detail, debug_recipe, replace_folder
 from effsam3.training.loggers import Loggers
 from effsam3.training.loss_scale import LossScale
 from effsam3.training.meters import Unreadable, Window, line_of, step_line
@@ -56,14 +57,14 @@ from effsam3.training.not_finite import NotFinite
 from effsam3.training.optim import adamw, lr_at
 from effsam3.training.progress import Progress
 from effsam3.training.report import Report, provenance
-from effsam3.training.resume import AUTO, resumable, resume_weights, resumed_state
+from effsam3.training.resume import AUTO, NEVER, resumable, resume_weights, resumed_state
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
 
 
-def run(recipe: StageRecipe, resume: str = AUTO) -> None:
-    """Train the recipe's student; `resume` decides where it starts, see `resume.resumable`.
+def run(recipe: StageRecipe, resume: str = AUTO, debug: bool = False) -> None:
+    """Train the recipe's student; `resume` decides where it starts, see `resume.resumable`; `debug`: `debug_run`.
 
     Raises:
         UserError: the run folder holds a run of another recipe, a batch cannot be divided over the processes, the
@@ -71,9 +72,11 @@ def run(recipe: StageRecipe, resume: str = AUTO) -> None:
         SystemExit: code 75 after SIGTERM or SIGUSR1, with everything saved.
     """
     refuse_missing_gpu(recipe.hardware)
+    if debug:
+        recipe, resume = debug_recipe(recipe, resume), NEVER
     folder = recipe.folder
     # A search of an earlier start decides: another micro-batch would change what BatchNorm learns.
-    recipe = find_micro_batch.kept(recipe, folder)
+    recipe = recipe if debug else find_micro_batch.kept(recipe, folder)
     micros = accumulation(recipe, launched_processes())
     accelerator = make_accelerator(
         recipe.hardware,
@@ -86,15 +89,23 @@ def run(recipe: StageRecipe, resume: str = AUTO) -> None:
     )
     # Before the expensive part: a folder without write access should not cost a model's loading.
     on_main(accelerator, partial(refuse_unwritable, folder, "train.runs"))
+    if debug:
+        on_main(accelerator, partial(replace_folder, folder))
     report = Report(folder, accelerator.is_main_process)
     hardware = describe_hardware(accelerator)
     progress = Progress(folder, accelerator.is_main_process, hardware, recipe.train.global_batch_size)
     with progress, worker_failures_explained(), out_of_memory_explained(recipe):
-        learn(recipe, resume, accelerator, micros, report, progress)
+        learn(recipe, resume, accelerator, micros, report, progress, debug)
 
 
 def learn(
-    recipe: StageRecipe, resume: str, accelerator: Accelerator, micros: int, report: Report, progress: Progress
+    recipe: StageRecipe,
+    resume: str,
+    accelerator: Accelerator,
+    micros: int,
+    report: Report,
+    progress: Progress,
+    debug: bool,
 ) -> None:
     """The body of `run`: set-up, loop and end."""
     # ---- model and data: the stage builds them from the recipe
@@ -128,6 +139,7 @@ def learn(
         moments = resume_weights(last, bare, ema)
     student, optimizer = accelerator.prepare(bare.train(), optimizer)
     scale = LossScale(accelerator, student, optimizer, recipe.train.precision)
+    detail = Detail(accelerator, student, optimizer) if debug else None
     if last is not None:
         scale.restore(state)
         # After `prepare`, because only then does each rank know which part of the state is its own.
@@ -214,6 +226,8 @@ def learn(
             # Of all that there was since this start, validations and checkpoints among it.
             left_s = (time.monotonic() - started) / (done - first) * (steps - done)
             record(report, loggers, values, done, step_line(done, steps, values, left_s))
+            if detail is not None:
+                report.say(detail.line(grad_norm))
             progress.update("running", done, steps, values["perf/samples_per_s"])
 
         # ---- validate
@@ -317,26 +331,6 @@ def end_stopped(progress: Progress, report: Report, loggers: Loggers, step: int,
     report.say(f"asked to stop: {where}")
     loggers.finish()
     sys.exit(STOPPED)
-
-
-def share_batchnorm(student: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Let BatchNorm see the micro-batches of all ranks as one.
-
-    Raises:
-        UserError: the run is on CPUs, where torch has no such layer.
-    """
-    if accelerator.device.type == "cpu":
-        raise UserError("train.sync_batchnorm: torch has it on GPUs only; set train.sync_batchnorm=false")
-    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(student)
-
-
-def share_buffers(accelerator: Accelerator, student: nn.Module, average: nn.Module | None) -> None:
-    """Give every rank rank 0's buffers: BatchNorm's statistics are its own on each rank, and rank 0's are saved."""
-    if accelerator.num_processes > 1:
-        models = [accelerator.unwrap_model(student)] + ([average] if average is not None else [])
-        for model in models:
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, 0)
 
 
 def sample_seed(seed: int, step: int, micro: int, rank: int) -> int:

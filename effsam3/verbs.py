@@ -90,7 +90,14 @@ VERBS = {
     "train": Verb(
         "train the student on the teacher's embeddings; the same command resumes after an interruption",
         "train:run",
-        [arg("--resume", RESUME, metavar="WHAT", default="auto")],
+        [
+            arg("--resume", RESUME, metavar="WHAT", default="auto"),
+            flag(
+                "--debug",
+                "try the recipe: 4 steps that print all terms, the gradient of each module and the peak memory, with "
+                "validation and checkpoint, in <name>-debug, which is replaced each time",
+            ),
+        ],
         recipe="loaded",
     ),
     "merge": Verb(

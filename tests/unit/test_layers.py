@@ -43,7 +43,16 @@ LAYERS = [
         "models.memory.token_counts",
     },
     {"auto", "models", "data", "losses", "training", "tensor_files", "hardware.accelerator"},
-    {"predictor", "stages", "benchmarks", "publish", "hardware.budget", "training.resume", "training.not_finite"},
+    {
+        "predictor",
+        "stages",
+        "benchmarks",
+        "publish",
+        "hardware.budget",
+        "training.resume",
+        "training.not_finite",
+        "training.debug_run",
+    },
     {
         "embed",
         "train",

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from effsam3 import train
 from effsam3.errors import RecipeError, UserError
 from effsam3.plot import default_metrics
-from effsam3.recipe.reader import load_recipe
+from effsam3.recipe.reader import differing_keys, load_recipe
 from effsam3.status import as_text, examine
 from effsam3.training import checkpoint
 from effsam3.training.checkpoint_folders import best_first, validation_of
+from effsam3.training.debug_run import CHANGES
 from effsam3.training.resume import read_trainer
 
 SHORT = ("data.apples=40", "train.eval_samples=4", "train.eval_every=1", "train.log_every=1", "train.save_every=2")
@@ -32,7 +33,7 @@ def learn(basket: Path, *overrides: str, **options) -> Path:
     one_process()
     recipe = load_recipe(basket, [*SHORT, *overrides])
     train.run(recipe, **options)
-    return recipe.folder
+    return recipe.folder.with_name("basket-debug") if options.get("debug") else recipe.folder
 
 
 def lines(folder: Path, key: str) -> dict[int, float]:
@@ -172,3 +173,39 @@ def test_a_gradient_that_never_fits_ends_the_run(basket, monkeypatch):
     monkeypatch.setattr("effsam3.training.loss_scale.SMALLEST", 40000.0)
     with pytest.raises(UserError, match="the gradient is not finite at step 3"):
         learn(basket, *HALF, "data.rotten=6")
+
+
+# ---- --debug
+
+LONG = ("train.epochs=9", "train.steps=null", "optim.warmup_epochs=3", "optim.warmup_steps=null", "data.found=[0.5]",
+        "train.find_micro_batch=false", "train.patience=1", "train.loggers=[tensorboard]")  # fmt: skip
+
+
+def test_a_debug_run_is_short_and_tells_more(basket, capsys):
+    folder = learn(basket, *LONG, "optim.clip_grad_norm=0.01", debug=True)
+    assert folder == Path("runs/basket-debug") and not Path("runs/basket").exists()
+    printed = capsys.readouterr().out
+    steps = [line for line in printed.splitlines() if line.startswith("step ") and " square " in line]
+    looks = [line for line in printed.splitlines() if line.startswith("gradient by module: ")]
+    assert len(steps) == len(looks) == 4 and all("; peak memory " in line for line in looks)
+    norms = [[float(part.split()[1]) for part in line.split(": ")[1].split("; ")[0].split(", ")] for line in looks]
+    whole = [norm for norm in lines(folder, "train/grad_norm").values()]
+    # Whatever was clipped: the modules' norms make up that of the whole gradient.
+    assert [(body**2 + head**2) ** 0.5 for body, head in norms] == pytest.approx(whole, rel=1e-2)
+    assert list(lines(folder, "val/apples")) == [0, 2, 4] and not list(folder.glob("tensorboard*"))
+    assert (folder / "checkpoints/step-000004").is_dir()
+    differing = {line.split()[0] for line in differing_keys(load_recipe(basket, [*SHORT, *LONG]), load_recipe(folder))}
+    assert differing <= {*CHANGES, "name", "optim.clip_grad_norm"}
+
+
+def test_a_debug_run_takes_its_own_place_only(basket):
+    folder = learn(basket, *LONG, debug=True)
+    (folder / "left.txt").write_text("")
+    learn(basket, *LONG, debug=True)
+    assert not (folder / "left.txt").exists() and len(lines(folder, "train/loss")) == 4
+    (folder / "debug.json").unlink()  # now it is a run of its own
+    with pytest.raises(UserError, match="--debug would replace runs/basket-debug, which is no debug run"):
+        learn(basket, *LONG, debug=True)
+    assert (folder / "checkpoints").is_dir()
+    with pytest.raises(UserError, match="leave --resume out"):
+        learn(basket, *LONG, debug=True, resume="never")

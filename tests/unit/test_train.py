@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from effsam3.errors import UserError
-from effsam3.train import sample_seed, share_batchnorm
+from effsam3.train import sample_seed
+from effsam3.training.batchnorm import share_batchnorm
 from effsam3.training.meters import PEAK_TFLOPS, Window, peak_tflops, step_line
 
 
