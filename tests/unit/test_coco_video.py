@@ -339,6 +339,15 @@ def test_frames_may_be_those_of_a_video_file(tmp_path, name):
         video.annotated  # noqa: B018
 
 
+def test_frames_of_a_video_file_go_by_their_names_where_a_tool_counts_its_images(tmp_path):
+    content = coco_video(MASKS)
+    for image in content["images"]:
+        image |= {"frame_id": image.pop("order_in_video"), "path": f"walk/{2 * (image['id'] - 1):05d}.jpg"}
+    (tmp_path / "walk.mp4").write_bytes(mp4_bytes(np.zeros((11, H, W, 3), np.uint8)))
+    (video,) = open_vos(write_json(tmp_path / "videos.json", content))
+    assert video.annotated == [0, 2, 4, 6, 8] and (video.masks(8)[2] == MASKS[4, 1]).all()
+
+
 # ---- files of tools
 
 

@@ -13,6 +13,7 @@ from effsam3.data.sampler import PADDING
 from effsam3.data.synthetic.drawn_masks import synthetic_masks
 from effsam3.data.synthetic.videos import make_synthetic_sav
 from effsam3.data.videos.held_out import split_videos
+from effsam3.data.videos.mask_cache import MaskCache
 from effsam3.data.videos.own_clips import OwnClips
 from effsam3.data.videos.vos import open_frames, open_vos
 from effsam3.errors import UserError
@@ -167,6 +168,16 @@ def test_no_object_is_moved_out_of_the_frame_that_shows_it(tmp_path):
         assert clip["masks"].flatten(2).any(2).any(0).all() and clip["valid"].all()
 
 
+def test_a_clip_is_turned_although_an_object_comes_later(tmp_path):
+    masks = np.zeros((4, 1, SIDE, SIDE), bool)
+    masks[2, 0, 10:14, 4:20] = True
+    video(tmp_path, masks)
+    upright = [torch.from_numpy(masks[2, 0]), torch.from_numpy(masks[2, 0]).flip(1)]
+    data = clips(tmp_path, augment=True)
+    found = [data[0, number]["masks"].any(0)[0] for number in range(20)]
+    assert sum(not any(torch.equal(mask, plain) for plain in upright) for mask in found) > 10
+
+
 def test_masks_are_cached_within_a_bound(tmp_path):
     video(tmp_path, three(10, (64, 64)))
     plenty, little = clips(tmp_path), clips(tmp_path, cache_bytes=4000)
@@ -174,14 +185,15 @@ def test_masks_are_cached_within_a_bound(tmp_path):
         same(plenty[0, number], little[0, number])
         assert little.cache.held_bytes <= 4000
     assert plenty.cache.decoded == 10 and 10 < little.cache.decoded <= 160
-    packed = sum(64 * 64 // 8 + 200 for _ in range(10)) + sum(
-        200 + 512 * shown for shown in three().any((2, 3))[:, 1:].ravel()
-    )
-    assert plenty.cache.held_bytes == packed
+    assert plenty.cache.held_bytes == 30 * 200 + three().any((2, 3)).sum() * 64 * 64 // 8
     video_of = plenty.videos[0]
     for index in range(10):
         for name, mask_HW in plenty.cache.read(0, video_of, index).items():
             assert (mask_HW.mask() == video_of.masks(index)[name]).all()
+    cache = MaskCache(5000)  # two frames of this video
+    for index in (3, 4, 3, 5, 3):
+        cache.read(0, video_of, index)
+    assert cache.decoded == 3, "the frame that was read longest ago goes first"
 
 
 # ---- held out

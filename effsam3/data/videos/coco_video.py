@@ -10,7 +10,6 @@ An image of the file is an annotated frame: an object without an annotation on i
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
@@ -37,7 +36,6 @@ from effsam3.errors import UserError
 
 PATHS = ("path", "file_name")  # of an image; in Label Studio's files, the first is an address on its server
 ORDERS = ("order_in_video", "frame_id")
-UPLOADED = re.compile("[0-9a-f]{8}-(.+)")
 
 
 def is_coco_video(content) -> bool:
@@ -89,14 +87,6 @@ def _videos(content: dict, file: Path) -> list[VosVideo]:
     return videos
 
 
-def _without_prefix(stems: list[str]) -> list[str]:
-    """Return names of uploaded files without the eight hexadecimal digits that Label Studio puts before them."""
-    found = [UPLOADED.fullmatch(stem) for stem in stems]
-    if not any(re.search("[a-f]", stem[:8]) for stem in stems):  # a date, too, has eight digits
-        return stems
-    return [one[1] for one in found if one] if all(found) else stems
-
-
 def _called(image: dict) -> str:
     return next((str(image[key]) for key in PATHS if image.get(key)), f"image {image['id']}")
 
@@ -142,7 +132,7 @@ class _Reader:
 
     def _in_order(self, images: list[dict]) -> tuple[list[dict], list[int]]:
         """Return the images in the order of time, and the frame's number of each."""
-        stems = _without_prefix([PurePosixPath(posix(_called(image))).stem for image in images])
+        stems = [PurePosixPath(posix(_called(image))).stem for image in images]
         key = next((key for key in ORDERS if all(image.get(key) is not None for image in images)), None)
         try:
             by_name = number_names(stems) if len(set(stems)) == len(stems) else {}

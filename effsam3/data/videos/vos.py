@@ -116,7 +116,7 @@ def recognise(path: str | Path) -> Tree:
             )
         return tree
     if not path.is_dir():
-        raise UserError(f"there is no folder {path}")
+        raise UserError(f"there is no folder or file {path}")
     if (path / "Annotations_6fps").is_dir():
         return Tree("sav", path)
     if (path / "Annotations").is_dir():
