@@ -7,6 +7,7 @@ effsam3 data check annotations.json --json report.json
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from effsam3.data.problems import Problem, meaning, problems_of
@@ -26,8 +28,10 @@ from effsam3.errors import UserError
 from effsam3.files import refuse_unwritable, write_json
 
 SHOWN = 3  # of each kind of problem
-SHEET_VIDEOS, SHEET_FRAMES = 12, 4  # on the contact sheet; the frames are a row of it
+SHEET_VIDEOS, SHEET_FRAMES = 12, 4  # on the contact sheet, whose rows have four pictures
 Panel = tuple[str, np.ndarray, dict[int, np.ndarray]]  # title, image (H, W, 3), masks
+BLANK: Panel = ("", np.full((1, 1, 3), 255, np.uint8), {})
+LEAST_WIDTH = 200  # pixels of a picture on the sheet: its title needs them
 
 
 @dataclass(frozen=True)
@@ -182,33 +186,33 @@ def listing(problems: list[Problem], json: Path | None) -> str:
 
 
 def video_panels(videos: list[VosVideo]) -> Iterator[Panel]:
-    """Yield a few frames of some of the videos, those that can be read."""
+    """Yield a few frames of some of the videos; what cannot be read is listed as a problem, and left out here."""
     from effsam3.benchmarks.pictures.drawing import evenly
 
     for place in evenly(list(range(len(videos))), SHEET_VIDEOS):
-        video = videos[place].with_gaps()
-        try:
+        video, drawn = videos[place].with_gaps(), 0
+        with contextlib.suppress(UserError):  # of a video that cannot be opened
             for index in evenly(video.annotated, SHEET_FRAMES):
-                (image_3HW,) = video.read([index])
-                yield f"{video.name}, frame {index}", image_3HW.transpose(1, 2, 0), video.masks(index)
-        except UserError:
-            continue  # listed as a problem
-        finally:
+                with contextlib.suppress(UserError):  # of a frame
+                    (image_3HW,), masks = video.read([index]), video.masks(index)
+                    yield f"{video.name[-20:]}, frame {index}", image_3HW.transpose(1, 2, 0), masks
+                    drawn += 1
             video.close()
+        yield from [BLANK] * (SHEET_FRAMES - drawn if drawn else 0)  # the next one begins a row
 
 
 def draw(panels: Iterator[Panel], file: Path) -> None:
     """Draw images with their masks as one sheet."""
     from effsam3.benchmarks.pictures.drawing import CELL_WIDTH, contact_sheet, paint, save_png
 
-    cells = {}
+    cells = []
     for title, image_HW3, masks in panels:
-        picture = paint(image_HW3, masks, masks)
+        picture = paint(image_HW3, masks, masks) if title else Image.fromarray(image_HW3)
         picture.thumbnail((CELL_WIDTH, 2 * CELL_WIDTH))
-        cells[title] = picture
+        cells.append((title, picture))
     if not cells:
         print("pictures: none, nothing can be read")
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_png(contact_sheet(cells), file)
+    save_png(contact_sheet(cells, LEAST_WIDTH), file)
     print(f"pictures: {file}")

@@ -6,6 +6,7 @@ Letters: H W rows and columns of a picture, C colours (RGB).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ COLOURS = tuple(
     np.array(ImageColor.getrgb(text), np.float32)
     for text in ("#ff3b6b", "#22c7ff", "#ffd400", "#7dff5a", "#b784ff", "#ff9d2e", "#19e3b1", "#ff7ad9", "#5b8cff")
 )
-CELL_WIDTH = 400  # pixels of a picture on a sheet
+CELL_WIDTH = 400  # pixels of a picture on a sheet, at most
 COLUMNS = 4
 LINE, GAP = 20, 6  # pixels: a line of text, the space between pictures
 
@@ -62,16 +63,19 @@ def save_png(picture: Image.Image, path: Path) -> None:
         picture.save(file, "PNG")
 
 
-def contact_sheet(pictures: dict[str, Image.Image]) -> Image.Image:
-    """Put pictures side by side, in rows, each under its title."""
+def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], least_width: int = 1) -> Image.Image:
+    """Put (title, picture) side by side, in rows of COLUMNS, each under its title, as wide as the widest.
+
+    `least_width`: in pixels, so that titles do not run into each other.
+    """
     font = ImageFont.load_default(14)
-    across = min(CELL_WIDTH, max(picture.width for picture in pictures.values()))
-    sizes = [(across, round(across * picture.height / picture.width)) for picture in pictures.values()]
+    across = min(CELL_WIDTH, max(least_width, *(picture.width for _, picture in pictures)))
+    sizes = [(across, round(across * picture.height / picture.width)) for _, picture in pictures]
     columns, tallest = min(COLUMNS, len(pictures)), max(height for _, height in sizes)
     down = -(-len(pictures) // columns) * (tallest + LINE + GAP)
     sheet = Image.new("RGB", (columns * (across + GAP) + GAP, down + GAP), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
-    for place, (title, picture) in enumerate(pictures.items()):
+    for place, (title, picture) in enumerate(pictures):
         row, column = divmod(place, columns)
         left, top = GAP + column * (across + GAP), GAP + row * (tallest + LINE + GAP)
         pen.text((left, top), title, (60, 60, 60), font)

@@ -55,10 +55,10 @@ def write_video(folder: Path, about: dict, frames: Mapping[int, list[dict]], ima
     rows = [{"frame": index, "instances": instances} for index, instances in frames.items()]
     write_json(folder / "predictions.json", about | {"frames": rows})
     first, *_ = chosen = evenly(sorted(frames), SHOWN)
-    pictures = {
-        f"frame {index}": draw(images[index], frames[index], CELL_WIDTH, about["prompts"] if index == first else {})
+    pictures = [
+        (f"frame {index}", draw(images[index], frames[index], CELL_WIDTH, about["prompts"] if index == first else {}))
         for index in chosen
-    }
+    ]
     save_png(contact_sheet(pictures), folder / "overlay.png")
 
 
