@@ -9,9 +9,6 @@ import difflib
 import re
 from pathlib import Path
 
-from effsam3.errors import UserError, did_you_mean
-from effsam3.files import write_text
-
 PACKAGE = Path(__file__).resolve().parent
 ENDINGS = (".yaml", ".yml")
 NAME = re.compile(r"^name: .*$", re.MULTILINE)
@@ -36,7 +33,7 @@ def recipe_file(name: str | Path) -> Path:
     The file is not there where neither exists: `nearest` knows what may have been meant.
     """
     path = Path(name)
-    return path if path.exists() else short_names().get(_short(path), path)
+    return path if path.exists() else short_names().get(short_name(path), path)
 
 
 def nearest(path: Path) -> str:
@@ -44,13 +41,14 @@ def nearest(path: Path) -> str:
     siblings = {file.stem: str(file) for file in sorted(path.parent.glob("*.yaml"))}
     names = {name: name for name in short_names()}
     by_stem = {name.rpartition("/")[2]: name for name in names}
-    for word, choices in ((path.stem, siblings), (_short(path), names), (path.stem, by_stem)):
+    for word, choices in ((path.stem, siblings), (short_name(path), names), (path.stem, by_stem)):
         if near := difflib.get_close_matches(word, choices, n=1):
             return choices[near[0]]
     return ""
 
 
-def _short(path: Path) -> str:
+def short_name(path: Path) -> str:
+    """Return the short name that a path may mean."""
     return (path.with_suffix("") if path.suffix in ENDINGS else path).as_posix().removeprefix("recipes/")
 
 
@@ -65,29 +63,3 @@ def listing() -> str:
     found = texts()
     width = max(map(len, found))
     return "\n".join(f"{name:<{width}}  {text.partition(chr(10))[0][2:]}" for name, text in found.items())
-
-
-def copy(name: str, file: str | None = None) -> str:
-    """Write a shipped recipe to a file of the user's own; return what to do with it.
-
-    The copy has a name of its own, so that its run has a folder of its own, and its parent by short name.
-
-    Raises:
-        UserError: no such recipe comes with effsam3, or the file is there already.
-    """
-    found, short = texts(), _short(Path(name))
-    if short not in found:
-        raise UserError(f"no recipe called {name} comes with effsam3{did_you_mean(short, found)}")
-    path = Path(f"{short.rpartition('/')[2]}.yaml" if file is None else file)
-    own = path.with_suffix("").name
-    text = NAME.sub(f"name: {own}", found[short], count=1)
-    if parent := PARENT.search(text):
-        folder = shipped("recipes").resolve()
-        text = PARENT.sub(
-            f"inherits: {_short((folder / short / '..' / parent[1]).resolve().relative_to(folder))}", text
-        )
-    if path.exists():
-        raise UserError(f"{path} is there already; name another file: effsam3 recipes copy {short} FILE")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-    return f"{path} will run in runs/{own}; `effsam3 show {path}` prints its keys, `effsam3 launch {path}` runs it"

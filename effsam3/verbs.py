@@ -184,12 +184,14 @@ VERBS = {
         ],
     ),
     "recipes": Verb("list the recipes that come with effsam3, by their short names", "shipped:listing"),
-    "recipes copy": Verb(
-        "begin a recipe of your own that inherits one of these",
-        "shipped:copy",
+    "new": Verb(
+        "begin a recipe of your own, with comments and with marks at what you must change",
+        "new:new",
         [
-            arg("name", "short name of a recipe, as `effsam3 recipes` lists them", metavar="NAME"),
-            arg("file", "the new file; default: <end of NAME>.yaml", metavar="FILE", nargs="?"),
+            arg("name", "of the recipe and of its run's folder", metavar="NAME"),
+            arg("--stage", "image, text, memory, ...: the stage's recipe with all its comments", metavar="STAGE"),
+            arg("--from", "or this one, a short name of `effsam3 recipes`, as it is", dest="source", metavar="RECIPE"),
+            arg("--out", "the new file; default: NAME.yaml", metavar="FILE"),
         ],
     ),
     "import": Verb(

@@ -43,7 +43,7 @@ HEAD = """# Recipe reference
 ```bash
 effsam3 recipes                                      # what comes with effsam3, by short name
 effsam3 launch smoke/image                           # from any folder, with or without a clone
-effsam3 recipes copy stage1/image/es_rv_m my.yaml    # one of your own; nothing is overwritten
+effsam3 new my --stage image                         # my.yaml, one of your own; nothing is overwritten
 effsam3 show my.yaml                                 # every key and its value
 ```
 

@@ -205,7 +205,7 @@ def test_export_is_kept_for_devices(capsys):
 def test_recipe_verbs_get_the_overridden_recipe(verb, verb_called):
     calls = verb_called(verb)
     assert main([SMOKE, "name=other"], verb=verb) == 0
-    assert calls == [("other", {"resume": "auto"} if verb == "train" else {})]
+    assert calls == [("other", {"resume": "auto", "debug": False} if verb == "train" else {})]
     if verb == "train":
         assert main([SMOKE, "--resume", "never"], verb=verb) == 0
         assert calls[1] == ("smoke-image", {"resume": "never"})

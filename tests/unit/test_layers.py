@@ -65,6 +65,7 @@ LAYERS = [
         "import_student",
         "inspect_model",
         "show",
+        "new",
         "compare",
         "status",
         "plot",

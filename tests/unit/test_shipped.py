@@ -8,7 +8,7 @@ import pytest
 from effsam3 import shipped
 from effsam3.cli import main
 from effsam3.errors import RecipeError
-from effsam3.recipe.reader import differing_keys, load_recipe
+from effsam3.recipe.reader import load_recipe
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,29 +69,3 @@ def test_every_listed_recipe_says_what_it_is_in_a_line(capsys):
         said = line.removeprefix(name).strip()
         assert 20 < len(said) and said.endswith(".") and len(line) <= 119, line
         assert load_recipe(name)
-
-
-@pytest.mark.parametrize("name", sorted(shipped.texts()))
-def test_a_copy_is_the_same_recipe_under_its_own_name(name, capsys):
-    assert main(["recipes", "copy", name, "own/mine.yaml"]) == 0
-    assert "runs/mine" in capsys.readouterr().out
-    differing = differing_keys(load_recipe(name), load_recipe("own/mine.yaml"))
-    assert [line.split()[0] for line in differing] == ["name"]
-    assert load_recipe("own/mine.yaml").name == "mine"
-
-
-def test_a_copy_overwrites_nothing(tmp_path, capsys):
-    assert main(["recipes", "copy", "stage1/image/es_rv_m.yaml"]) == 0
-    text = (tmp_path / "es_rv_m.yaml").read_text()
-    assert "inherits: stage1/image/base\n" in text and "name: es_rv_m\n" in text and text.startswith("# ES-RV-M")
-    (tmp_path / "es_rv_m.yaml").write_text("mine")
-    assert main(["recipes", "copy", "stage1/image/es_rv_m"]) == 2
-    assert "es_rv_m.yaml is there already" in capsys.readouterr().err
-    assert (tmp_path / "es_rv_m.yaml").read_text() == "mine"
-
-
-def test_what_does_not_come_with_it_cannot_be_copied(capsys):
-    assert main(["recipes", "copy", "stage1/image/es_rvm"]) == 2
-    assert capsys.readouterr().err == (
-        "error: no recipe called stage1/image/es_rvm comes with effsam3; did you mean stage1/image/es_rv_m?\n"
-    )
