@@ -185,15 +185,44 @@ def test_masks_are_cached_within_a_bound(tmp_path):
         same(plenty[0, number], little[0, number])
         assert little.cache.held_bytes <= 4000
     assert plenty.cache.decoded == 10 and 10 < little.cache.decoded <= 160
-    assert plenty.cache.held_bytes == 30 * 200 + three().any((2, 3)).sum() * 64 * 64 // 8
+    assert plenty.cache.held_bytes == 10 * 200 + three().any((2, 3)).sum() * (200 + 64 * 64 // 8)
     video_of = plenty.videos[0]
     for index in range(10):
-        for name, mask_HW in plenty.cache.read(0, video_of, index).items():
-            assert (mask_HW.mask() == video_of.masks(index)[name]).all()
+        found, masks = plenty.cache.read(0, video_of, index).masks, video_of.masks(index)
+        assert set(found) == {name for name in masks if masks[name].any()}
+        assert all((found[name].mask() == masks[name]).all() for name in found)
     cache = MaskCache(5000)  # two frames of this video
     for index in (3, 4, 3, 5, 3):
         cache.read(0, video_of, index)
     assert cache.decoded == 3, "the frame that was read longest ago goes first"
+
+
+def test_a_clip_only_reads_its_own_masks(tmp_path):
+    """A PNG of ids tells of all objects of its frame: the others are not looked at for it."""
+    masks = three(12)
+    write_frames(tmp_path / "frames" / "walk", [f"{k:05d}.png" for k in range(12)], (SIDE, SIDE))
+    for k in range(12):
+        ids = (masks[k] * np.array([[[3]], [[4]], [[5]]], np.uint8)).max(0)
+        ids[0, 0] = 255  # void
+        save(Image.fromarray(ids), tmp_path / "masks" / "walk" / f"{k:05d}.png")
+    (tmp_path / "masks" / "walk" / "00011.png").write_bytes(b"torn")
+    data = clips(tmp_path, frames=2, objects=3, reverse=0.0)
+    assert not data.videos[0].notes
+    good = 0
+    for number in range(30):
+        clip = data[0, number]
+        if clip["valid"].any():
+            good += 1
+            found = {tuple(mask.any((1, 2)).tolist()) for mask in clip["masks"].transpose(0, 1)[clip["valid"]]}
+            indexes = clip["frames"].tolist()
+            assert found == {
+                tuple(masks[indexes, n].any((1, 2)).tolist()) for n in range(3) if masks[indexes, n].any()
+            }
+        else:
+            assert "corrupt" in clip["unreadable"][0][1]
+    assert 20 < good < 30
+    with pytest.raises(UserError, match="00011.png"):
+        data.videos[0].objects  # noqa: B018
 
 
 # ---- held out

@@ -9,7 +9,7 @@ import numpy as np
 
 from effsam3.data.splits import split_code
 from effsam3.data.videos.files import UnreadableVideo
-from effsam3.data.videos.vos_video import Annotations, Note, VosVideo
+from effsam3.data.videos.vos_video import Annotations, Note, Shown, VosVideo
 from effsam3.errors import UserError
 
 
@@ -115,3 +115,6 @@ class PartOfMasks(Annotations):
 
     def masks(self, number: int) -> dict[int, np.ndarray]:
         return self.video.masks(number)
+
+    def shown(self, number: int) -> Shown:
+        return self.video.shown(number)

@@ -6,6 +6,7 @@ Letters: H W rows and columns.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import reprlib
 from collections import Counter
@@ -20,7 +21,7 @@ from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import VIDEO_EXTENSIONS, VideoFile
 from effsam3.data.videos.frame_list import FrameList
 from effsam3.data.videos.frame_numbers import missing_numbers
-from effsam3.data.videos.vos_video import Annotations, Frames, Note
+from effsam3.data.videos.vos_video import Annotations, Frames, Note, Shown
 from effsam3.errors import UserError
 
 FRAME_FOLDERS = ("", "images", "JPEGImages", "frames", "videos")  # next to a JSON
@@ -81,17 +82,21 @@ class JsonMasks(Annotations):
 
     def masks(self, number: int) -> dict[int, np.ndarray]:
         """Return the union of each object's annotations; an object with only a box has none."""
+        shown, size = self.shown(number), self.sizes[number] or self.frames.size
+        known = [name for name in self.objects if name not in shown.unknown]
+        return {name: shown.masks[name] if name in shown.masks else np.zeros(size, bool) for name in known}
+
+    def shown(self, number: int) -> Shown:
+        """Decode only what is annotated on this frame."""
         size = self.sizes[number] or self.frames.size
-        masks = {}
-        for name in self.objects:
-            segments = self.segments[number].get(name, [])
-            known = [segment for segment in segments if segment.value is not None]
-            if known or not segments:
-                mask_HW = np.zeros(size, bool)
-                for segment in known:
-                    mask_HW |= self._decode(segment, size)
+        masks, unknown = {}, []
+        for name, segments in self.segments[number].items():
+            decoded = [self._decode(segment, size) for segment in segments if segment.value is not None]
+            if not decoded:
+                unknown.append(name)
+            elif (mask_HW := np.logical_or.reduce(decoded)).any():
                 masks[name] = mask_HW
-        return masks
+        return Shown(masks, frozenset(unknown))
 
     def _decode(self, segment: Segment, size: Size) -> np.ndarray:
         try:
@@ -189,6 +194,11 @@ class FrameFinder:
         self.folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
         self._taken: dict[Path, str] = {}
 
+    @functools.cached_property
+    def _video_files(self) -> list[Path]:
+        files = [file for folder in self.folders for file in sorted(folder.iterdir())]
+        return [file for file in files if file.suffix.lower() in VIDEO_EXTENSIONS and not file.name.startswith(".")]
+
     def images(self, video: str, names: Sequence[Sequence[str]]) -> list[Path] | None:
         """Return the files of a video's frames, or None if neither its first nor its last is anywhere.
 
@@ -205,18 +215,12 @@ class FrameFinder:
     def video_file(self, names: Iterable[str], alone: bool) -> Path | None:
         """Return a video's file: one that has one of the names; of the only video, also the JSON's name or the only
         file."""
-        files = [
-            file
-            for folder in self.folders
-            for file in sorted(folder.iterdir())
-            if file.suffix.lower() in VIDEO_EXTENSIONS and not file.name.startswith(".")
-        ]
         named = [name for name in names if name] + ([self.file.stem] if alone else [])
         for name in map(PurePosixPath, named):
-            for file in files:
+            for file in self._video_files:
                 if file.name == name.name or file.stem == name.name:
                     return file
-        return files[0] if alone and len(files) == 1 else None
+        return self._video_files[0] if alone and len(self._video_files) == 1 else None
 
     def frames(
         self, video: str, names: Sequence[Sequence[str]], numbers: Sequence[int], files: Iterable[str], alone: bool

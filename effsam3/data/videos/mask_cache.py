@@ -16,20 +16,31 @@ from effsam3.data.videos.vos_video import VosVideo
 
 @dataclass(frozen=True)
 class PackedMask:
-    """A mask of `shape` (H, W), eight pixels in a byte; without bytes it is empty."""
+    """A mask of `shape` (H, W), eight pixels in a byte."""
 
     shape: tuple[int, int]
-    bits: np.ndarray | None
+    bits: np.ndarray
 
     @classmethod
     def pack(cls, mask_HW: np.ndarray) -> PackedMask:
-        return cls(mask_HW.shape, np.packbits(mask_HW) if mask_HW.any() else None)
+        return cls(mask_HW.shape, np.packbits(mask_HW))
 
     def mask(self) -> np.ndarray:
         """Return it as bool (H, W)."""
-        if self.bits is None:
-            return np.zeros(self.shape, bool)
         return np.unpackbits(self.bits, count=self.shape[0] * self.shape[1]).view(bool).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class PackedFrame:
+    """What a frame shows, see `Shown`."""
+
+    masks: dict[int, PackedMask]
+    unknown: frozenset[int]
+
+    @property
+    def held_bytes(self) -> int:
+        # 200 bytes or so are Python's own for each: many small masks must not count for nothing.
+        return 200 + sum(200 + mask.bits.nbytes for mask in self.masks.values())
 
 
 class MaskCache:
@@ -42,10 +53,10 @@ class MaskCache:
 
     def __init__(self, limit_bytes: int):
         self.limit_bytes, self.held_bytes, self.decoded = limit_bytes, 0, 0
-        self._frames: OrderedDict[tuple[int, int], dict[int, PackedMask]] = OrderedDict()
+        self._frames: OrderedDict[tuple[int, int], PackedFrame] = OrderedDict()
 
-    def read(self, position: int, video: VosVideo, index: int) -> dict[int, PackedMask]:
-        """Return the masks of an annotated frame of the video at `position` of a data set, by object.
+    def read(self, position: int, video: VosVideo, index: int) -> PackedFrame:
+        """Return what an annotated frame of the video at `position` of a data set shows.
 
         Raises:
             Unreadable: as `VosVideo.masks`.
@@ -54,16 +65,11 @@ class MaskCache:
         if key in self._frames:
             self._frames.move_to_end(key)
             return self._frames[key]
-        masks = {name: PackedMask.pack(mask_HW) for name, mask_HW in video.masks(index).items()}
+        masks, unknown = video.shown(index)
+        frame = PackedFrame({name: PackedMask.pack(mask_HW) for name, mask_HW in masks.items()}, unknown)
         self.decoded += 1
-        self._frames[key] = masks
-        self.held_bytes += _bytes_of(masks)
+        self._frames[key] = frame
+        self.held_bytes += frame.held_bytes
         while self.held_bytes > self.limit_bytes:
-            _, oldest = self._frames.popitem(last=False)
-            self.held_bytes -= _bytes_of(oldest)
-        return masks
-
-
-def _bytes_of(masks: dict[int, PackedMask]) -> int:
-    # 200 bytes or so are Python's own for each: many empty masks must not count for nothing.
-    return sum(200 + (0 if mask.bits is None else mask.bits.nbytes) for mask in masks.values())
+            self.held_bytes -= self._frames.popitem(last=False)[1].held_bytes
+        return frame

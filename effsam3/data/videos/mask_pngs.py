@@ -16,7 +16,7 @@ from effsam3.data.images.decoding import PILLOW_FAULTS
 from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.frame_folder import FrameFolder
 from effsam3.data.videos.frame_numbers import UnclearNames, match_names
-from effsam3.data.videos.vos_video import Annotations, Note
+from effsam3.data.videos.vos_video import Annotations, Note, Shown
 
 VOID = 255  # in a palette or 8-bit grey PNG: neither object nor background; scored as background
 IGNORED = 10_000  # the same in a 16-bit one, as MOTS writes it, where ids are 1000 x class + object
@@ -126,6 +126,8 @@ class PaletteFrames(Annotations):
 
     @property
     def notes(self) -> list[Note]:
+        if "_found" not in self.__dict__:
+            return []  # nothing is known before the PNGs are read, and training does not read all of them at its start
         if self._values == {1: VOID}:
             return [Note("binary", str(self.path), "masks of 0 and 255 only are taken for one object")]
         void = sorted(self._found[1])
@@ -139,6 +141,15 @@ class PaletteFrames(Annotations):
         """Return every object's mask."""
         ids_HW = _read_png(self._files[number], self.name)
         return {name: ids_HW == value for name, value in self._values.items()}
+
+    def shown(self, number: int) -> Shown:
+        """Return the masks of the ids in one PNG."""
+        ids_HW = _read_png(self._files[number], self.name)
+        void = VOID if ids_HW.dtype == np.uint8 else IGNORED
+        found = set(np.unique(ids_HW).tolist()) - {0}
+        if self.binary and found == {void}:  # an object, if no other PNG has ids
+            return super().shown(number)
+        return Shown({name: ids_HW == name for name in sorted(found - {void})}, frozenset())
 
 
 def folders_in(path: Path) -> list[Path]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from effsam3.data.videos.clips import Clip, Clips, NoClip
-from effsam3.data.videos.mask_cache import MaskCache, PackedMask
+from effsam3.data.videos.mask_cache import MaskCache, PackedFrame, PackedMask
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 
@@ -64,11 +64,15 @@ class OwnClips(Clips):
 
     def _clip(self, position: int, rng: np.random.Generator) -> Clip:
         video = self.videos[position]
-        indexes, masks, drawn = self._draw(position, rng)
         # Masks before pixels: whether there is an object is known without decoding the video.
-        masks_TNHW = torch.from_numpy(np.stack([[one[name].mask() for name in drawn] for one in masks]))
-        shown_TN = self._resized(masks_TNHW.flatten(0, 1)).flatten(1).any(1).view(len(indexes), len(drawn))
-        first = shown_TN.int().argmax(0).tolist()
+        indexes, shown, drawn = self._draw(position, rng)
+        masks_TNHW = torch.zeros(len(indexes), len(drawn), *video.size, dtype=torch.bool)
+        for time, frame in enumerate(shown):
+            for place, name in enumerate(drawn):
+                if name in frame.masks:
+                    masks_TNHW[time, place] = torch.from_numpy(frame.masks[name].mask())
+        visible_TN = self._resized(masks_TNHW.flatten(0, 1)).flatten(1).any(1).view(len(indexes), len(drawn))
+        first = visible_TN.int().argmax(0).tolist()
         frames_T3HW = video.read(indexes)
         video.close()  # thousands of open video files would be too many
         # The last frame again and again, so that all clips of a batch have one length.
@@ -76,10 +80,8 @@ class OwnClips(Clips):
         numbers = [indexes[time] for time in padded]
         return self._finish(frames_T3HW[padded], masks_TNHW[padded], first, numbers, video.name, rng, len(indexes))
 
-    def _draw(
-        self, position: int, rng: np.random.Generator
-    ) -> tuple[list[int], list[dict[int, PackedMask]], list[int]]:
-        """Return the frames of a clip, their masks, and at most N objects that are visible in it."""
+    def _draw(self, position: int, rng: np.random.Generator) -> tuple[list[int], list[PackedFrame], list[int]]:
+        """Return the frames of a clip, what they show, and at most N objects that are visible in it."""
         video = self.videos[position]
         count = len(video.annotated)
         backwards = rng.random() < self.reverse
@@ -88,14 +90,14 @@ class OwnClips(Clips):
             if attempt < STARTS:
                 start = int(rng.integers(last + 1))
             else:  # objects are rare: a clip around some frame that shows one
-                shown = self._frame_with_objects(position, int(rng.integers(max(count, 1))))
-                start = min(max(shown - self.stride * int(rng.integers(self.frames)), 0), last)
+                place = self._frame_with_objects(position, int(rng.integers(max(count, 1))))
+                start = min(max(place - self.stride * int(rng.integers(self.frames)), 0), last)
             places = range(start, count, self.stride)[: self.frames]
             indexes = [video.annotated[place] for place in (reversed(places) if backwards else places)]
-            masks = [self.cache.read(position, video, index) for index in indexes]
-            drawn = self._draw_objects(masks, rng)
+            shown = [self.cache.read(position, video, index) for index in indexes]
+            drawn = self._draw_objects(shown, rng)
             if drawn:
-                return indexes, masks, drawn
+                return indexes, shown, drawn
         raise NoClip(video.name, "no_object", f"no object is visible at {self.image_size} px in {STARTS} clips of it")
 
     def _frame_with_objects(self, position: int, start: int) -> int:
@@ -103,18 +105,19 @@ class OwnClips(Clips):
         video = self.videos[position]
         count = len(video.annotated)
         for place in (*range(start, count), *range(start)):
-            masks = self.cache.read(position, video, video.annotated[place])
-            if any(self._visible(mask) for mask in masks.values()):
+            frame = self.cache.read(position, video, video.annotated[place])
+            if any(self._visible(mask) for mask in frame.masks.values()):
                 return place
         raise NoClip(video.name, "no_object", f"no object is visible at {self.image_size} px")
 
-    def _draw_objects(self, masks: list[dict[int, PackedMask]], rng: np.random.Generator) -> list[int]:
+    def _draw_objects(self, shown: list[PackedFrame], rng: np.random.Generator) -> list[int]:
         """Draw objects that some frame of a clip shows."""
+        seen = {name for frame in shown for name in frame.masks}
         # On a frame where an object is not annotated, nobody knows whether it is there.
-        known = sorted(set.intersection(*(set(one) for one in masks))) if masks else []
+        known = sorted(seen.difference(*(frame.unknown for frame in shown)))
         drawn = []
         for name in rng.permutation(np.array(known, int)).tolist():
-            if any(self._visible(one[name]) for one in masks):
+            if any(self._visible(frame.masks[name]) for frame in shown if name in frame.masks):
                 drawn.append(name)
             if len(drawn) == self.objects:
                 break
@@ -122,4 +125,4 @@ class OwnClips(Clips):
 
     def _visible(self, mask: PackedMask) -> bool:
         """Say whether anything of a mask is left at the clip's size."""
-        return mask.bits is not None and bool(self._resized(torch.from_numpy(mask.mask())[None]).any())
+        return bool(self._resized(torch.from_numpy(mask.mask())[None]).any())

@@ -49,6 +49,16 @@ class Frames(Protocol):
     def close(self) -> None: ...
 
 
+class Shown(NamedTuple):
+    """What a frame shows: masks bool (H, W) that are not empty, by object, and the objects not annotated on it.
+
+    All other objects are absent.
+    """
+
+    masks: dict[int, np.ndarray]
+    unknown: frozenset[int]
+
+
 class Annotations(ABC):
     """The masks of a video in some format; objects are known by whole numbers from 0 on."""
 
@@ -66,6 +76,11 @@ class Annotations(ABC):
     def masks(self, number: int) -> dict[int, np.ndarray]:
         """Return the masks of an annotated frame by object."""
 
+    def shown(self, number: int) -> Shown:
+        """Return what an annotated frame shows, without a look at other frames where the format allows it."""
+        masks = self.masks(number)
+        return Shown({name: mask for name, mask in masks.items() if mask.any()}, frozenset(self.objects) - set(masks))
+
     @property
     def names(self) -> dict[int, str | int]:
         """What the format calls its objects."""
@@ -78,7 +93,7 @@ class Annotations(ABC):
 
     @property
     def notes(self) -> list[Note]:
-        """What was repaired or taken for granted."""
+        """What was repaired or taken for granted, as far as it is known: asking for `objects` reads all PNGs."""
         return []
 
 
@@ -199,11 +214,20 @@ class VosVideo:
             UnreadableAnnotations: damaged, of another size than the frames, or not masks of this folder tree.
         """
         masks = self._annotations.masks(self._annotated[index])
+        self._check_sizes(masks, index)
+        return masks
+
+    def shown(self, index: int) -> Shown:
+        """Return what an annotated frame shows, often without a look at the others. Raises as `masks`."""
+        shown = self._annotations.shown(self._annotated[index])
+        self._check_sizes(shown.masks, index)
+        return shown
+
+    def _check_sizes(self, masks: dict[int, np.ndarray], index: int) -> None:
         other = {mask.shape for mask in masks.values()} - {self.size}
         if other:
             detail = f"frame {index}: masks of {other.pop()}, frames of {self.size}"
             raise UnreadableAnnotations(self.name, "size_mismatch", detail)
-        return masks
 
 
 class NoMasks(Annotations):

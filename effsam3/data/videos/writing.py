@@ -92,6 +92,7 @@ class Writer(ABC):
 
     def _begin(self, video: VosVideo) -> str:
         """Return a name that is one folder below this one, whatever a JSON calls its videos; count what is void."""
+        video.objects  # noqa: B018  reads all masks, so that the notes are complete
         void = [note.where for note in video.notes if note.reason == "void"]
         self.lose("void", "".join(void[:1]), len(void))
         name = re.sub(r"[^\w.-]+", "_", video.name).lstrip(".") or "video"
