@@ -27,6 +27,10 @@ def check(video, masks_TNHW=MASKS, objects=(1, 2)):
         found = video.masks(k)
         assert list(found) == list(objects)
         assert all((found[name] == mask_HW).all() for name, mask_HW in zip(objects, masks_NHW, strict=True))
+        seen = {name: mask_HW for name, mask_HW in zip(objects, masks_NHW, strict=True) if mask_HW.any()}
+        shown = video.shown(k)
+        assert shown.masks.keys() == seen.keys() and not shown.unknown
+        assert all((shown.masks[name] == mask_HW).all() for name, mask_HW in seen.items())
         assert abs(video.read([k]).mean() - (10 + 20 * k)) < 4
 
 
