@@ -17,11 +17,13 @@ from torch import Tensor
 from transformers import Sam3TrackerVideoModel
 from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import Sam3TrackerVideoInferenceSession
 
+from effsam3.data.splits import split_code
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 from effsam3.models.inference.prompted import prompt_processor
 from effsam3.models.memory.attention import MemoryTokens
+from effsam3.models.memory.prompts import NO_POINT, PromptStyle, draw_prompt
 
 Masks = dict[int, np.ndarray]  # {object: bool (H, W)}
 
@@ -38,7 +40,22 @@ class TrackedFrame:
     image_HWC: np.ndarray  # uint8 RGB
     truths: Masks | None  # None: the frame is not annotated
     masks: dict[str, Masks]  # {tracker: masks of the objects shown to it so far}
-    prompted: frozenset[int]  # objects shown on this frame; their masks are those that were given
+    prompted: frozenset[int]  # objects shown on this frame; if by their masks, those are the masks here
+
+
+@dataclass(frozen=True)
+class Showing:
+    """How objects are shown to a tracker, each on one frame: a kind of `models.memory.prompts.KINDS` and its style.
+
+    What is drawn depends on the video's name, the frame, the object and the seed.
+    """
+
+    kind: str = "mask"
+    style: PromptStyle = PromptStyle()
+    seed: int = 0
+
+
+BY_MASK = Showing()
 
 
 class TrackerRun:
@@ -49,10 +66,20 @@ class TrackerRun:
     prompted ones, when one of them is prompted.
     """
 
-    def __init__(self, tracker: Sam3TrackerVideoModel, frames: int, size: tuple[int, int], overlap: bool):
-        """`overlap`: whether two objects may have the same pixel; otherwise it goes to the one of higher logit."""
+    def __init__(
+        self,
+        tracker: Sam3TrackerVideoModel,
+        frames: int,
+        size: tuple[int, int],
+        overlap: bool,
+        showing: Showing = BY_MASK,
+        video: str = "",
+    ):
+        """`overlap`: whether two objects may have the same pixel; otherwise it goes to the one of higher logit.
+
+        `video` is its name."""
         self.tracker, self.size, self.overlap = tracker, size, overlap
-        self.frames = _FrameWindow(frames)
+        self.showing, self.video, self.frames = showing, video, _FrameWindow(frames)
         self.processor = prompt_processor(tracker)
         self.sessions: list[Sam3TrackerVideoInferenceSession] = []
         self.seconds: list[float] = []  # of every frame without prompts
@@ -60,7 +87,7 @@ class TrackerRun:
         self.object_frames = 0
 
     def step(self, index: int, image_HWC: np.ndarray, prompts: Masks) -> Masks:
-        """Track onto the next frame; new objects are shown by their masks."""
+        """Track onto the next frame; `prompts` are the masks of new objects, which are shown as `Showing` has it."""
         device = self.tracker.device
         pixels = normalise(resize_image(image_HWC, self.tracker.config.image_size, "square")[0])
         self.frames.hold(index, pixels.to(device, self.tracker.dtype))
@@ -83,10 +110,30 @@ class TrackerRun:
         session.processed_frames = self.frames
         if self.sessions:
             session.cache = self.sessions[0].cache
-        self.processor.add_inputs_to_inference_session(
-            session, index, list(prompts), input_masks=[torch.from_numpy(mask) for mask in prompts.values()]
-        )
+        if self.showing.kind == "mask":
+            self.processor.add_inputs_to_inference_session(
+                session, index, list(prompts), input_masks=[torch.from_numpy(mask) for mask in prompts.values()]
+            )
+        else:
+            for number, mask in prompts.items():
+                session.add_point_inputs(session.obj_id_to_idx(number), index, self._points(index, number, mask))
+            session.obj_with_new_inputs = list(prompts)
         self.sessions.append(session)
+
+    def _points(self, index: int, number: int, mask_HW: np.ndarray) -> dict[str, Tensor]:
+        """Draw an object's points and box, in pixels of the model's image, as a session keeps them."""
+        side, showing = self.tracker.config.image_size, self.showing
+        soft_SS = F.interpolate(torch.from_numpy(mask_HW)[None, None].float(), (side, side), mode="area")[0, 0]
+        # As in training: what covers half of a pixel. Of an object too thin for that, whatever it touches.
+        mask_SS = soft_SS >= 0.5 if (soft_SS >= 0.5).any() else soft_SS > 0
+        rng = np.random.default_rng([showing.seed, split_code(self.video), index, number])
+        points_P2, labels_P = draw_prompt(mask_SS, showing.kind, rng, showing.style)
+        used_P = labels_P != NO_POINT
+        device, dtype = self.tracker.device, self.tracker.dtype
+        return {
+            "point_coords": points_P2[used_P][None, None].to(device, dtype),
+            "point_labels": labels_P[used_P][None, None].to(device),
+        }
 
     def _count_tokens(self, _, arguments: tuple, named: dict) -> None:
         memory = named["memory"] if "memory" in named else arguments[1]

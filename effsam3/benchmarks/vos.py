@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Semi-supervised video object segmentation: each object is shown once by its mask and tracked from there.
+"""Semi-supervised video object segmentation: each object is shown once, mostly by its mask, and tracked from there.
 
 Several trackers run side by side over the same frames, the first of them being the one that the others are held
 against. Scores are those of `benchmarks.jaccard`; predictions can be written as the official evaluators read them.
@@ -13,10 +13,11 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,9 +25,10 @@ from transformers import Sam3TrackerVideoModel
 
 from effsam3.benchmarks.jaccard import DavisScorer, ObjectScore, SavScorer, mean_scores, region_similarity
 from effsam3.benchmarks.pictures.videos import ContactSheet
+from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.speed import device_name
 from effsam3.benchmarks.tables import Column, percent, result_table
-from effsam3.benchmarks.tracking import TrackedFrame, TrackerRun, track
+from effsam3.benchmarks.tracking import BY_MASK, Showing, TrackedFrame, TrackerRun, track
 from effsam3.data.videos.mask_pngs import HIGHEST_ID
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.data.videos.writing import write_palette_png
@@ -85,6 +87,7 @@ def vos(
     videos: Iterable[VosVideo],
     protocol: str,
     *,
+    showing: Showing = BY_MASK,
     appearing_later: bool = False,
     predictions: Path | None = None,
     pictures: Path | None = None,
@@ -97,18 +100,20 @@ def vos(
     Args:
         protocol: `davis` (each pixel goes to the object of the highest logit; ids that a PNG of ids cannot hold, such
             as SA-V's 0, make the video's objects count from 1) or `sav` (objects may overlap).
+        showing: how each object is shown to the trackers.
         appearing_later: also track objects that the video's first annotated frame does not show, each from the first
             annotated frame that does; otherwise they are only counted. DAVIS scores no such objects.
         predictions: a folder for the masks of all frames, `<tracker>/<video>/...` as the official evaluators read it.
         pictures: a folder for contact sheets of the first `max_pictures` videos.
 
     Returns:
-        `protocol`, `device`; `videos` scored; `failed` {video: reason}; `appearing_later`, the number of objects left
-        out; `objects`, one row for each tracker and object. `trackers` has for each name the means of
-        `jaccard.mean_scores` and `unscored` (objects absent from all frames that count); `agreement`, the mean J with
-        the first tracker's masks; `frames_per_s`, by the median time of a frame with all its objects and no prompt
-        (NaN if there is none); `memory_tokens`, the most that one object attended to; `bytes_per_object`, what a
-        session holds at the end of a video, and `bytes_per_object_frame`, the same for each frame that was tracked.
+        `protocol`, `prompt` (its kind), `device`; `videos` scored; `failed` {video: reason}; `appearing_later`, the
+        number of objects left out; `objects`, one row for each tracker and object. `trackers` has for each name the
+        means of `jaccard.mean_scores` and `unscored` (objects absent from all frames that count); `agreement`, the
+        mean J with the first tracker's masks; `frames_per_s`, by the median time of a frame with all its objects and
+        no prompt (NaN if there is none); `memory_tokens`, the most that one object attended to; `bytes_per_object`,
+        what a session holds at the end of a video, and `bytes_per_object_frame`, the same for each frame that was
+        tracked.
 
     Raises:
         UserError: an unknown protocol, no video is left, or no object of any can be scored.
@@ -131,7 +136,7 @@ def vos(
                     keepers.append(PredictionFolder(folder, video, name, rules.overlap))
                 if pictures is not None and count < max_pictures:
                     keepers.append(ContactSheet(pictures / f"{video.name}.png", video.name, video.annotated))
-                found, later = _one_video(trackers, video, rules, appearing_later, keepers)
+                found, later = _one_video(trackers, video, rules, showing, appearing_later, keepers)
                 scores = {
                     name: {number: score for (_, number), score in tally.scores.items()}
                     for name, tally in found.items()
@@ -155,6 +160,7 @@ def vos(
         )
     return {
         "protocol": protocol,
+        "prompt": showing.kind,
         "device": device_name(next(iter(trackers.values())).device),
         "videos": count,
         "failed": failed,
@@ -170,10 +176,16 @@ def vos(
 
 
 def _one_video(
-    trackers: dict[str, Sam3TrackerVideoModel], video: VosVideo, rules: Protocol, appearing_later: bool, keepers: list
+    trackers: dict[str, Sam3TrackerVideoModel],
+    video: VosVideo,
+    rules: Protocol,
+    showing: Showing,
+    appearing_later: bool,
+    keepers: list,
 ) -> tuple[dict[str, Tally], int]:
     """Return each tracker's tally, and how many objects of the video were left out."""
-    runs = {name: TrackerRun(tracker, video.frames, video.size, rules.overlap) for name, tracker in trackers.items()}
+    about = (video.frames, video.size, rules.overlap, showing, video.name)
+    runs = {name: TrackerRun(tracker, *about) for name, tracker in trackers.items()}
     tallies = {name: Tally() for name in trackers}
     scorers = {name: rules.scorer(video.name) for name in trackers}
     empty_HW = np.zeros(video.size, dtype=bool)
@@ -245,6 +257,40 @@ class PredictionFolder:
                 Image.fromarray(np.zeros(self.size, bool)).save(folder / file)
 
 
+def add_vos(
+    results: Results,
+    trackers: dict[str, Sam3TrackerVideoModel],
+    videos: Sequence[VosVideo],
+    asked: Any,
+    folder: Path,
+    showing: Showing = BY_MASK,
+) -> None:
+    """Measure trackers as a section `evaluate` asks for it, and add it to the results of the run in `folder`."""
+    result = vos(
+        trackers,
+        videos[: asked.max_videos],
+        asked.evaluator,
+        showing=showing,
+        appearing_later=asked.appearing_later,
+        predictions=folder / "eval" / "predictions" if asked.predictions else None,
+        pictures=folder / "pictures",
+        max_pictures=asked.pictures,
+    )
+    result["available"] = len(videos)
+    write_objects(result, folder / "eval" / "objects.csv")
+    results.add("vos", result)
+    results.pictures = sorted((folder / "pictures").glob("*.png"))
+
+
+def vos_tables(results: dict[str, dict]) -> list[str]:
+    """Return what `add_vos` has found as Markdown, and what it has left out."""
+    result = results["vos"]
+    parts, tracked = [vos_table(result)], result["videos"] + len(result["failed"])
+    if tracked < result["available"]:
+        parts.append(f"The first {tracked} of {result['available']} videos (evaluate.max_videos).")
+    return parts
+
+
 def write_objects(result: dict, path: Path) -> None:
     """Write `objects` of a result of `vos` as CSV, one line for each tracker, video and object; scores are 0..1."""
     text = io.StringIO()
@@ -268,6 +314,9 @@ def vos_table(result: dict) -> str:
     ]
     objects = trackers[first]["objects"]
     title = f"{result['protocol']}, {result['videos']} videos, {objects} objects, {result['device']}"
+    # Results of earlier versions do not say it.
+    if (prompt := result.get("prompt", "mask")) != "mask":
+        title += f", shown by {prompt}"
     lines = [result_table(title, trackers, columns)]
     if result["failed"]:
         lines.append(f"Left out: {len(result['failed'])} videos ({', '.join(result['failed'])}).")

@@ -32,6 +32,7 @@ LAYERS = [
         "stages.image.facts",
         "stages.text.facts",
         "stages.memory.facts",
+        "stages.video.facts",
         "stages.release.facts",
         "data.store.format",
         "models.registry",

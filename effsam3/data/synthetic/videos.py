@@ -33,12 +33,18 @@ class Video(NamedTuple):
 
 
 def make_synthetic_sav(
-    folder: str | Path, videos: int, frames: int = 48, side_px: int = 128, objects: int = 3, seed: int = 0
+    folder: str | Path,
+    videos: int,
+    frames: int = 48,
+    side_px: int = 128,
+    objects: int = 3,
+    seed: int = 0,
+    look: str = "textures",
 ) -> None:
     """Write `sav_000001` to `sav_<videos>` (.mp4 and _manual.json) into `folder`; the longest side has `side_px` px.
 
-    Video K depends on (seed, K, frames, side_px, objects) only; complete ones are kept, so that a larger `videos` adds
-    to them. Other settings are for `files.stamp` to refuse.
+    Video K depends on (seed, K, frames, side_px, objects, look) only; complete ones are kept, so that a larger
+    `videos` adds to them. Other settings are for `files.stamp` to refuse.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +53,7 @@ def make_synthetic_sav(
         video_file, json_file = folder / f"{name}.mp4", folder / f"{name}_manual.json"
         if video_file.exists() and json_file.exists():
             continue
-        video = make_video(number, frames, side_px, objects, seed)
+        video = make_video(number, frames, side_px, objects, seed, look)
         write_bytes(video_file, mp4_bytes(video.frames))
         write_text(json_file, json.dumps(sav_record(name, video.masks)))
 
@@ -77,8 +83,11 @@ def sav_record(name: str, masks_TNHW: np.ndarray) -> dict:
 # ---- scenes
 
 
-def make_video(number: int, frames: int, side_px: int, objects: int, seed: int = 0) -> Video:
-    """Draw video `number`; the first object stays in view, others may leave it, and one in three is part of it."""
+def make_video(number: int, frames: int, side_px: int, objects: int, seed: int = 0, look: str = "textures") -> Video:
+    """Draw video `number`; the first object stays in view, others may leave it.
+
+    `look` is a key of LOOKS; in every third video of `textures` the last object is part of the first.
+    """
     assert side_px >= 32 and objects >= 1, (side_px, objects)
     rng = np.random.default_rng([seed, number, frames, side_px, objects])
     short, long = _even(side_px * rng.uniform(0.6, 1.0)), _even(side_px)
@@ -86,10 +95,11 @@ def make_video(number: int, frames: int, side_px: int, objects: int, seed: int =
     yx_2HW = (np.mgrid[0.5:height, 0.5:width] / side_px).astype(np.float32)
     extent = np.array([height, width]) / side_px
     hue = rng.uniform()
-    background = _Surface(hue, rng, plain=True)
+    surface = LOOKS[look]
+    background = surface(hue, rng, plain=True)
     pan = rng.uniform(-0.2, 0.2, 2)
-    shapes = shapes_of(objects, extent, hue, rng)
-    part = objects >= 3 and number % 3 == 0
+    shapes = shapes_of(objects, extent, hue, rng, surface)
+    part = objects >= 3 and number % 3 == 0 and surface is _Surface
     noise = rng.uniform(0.005, 0.02)
     images, masks_TNHW = [], np.zeros((frames, objects, height, width), bool)
     for index in range(frames):
@@ -106,11 +116,13 @@ def make_video(number: int, frames: int, side_px: int, objects: int, seed: int =
     return Video((np.stack(images).clip(0, 1) * 255).round().astype(np.uint8), masks_TNHW)
 
 
-def shapes_of(objects: int, extent: np.ndarray, hue: float, rng: np.random.Generator) -> list[_Shape]:
+def shapes_of(
+    objects: int, extent: np.ndarray, hue: float, rng: np.random.Generator, surface: type[_Surface] | None = None
+) -> list[_Shape]:
     """Draw shapes for frames of `extent` (height, width), of other hues than the one behind them."""
     # Spread over the circle, so that objects differ from each other, too.
     hues = hue + (1 + np.arange(objects)) / (objects + 1)
-    return [_Shape(position, extent, hues[position], rng) for position in range(objects)]
+    return [_Shape(position, extent, hues[position], rng, surface or _Surface) for position in range(objects)]
 
 
 def paint(image_HW3: np.ndarray, shapes: list[_Shape], yx_2HW: np.ndarray, time: float) -> np.ndarray:
@@ -142,8 +154,8 @@ class _Surface:
         self.kind = rng.choice(["stripes", "checks", "dots"])
         self.period = rng.uniform(0.3, 0.5) if plain else rng.uniform(0.5, 0.9)
 
-    def colours(self, v: np.ndarray, u: np.ndarray) -> np.ndarray:
-        """Return colours 0..1 (..., 3) at coordinates (...) on the surface."""
+    def colours(self, v: np.ndarray, u: np.ndarray, rim: np.ndarray | None = None) -> np.ndarray:
+        """Return colours 0..1 (..., 3) at coordinates (...) on the surface; `rim` goes from 0 to 1 at its edge."""
         v, u = v * (2 * np.pi / self.period), u * (2 * np.pi / self.period)
         if self.kind == "stripes":
             wave = np.sin(u)
@@ -155,11 +167,33 @@ class _Surface:
         return self.dark + (self.bright - self.dark) * share
 
 
+class _Outline(_Surface):
+    """Grey inside a bright line: as grey as the background of other videos, so that only the line tells it apart."""
+
+    def __init__(self, hue: float, rng: np.random.Generator, plain: bool = False):
+        super().__init__(hue, rng, plain)
+        self.dark = np.full(3, rng.uniform(0.3, 0.5), np.float32)
+        self.bright = self.dark + np.float32(0.15)
+
+    def colours(self, v: np.ndarray, u: np.ndarray, rim: np.ndarray | None = None) -> np.ndarray:
+        """Return colours as the other surfaces do."""
+        found = super().colours(v, u)
+        if rim is not None:
+            found[rim > 1 - LINE] = 1.0
+        return found
+
+
+LINE = 0.15  # of a shape's radius
+LOOKS = {"textures": _Surface, "outlines": _Outline}
+
+
 class _Shape:
     """A rigid outline with a surface on a smooth closed path, with its own size, turn and speed."""
 
-    def __init__(self, position: int, extent: np.ndarray, hue: float, rng: np.random.Generator):
-        self.surface = _Surface(hue, rng)
+    def __init__(
+        self, position: int, extent: np.ndarray, hue: float, rng: np.random.Generator, surface: type[_Surface]
+    ):
+        self.surface = surface(hue, rng)
         self.size = rng.uniform(0.14, 0.2) * extent.min()  # radius
         self.flat = rng.uniform(0.6, 1.0)
         self.corners, self.depth = rng.integers(2, 7), rng.uniform(0.0, 0.3)
@@ -188,7 +222,9 @@ class _Shape:
         v_HW = (y_HW * cos - x_HW * sin) / self.flat
         u_HW = y_HW * sin + x_HW * cos
         outline_HW = 1 - self.depth + self.depth * np.cos(self.corners * np.arctan2(v_HW, u_HW))
-        mask_HW = np.hypot(u_HW, v_HW) < outline_HW
+        radius_HW = np.hypot(u_HW, v_HW)
+        mask_HW = radius_HW < outline_HW
         if hue is None:
-            return mask_HW, self.surface.colours(v_HW[mask_HW], u_HW[mask_HW])
+            rim_P = radius_HW[mask_HW] / outline_HW[mask_HW]
+            return mask_HW, self.surface.colours(v_HW[mask_HW], u_HW[mask_HW], rim_P)
         return mask_HW, np.array(colorsys.hsv_to_rgb(hue % 1, 0.9, 0.95))

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 
 from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.memory.token_counts import CHANNELS, count_tokens
-from effsam3.recipe.common import Data, Merge, Optim, Sam3, Saving, StageRecipe, Train
+from effsam3.recipe.clips import CLIP_KNOBS, ClipTrain, clip_savings
+from effsam3.recipe.common import Data, Merge, Optim, Sam3, Saving, StageRecipe
 from effsam3.recipe.derived import index_counts
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -106,15 +107,6 @@ class MemoryOptim(Optim):
     pretrained_scale: PositiveFloat = 1.0  # learning rate of all but the resampler, as a multiple of `lr`
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryTrain(Train):
-    """The loop; samples are clips."""
-
-    trunk_batch: PositiveInt = 8  # frames per forward of the frozen trunk
-    objects_at_once: PositiveInt | None = None  # objects tracked together (with `recompute`); null: all
-    recompute: bool = False  # recompute activations in backward: less device memory, about a third slower
-
-
 VideoBenchmark = Literal["sav", "davis"]
 
 
@@ -149,18 +141,7 @@ class MemoryRecipe(StageRecipe):
     metrics = {"val/j": "higher"}
     card_keys = StageRecipe.card_keys | {"parts of the tracker": "memory.trains"}
     data_names = {"sav": "SA-V"}
-    knobs = (
-        "train.micro_batch_size",
-        "train.recompute",
-        "hardware",
-        "train.ema",
-        "train.objects_at_once",
-        "train.trunk_batch",
-        "loss.side_px",
-        "data.objects",
-        "data.frames",
-    )
-
+    knobs = CLIP_KNOBS
     samples_are_separate = True  # clips are tracked side by side and share next to nothing
 
     stage: Literal["memory"]  # the folder of effsam3/stages that reads this recipe
@@ -172,7 +153,7 @@ class MemoryRecipe(StageRecipe):
     prompts: Prompting = Prompting()
     loss: MemoryLoss = MemoryLoss()
     optim: MemoryOptim
-    train: MemoryTrain
+    train: ClipTrain
     evaluate: MemoryEvaluate = MemoryEvaluate()
     merge: Merge = Merge()
     push: Push = Push()
@@ -232,18 +213,7 @@ class MemoryRecipe(StageRecipe):
         return f"{asked.mode}: {read}, {count('dense'):,} when dense"
 
     def savings(self) -> dict[str, Saving]:
-        train, data, found = self.train, self.data, {}
-        if not train.recompute:
-            found["train.recompute"] = Saving(True)
-        elif train.objects_at_once != 1 and train.micro_batch_size * data.objects > 1:
-            found["train.objects_at_once"] = Saving(1)
-        if train.trunk_batch > 1:
-            found["train.trunk_batch"] = Saving(1)
-        if data.objects > 1:
-            found["data.objects"] = Saving(data.objects - 1, proportional=True)
-        if data.frames > 3:
-            found["data.frames"] = Saving(data.frames // 2, proportional=True)
-        return found
+        return clip_savings(self)
 
 
 RECIPE = MemoryRecipe

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from effsam3.benchmarks.results import Results
-from effsam3.benchmarks.vos import vos, vos_table, write_objects
+from effsam3.benchmarks.vos import add_vos, vos_tables
 from effsam3.data.videos.sav import SavFile, load_index
 from effsam3.data.videos.vos import open_vos
 from effsam3.data.videos.vos_video import VosVideo
@@ -53,25 +53,7 @@ def measure(
             trackers |= {f"{config.memory_mode}, untrained": untrained}
     else:
         trackers |= {"dense, trained": student}
-    result = vos(
-        trackers,
-        videos[: asked.max_videos],
-        asked.evaluator,
-        appearing_later=asked.appearing_later,
-        predictions=folder / "eval" / "predictions" if asked.predictions else None,
-        pictures=folder / "pictures",
-        max_pictures=asked.pictures,
-    )
-    result["available"] = len(videos)
-    write_objects(result, folder / "eval" / "objects.csv")
-    results.add("vos", result)
-    results.pictures = sorted((folder / "pictures").glob("*.png"))
+    add_vos(results, trackers, videos, asked, folder)
 
 
-def tables(results: dict[str, dict]) -> list[str]:
-    """Return the video benchmark's results as Markdown."""
-    result = results["vos"]
-    parts, tracked = [vos_table(result)], result["videos"] + len(result["failed"])
-    if tracked < result["available"]:
-        parts.append(f"The first {tracked} of {result['available']} videos (evaluate.max_videos).")
-    return parts
+tables = vos_tables

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 2, memory: a tracker learns to remember in few tokens, next to a frozen one that remembers everything.
 
-Letters: B clips, T frames of a clip, N object slots of a clip, O objects of all clips, S image side in pixels, F
-corrected frames, K clicks on each of them.
+Letters: T frames of a clip, O objects of all clips, S image side in pixels.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +18,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from effsam3.data.synthetic.videos import make_synthetic_sav
-from effsam3.data.transforms import normalise
 from effsam3.data.videos.clips import VideoClips
 from effsam3.data.videos.index import build_index
 from effsam3.data.videos.sav import load_index
@@ -31,7 +27,6 @@ from effsam3.hardware.accelerator import on_main
 from effsam3.losses.masks import object_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.tensors import fingerprint, load_part, read_config, read_tensors
-from effsam3.models.image.teacher import parameter_count
 from effsam3.models.memory.attention import memory_tokens
 from effsam3.models.memory.config import EfficientTrackerConfig
 from effsam3.models.memory.prompts import draw_kind, draw_prompt
@@ -39,9 +34,9 @@ from effsam3.models.memory.slot import MEMORY, tracker_config
 from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.training import PARTS, Prompts, read_tracker_tensors
-from effsam3.stages.base import StageBase
 from effsam3.stages.memory.facts import MemoryData, MemoryRecipe
 from effsam3.stages.protocol import Batch, Place, Stage
+from effsam3.stages.tracking import ClipInputs, TrackerStage, keep_whole
 from effsam3.training.report import Report, table
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn videos: they are few
@@ -61,14 +56,11 @@ def ready_index(recipe: MemoryRecipe, accelerator: Accelerator) -> Path:
 
 def _draw_videos(data: MemoryData) -> None:
     index = Path(data.index)
-    made = {
-        "videos": data.synthetic_videos,
-        "frames": data.synthetic_frames,
-        "side_px": data.synthetic_side_px,
-    }
+    videos, frames, side_px = data.synthetic_videos, data.synthetic_frames, data.synthetic_side_px
+    made = {"videos": videos, "frames": frames, "side_px": side_px}
     stamp(index.parent / "synthetic.json", made, "synthetic videos", "data.index", real=index)
     if not index.is_file():
-        make_synthetic_sav(index.parent / "videos", **made)
+        make_synthetic_sav(index.parent / "videos", videos, frames, side_px)
         build_index([index.parent / "videos"], index, SYNTHETIC_HELD_OUT, workers=1, progress=False)
 
 
@@ -132,49 +124,17 @@ def untrained(recipe: MemoryRecipe, own: PreTrainedConfig | None = None) -> Trac
 NEEDS = ()  # nothing beyond what every training needs
 
 
-def keep_whole(student: TrackerStudent, accelerator: Accelerator) -> None:
-    """Under ZeRO-3, keep the student's weights whole on every rank: gathered together, never module by module.
-
-    Each rank runs the modules that its own prompts and objects need, in an order of its own, so that gathering one by
-    one would make ranks wait for each other for ever. Gradients and optimizer states stay divided, and are three
-    quarters of it.
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        from deepspeed.runtime.zero import register_external_parameter
-
-        # Weights below this size stay where they have been gathered.
-        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = sys.maxsize
-        for parameter in student.parameters():
-            register_external_parameter(student, parameter)  # so that the first forward gathers all of them
-
-
-class ClipInputs(NamedTuple):
-    """What the student's forward takes, on the device."""
-
-    pixels_BT3SS: Tensor
-    masks_OTSS: Tensor
-    clip_O: Tensor  # the clip of each object
-    weight_OT: Tensor  # of each object's frames in the loss; 0 for the empty slot of a batch without any
-    prompts: Prompts
-
-
-class MemoryStage(StageBase):
+class MemoryStage(TrackerStage):
     """A student tracker, the teacher's, clips and prompts."""
 
-    files = "videos"
     recipe: MemoryRecipe
-    student: TrackerStudent
     train_data: VideoClips
     val_data: VideoClips
 
     def __init__(self, recipe: MemoryRecipe, place: Place, tracker: EfficientTracker, teacher: EfficientTracker):
-        super().__init__(recipe, place)
-        self.max_unreadable = recipe.data.max_unreadable
+        super().__init__(recipe, place, make_student(recipe, tracker, teacher))
+        self.teacher = teacher
         self.lr_scales = {"": recipe.optim.pretrained_scale, "memory_resampler.": 1.0}
-        self.student, self.teacher = make_student(recipe, tracker, teacher), teacher
-        self.student_parameters = sum(p.numel() for p in self.student.parameters() if p.requires_grad)
-        self.frozen_parameters = parameter_count(tracker) - self.student_parameters
         self.config = tracker.config
         self.facts = {
             "image_size": tracker.image_size,
@@ -214,19 +174,6 @@ class MemoryStage(StageBase):
     def from_shapes(cls, recipe: MemoryRecipe, place: Place) -> MemoryStage:
         return cls(recipe, place, *make_trackers(recipe, config_at_hand(recipe.sam3.checkpoint).tracker_config))
 
-    def example(self, samples: int) -> Batch:
-        """Return a micro-batch of `samples` clips with as many objects as allowed, each visible in every frame."""
-        data, side = self.recipe.data, self.facts["image_size"]
-        # Masks and prompts decide what is run.
-        masks = torch.zeros(samples, data.frames, data.objects, side, side, dtype=torch.bool)
-        masks[..., : side // 2, : side // 2] = True
-        return {
-            "pixels": torch.empty(samples, data.frames, 3, side, side, dtype=torch.uint8, device="meta"),
-            "masks": masks,
-            "valid": torch.ones(samples, data.objects, dtype=torch.bool),
-            "numbers": list(range(samples)),
-        }
-
     @property
     def frozen(self) -> list[nn.Module]:
         return [self.student.tracker, self.teacher]
@@ -250,42 +197,19 @@ class MemoryStage(StageBase):
             f"{data.frames} frames, at most {data.objects} objects, {self.facts['image_size']} px",
         }
 
-    def train_batches(self, start: int, steps: int, micro_batch: int) -> Iterable[Batch]:
-        """Yield this rank's micro-batches of steps `start` to `steps` - 1; what is drawn at random depends on the
-        clip's number in the run only."""
-        return self.divide(start, steps, micro_batch, numbered=True)
-
-    def samples(self, batch: Batch) -> list[str]:
-        """Videos of a batch's clips, each with the number that the clip was drawn by."""
-        return [f"{key}, clip {number}" for key, number in zip(batch["keys"], batch["numbers"], strict=True)]
-
     def inputs(self, batch: Batch, shares: dict[str, float], corrected: tuple[int, ...] = ()) -> ClipInputs:
-        """Return what the student's forward takes; prompts are drawn by `shares` of their kinds.
-
-        A batch without any object (padding of the last one) keeps one empty slot of weight 0: every rank takes part in
-        every forward.
-        """
-        valid_BN = batch["valid"].clone()
-        empty = not valid_BN.any()
-        # An object without a mask: it costs a forward, but no rank is missing in a collective.
-        valid_BN[0, 0] |= empty
-        clip_O, slot_O = valid_BN.nonzero(as_tuple=True)
-        masks_OTSS = batch["masks"][clip_O, :, slot_O]
-        weight_O = object_weights(clip_O, len(valid_BN)) * (0.0 if empty else 1.0)
+        """Return what the student's forward takes; prompts are drawn by `shares` of their kinds."""
+        objects = self.objects(batch)
         drawn, chances = [], []
-        for clip, slot, mask_TSS in zip(clip_O.tolist(), slot_O.tolist(), masks_OTSS, strict=True):
-            # By the clip's number, so that prompts are the same on any number of ranks and after resuming.
-            rng = np.random.default_rng([self.recipe.train.seed, batch["numbers"][clip], slot])
-            kind = "mask" if empty else draw_kind(shares, rng)
-            points, labels = draw_prompt(mask_TSS[0], kind, rng)
-            drawn.append({0: (points, labels, kind == "mask")})
+        for mask_TSS, rng in zip(objects.masks_OTSS, objects.generators, strict=True):
+            kind = "mask" if objects.none else draw_kind(shares, rng)
+            drawn.append({0: (*draw_prompt(mask_TSS[0], kind, rng), kind == "mask")})
             chances.append(torch.from_numpy(rng.random((len(corrected), self.recipe.prompts.clicks))).float())
         clicks = dict(zip(corrected, torch.stack(chances, 1), strict=True))
-        prompts = replace(Prompts.of(drawn), corrections=clicks).to(self.device)
-        pixels = normalise(batch["pixels"].to(self.device, non_blocking=True))
+        weight_O = object_weights(objects.clip_O, len(batch["valid"])) * (0.0 if objects.none else 1.0)
         # A frame of an object counts as much as another: the loss is a sum over frames.
-        weight_OT = weight_O[:, None].expand(masks_OTSS.shape[:2]).to(self.device)
-        return ClipInputs(pixels, masks_OTSS.to(self.device), clip_O.to(self.device), weight_OT, prompts)
+        weight_OT = weight_O[:, None].expand(objects.masks_OTSS.shape[:2])
+        return self.inputs_of(batch, objects, weight_OT, replace(Prompts.of(drawn), corrections=clicks))
 
     def corrected_frames(self, batch: Batch) -> tuple[int, ...]:
         """Which frames of a step's clips are corrected by clicks: the first, and others at random.

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stages whose student is a tracker have in common: clips, objects and prompts as it takes them.
+
+Letters: B clips, T frames of a clip, N object slots of a clip, O objects of all clips, S image side in pixels.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from effsam3.data.transforms import normalise
+from effsam3.data.videos.clips import Clips
+from effsam3.models.image.teacher import parameter_count
+from effsam3.models.memory.student import TrackerStudent
+from effsam3.models.memory.training import Prompts
+from effsam3.stages.base import StageBase
+from effsam3.stages.protocol import Batch, Place
+
+
+class ClipInputs(NamedTuple):
+    """What the student's forward takes, on the device."""
+
+    pixels_BT3SS: Tensor
+    masks_OTSS: Tensor
+    clip_O: Tensor  # the clip of each object
+    weight_OT: Tensor  # of each object's frames in the loss; 0 for the empty slot of a batch without any
+    prompts: Prompts
+
+
+class Objects(NamedTuple):
+    """The objects of a batch."""
+
+    clip_O: Tensor  # the clip of each
+    masks_OTSS: Tensor
+    none: bool  # there is none: the only one stands for it, without a mask
+    generators: list[np.random.Generator]  # of each object's prompts
+
+
+class TrackerStage(StageBase):
+    """A tracker that learns from clips."""
+
+    files = "videos"
+    recipe: Any
+    student: TrackerStudent
+    facts: dict[str, Any]  # `image_size` among them
+    train_data: Clips
+    val_data: Clips
+
+    def __init__(self, recipe, place: Place, student: TrackerStudent):
+        super().__init__(recipe, place)
+        self.student, self.max_unreadable = student, recipe.data.max_unreadable
+        self.student_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        self.frozen_parameters = parameter_count(student.tracker) - self.student_parameters
+
+    def example(self, samples: int) -> Batch:
+        """Return a micro-batch of `samples` clips with as many objects as allowed, each visible in every frame."""
+        data, side = self.recipe.data, self.facts["image_size"]
+        # Masks and prompts decide what is run.
+        masks = torch.zeros(samples, data.frames, data.objects, side, side, dtype=torch.bool)
+        masks[..., : side // 2, : side // 2] = True
+        return {
+            "pixels": torch.empty(samples, data.frames, 3, side, side, dtype=torch.uint8, device="meta"),
+            "masks": masks,
+            "valid": torch.ones(samples, data.objects, dtype=torch.bool),
+            "inside": torch.ones(samples, data.frames, dtype=torch.bool),
+            "numbers": list(range(samples)),
+        }
+
+    def train_batches(self, start: int, steps: int, micro_batch: int) -> Iterable[Batch]:
+        """Yield this rank's micro-batches of steps `start` to `steps` - 1; what is drawn at random depends on the
+        clip's number in the run only."""
+        return self.divide(start, steps, micro_batch, numbered=True)
+
+    def samples(self, batch: Batch) -> list[str]:
+        """Videos of a batch's clips, each with the number that the clip was drawn by."""
+        return [f"{key}, clip {number}" for key, number in zip(batch["keys"], batch["numbers"], strict=True)]
+
+    def objects(self, batch: Batch) -> Objects:
+        """Return a batch's objects in one row.
+
+        A batch without any (padding of the last one) keeps one empty slot: every rank takes part in every forward.
+        """
+        valid_BN = batch["valid"].clone()
+        none = not valid_BN.any()
+        # An object without a mask: it costs a forward, but no rank is missing in a collective.
+        valid_BN[0, 0] |= none
+        clip_O, slot_O = valid_BN.nonzero(as_tuple=True)
+        # By the clip's number, so that prompts are the same on any number of ranks and after resuming.
+        keys = ((batch["numbers"][clip], slot) for clip, slot in zip(clip_O.tolist(), slot_O.tolist(), strict=True))
+        generators = [np.random.default_rng([self.recipe.train.seed, *key]) for key in keys]
+        return Objects(clip_O, batch["masks"][clip_O, :, slot_O], none, generators)
+
+    def inputs_of(self, batch: Batch, objects: Objects, weight_OT: Tensor, prompts: Prompts) -> ClipInputs:
+        """Bring what the student's forward takes to the device."""
+        pixels = normalise(batch["pixels"].to(self.device, non_blocking=True))
+        masks_OTSS, clip_O = objects.masks_OTSS.to(self.device), objects.clip_O.to(self.device)
+        return ClipInputs(pixels, masks_OTSS, clip_O, weight_OT.to(self.device), prompts.to(self.device))
+
+
+def keep_whole(student: TrackerStudent, accelerator: Accelerator) -> None:
+    """Under ZeRO-3, keep the student's weights whole on every rank: gathered together, never module by module.
+
+    Each rank runs the modules that its own prompts and objects need, in an order of its own, so that gathering one by
+    one would make ranks wait for each other for ever. Gradients and optimizer states stay divided, and are three
+    quarters of it.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        from deepspeed.runtime.zero import register_external_parameter
+
+        # Weights below this size stay where they have been gathered.
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = sys.maxsize
+        for parameter in student.parameters():
+            register_external_parameter(student, parameter)  # so that the first forward gathers all of them
