@@ -212,7 +212,7 @@ def test_missing_keys_are_all_named(write):
     [
         ("", f"stage is missing; choose from {CHOICES}"),
         ("stage: imag\n", "stage: 'imag' is not a stage; did you mean image? (recipe.yaml line 1)"),
-        ("stage: video\n", f"stage: 'video' is not a stage; choose from {CHOICES} (recipe.yaml line 1)"),
+        ("stage: films\n", f"stage: 'films' is not a stage; choose from {CHOICES} (recipe.yaml line 1)"),
         ("stage: [image]\n", f"stage: 'a list' is not a stage; choose from {CHOICES} (recipe.yaml line 1)"),
     ],
 )

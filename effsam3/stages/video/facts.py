@@ -39,11 +39,10 @@ class VideoData(Data):
     # synthetic draws its videos here
     path: str
     split: str | None = None  # a list of `path`, such as train: <split>.txt, or DAVIS' ImageSets/2017; null: all
-    val_path: str | None = None  # held-out videos: in another place ...
+    val_path: str | None = None  # held-out videos: those of another place ...
     val_split: str | None = None  # ... or list, of `val_path` or of `path` ...
-    val_fraction: Annotated[float, inner_share] = (
-        0.1  # ... or else this share of `path`; of one video, its last frames
-    )
+    # ... or else this share of `path`, by their names; of a single video, its last frames
+    val_fraction: Annotated[float, inner_share] = 0.1
     masks: Literal["given", "synthetic"] = "given"  # synthetic: shapes drawn over frames that nobody has annotated
     frames: PositiveInt = 8  # annotated frames of a clip; where a video has fewer, the last one fills up, unscored
     stride: PositiveInt = 1  # every how many annotated frames a clip takes one

@@ -220,7 +220,7 @@ class VideoStage(TrackerStage):
         break_ = "\n         "
         return {
             "learns": break_.join(learns),
-            "memory": f"{self.config.memory_mode}, {memory_tokens(self.config):,} tokens for a frame to read",
+            "tracker": f"{self.config.memory_mode} memory, {memory_tokens(self.config):,} tokens for a frame to read",
             "data": break_.join(lines),
         }
 
