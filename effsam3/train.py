@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from effsam3 import stages
-from effsam3.data.loader import loader, worker_failures_explained
-from effsam3.data.sampler import sequential_batches
+from effsam3.data.loader import worker_failures_explained
 from effsam3.files import refuse_unwritable, write_text
 from effsam3.hardware.accelerate_configs import read_config
 from effsam3.hardware.accelerator import (
     describe_hardware,
-    frozen_autocast,
     launched_processes,
     make_accelerator,
     on_main,
@@ -58,6 +56,7 @@ from effsam3.training.optim import adamw, lr_at
 from effsam3.training.progress import Progress
 from effsam3.training.report import Report, provenance
 from effsam3.training.resume import AUTO, NEVER, resumable, resume_weights, resumed_state
+from effsam3.training.validation import validate
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -158,13 +157,14 @@ def learn(
     announce(recipe, stage, accelerator, report, loggers, steps, micros, state, sizes)
     average = None if ema is None else ema.module
     unreadable = Unreadable(folder)
+    held_out = partial(validate, recipe, stage, accelerator, average or student, unreadable, loggers)
     if state["ended"]:
         report.say(f"this run is complete: {state['step']} steps, nothing to do")
     elif any_asked(accelerator):
         end_stopped(progress, report, loggers, state["step"], steps)
     # The untrained student's numbers show how much of the final ones is due to training.
     if state["step"] == 0:
-        state["untrained"] = validate(recipe, stage, accelerator, average or student, unreadable, 0)
+        state["untrained"] = held_out(0)
         report.metrics(state["untrained"], 0)
         report.say(f"step {0:>6}/{steps}  held out: {line_of(state['untrained'])}  (at the start)")
         if any_asked(accelerator):
@@ -237,7 +237,7 @@ def learn(
             share_buffers(accelerator, student, average)
         if due["eval_every"]:
             with window.paused():
-                values = validate(recipe, stage, accelerator, average or student, unreadable, done)
+                values = held_out(done)
             improved, kept = monitor.enter(state, done, values, recipe.train.keep_best)
             line = f"step {done:>6}/{steps}  held out: {line_of(values)}{'  best' if improved else ''}"
             record(report, loggers, values, done, line)
@@ -276,26 +276,6 @@ def make_ema(recipe: StageRecipe, accelerator: Accelerator, student: nn.Module) 
     from timm.utils import ModelEmaV3  # a second of imports, all of timm and wandb, that other runs do without
 
     return ModelEmaV3(student, decay=recipe.train.ema, device=accelerator.device)
-
-
-def validate(
-    recipe: StageRecipe, stage: Stage, accelerator: Accelerator, model: nn.Module, unreadable: Unreadable, step: int
-) -> dict[str, float]:
-    """Return the stage's numbers on the held-out images, over all ranks; leaves the model in the mode it was in."""
-    training = model.training
-    model.eval()
-    sums: dict[str, Tensor] = {}
-    batches = sequential_batches(
-        len(stage.val_data), recipe.train.micro_batch_size, accelerator.process_index, accelerator.num_processes
-    )
-    # Around the averaged weights: what accelerate or DeepSpeed wraps has its own autocast.
-    with frozen_autocast(accelerator.device, recipe.train.precision):
-        for batch in loader(stage.val_data, batches, recipe.data.workers, pin=False):
-            unreadable.note(batch, step)
-            for name, value in stage.validate(model, batch).items():
-                sums[name] = sums.get(name, 0) + value
-    model.train(training)
-    return stage.summarise({name: accelerator.reduce(value) for name, value in sums.items()})
 
 
 def progress_bar(accelerator: Accelerator, steps: int, done: int) -> tqdm:

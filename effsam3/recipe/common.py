@@ -87,6 +87,8 @@ class Train(Section):
     not_finite: Literal["stop", "skip"] = "stop"  # if a loss is NaN: stop and name the samples, or skip them
     sync_batchnorm: bool = False  # GPUs only: BatchNorm sees the micro-batches of all ranks as one
     eval_samples: PositiveInt = 512  # held-out images per validation
+    pictures: NonNegativeInt = 0  # held-out samples to draw at each validation, the truth next to the prediction
+    pictures_as: Literal["sheet", "mp4"] = "sheet"  # of clips: a PNG of some frames, or a film
     patience: NonNegativeInt = 0  # stop after N validations without improvement of `monitor`; 0: never
     per_rank: bool = False  # also report what each rank waits for and uses: metrics `rank<n>/...`
     loggers: Annotated[tuple[Literal["wandb", "tensorboard"], ...], each_once] = ()  # in addition to metrics.jsonl
@@ -152,6 +154,7 @@ class Recipe(Section):
     replaces: ClassVar[str] = ""  # part of SAM 3 whose place the student takes; the slot has the stage's name
     metric: ClassVar[str | None] = None  # the validation number that chooses the best checkpoint if none is named
     metrics: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {}  # all that may choose it: which values are better
+    draws: ClassVar[bool] = False  # whether the stage can draw held-out samples while it trains (`train.pictures`)
     knobs: ClassVar[tuple[str, ...]] = ()  # keys that decide the device memory, the cheapest to change first
     samples_are_separate: ClassVar[bool] = False  # a micro-batch takes the memory of one sample, times their number
 
@@ -251,6 +254,8 @@ class StageRecipe(Recipe):
             warmup, length = getattr(self.optim, f"warmup_{name}"), getattr(self.train, name)
             if warmup is not None and length is not None and warmup >= length:
                 yield f"optim.warmup_{name}: {warmup:g} is not below train.{name} ({length:g})"
+        if self.train.pictures and not self.draws:
+            yield f"train.pictures: stage {self.stage} draws none while it trains; set it to 0, `evaluate` draws some"
         if (asked := self.train.monitor) is not None and asked not in self.metrics:
             yield f"train.monitor: stage {self.stage} validates no {asked}{did_you_mean(asked, self.metrics)}"
 

@@ -29,7 +29,7 @@ from effsam3.models.merging.slots import start_from
 from effsam3.models.text.student import StudentText
 from effsam3.recipe.common import FeatureRecipe, StageRecipe
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.protocol import Batch, Place
+from effsam3.stages.protocol import Batch, Place, TitledPicture
 from effsam3.training.report import Report, table
 
 TEACHER_FORM = {"fingerprint?": str}  # what a run must record of its teacher, to be merged
@@ -73,6 +73,10 @@ class StageBase:
         )
         pin = self.device.type == "cuda"
         return loader(self.train_data, sampler.micro_batches(start, steps), self.recipe.data.workers, pin)
+
+    def pictures(self, student: nn.Module, batch: Batch) -> list[list[TitledPicture]]:
+        """Draw nothing; a stage whose recipe `draws` has its own."""
+        return []
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Turn the sums of `validate` into means."""

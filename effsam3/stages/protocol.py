@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 
 from effsam3.data.loader import Samples
@@ -22,6 +23,7 @@ from effsam3.recipe.common import FeatureRecipe
 from effsam3.training.report import Report
 
 Batch = dict[str, Any]  # a micro-batch by field: tensors and lists with one entry a sample
+TitledPicture = tuple[str, Image.Image]
 
 
 class Place(Protocol):
@@ -100,6 +102,12 @@ class Stage(Protocol):
 
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return sums over a held-out batch, scalars, to be added over batches and ranks."""
+
+    def pictures(self, student: nn.Module, batch: Batch) -> list[list[TitledPicture]]:
+        """Draw a held-out batch: for each sample its frames in order, the truth next to the prediction.
+
+        Called where the recipe `draws` and `train.pictures` asks for it; collective.
+        """
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Turn the sums of `validate` into metrics `val/...`, the recipe's `metric` among them."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 
@@ -129,6 +130,14 @@ class Loggers:
         for logger in tuple(self.accelerator.trackers):
             if logger.name != "wandb" or step >= self.wandb_from:
                 self._try(logger, partial(logger.log, values, step=step))
+
+    def picture(self, name: str, image_HW3: np.ndarray, step: int) -> None:
+        """Log a picture, uint8 RGB."""
+        layouts: dict[str, dict] = {"tensorboard": {"dataformats": "NHWC"}}
+        for logger in tuple(self.accelerator.trackers):
+            if logger.name != "wandb" or step >= self.wandb_from:
+                options = layouts.get(logger.name, {})
+                self._try(logger, partial(logger.log_images, {name: image_HW3[None]}, step=step, **options))
 
     def finish(self) -> None:
         """Close the loggers and leave the other ranks."""

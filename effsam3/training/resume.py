@@ -39,6 +39,7 @@ FREE_KEYS = ("name ", "hardware", "data.workers", "data.max_unreadable", "embed.
         "keep_checkpoints",
         "keep_best",
         "monitor",
+        "pictures",
         "patience",
         "not_finite",  # until the first NaN both are the same
         "per_rank",

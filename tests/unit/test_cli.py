@@ -208,7 +208,7 @@ def test_recipe_verbs_get_the_overridden_recipe(verb, verb_called):
     assert calls == [("other", {"resume": "auto", "debug": False} if verb == "train" else {})]
     if verb == "train":
         assert main([SMOKE, "--resume", "never"], verb=verb) == 0
-        assert calls[1] == ("smoke-image", {"resume": "never"})
+        assert calls[1] == ("smoke-image", {"resume": "never", "debug": False})
 
 
 @pytest.mark.parametrize(

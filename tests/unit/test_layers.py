@@ -53,6 +53,7 @@ LAYERS = [
         "training.resume",
         "training.not_finite",
         "training.debug_run",
+        "training.validation",
     },
     {
         "embed",

@@ -7,11 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from counting import made_up_stage, one_process
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from effsam3 import train
+from effsam3.benchmarks.pictures.drawing import GAP, LINE
+from effsam3.data.videos.decoder import pictures_in_a_row
 from effsam3.errors import RecipeError, UserError
 from effsam3.plot import default_metrics
+from effsam3.publish.release import Release
 from effsam3.recipe.reader import differing_keys, load_recipe
 from effsam3.status import as_text, examine
 from effsam3.training import checkpoint
@@ -209,3 +214,37 @@ def test_a_debug_run_takes_its_own_place_only(basket):
     assert (folder / "checkpoints").is_dir()
     with pytest.raises(UserError, match="leave --resume out"):
         learn(basket, *LONG, debug=True, resume="never")
+
+
+# ---- pictures
+
+
+def test_a_sheet_at_each_validation_and_for_tensorboard(basket):
+    folder = learn(basket, *ONE, "train.pictures=3", "train.micro_batch_size=2", "train.loggers=[tensorboard]")
+    sheets = sorted((folder / "pictures/validation").iterdir())
+    assert [sheet.name for sheet in sheets] == [f"step-{step:06d}.png" for step in range(7)]
+    columns, rows = 3 * (64 + GAP) + GAP, 3 * (32 + LINE + 2 * GAP)  # three frames of three samples
+    image = Image.open(sheets[-1])
+    assert image.size == (columns, rows) and image.getpixel((2 * (64 + GAP) + GAP + 32, 40)) == (200, 60, 0)
+    board = EventAccumulator(str(folder / "tensorboard/effsam3"), {"images": 0}).Reload()
+    assert [event.step for event in board.Images("val/pictures")] == list(range(7))
+    # They show the user's data: nothing that a push uploads, or a card shows.
+    release = Release(folder=folder, merged={}, chassis="", recipe_files={}, measured=(), since=None, stale=(),
+                      license_file=None)  # fmt: skip
+    assert release.pictures == ()
+
+
+def test_a_film_instead(basket):
+    folder = learn(basket, *ONE, "train.steps=1", "train.pictures=5", "train.pictures_as=mp4")
+    films = sorted((folder / "pictures/validation").iterdir())
+    assert [film.name for film in films] == ["step-000000.mp4", "step-000001.mp4"]
+    frames = [frame for _, frame in pictures_in_a_row(films[0])]
+    # Four samples are held out; each of three frames is shown for a quarter of a second.
+    assert len(frames) == 3 * 6 and frames[0].shape[1] == 4 * (64 + GAP) + GAP
+    assert abs(int(frames[-1][40, 32, 1]) - 60) < 5
+
+
+def test_none_unless_asked(basket):
+    assert not (learn(basket, *ONE, "train.steps=1") / "pictures").exists()
+    with pytest.raises(RecipeError, match="train.pictures: stage image draws none while it trains; set it to 0"):
+        load_recipe("smoke/image", ["train.pictures=2"])
