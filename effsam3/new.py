@@ -19,14 +19,6 @@ from effsam3.files import write_text
 from effsam3.recipe.rules import file_name
 from effsam3.shipped import NAME, PARENT, shipped, short_name, texts
 
-STARTERS = {
-    "image": "stage1/image/es_rv_m",
-    "text": "stage1/text/es_mc_s",
-    "memory": "stage2/memory",
-    "video": "adapt/video_coco",
-    "adapt": "adapt/lora",
-    "release": "release/es_rv_m_mc_s",
-}
 # What only its user can know: where things are, by the folders that shipped recipes call them, and the machine.
 YOURS = re.compile(
     r"^( *[a-z_]+: (?:\[?(?:data|runs)/|\{.*: (?:data|runs)/)[^#\n]*?|hardware: \S+)( *)(# (.*))?$", re.M
@@ -54,7 +46,7 @@ def new(name: str, stage: str | None = None, source: str | None = None, out: str
     if stage is not None and stage not in stages.STAGES:
         raise UserError(f"--stage: {stage!r} is not a stage{did_you_mean(stage, stages.STAGES)}")
     found = texts()
-    short = STARTERS[stage] if stage is not None else short_name(Path(str(source)))
+    short = stages.recipe_class(stage).starter if stage is not None else short_name(Path(str(source)))
     if short not in found:
         raise UserError(f"no recipe called {source} comes with effsam3{did_you_mean(short, found)}")
     path = Path(out or f"{name}.yaml")

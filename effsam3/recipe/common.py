@@ -151,6 +151,7 @@ class Recipe(Section):
     verbs: ClassVar[tuple[str, ...]]  # that `effsam3 launch` knows for this stage, in order
     why_no_more: ClassVar[str] = ""  # why the stage lacks a verb, and what to do instead
     runs_key: ClassVar[str]  # names the folder of run folders
+    starter: ClassVar[str]  # the shipped recipe that `effsam3 new --stage` begins with
     replaces: ClassVar[str] = ""  # part of SAM 3 whose place the student takes; the slot has the stage's name
     metric: ClassVar[str | None] = None  # the validation number that chooses the best checkpoint if none is named
     metrics: ClassVar[Mapping[str, Literal["higher", "lower"]]] = {}  # all that may choose it: which values are better

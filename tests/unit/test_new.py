@@ -8,7 +8,6 @@ import pytest
 
 from effsam3 import shipped, stages
 from effsam3.cli import main
-from effsam3.new import STARTERS
 from effsam3.recipe.reader import differing_keys, load_recipe
 
 
@@ -16,13 +15,13 @@ from effsam3.recipe.reader import differing_keys, load_recipe
 def test_a_stage_s_recipe_is_whole_and_marked(stage, capsys):
     assert main(["new", "mine", "--stage", stage]) == 0
     assert "mine.yaml will run in runs/mine; change its lines marked YOURS" in capsys.readouterr().out
-    text, shipped_one = Path("mine.yaml").read_text(), load_recipe(STARTERS[stage])
-    assert "inherits" not in text and text.startswith(f"# Begun from {STARTERS[stage]}.")
-    assert [line.split()[0] for line in differing_keys(shipped_one, load_recipe("mine.yaml"))] == ["name"]
+    starter, text = stages.recipe_class(stage).starter, Path("mine.yaml").read_text()
+    assert "inherits" not in text and text.startswith(f"# Begun from {starter}.")
+    assert [line.split()[0] for line in differing_keys(load_recipe(starter), load_recipe("mine.yaml"))] == ["name"]
     # Every comment of the recipe and of its parent, but for the parent's first lines, which are about its children.
-    originals = [shipped.recipe_file(STARTERS[stage]).read_text()]
+    originals = [shipped.recipe_file(starter).read_text()]
     if parent := shipped.PARENT.search(originals[0]):
-        parent = (shipped.recipe_file(STARTERS[stage]).parent / parent[1]).read_text()
+        parent = (shipped.recipe_file(starter).parent / parent[1]).read_text()
         originals.append(re.sub(r"\A(#.*\n)+", "", parent))
     said = [comment for original in originals for comment in re.findall(r"# (.*)", original)]
     assert said and all(comment in text for comment in said)

@@ -13,6 +13,7 @@ from effsam3 import launch as launcher
 from effsam3 import stages
 from effsam3.errors import RecipeError
 from effsam3.recipe.reader import load_recipe, refuse_verb
+from effsam3.shipped import texts
 from effsam3.show import show
 from effsam3.stages import needs
 from effsam3.status import as_text, examine
@@ -84,7 +85,7 @@ def test_its_needs_are_asked_for(basket, tmp_path):
 @pytest.mark.parametrize("stage", stages.STAGES)
 def test_facts_are_light_and_complete(stage):
     recipe = stages.recipe_class(stage)
-    assert recipe.verbs and recipe.runs_key
+    assert recipe.verbs and recipe.runs_key and recipe.starter in texts()
     if "train" in recipe.verbs:
         assert recipe.metric in recipe.metrics and recipe.knobs and recipe.replaces
     code = f"import sys, effsam3.stages.{stage}.facts; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"

@@ -126,6 +126,7 @@ class ImageEvaluate(Section):
 class ImageRecipe(FeatureRecipe):
     """Stage 1, image: a student learns the output of SAM 3's ViT trunk, then takes its place."""
 
+    starter = "stage1/image/es_rv_m"
     replaces = "vision trunk"
     card_keys = FeatureRecipe.card_keys | {"student sees, px": "student_image_size"}
     data_names = {source: row.label for source, row in SOURCES.items()}

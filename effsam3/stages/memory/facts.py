@@ -135,6 +135,7 @@ class MemoryEvaluate(Section):
 class MemoryRecipe(StageRecipe):
     """Stage 2, memory: the tracker learns to remember in far fewer tokens; all else stays as it is."""
 
+    starter = "stage2/memory"
     why_no_more = "its frozen trunk runs next to the student, because clips differ in every step; continue with train"
     replaces = "video memory"
     metric = "val/j"

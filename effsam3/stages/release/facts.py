@@ -45,6 +45,7 @@ class Parts(Section):
 class ReleaseRecipe(Recipe):
     """A release: nothing is learned; parts are merged, measured together and published."""
 
+    starter = "release/es_rv_m_mc_s"
     verbs = ("merge", "evaluate")
     why_no_more = "it puts together what has been trained already: run this verb on the recipe of a part"
     runs_key = "runs"

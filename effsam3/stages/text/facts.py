@@ -99,6 +99,7 @@ class TextEvaluate(Section):
 class TextRecipe(FeatureRecipe):
     """Stage 1, text: a student learns the features of SAM 3's text encoder, then takes its place."""
 
+    starter = "stage1/text/es_mc_s"
     replaces = "text encoder"
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "data.context_length", "teacher")
 

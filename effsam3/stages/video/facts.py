@@ -156,6 +156,7 @@ class VideoEvaluate(Section):
 class VideoRecipe(AdaptingRecipe):
     """Own videos: chosen modules of SAM 3's tracker learn to track in them; the merged model keeps its kind."""
 
+    starter = "adapt/video_coco"
     why_no_more = "its frozen trunk runs next to the student, because clips differ in every step; continue with train"
     replaces = "tracker's weights, in place"
     metric = "val/j"
