@@ -16,6 +16,7 @@ DATA = {"effsam3.recipes": "recipes", "effsam3.accelerate_configs": "accelerate_
 # What a run needs only if its recipe asks for it; effsam3/extras.py says so where it is missing.
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.17.2"],  # torch_autocast
+    "lora": ["peft>=0.18"],
     "tensorboard": ["tensorboard>=2.16.2"],  # older 2.16 ask for TensorFlow, the first for its nightly builds
     "wandb": ["wandb>=0.18"],
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packages that a run needs only if its recipe asks for them: extras of setup.py, named like their packages."""
+"""Packages that a run needs only if its recipe asks for them: extras of setup.py, most named like their packages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ def refuse_missing_extras(recipe: Recipe, verbs: Sequence[str], processes: int =
     Raises:
         UserError: the command that installs it.
     """
-    asked = {}  # package -> key of the recipe
+    asked: dict[str, str] = {}  # package -> key of the recipe
+    extras: dict[str, str] = {}  # package -> its extra, where that has another name
     if processes > 1 and {"embed", "train"} & set(verbs) and read_config(recipe.hardware).kind == "DEEPSPEED":
         asked["deepspeed"] = f"hardware: {recipe.hardware}"
     if "train" in verbs and isinstance(recipe, StageRecipe):
         asked |= {logger: f"train.loggers: {logger}" for logger in recipe.train.loggers}
+        asked |= dict.fromkeys(recipe.packages, f"stage: {recipe.stage}")
+        extras |= recipe.packages
     for package, key in asked.items():
         if find_spec(package) is None:
             raise UserError(
-                f'{key} needs {package}, which is not installed: pip install "effsam3[{package}]", or change the key'
+                f"{key} needs {package}, which is not installed: pip install "
+                f'"effsam3[{extras.get(package, package)}]", or change the key'
             )

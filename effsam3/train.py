@@ -252,6 +252,8 @@ def learn(
             keep, home, state = recipe.train.keep_checkpoints, folder / "checkpoints", state | scale.state()
             with window.paused():
                 checkpoint.save(accelerator, student, optimizer, average, home, state, keep, kept)
+                if accelerator.is_main_process:
+                    stage.saved(folder)
         # After saving. A run that was asked to stop at its last step is complete instead.
         if asked and not final:
             end_stopped(progress, report, loggers, done, steps)

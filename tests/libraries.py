@@ -4,8 +4,8 @@
 import sysconfig
 from pathlib import Path
 
-EXTRAS = ("deepspeed", "tensorboard", "wandb")
-NOT_LINKED = (*EXTRAS, "peft", "effsam3", "__editable__")  # peft: nothing needs it
+EXTRAS = {"deepspeed": "deepspeed", "lora": "peft", "tensorboard": "tensorboard", "wandb": "wandb"}  # extra: package
+NOT_LINKED = (*EXTRAS.values(), "effsam3", "__editable__")
 
 
 def link_libraries(folder: Path) -> Path:

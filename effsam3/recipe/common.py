@@ -219,6 +219,7 @@ class StageRecipe(Recipe):
     verbs: ClassVar[tuple[str, ...]] = ("train", "merge", "evaluate")
     runs_key = "train.runs"
     metric: ClassVar[str]
+    packages: ClassVar[dict[str, str]] = {}  # that `train` needs: package -> extra of setup.py
     # The model card: how the student learned, title -> key; what it calls a data.source that has another name there
     card_keys: ClassVar[dict[str, str]] = {
         "teacher": "sam3.checkpoint",

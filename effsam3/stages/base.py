@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,10 +79,30 @@ class StageBase:
         """Draw nothing; a stage whose recipe `draws` has its own."""
         return []
 
+    def saved(self, run: Path) -> None:
+        """Nothing goes next to the checkpoints."""
+
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Turn the sums of `validate` into means."""
         positions = max(float(sums.pop("positions")), 1.0)
         return {f"val/{name}": float(value) / positions for name, value in sums.items()}
+
+
+def keep_whole(student: nn.Module, accelerator: Accelerator) -> None:
+    """Under ZeRO-3, keep the student's weights whole on every rank: gathered together, never module by module.
+
+    Each rank runs the modules that its own prompts and objects need, in an order of its own, so that gathering one by
+    one would make ranks wait for each other for ever. Gradients and optimizer states stay divided, and are three
+    quarters of it.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        from deepspeed.runtime.zero import register_external_parameter
+
+        # Weights below this size stay where they have been gathered.
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = sys.maxsize
+        for parameter in student.parameters():
+            register_external_parameter(student, parameter)  # so that the first forward gathers all of them
 
 
 class FeatureStage(StageBase):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -111,6 +112,9 @@ class Stage(Protocol):
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Turn the sums of `validate` into metrics `val/...`, the recipe's `metric` among them."""
+
+    def saved(self, run: Path) -> None:
+        """Write into the run's folder what goes next to its checkpoints; on rank 0, after each of them."""
 
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
         """Return a table: the student's metrics at the start and at the best step (`best["step"]`)."""

@@ -6,13 +6,11 @@ Letters: B clips, T frames of a clip, N object slots of a clip, O objects of all
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from effsam3.data.transforms import normalise
@@ -102,20 +100,3 @@ class TrackerStage(StageBase):
         pixels = normalise(batch["pixels"].to(self.device, non_blocking=True))
         masks_OTSS, clip_O = objects.masks_OTSS.to(self.device), objects.clip_O.to(self.device)
         return ClipInputs(pixels, masks_OTSS, clip_O, weight_OT.to(self.device), prompts.to(self.device))
-
-
-def keep_whole(student: TrackerStudent, accelerator: Accelerator) -> None:
-    """Under ZeRO-3, keep the student's weights whole on every rank: gathered together, never module by module.
-
-    Each rank runs the modules that its own prompts and objects need, in an order of its own, so that gathering one by
-    one would make ranks wait for each other for ever. Gradients and optimizer states stay divided, and are three
-    quarters of it.
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None and plugin.zero_stage == 3:
-        from deepspeed.runtime.zero import register_external_parameter
-
-        # Weights below this size stay where they have been gathered.
-        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = sys.maxsize
-        for parameter in student.parameters():
-            register_external_parameter(student, parameter)  # so that the first forward gathers all of them

@@ -32,17 +32,18 @@ def without(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "package"),
+    ("arguments", "extra"),
     [
         (["train", "smoke/image", "train.loggers=[wandb]"], "wandb"),
         (["launch", "smoke/image", "train.loggers=[tensorboard]"], "tensorboard"),
         (["launch", "smoke/image", "embed", "hardware=zero2_cpu"], "deepspeed"),
+        (["train", "smoke/lora"], "lora"),
     ],
 )
-def test_a_missing_extra_is_a_sentence_with_the_command(arguments, package, without, tmp_path):
+def test_a_missing_extra_is_a_sentence_with_the_command(arguments, extra, without, tmp_path):
     code, said = without(*arguments)
     assert code == 2 and said.count("\n") == 1, said
-    assert f'needs {package}, which is not installed: pip install "effsam3[{package}]"' in said
+    assert f'needs {EXTRAS[extra]}, which is not installed: pip install "effsam3[{extra}]"' in said
     assert not list(tmp_path.iterdir())  # asked before anything began
 
 

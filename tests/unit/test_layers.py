@@ -33,6 +33,8 @@ LAYERS = [
         "stages.text.facts",
         "stages.memory.facts",
         "stages.video.facts",
+        "stages.adapt.facts",
+        "models.lora.parts",
         "stages.release.facts",
         "data.store.format",
         "models.registry",

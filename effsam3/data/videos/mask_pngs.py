@@ -64,7 +64,7 @@ class ObjectFolders(Annotations):
     def masks(self, number: int) -> dict[int, np.ndarray]:
         """Return the masks of the objects that have one."""
         return {
-            name: _read_png(self._files[name][number], self.name) > 0
+            name: read_png(self._files[name][number], self.name) > 0
             for name in self.objects
             if number in self._files[name]
         }
@@ -97,7 +97,7 @@ class PaletteFrames(Annotations):
         void, faults = [], []
         for file in self._files.values():
             try:
-                ids_HW = _read_png(file, self.name)
+                ids_HW = read_png(file, self.name)
             except UnreadableAnnotations as fault:
                 faults.append(fault)
                 continue
@@ -139,12 +139,12 @@ class PaletteFrames(Annotations):
 
     def masks(self, number: int) -> dict[int, np.ndarray]:
         """Return every object's mask."""
-        ids_HW = _read_png(self._files[number], self.name)
+        ids_HW = read_png(self._files[number], self.name)
         return {name: ids_HW == value for name, value in self._values.items()}
 
     def shown(self, number: int) -> Shown:
         """Return the masks of the ids in one PNG."""
-        ids_HW = _read_png(self._files[number], self.name)
+        ids_HW = read_png(self._files[number], self.name)
         void = VOID if ids_HW.dtype == np.uint8 else IGNORED
         found = set(np.unique(ids_HW).tolist()) - {0}
         if self.binary and found == {void}:  # an object, if no other PNG has ids
@@ -186,7 +186,7 @@ def _by_number(paths: list[Path], video: str) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def _read_png(path: Path, video: str) -> np.ndarray:
+def read_png(path: Path, video: str) -> np.ndarray:
     """Return the values of a mask (H, W): of a palette image its indexes, not its colours.
 
     uint8, or int32 if the PNG has 16 bits.

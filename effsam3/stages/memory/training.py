@@ -34,9 +34,10 @@ from effsam3.models.memory.slot import MEMORY, tracker_config
 from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.training import PARTS, Prompts, read_tracker_tensors
+from effsam3.stages.base import keep_whole
 from effsam3.stages.memory.facts import MemoryData, MemoryRecipe
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.tracking import ClipInputs, TrackerStage, keep_whole
+from effsam3.stages.tracking import ClipInputs, TrackerStage
 from effsam3.training.report import Report, table
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn videos: they are few

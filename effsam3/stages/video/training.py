@@ -35,8 +35,9 @@ from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.trainable import count_parameters, find_trainable, outermost, unused_of
 from effsam3.models.memory.training import Prompts, read_tracker_tensors
+from effsam3.stages.base import keep_whole
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.tracking import ClipInputs, TrackerStage, keep_whole
+from effsam3.stages.tracking import ClipInputs, TrackerStage
 from effsam3.stages.video.facts import TERMS, VideoData, VideoPrompts, VideoRecipe
 from effsam3.training.report import Report, table
 
