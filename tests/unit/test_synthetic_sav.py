@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Synthetic SA-V: the released files, true masks, and videos that depend on (seed, number, settings) alone."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -116,3 +117,25 @@ def test_more_videos_later_leave_the_first_as_they_are(tmp_path):
     later = contents(tmp_path / "a")
     assert later == contents(tmp_path / "b") and first.items() <= later.items() and len(later) == 6
     assert (tmp_path / "a" / "sav_000001.mp4").stat().st_mtime_ns == kept
+
+
+def test_the_look_of_recipes_stays_as_it_was():
+    """Smoke runs and the tiny teacher are measured on these videos: their bytes are known."""
+    drawn = hashlib.sha256()
+    for number in range(1, 7):
+        for objects in (1, 3, 4):
+            video = make_video(number, 9, 48, objects)
+            drawn.update(video.frames.tobytes() + video.masks.tobytes())
+    assert drawn.hexdigest() == "68781827fa4a420558a239a2d31fff7c586bd74bf43b288ed37887bca4983b93"
+
+
+def test_outlines_are_grey_shapes_inside_a_bright_line():
+    for number in range(1, 5):
+        video = make_video(number, 8, 96, 2, look="outlines")
+        frames = video.frames.astype(int)
+        assert np.abs(frames - frames.mean(-1, keepdims=True)).mean() < 5  # grey but for noise
+        mask_HW = video.masks[0, 0]
+        bright_HW = frames[0].mean(-1) > 220
+        assert 0.1 < bright_HW[mask_HW].mean() < 0.6 and not bright_HW[~video.masks[0].any(0)].any()
+        inner = frames[0].mean(-1)[mask_HW & ~bright_HW].mean()
+        assert abs(inner - frames[0].mean(-1)[~video.masks[0].any(0)].mean()) < 80

@@ -15,11 +15,12 @@ from vos_folders import write_vos_trees
 
 from effsam3.benchmarks.jaccard import DavisScorer, SavScorer
 from effsam3.benchmarks.pictures.drawing import evenly
-from effsam3.benchmarks.tracking import TrackerRun, TrackingError, track
+from effsam3.benchmarks.tracking import Showing, TrackerRun, TrackingError, track
 from effsam3.benchmarks.vos import vos, vos_table, write_objects
 from effsam3.data.videos.vos import open_vos
 from effsam3.data.videos.writing import voc_palette
 from effsam3.errors import UserError
+from effsam3.models.memory.prompts import PromptStyle
 from effsam3.models.memory.tracker import EfficientTracker, EfficientTrackerConfig
 from effsam3.stages.memory.measuring import tables
 
@@ -59,6 +60,57 @@ def reference(tracker, video, start, numbers):
         output.frame_idx: processor.post_process_masks([output.pred_masks], [SIZE], binarize=False)[0][:, 0]
         for output in tracker.propagate_in_video_iterator(session, start_frame_idx=start)
     }
+
+
+def shown_by(tracker, video, number, **given):
+    """Masks of transformers' propagation of an object that its processor is shown otherwise: {frame: (H, W)}."""
+    side = {"height": 224, "width": 224}
+    half = [0.5] * 3
+    processor = Sam3TrackerVideoProcessor(
+        Sam3ImageProcessor(size=side, image_mean=half, image_std=half),
+        Sam2VideoVideoProcessor(size=side, image_mean=half, image_std=half),
+    )
+    session = processor.init_video_session(video=torch.from_numpy(video.read(range(video.frames))))
+    processor.add_inputs_to_inference_session(session, 0, [number], **given)
+    return {
+        output.frame_idx: processor.post_process_masks([output.pred_masks], [SIZE])[0][0, 0].numpy()
+        for output in tracker.propagate_in_video_iterator(session, start_frame_idx=0)
+    }
+
+
+@pytest.mark.parametrize("kind", ["box", "point", "mixed"])
+def test_objects_are_shown_by_points_and_boxes(tracker, kind):
+    """The same points by transformers' own processor, which takes them in pixels of the video."""
+    video = Video(objects=(1,))
+    run = TrackerRun(
+        tracker, video.frames, SIZE, True, Showing(kind, PromptStyle(centre=True, jitter=0.0)), video.name
+    )
+    frames = list(track({"it": run}, video, False))
+    given = run.sessions[0].point_inputs_per_obj[0][0]
+    points_P2, labels = given["point_coords"][0, 0], given["point_labels"][0, 0].tolist()
+    assert labels == {"box": [2, 3], "point": [1], "mixed": [2, 3, 1]}[kind]
+    if kind != "box":  # the disc's centre, at the model's size
+        assert points_P2[-1].tolist() == pytest.approx([30 * 224 / SIZE[1], 30 * 224 / SIZE[0]], abs=2)
+    in_video = points_P2.double() * torch.tensor([SIZE[1] / 224, SIZE[0] / 224])
+    shown = {"input_boxes": [[in_video[:2].flatten().tolist()]]} if kind != "point" else {}
+    if kind != "box":
+        shown |= {"input_points": [[[in_video[-1].tolist()]]], "input_labels": [[[1]]]}
+    expected = shown_by(tracker, video, 1, **shown)
+    for frame in frames:
+        found = frame.masks["it"][1]
+        assert (found != expected[frame.index]).mean() < 1e-3 and 0 < found.mean() < 1
+    again = TrackerRun(tracker, video.frames, SIZE, True, Showing(kind, PromptStyle(points=2), seed=1), video.name)
+    next(track({"it": again}, video, False))
+    other = again.sessions[0].point_inputs_per_obj[0][0]["point_coords"]
+    assert other.shape[2] == {"box": 2, "point": 2, "mixed": 4}[kind] and not torch.equal(other[0, 0], points_P2)
+
+
+def test_a_thin_object_is_shown_by_what_it_touches(tracker):
+    run = TrackerRun(tracker, 1, (2000, 2000), True, Showing("point"), "thin")
+    mask = np.zeros((2000, 2000), bool)
+    mask[1000, 900] = True  # a ninth of a pixel
+    (point,) = run._points(0, 1, mask)["point_coords"][0, 0].tolist()
+    assert point == [900 * 224 // 2000, 1000 * 224 // 2000]
 
 
 def run_over(tracker, video, appearing_later=False, overlap=True):

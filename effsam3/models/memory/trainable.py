@@ -43,7 +43,7 @@ def find_trainable(tracker: EfficientTracker, asked: Sequence[str]) -> dict[str,
             last = {one.rpartition(".")[2] for one in known}
             raise UserError(
                 f"model.trainable: nothing in the tracker is called {name!r}{_near(name, [*known, *last])}; its "
-                f"modules are {', '.join(child for child, _ in tracker.named_children() if child in known)}"
+                f"modules are {', '.join(dict.fromkeys(one.split('.')[0] for one in known))}"
             )
         found[name] = outermost(places)
     return found
