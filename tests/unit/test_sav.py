@@ -174,3 +174,10 @@ def test_other_files_are_no_index(tmp_path):
         load_index(path, "val")
     with pytest.raises(UserError, match="'test' does not exist"):
         load_index(path, "test")
+
+
+def test_more_objects_than_a_byte_counts():
+    masks = np.zeros((1, 300, 8, 10), bool)
+    masks[0, 299, 2, 3] = True
+    found = parse_sav(json.dumps(sav_record("crowd", masks)).encode())
+    assert found.visible().tolist() == [[False] * 299 + [True]]

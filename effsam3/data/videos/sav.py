@@ -90,12 +90,10 @@ class SavAnnotations:
 
         The masks must have been checked.
         """
-        from pycocotools import mask
-
         visible_AN = np.zeros((len(self.masklet), len(self.objects)), bool)
         for annotated, rles in enumerate(self.masklet):
             if rles:
-                visible_AN[annotated] = mask.area(rles) > 0
+                visible_AN[annotated] = coco.areas_of(rles) > 0
         return visible_AN
 
 

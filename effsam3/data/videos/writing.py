@@ -30,7 +30,7 @@ from typing import IO
 import numpy as np
 from PIL import Image
 
-from effsam3.data.coco import MOST, rles_of, runs_of
+from effsam3.data.coco import MOST, areas_of, rles_of, runs_of
 from effsam3.data.videos.files import UnreadableVideo
 from effsam3.data.videos.mask_pngs import HIGHEST_ID
 from effsam3.data.videos.sav import FRAME_STRIDE, VIDEO_FPS
@@ -345,10 +345,8 @@ def sav_record(
     Args:
         masklet: the RLEs of all objects on each frame 0, 4, 8 ...; None: it is not annotated.
     """
-    from pycocotools import mask
-
     count, (height, width) = len(objects), size
-    areas_AN = np.array([mask.area(rles) if rles else [0] * count for rles in masklet], np.int64)
+    areas_AN = np.array([areas_of(rles) if rles else [0] * count for rles in masklet])
     shown_AN = areas_AN > 0
     sizes_N = areas_AN.sum(0) / np.maximum(shown_AN.sum(0), 1)  # mean over the frames that show it
     appeared_N = shown_AN.argmax(0)
