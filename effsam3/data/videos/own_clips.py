@@ -71,17 +71,17 @@ class OwnClips(Clips):
             for place, name in enumerate(drawn):
                 if name in frame.masks:
                     masks_TNHW[time, place] = torch.from_numpy(frame.masks[name].mask())
-        visible_TN = self._resized(masks_TNHW.flatten(0, 1)).flatten(1).any(1).view(len(indexes), len(drawn))
-        first = visible_TN.int().argmax(0).tolist()
         frames_T3HW = video.read(indexes)
         video.close()  # thousands of open video files would be too many
         # The last frame again and again, so that all clips of a batch have one length.
         padded = [min(time, len(indexes) - 1) for time in range(self.frames)]
         numbers = [indexes[time] for time in padded]
-        return self._finish(frames_T3HW[padded], masks_TNHW[padded], first, numbers, video.name, rng, len(indexes))
+        return self._finish(
+            frames_T3HW[padded], masks_TNHW[padded], list(drawn.values()), numbers, video.name, rng, len(indexes)
+        )
 
-    def _draw(self, position: int, rng: np.random.Generator) -> tuple[list[int], list[PackedFrame], list[int]]:
-        """Return the frames of a clip, what they show, and at most N objects that are visible in it."""
+    def _draw(self, position: int, rng: np.random.Generator) -> tuple[list[int], list[PackedFrame], dict[int, int]]:
+        """Return the frames of a clip, what they show, and {object: the first of them that shows it} of N objects."""
         video = self.videos[position]
         count = len(video.annotated)
         backwards = rng.random() < self.reverse
@@ -110,15 +110,17 @@ class OwnClips(Clips):
                 return place
         raise NoClip(video.name, "no_object", f"no object is visible at {self.image_size} px")
 
-    def _draw_objects(self, shown: list[PackedFrame], rng: np.random.Generator) -> list[int]:
-        """Draw objects that some frame of a clip shows."""
+    def _draw_objects(self, shown: list[PackedFrame], rng: np.random.Generator) -> dict[int, int]:
+        """Draw at most N objects that some frame of a clip shows; return the first such frame of each."""
         seen = {name for frame in shown for name in frame.masks}
         # On a frame where an object is not annotated, nobody knows whether it is there.
         known = sorted(seen.difference(*(frame.unknown for frame in shown)))
-        drawn = []
+        drawn: dict[int, int] = {}
         for name in rng.permutation(np.array(known, int)).tolist():
-            if any(self._visible(frame.masks[name]) for frame in shown if name in frame.masks):
-                drawn.append(name)
+            times = (time for time, frame in enumerate(shown) if name in frame.masks)
+            first = next((time for time in times if self._visible(shown[time].masks[name])), None)
+            if first is not None:
+                drawn[name] = first
             if len(drawn) == self.objects:
                 break
         return drawn
