@@ -19,9 +19,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from effsam3.benchmarks.pictures.drawing import CELL_WIDTH, contact_sheet, evenly, paint, save_png
+from effsam3.data.images import pairs
+from effsam3.data.images.checking import check_pairs
+from effsam3.data.images.pairs import Pair
 from effsam3.data.problems import Problem, meaning, problems_of
 from effsam3.data.unreadable import Unreadable
 from effsam3.data.videos.checking import VideoCheck, check_video
+from effsam3.data.videos.coco_video import tells_of_videos
 from effsam3.data.videos.vos import FORMATS, JSON_FORMATS, open_frames, open_vos, recognise
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
@@ -47,12 +52,22 @@ class Report:
     panels: Iterator[Panel]
 
 
-def run(path: Path, split: str | None = None, pictures: Path | None = None, json: Path | None = None) -> int:
+def run(
+    path: Path,
+    kind: str | None = None,
+    split: str | None = None,
+    images: Path | None = None,
+    view: str | None = None,
+    pictures: Path | None = None,
+    json: Path | None = None,
+) -> int:
     """Print what is in `path` and what is wrong with it.
 
     Args:
         path: what `data.path` of a recipe may be.
+        kind: videos or images; None: what it looks like.
         split: only the videos of this list.
+        images, view: as `data.images` and `data.view` of a recipe.
         pictures: a PNG to draw.
         json: a file for the whole report.
 
@@ -65,11 +80,14 @@ def run(path: Path, split: str | None = None, pictures: Path | None = None, json
     for file, option in ((pictures, "--pictures"), (json, "--json")):
         if file is not None:
             refuse_unwritable(file.parent, option)
-    report = of_videos(path, split)
+    if (kind or ("images" if looks_like_images(path) else "videos")) == "images":
+        report = of_images(path, images, view)
+    else:
+        report = of_videos(path, split)
     print(f"{path}: {report.format}")
     print("\n".join(f"  {line}" for line in report.lines))
     print(listing(report.problems, json))
-    print(f"for a recipe (effsam3 recipes copy {report.recipe}):")
+    print(f"for a recipe (effsam3 new NAME --from {report.recipe}):")
     print("\n".join(f"  {key}: {value}" for key, value in report.keys.items()))
     if pictures is not None:
         draw(report.panels, pictures)
@@ -81,21 +99,73 @@ def run(path: Path, split: str | None = None, pictures: Path | None = None, json
     return int(any(problem.hurts for problem in report.problems))
 
 
+def looks_like_images(path: Path) -> bool:
+    """Say whether data are images with masks rather than videos.
+
+    A COCO JSON may be either: frames are known by a video, a place in it, or objects that are followed.
+    """
+    if pairs.recognise(path) is None:
+        return False
+    if path.is_dir() and (path / pairs.MASKS).is_dir():
+        return True
+    return not tells_of_videos(recognise(path).content)
+
+
+def of_images(path: Path, images: Path | None, view: str | None) -> Report:
+    """Read all images and their masks."""
+    opened: list[Pair] = []
+    problems: list[Problem] = []
+    try:
+        opened, notes = pairs.open_pairs(path, images, view)
+        problems += [Problem(*note) for note in notes]
+    except UserError as fault:
+        if images is not None or view is not None:
+            raise
+        problems += problems_of(fault, str(path), "not_opened")
+    check = check_pairs(tqdm(opened, unit="image", disable=None))
+    keys: dict[str, Any] = {"data.path": str(path)}
+    keys |= {f"data.{name}": str(value) for name, value in (("images", images), ("view", view)) if value is not None}
+    keys |= {"data.objects": max(1, min(check.most, 8))}
+    counts: dict[str, Any] = {
+        "images": check.images,
+        "empty_images": check.empty,
+        "objects": check.objects,
+        "most_on_an_image": check.most,
+        "categories": dict(check.categories.most_common()),
+        "views": dict(check.views.most_common()),
+        "sizes": sizes(check.sizes.elements()),
+    }
+    lines = [
+        f"{check.images} images, {check.empty / max(check.images, 1):.0%} of them without an object",
+        f"{most_common(counts['sizes'])} pixels",
+        f"{check.objects} objects, at most {check.most} on an image",
+        *(f"{name}: {most_common(counts[name])}" for name in ("categories", "views") if any(counts[name])),
+    ]
+    about = f"images with masks: {pairs.recognise(path)}"
+    return Report(about, counts, lines, problems + check.problems, "adapt/lora", keys, image_panels(opened))
+
+
 def of_videos(path: Path, split: str | None) -> Report:
     """Read all videos, one after the other."""
     tree = recognise(path)
     checks: list[VideoCheck] = []
-    videos: list[VosVideo] = []
+    waiting: list[VosVideo] = []
     problems: list[Problem] = []
     try:
-        videos = open_frames(path) if tree.format == "frames" else open_vos(path, split)
+        waiting = (open_frames(path) if tree.format == "frames" else open_vos(path, split))[::-1]
     except UserError as fault:  # of what is known by its form
         if split is not None and not isinstance(fault, Unreadable):
             raise
         problems += problems_of(fault, str(tree.path), "not_opened")
-    for video in tqdm(videos, unit="video", disable=None):
-        checks.append(check_video(video))
-        problems += checks[-1].problems
+    shown = {waiting[place].name for place in evenly(list(range(len(waiting))), SHEET_VIDEOS)}
+    kept = []
+    with tqdm(total=len(waiting), unit="video", disable=None) as progress:
+        while waiting:
+            video = waiting.pop()  # what is read of it goes with it
+            checks.append(check_video(video))
+            problems += checks[-1].problems
+            kept += [video] if video.name in shown else []
+            progress.update()
     if tree.format == "frames":
         problems.append(Problem("no_masks", str(tree.path), "data.masks=synthetic would draw shapes over them"))
     most = max((check.most for check in checks), default=1)
@@ -105,7 +175,7 @@ def of_videos(path: Path, split: str | None) -> Report:
     keys |= {"data.objects": max(1, min(most, 8))}
     name = "adapt/video_coco" if tree.format in JSON_FORMATS else "adapt/video_frames"
     counts = counts_of(checks)
-    return Report(FORMATS[tree.format], counts, video_lines(counts), problems, name, keys, video_panels(videos))
+    return Report(FORMATS[tree.format], counts, video_lines(counts), problems, name, keys, video_panels(kept))
 
 
 def counts_of(checks: list[VideoCheck]) -> dict[str, Any]:
@@ -186,11 +256,9 @@ def listing(problems: list[Problem], json: Path | None) -> str:
 
 
 def video_panels(videos: list[VosVideo]) -> Iterator[Panel]:
-    """Yield a few frames of some of the videos; what cannot be read is listed as a problem, and left out here."""
-    from effsam3.benchmarks.pictures.drawing import evenly
-
-    for place in evenly(list(range(len(videos))), SHEET_VIDEOS):
-        video, drawn = videos[place].with_gaps(), 0
+    """Yield a few frames of videos; what cannot be read is listed as a problem, and left out here."""
+    for video in (video.with_gaps() for video in videos):
+        drawn = 0
         with contextlib.suppress(UserError):  # of a video that cannot be opened
             for index in evenly(video.annotated, SHEET_FRAMES):
                 with contextlib.suppress(UserError):  # of a frame
@@ -201,10 +269,17 @@ def video_panels(videos: list[VosVideo]) -> Iterator[Panel]:
         yield from [BLANK] * (SHEET_FRAMES - drawn if drawn else 0)  # the next one begins a row
 
 
+def image_panels(opened: list[Pair]) -> Iterator[Panel]:
+    """Yield some of the images; what cannot be read is listed as a problem, and left out here."""
+    for place in evenly(list(range(len(opened))), SHEET_VIDEOS * SHEET_FRAMES):
+        with contextlib.suppress(Unreadable):
+            image_HW3 = opened[place].image()
+            masks = opened[place].masks(*image_HW3.shape[:2])
+            yield opened[place].name[-25:], image_HW3, {number: mask for number, (_, mask) in enumerate(masks, 1)}
+
+
 def draw(panels: Iterator[Panel], file: Path) -> None:
     """Draw images with their masks as one sheet."""
-    from effsam3.benchmarks.pictures.drawing import CELL_WIDTH, contact_sheet, paint, save_png
-
     cells = []
     for title, image_HW3, masks in panels:
         picture = paint(image_HW3, masks, masks) if title else Image.fromarray(image_HW3)

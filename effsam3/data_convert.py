@@ -50,7 +50,7 @@ def run(path: Path, to: str, out: Path, frames: str = "copy", split: str | None 
         if writer.lost and not lossy:
             advice = "Give --lossy to write the rest, or another --to"
             raise UserError(f"--to {to} cannot hold all of {path}:\n{losses(writer)}\n{advice}")
-    text = f"{count} videos, {masks} annotated frames written to {out} as {to}"
+    text = f"{count} videos with {masks} annotated frames are in {out} as {to}"
     if writer.renamed:
         text += f"\nnew names and ids of {len(writer.renamed)} videos: {out / 'renamed.json'}"
     return text + (f"\nlost:\n{losses(writer)}" if writer.lost else "")

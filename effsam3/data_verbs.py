@@ -63,11 +63,14 @@ RESUMES = "The same command resumes after an interruption."
 
 DATA_VERBS = {
     "data check": Verb(
-        "recognise videos with masks, count them, and list everything that is wrong with them",
+        "recognise videos or images with masks, count them, and list all that is wrong with them",
         "data_check:run",
         [
             VIDEOS,
+            arg("--as", "what a COCO JSON does not always tell", dest="kind", choices=("videos", "images")),
             SPLIT,
+            arg("--images", "as data.images: the folder of the images of a COCO JSON", type=Path, metavar="FOLDER"),
+            arg("--view", "as data.view: the column of the images' views", metavar="COLUMN"),
             arg("--pictures", "a contact sheet with masks to draw, .png", type=Path, metavar="FILE"),
             arg("--json", "the whole report", type=Path, metavar="FILE"),
         ],

@@ -39,6 +39,7 @@ HURT = {
     "not_checked": "videos whose masks can only be looked at when the above is mended",
     "not_opened": "files that contradict themselves",
     "no_masks": "frames without masks",
+    "missing_image": "images that are not there",
     "names": "names from which the order of frames is not clear",
 }
 NOTES = {
@@ -56,6 +57,7 @@ NOTES = {
     "category_as_track": "videos without track_id: the category says which object it is",
     "place_as_track": "videos without track_id and category_id: the place in the frame's list says which object it is",
     "no_image": "annotations of images that are not listed: left out",
+    "no_objects": "images without a mask: all of it is background",
     "no_size": "images without a size in the file: taken from the frames",
     "binary": "masks of 0 and 255 only: one object",
     "synthetic": "shapes drawn over the frames",

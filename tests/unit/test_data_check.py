@@ -269,7 +269,7 @@ def test_every_fault_is_named(tmp_path, make, reason, where, capsys):
 
 
 def test_every_reason_of_the_tables_is_tested():
-    tested = {reason for _, reason, _ in CASES}
+    tested = {reason for _, reason, _ in CASES + IMAGE_CASES}
     assert (HURT | NOTES).keys() - tested == {"not_checked", "place_as_track", "synthetic"}
     assert not HURT.keys() & NOTES.keys()
 
@@ -337,3 +337,100 @@ def test_a_long_video_is_read_in_parts(tmp_path, monkeypatch):
     read, sizes = type(video).read, []
     monkeypatch.setattr(type(video), "read", lambda self, some: sizes.append(len(some)) or read(self, some))
     assert not check_video(video).problems and sizes == [1, 2, 2]
+
+
+# ---- images with masks
+
+
+def image_folder(root, change=lambda masks: None):
+    """Five images with two objects in a PNG of ids; `change` gets {name: ids}."""
+    write_frames(root / "images", FRAMES)
+    masks = {
+        name: (one + 2 * (two & ~one)).astype(np.uint8) for name, (one, two) in zip(FRAMES, moving(), strict=True)
+    }
+    change(masks)
+    for name, ids_HW in masks.items():
+        save(Image.fromarray(ids_HW), root / "masks" / name)
+
+
+def coco_images(root, change=lambda content: None):
+    """Images in a COCO JSON: nothing tells of a video."""
+    write_frames(root / "images", FRAMES)
+    content = coco_video(moving())
+    for row in content["images"]:
+        del row["video_id"], row["order_in_video"]
+        row["file_name"] = row.pop("path").removeprefix("walk/").replace("jpg", "png")
+    for row in content["annotations"]:
+        del row["track_id"]
+    change(content)
+    write_json(root / "walk.json", content)
+
+
+def damaged_image(root):
+    image_folder(root)
+    (root / "images/00002.png").write_bytes(b"no image")
+
+
+def gone_image(root):
+    coco_images(root)
+    (root / "images/00002.png").unlink()
+
+
+IMAGE_CASES = [
+    (damaged_image, "corrupt", "00002"),
+    (gone_image, "missing_image", "00002.png"),
+    (
+        lambda root: image_folder(root, lambda masks: masks.update({"00001.png": masks["00001.png"][1:]})),
+        "size_mismatch",
+        "00001",
+    ),
+    (lambda root: image_folder(root, lambda masks: masks.pop("00003.png")), "no_objects", "{root}/images/00003.png"),
+    (
+        lambda root: image_folder(root, lambda masks: masks.update({"7.png": masks["00003.png"]})),
+        "no_image",
+        "{root}/masks/7.png",
+    ),
+    (
+        lambda root: image_folder(root, lambda masks: [mask.fill(0) for mask in masks.values()]),
+        "no_object",
+        "all images",
+    ),
+    (lambda root: coco_images(root, segmentation(EMPTY)), "empty_mask", "walk.json, annotation 7"),
+    (lambda root: coco_images(root, segmentation([])), "no_mask", "walk.json, annotation 7"),
+    (
+        lambda root: coco_images(root, segmentation({"size": [H, W], "counts": [3, 4]})),
+        "bad_mask",
+        "walk.json, annotation 7",
+    ),
+    (lambda root: coco_images(root, segmentation([box(2, 2, 3, 4)])), "tiny_mask", "00004.png, object 2"),
+    (
+        lambda root: coco_images(root, lambda content: content["images"][1].update(file_name="00000.png")),
+        "not_opened",
+        "{root}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("make", "reason", "where"), IMAGE_CASES, ids=[case[1] for case in IMAGE_CASES])
+def test_every_fault_of_images_is_named(tmp_path, make, reason, where):
+    make(tmp_path)
+    code, report = check(tmp_path)
+    found = [row["where"] for row in report["problems"] if row["reason"] == reason]
+    assert found == [where.replace("{root}", str(tmp_path))], report["problems"]
+    assert code == int(reason not in NOTES)
+
+
+def test_images_are_told_from_videos(tmp_path):
+    image_folder(tmp_path / "folder")
+    coco_images(tmp_path / "json")
+    coco(tmp_path / "video")
+    for name in ("folder", "json"):
+        code, report = check(tmp_path / name, "--pictures", str(tmp_path / "sheet.png"))
+        counts = report["counts"]
+        assert (code, report["problems"], report["recipe"]) == (0, [], "adapt/lora")
+        assert (counts["images"], counts["objects"], counts["most_on_an_image"]) == (5, 8, 2)
+        assert report["keys"] == {"data.path": str(tmp_path / name), "data.objects": 2}
+        (tmp_path / "sheet.png").unlink()
+    assert counts["categories"] == {"thing": 8}
+    assert check(tmp_path / "video")[1]["recipe"] == "adapt/video_coco"
+    assert check(tmp_path / "json", "--as", "videos")[1]["counts"]["videos"] == 1

@@ -43,6 +43,17 @@ def is_coco_video(content) -> bool:
     return isinstance(content, dict) and isinstance(content.get("images"), list) and "annotations" in content
 
 
+def tells_of_videos(content: dict) -> bool:
+    """Say whether a JSON of this form has frames of videos: a video, an order or tracks. Else it may be of images."""
+    images, annotations = ([row for row in content[key] if isinstance(row, dict)] for key in ("images", "annotations"))
+    rows = [
+        *images,
+        *annotations,
+        *(row["attributes"] for row in annotations if isinstance(row.get("attributes"), dict)),
+    ]
+    return any(row.get(key) is not None for row in rows for key in ("video_id", *ORDERS, *TRACKS))
+
+
 def read_coco_video(content: dict, file: Path) -> list[VosVideo]:
     """Return the videos of a JSON.
 
