@@ -11,15 +11,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from effsam3.benchmarks.pictures.drawing import compare
 from effsam3.data.transforms import normalise
 from effsam3.data.videos.clips import Clips
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.memory.student import TrackerStudent
 from effsam3.models.memory.training import Prompts
 from effsam3.stages.base import StageBase
-from effsam3.stages.protocol import Batch, Place
+from effsam3.stages.protocol import Batch, Place, TitledPicture
 
 
 class ClipInputs(NamedTuple):
@@ -79,6 +80,31 @@ class TrackerStage(StageBase):
     def samples(self, batch: Batch) -> list[str]:
         """Videos of a batch's clips, each with the number that the clip was drawn by."""
         return [f"{key}, clip {number}" for key, number in zip(batch["keys"], batch["numbers"], strict=True)]
+
+    def held_out_inputs(self, batch: Batch) -> ClipInputs:
+        """Return what the student's forward takes of a held-out batch."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def pictures(self, student: nn.Module, batch: Batch) -> list[list[TitledPicture]]:
+        """Draw each clip of a held-out batch: the annotated objects, and next to them what is tracked."""
+        inputs = self.held_out_inputs(batch)
+        with self.place.autocast():
+            found_OTSS = student(*inputs, drawn=True)["masks"].cpu().numpy()
+        truth_OTSS, images_BTSS3 = inputs.masks_OTSS.cpu().numpy(), batch["pixels"].movedim(2, -1).numpy()
+        clips = []
+        for clip, key in enumerate(batch["keys"]):
+            own = {number: place for number, place in enumerate((inputs.clip_O == clip).nonzero()[:, 0].tolist(), 1)}
+            pictures = []
+            for time in batch["inside"][clip].nonzero()[:, 0].tolist() if key else ():  # none of what fills a batch up
+                truths, found = (
+                    {number: masks_OTSS[place, time] for number, place in own.items()}
+                    for masks_OTSS in (truth_OTSS, found_OTSS)
+                )
+                title = f"{key}, frame {int(batch['frames'][clip][time])}"
+                pictures.append((title, compare(images_BTSS3[clip, time], truths, found)))
+            clips += [pictures] if pictures else []
+        return clips
 
     def objects(self, batch: Batch) -> Objects:
         """Return a batch's objects in one row.

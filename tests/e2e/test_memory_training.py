@@ -33,7 +33,7 @@ MEMORY, TEACHER, RELEASE = (
 STEPS = 3
 SHORT = (
     f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=3", "train.save_every=1", "train.eval_samples=2",
-    "train.keep_checkpoints=9", "train.loggers=[]", "optim.warmup_steps=1", "loss.side_px=56",
+    "train.keep_checkpoints=9", "train.pictures=1", "train.loggers=[]", "optim.warmup_steps=1", "loss.side_px=56",
     # Three frames read a pooled map and latents; corrections make the clicks' randomness count.
     "data.frames=3", "memory.hot_frames=0", "prompts.corrected_frames=2", "prompts.clicks=1",
     "evaluate.max_videos=1", "evaluate.pictures=1", "evaluate.modes=[]", "evaluate.untrained=false",
@@ -66,6 +66,8 @@ def assert_same(folder: Path, name: str, tolerance: float) -> None:
     for step, values in expected.items():
         for key in (f"train/{key}" for key in KEYS):
             assert found[step][key] == pytest.approx(values[key], rel=tolerance, abs=1e-9), (step, key)
+    # Drawn by all ranks together; ZeRO-3 would hang where only one does.
+    assert (folder / "runs" / name / f"pictures/validation/step-{STEPS:06d}.png").is_file()
     held_out = metrics(folder / "runs/reference", "val/j")
     assert held_out[0]["val/j"] > 0.005
     for step, values in metrics(folder / "runs" / name, "val/j").items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -144,6 +145,29 @@ def test_validation_shows_masks_and_is_j_of_all_later_frames(stage):
     assert sums["positions"] == 2 * objects and sums["j"] == absent
     assert stage.summarise(dict(sums)) == {"val/j": pytest.approx(float(absent) / (2 * objects))}
     stage.student.train()
+
+
+def test_pictures_show_the_truth_next_to_what_is_tracked(stage):
+    batch = stage.val_data.__getitems__([0, PADDING])
+    drawn = stage.pictures(stage.student.eval(), batch)
+    inputs = stage.held_out_inputs(batch)
+    with torch.no_grad():
+        found = stage.student(*inputs, drawn=True)
+    stage.student.train()
+    # What fills the batch up is not drawn; a clip has a picture a frame.
+    assert [len(clip) for clip in drawn] == [3] and drawn[0][1][0].startswith(f"{batch['keys'][0]}, frame ")
+    # The masks are those that the numbers are of.
+    both_OT = (found["masks"] & inputs.masks_OTSS).flatten(2).sum(2)
+    either_OT = (found["masks"] | inputs.masks_OTSS).flatten(2).sum(2)
+    torch.testing.assert_close(found["j"], torch.where(either_OT == 0, 1.0, both_OT / either_OT.clamp(min=1)))
+    # The first frame's masks were given: both halves show the same areas, with lines on the right.
+    picture, image = np.asarray(drawn[0][0][1]), batch["pixels"][0, 0].movedim(0, -1).numpy()
+    side = image.shape[0]
+    left, right = picture[:, :side], picture[:, side:]
+    area = inputs.masks_OTSS[inputs.clip_O == 0, 0].any(0).numpy()
+    plain = (image * np.float32(0.85)).round().astype(np.uint8)
+    assert area.any() and (left[area] != plain[area]).any(1).all() and (left[~area] == plain[~area]).all()
+    assert ((left == right).all(2) | area).mean() > 0.95 and not (left == right).all()
 
 
 def test_the_run_says_what_it_learns_from(stage):

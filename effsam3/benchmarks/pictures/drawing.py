@@ -57,6 +57,15 @@ def paint(image_HWC: np.ndarray, filled: Masks, outlined: Masks) -> Image.Image:
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
+def compare(image_HWC: np.ndarray, truths: Masks, found: Masks) -> Image.Image:
+    """Draw an image twice: what is annotated on the left, what was found on the right with the truth as lines."""
+    height, width = image_HWC.shape[:2]
+    both = Image.new("RGB", (2 * width, height))
+    both.paste(paint(image_HWC, truths, {}), (0, 0))
+    both.paste(paint(image_HWC, found, truths), (width, 0))
+    return both
+
+
 def save_png(picture: Image.Image, path: Path) -> None:
     """Write a picture whole or not at all."""
     with atomic_file(path) as file:

@@ -95,14 +95,21 @@ class TrackerStudent(nn.Module):
         return self
 
     def forward(
-        self, pixels_BT3SS: Tensor, masks_OTSS: Tensor, clip_O: Tensor, weight_OT: Tensor, prompts: Prompts
+        self,
+        pixels_BT3SS: Tensor,
+        masks_OTSS: Tensor,
+        clip_O: Tensor,
+        weight_OT: Tensor,
+        prompts: Prompts,
+        drawn: bool = False,
     ) -> dict[str, Tensor]:
         """Track every object through its clip, from where it is first prompted; `weight_OT` are its frames' in the
         loss.
 
         Returns:
             `loss` and its named terms, scalars; in eval mode only where `scoring` asks for them. In eval mode `j`
-            (O, T), the mask's intersection over union, 1 where both are empty, and 0 before the first prompt.
+            (O, T), the mask's intersection over union, 1 where both are empty, and 0 before the first prompt; with
+            `drawn` the masks themselves, too, `masks` (O, T, S, S), boolean.
         """
         # Every parameter has a gradient in every step, on every rank, whatever the prompts were. Made first, so that
         # the backward pass comes to it last and all gradients are ready in the same order on every rank: ZeRO-1 and 2
@@ -113,6 +120,7 @@ class TrackerStudent(nn.Module):
         features = encode_frames(self.tracker, pixels_BT3SS.flatten(0, 1), self.trunk_batch, self.trunk_frozen)
         frame_OT = clip_O[:, None] * frames + torch.arange(frames, device=clip_O.device)
         results, j_OT = [], weight_OT.new_zeros(weight_OT.shape)
+        scores = {"masks": torch.zeros_like(masks_OTSS)} if drawn else {}
         # Activations grow with objects times frames; in groups only one group's are alive with `recompute`.
         for objects_N in prompts.groups(self.objects_at_once):
             masks_NTSS = masks_OTSS[objects_N]
@@ -132,11 +140,13 @@ class TrackerStudent(nn.Module):
                 results.append(self.losses(tracked, masks_NTSS, weight_OT[objects_N]))
             if not self.training:
                 j_OT[objects_N, tracked[0].time :] = overlap(tracked, masks_NTSS)
+            for frame in tracked if drawn else ():
+                scores["masks"][objects_N, frame.time] = frame.logits_OSS > 0
         zero = weight_OT.new_zeros(())
         terms = {name: sum((result[name] for result in results), zero) for name in (results[0] if results else ())}
         total = sum((self.scoring.weights[name] * value for name, value in terms.items()), zero)
         # Times zero: gradients exist without changing their value.
-        scores = {"loss": total + 0 * touched, **terms} if results else {}
+        scores |= {"loss": total + 0 * touched, **terms} if results else {}
         return scores if self.training else {"j": j_OT, **scores}
 
     def losses(self, tracked: list[Tracked], masks_NTSS: Tensor, weight_NT: Tensor) -> dict[str, Tensor]:

@@ -139,6 +139,7 @@ class MemoryRecipe(StageRecipe):
     why_no_more = "its frozen trunk runs next to the student, because clips differ in every step; continue with train"
     replaces = "video memory"
     metric = "val/j"
+    draws = True
     metrics = {"val/j": "higher"}
     card_keys = StageRecipe.card_keys | {"parts of the tracker": "memory.trains"}
     data_names = {"sav": "SA-V"}

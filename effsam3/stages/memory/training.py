@@ -233,10 +233,13 @@ class MemoryStage(TrackerStage):
         with self.place.autocast():
             return student(*inputs)
 
+    def held_out_inputs(self, batch: Batch) -> ClipInputs:
+        return self.inputs(batch, {"mask": 1.0, "point": 0.0, "box": 0.0})
+
     @torch.no_grad()
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return sums of a batch for `summarise`: J of objects given by their mask in the first frame."""
-        inputs = self.inputs(batch, {"mask": 1.0, "point": 0.0, "box": 0.0})
+        inputs = self.held_out_inputs(batch)
         counts_O = inputs.weight_OT[:, 0] > 0
         with self.place.autocast():
             j_OT = student(*inputs)["j"][:, 1:].double()

@@ -160,6 +160,7 @@ class VideoRecipe(AdaptingRecipe):
     why_no_more = "its frozen trunk runs next to the student, because clips differ in every step; continue with train"
     replaces = "tracker's weights, in place"
     metric = "val/j"
+    draws = True
     metrics = {"val/j": "higher", "val/loss": "lower", **{f"val/loss_{name}": "lower" for name in TERMS}}
     card_keys = AdaptingRecipe.card_keys | {"trained modules": "model.trainable"}
     data_names = {"videos": "own videos"}

@@ -252,13 +252,16 @@ class VideoStage(TrackerStage):
         with self.place.autocast():
             return named(student(*inputs))
 
+    def held_out_inputs(self, batch: Batch) -> ClipInputs:
+        return self.inputs(batch)
+
     @torch.no_grad()
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return sums of a batch for `summarise`: J on frames that were not given, and the loss of clips.
 
         Prompts are those of the recipe, the same ones in every validation.
         """
-        inputs = self.inputs(batch)
+        inputs = self.held_out_inputs(batch)
         with self.place.autocast():
             found = student(*inputs)
         j_OT, counts_OT = found.pop("j").double(), inputs.weight_OT > 0
