@@ -33,6 +33,6 @@ class UnreadableImage(Unreadable):
 
 class UnreadableAnnotations(Unreadable):
     """Reasons: bad_json, not_sa1b or not_sav, bad_mask, bad_box, bad_point, object_ids, size_mismatch, frame_count,
-    unreadable, changed; of a benchmark's PNGs those that `data.vos` gives."""
+    unreadable, changed; of PNGs those that `mask_pngs` gives."""
 
     what = "annotations of"

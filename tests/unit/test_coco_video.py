@@ -94,6 +94,18 @@ def test_without_tracks_a_category_is_one_object_and_that_is_noted_once(tmp_path
     assert reasons(video) == ["place_as_track"]
 
 
+def test_categories_and_places_are_not_mixed_up(tmp_path):
+    content = coco_video(MASKS)
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 0  # of the second object
+        if annotation.pop("track_id") == 1:
+            del annotation["category_id"]  # the first in its frame's list: place 0
+    (video,) = opened(tmp_path, content)
+    check(video, objects=(1, 0))
+    assert video.object_names == {0: "category 0", 1: "place 0"}
+    assert reasons(video) == ["category_as_track", "place_as_track"]
+
+
 def test_a_crowd_is_an_object_if_it_has_a_track(tmp_path):
     # So are the masks of Datumaro and CVAT, and supervision's with holes.
     (video,) = opened(tmp_path, coco_video(MASKS, encode=runs, iscrowd=1))
@@ -341,6 +353,22 @@ def test_frames_may_be_those_of_a_video_file(tmp_path, name):
     (video,) = open_vos(write_json(tmp_path / "videos.json", content))
     with pytest.raises(UnreadableVideo, match=r"frame 11 has masks but is not in .*\(11 frames\)"):
         video.annotated  # noqa: B018
+
+
+def test_images_without_names_are_those_of_a_video_file(tmp_path):
+    content = coco_video(MASKS, video="../walk")
+    for image in content["images"]:
+        del image["path"]
+    file = write_json(tmp_path / "videos.json", content)
+    (video,) = open_vos(file)
+    assert video.name == "walk", "no name leads out of a folder"
+    with pytest.raises(UnreadableVideo, match="00000.jpg"):
+        video.read([0])
+    (tmp_path / "walk.mp4").write_bytes(mp4_bytes(np.zeros((5, H, W, 3), np.uint8)))
+    (video,) = open_vos(file)
+    assert video.frames == 5 and (video.masks(4)[2] == MASKS[4, 1]).all()
+    content["images"] = [image | {"video_id": ".."} for image in content["images"]]
+    assert open_vos(write_json(file, content))[0].name == "videos"
 
 
 def test_frames_of_a_video_file_go_by_their_names_where_a_tool_counts_its_images(tmp_path):

@@ -184,18 +184,20 @@ class _Reader:
             for number, image in zip(numbers, self.images, strict=True)
             for at, (place, annotation) in enumerate(self.annotations[image["id"]])
         ]
-        tracked = any(_track_of(annotation) is not None for _, _, annotation, _ in found)
+        kinds = {_identity(annotation, at)[0] for _, _, annotation, at in found}
+        best = next((kind for kind in KINDS if kind in kinds), "")  # whose keys are the objects' own ids
         keyed: list[tuple[Hashable, int, Segment]] = []
         names: dict[Hashable, str | int] = {}
         categories: dict[Hashable, str] = {}
         taken: Counter[str] = Counter()
         for number, where, annotation, at in found:
             kind, key = _identity(annotation, at)
-            if kind != "track" and tracked and annotation.get("iscrowd"):
+            # Tools write ordinary masks as crowds; a crowd as COCO means it is only told by having no track.
+            if best == "track" != kind and annotation.get("iscrowd"):
                 self.notes.append(Note("crowd", where, "a crowd without a track is no object; left out"))
                 continue
             taken[kind] += 1
-            identity: Hashable = key if kind == "track" or not tracked else (kind, key)
+            identity: Hashable = key if kind == best else (kind, key)
             names.setdefault(identity, key if kind == "track" else f"{kind} {key}")
             if (category := category_of(annotation, self.known)) is not None:
                 categories.setdefault(identity, category)
@@ -204,7 +206,7 @@ class _Reader:
                 continue  # tools keep the last shape of a track that has left
             segment = segment_of(annotation.get("segmentation"), where, self.notes)
             keyed.append((identity, number, segment))
-        for kind in ("category", "place"):
+        for kind in KINDS[1:]:
             if taken[kind]:
                 self.notes.append(Note(f"{kind}_as_track", f"video {self.name}", FALLBACKS[kind]))
         ids = number_objects(names)
@@ -219,6 +221,7 @@ class _Reader:
         return segments, called, {ids[identity]: category for identity, category in categories.items()}
 
 
+KINDS = ("track", "category", "place")  # of what tells objects apart, the best first
 FALLBACKS = {
     "category": "annotations have no track_id: all of one category are taken for one object",
     "place": "annotations have neither track_id nor category_id: those of one place in their frames' lists are taken "

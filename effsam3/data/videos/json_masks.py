@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 import reprlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -92,7 +93,7 @@ class JsonMasks(Annotations):
         masks, unknown = {}, []
         for name, segments in self.segments[number].items():
             decoded = [self._decode(segment, size) for segment in segments if segment.value is not None]
-            if not decoded:
+            if not decoded:  # taken as absent, it would teach that the object had left
                 unknown.append(name)
             elif (mask_HW := np.logical_or.reduce(decoded)).any():
                 masks[name] = mask_HW
@@ -172,7 +173,8 @@ def unique_names(names: dict[Hashable, str], file: Path) -> dict[Hashable, str]:
         UserError: two keys are the same as texts.
     """
     for some in (names, {key: str(key) for key in names}):
-        found = {key: name.strip("/").replace("/", "_") or file.stem for key, name in some.items()}
+        # Benchmarks write folders of these names: none may lead out of theirs.
+        found = {key: re.sub(r"[/\\]", "_", name).lstrip("._") or file.stem for key, name in some.items()}
         twice = [name for name, count in Counter(found.values()).items() if count > 1]
         if not twice:
             return found
@@ -204,6 +206,9 @@ class FrameFinder:
 
         `names`: for each frame what the file calls it, the best first. The others are expected where one of these is.
         """
+        if not all(names):
+            return None
+        # One of them shows where all are: thousands of frames are not looked for one by one.
         for frame in (0, -1):
             for place, name in enumerate(names[frame]):
                 for reading in READINGS:
@@ -236,6 +241,7 @@ class FrameFinder:
         images = self.images(video, names)
         for image, some in zip(images or (), names, strict=False):
             mine = f"{some} of video {video!r}"
+            # Bare names such as 00000.jpg occur in every video: two of them must not end at one file unnoticed.
             if (other := self._taken.setdefault(image, mine)) is not mine:
                 raise coco.Malformed(
                     f"{mine} and {other} both are {image}; put each video's frames into its own folder"
