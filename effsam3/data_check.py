@@ -23,7 +23,7 @@ from effsam3.benchmarks.pictures.drawing import CELL_WIDTH, contact_sheet, evenl
 from effsam3.data.images import pairs
 from effsam3.data.images.checking import check_pairs
 from effsam3.data.images.pairs import Pair
-from effsam3.data.problems import Problem, meaning, problems_of
+from effsam3.data.problems import Note, meaning, problems_of
 from effsam3.data.unreadable import Unreadable
 from effsam3.data.videos.checking import VideoCheck, check_video
 from effsam3.data.videos.coco_video import tells_of_videos
@@ -46,7 +46,7 @@ class Report:
     format: str
     counts: dict[str, Any]
     lines: list[str]  # the same in words
-    problems: list[Problem]
+    problems: list[Note]
     recipe: str  # shipped one that fits
     keys: dict[str, Any]  # for it
     panels: Iterator[Panel]
@@ -114,10 +114,10 @@ def looks_like_images(path: Path) -> bool:
 def of_images(path: Path, images: Path | None, view: str | None) -> Report:
     """Read all images and their masks."""
     opened: list[Pair] = []
-    problems: list[Problem] = []
+    problems: list[Note] = []
     try:
         opened, notes = pairs.open_pairs(path, images, view)
-        problems += [Problem(*note) for note in notes]
+        problems += notes
     except UserError as fault:
         if images is not None or view is not None:
             raise
@@ -150,7 +150,7 @@ def of_videos(path: Path, split: str | None) -> Report:
     tree = recognise(path)
     checks: list[VideoCheck] = []
     waiting: list[VosVideo] = []
-    problems: list[Problem] = []
+    problems: list[Note] = []
     try:
         waiting = (open_frames(path) if tree.format == "frames" else open_vos(path, split))[::-1]
     except UserError as fault:  # of what is known by its form
@@ -167,7 +167,7 @@ def of_videos(path: Path, split: str | None) -> Report:
             kept += [video] if video.name in shown else []
             progress.update()
     if tree.format == "frames":
-        problems.append(Problem("no_masks", str(tree.path), "data.masks=synthetic would draw shapes over them"))
+        problems.append(Note("no_masks", str(tree.path), "data.masks=synthetic would draw shapes over them"))
     most = max((check.most for check in checks), default=1)
     lengths = [check.annotated for check in checks if check.annotated]
     keys: dict[str, Any] = {"data.path": str(path)} | ({"data.split": split} if split else {})
@@ -234,9 +234,9 @@ def most_common(counted: dict[str, int]) -> str:
     return ", ".join(shown + more) or "0"
 
 
-def listing(problems: list[Problem], json: Path | None) -> str:
+def listing(problems: list[Note], json: Path | None) -> str:
     """Return the problems by what they mean, those that hurt first, with how many there are and the first of each."""
-    kinds: dict[str, list[Problem]] = defaultdict(list)
+    kinds: dict[str, list[Note]] = defaultdict(list)
     for problem in problems:
         kinds[problem.reason].append(problem)
     lines = []

@@ -14,11 +14,11 @@ FEWEST_PIXELS = 16  # of a mask that is more than a slip of the mouse
 LARGEST_SHARE = 0.95  # of an image that a mask covers before it looks inverted
 
 
-class Problem(NamedTuple):
-    """One thing that is wrong; its reason is a key of REASONS, or one of a reader's errors."""
+class Note(NamedTuple):
+    """Something that is wrong with data, or that a reader left out, repaired or took for granted."""
 
-    reason: str
-    where: str
+    reason: str  # one word, to count them by: a key of HURT or NOTES, or the reason of a reader's error
+    where: str  # the file, frame or annotation
     detail: str = ""
 
     @property
@@ -65,11 +65,11 @@ NOTES = {
 }
 
 
-def problems_of(error: UserError, where: str, reason: str = "names") -> list[Problem]:
+def problems_of(error: UserError, where: str, reason: str = "names") -> list[Note]:
     """Return what a reader refused as problems; `reason` is for an error that has none."""
     if isinstance(error, Unreadable):
-        return [Problem(fault.reason, where, fault.detail) for fault in (error, *error.others)]
-    return [Problem(reason, where, str(error))]
+        return [Note(fault.reason, where, fault.detail) for fault in (error, *error.others)]
+    return [Note(reason, where, str(error))]
 
 
 def meaning(reason: str) -> str:
@@ -77,11 +77,11 @@ def meaning(reason: str) -> str:
     return (HURT | NOTES).get(reason, "cannot be read, and is left out")
 
 
-def mask_problems(mask_HW: np.ndarray, where: str) -> list[Problem]:
+def mask_problems(mask_HW: np.ndarray, where: str) -> list[Note]:
     """Return what is strange about a mask (H, W) that is not empty."""
     pixels = int(mask_HW.sum())
     if pixels < FEWEST_PIXELS:
-        return [Problem("tiny_mask", where, f"{pixels} pixels")]
+        return [Note("tiny_mask", where, f"{pixels} pixels")]
     if pixels > LARGEST_SHARE * mask_HW.size:
-        return [Problem("whole_frame", where, f"{pixels / mask_HW.size:.0%} of it")]
+        return [Note("whole_frame", where, f"{pixels / mask_HW.size:.0%} of it")]
     return []

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from effsam3.data import coco
 from effsam3.data.concepts.categories import is_federated, phrases, read_categories
-from effsam3.data.concepts.pairs import Limits, Note, Subset
+from effsam3.data.concepts.pairs import Limits, Subset
 from effsam3.data.concepts.saco import is_saco, read_saco
+from effsam3.data.problems import Note
 from effsam3.errors import UserError
 
 # SA-Co Gold: gold_crowded_merged_a_release_test.json, and the same with b and c

@@ -10,21 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from effsam3.data import coco
 from effsam3.data.images.decoding import decode_image
+from effsam3.data.problems import Note
 from effsam3.data.unreadable import UnreadableImage
-
-
-class Note(NamedTuple):
-    """Something that a reader left out, repaired or took for granted: work goes on, people should know."""
-
-    reason: str  # one word, to count them by
-    where: str  # the file and its entry
-    detail: str = ""
 
 
 @dataclass(frozen=True)

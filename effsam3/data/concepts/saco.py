@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from effsam3.data import coco
-from effsam3.data.concepts.pairs import ConceptObject, ConceptPair, Limits, Note, file_of, object_of, phrase_of, take
+from effsam3.data.concepts.pairs import ConceptObject, ConceptPair, Limits, file_of, object_of, phrase_of, take
+from effsam3.data.problems import Note
 
 
 @dataclass

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from effsam3.data.images.pairs import Pair
-from effsam3.data.problems import Problem, mask_problems, problems_of
+from effsam3.data.problems import Note, mask_problems, problems_of
 from effsam3.data.unreadable import Unreadable
 
 
@@ -23,7 +23,7 @@ class PairsCheck:
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # rows, columns
     categories: Counter[str] = field(default_factory=Counter)  # objects
     views: Counter[str] = field(default_factory=Counter)  # images
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Note] = field(default_factory=list)
 
     def add(self, pair: Pair) -> None:
         """Read an image and its masks."""
@@ -50,5 +50,5 @@ def check_pairs(pairs: Iterable[Pair]) -> PairsCheck:
     for pair in pairs:
         check.add(pair)
     if check.images and not check.objects:
-        check.problems.append(Problem("no_object", "all images"))
+        check.problems.append(Note("no_object", "all images"))
     return check

@@ -12,12 +12,13 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from effsam3.data import coco
 from effsam3.data.images.decoding import EXTENSIONS, decode_image
+from effsam3.data.problems import Note
 from effsam3.data.unreadable import UnreadableAnnotations, UnreadableImage
 from effsam3.data.videos.mask_pngs import VOID, read_png
 from effsam3.errors import UserError, did_you_mean
@@ -28,14 +29,6 @@ LAYOUTS = (
     "a COCO JSON (or a folder with exactly one), or a folder with images/NAME.jpg and masks/NAME.png, or "
     "masks/CATEGORY/NAME.png"
 )
-
-
-class PairNote(NamedTuple):
-    """Something that a reader left out or took for granted: training goes on, people should know."""
-
-    reason: str  # one word, to count them by
-    where: str  # the file, image or annotation
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +105,7 @@ def recognise(path: str | Path) -> str | None:
 
 def open_pairs(
     path: str | Path, images: str | Path | None = None, view: str | None = None
-) -> tuple[list[Pair], list[PairNote]]:
+) -> tuple[list[Pair], list[Note]]:
     """Return the images of a data set in order of their names, and what was left out or taken for granted.
 
     Args:
@@ -147,7 +140,7 @@ def _json_of(path: Path) -> Path | None:
 # ---- a COCO JSON
 
 
-def _of_coco(file: Path, images: Path | None, view: str | None) -> tuple[list[Pair], list[PairNote]]:
+def _of_coco(file: Path, images: Path | None, view: str | None) -> tuple[list[Pair], list[Note]]:
     """Read a COCO JSON. iscrowd is not looked at: tools mark masks with it that are masks like any other."""
     try:
         content = coco.load_json(file.read_bytes())
@@ -159,7 +152,7 @@ def _of_coco(file: Path, images: Path | None, view: str | None) -> tuple[list[Pa
         raise UserError(f"data.path: {file}: {fault}") from fault
     if view is not None and rows and not any(view in row for row in rows):
         raise UserError(f"data.view: no image of {file} has {view!r}{did_you_mean(view, list(rows[0]))}")
-    notes: list[PairNote] = []
+    notes: list[Note] = []
     sources: dict[Any, list[Source]] = {row["id"]: [] for row in rows}
     sizes = {row["id"]: _size_of(row) for row in rows}
     for number, annotation in enumerate(annotations):
@@ -167,17 +160,17 @@ def _of_coco(file: Path, images: Path | None, view: str | None) -> tuple[list[Pa
         try:
             image = coco.mapping(annotation, "it", ("image_id",))["image_id"]
             if image not in sources:
-                notes.append(PairNote("no_image", where, f"image_id {image!r} is not in images"))
+                notes.append(Note("no_image", where, f"image_id {image!r} is not in images"))
                 continue
             if not annotation.get("segmentation"):
-                notes.append(PairNote("no_mask", where, "only a box; left out"))
+                notes.append(Note("no_mask", where, "only a box; left out"))
                 continue
             rle = _checked(annotation["segmentation"], sizes[image])
         except coco.Malformed as fault:
-            notes.append(PairNote(fault.reason or "bad_mask", where, f"{fault}; left out"))
+            notes.append(Note(fault.reason or "bad_mask", where, f"{fault}; left out"))
             continue
         if rle is None:
-            notes.append(PairNote("empty_mask", where, "left out"))
+            notes.append(Note("empty_mask", where, "left out"))
             continue
         sources[image].append(Source(categories.get(annotation.get("category_id"), ""), rle))
     pairs = []
@@ -185,10 +178,10 @@ def _of_coco(file: Path, images: Path | None, view: str | None) -> tuple[list[Pa
         name = str(row.get("file_name") or row.get("path") or row["id"])
         place = _image_file(row, file.parent, images)
         if not place.is_file():
-            notes.append(PairNote("missing_image", name, f"there is no {place}"))
+            notes.append(Note("missing_image", name, f"there is no {place}"))
             continue
         if not sources[row["id"]]:
-            notes.append(PairNote("no_objects", name, f"{file.name} has no mask of it"))
+            notes.append(Note("no_objects", name, f"{file.name} has no mask of it"))
         pairs.append(Pair(name, place, sizes[row["id"]], _view(row, view, name), tuple(sources[row["id"]])))
     _refuse_one_name(pairs, file)
     return pairs, notes
@@ -228,7 +221,7 @@ def _refuse_one_name(pairs: list[Pair], file: Path) -> None:
 # ---- folders of images and masks
 
 
-def _of_folder(root: Path, view: str | None) -> tuple[list[Pair], list[PairNote]]:
+def _of_folder(root: Path, view: str | None) -> tuple[list[Pair], list[Note]]:
     """Read `images/` and `masks/`. A mask has its image's path, or that path below a folder named by its category."""
     images = _files(root / IMAGES, EXTENSIONS)
     rows = _table(root / TABLE, view) if view is not None else {}
@@ -241,11 +234,11 @@ def _of_folder(root: Path, view: str | None) -> tuple[list[Pair], list[PairNote]
         elif below in sources:
             sources[below].append(Source(category, file))
         else:
-            notes.append(PairNote("no_image", str(file), f"there is no image {name} in {root / IMAGES}"))
+            notes.append(Note("no_image", str(file), f"there is no image {name} in {root / IMAGES}"))
     pairs = []
     for name, file in images.items():
         if not sources[name]:
-            notes.append(PairNote("no_objects", str(file), f"{root / MASKS} has no mask of it"))
+            notes.append(Note("no_objects", str(file), f"{root / MASKS} has no mask of it"))
         seen = _view(rows.get(name, {}), view, name)
         pairs.append(Pair(name, file, None, seen, tuple(sources[name])))
     return pairs, notes

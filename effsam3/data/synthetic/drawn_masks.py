@@ -14,10 +14,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from effsam3.data.problems import Note
 from effsam3.data.splits import split_code
 from effsam3.data.synthetic.videos import FEWEST_PIXELS, paint, shapes_of
 from effsam3.data.videos.sav import VIDEO_FPS
-from effsam3.data.videos.vos_video import Annotations, Note, VosVideo
+from effsam3.data.videos.vos_video import Annotations, VosVideo
 
 
 def synthetic_masks(videos: Sequence[VosVideo], seed: int, objects: int = 3) -> list[VosVideo]:

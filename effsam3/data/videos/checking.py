@@ -13,7 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from effsam3.data.problems import Problem, mask_problems, problems_of
+from effsam3.data.problems import Note, mask_problems, problems_of
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 
@@ -34,25 +34,25 @@ class VideoCheck:
     empty: int = 0  # annotated frames that show no object
     shown: dict[int, int] = field(default_factory=dict)  # {object: annotated frames that show it}
     most: int = 0  # objects on one frame
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[Note] = field(default_factory=list)
 
 
 def check_video(video: VosVideo) -> VideoCheck:
     """Read every frame and every mask of a video."""
     check, video = VideoCheck(video.name), video.with_gaps()
     try:
-        check.problems += [Problem("missing_frame", f"{video.name}, frame {number}") for number in video.missing]
+        check.problems += [Note("missing_frame", f"{video.name}, frame {number}") for number in video.missing]
         check.frames = video.frames
         check.fps = frames_per_second(video.video_file) if video.video_file else None
         check.problems += _unreadable_frames(video)
         check.size, check.annotated = video.size, len(video.annotated)
         check.shown = dict.fromkeys(video.objects, 0)
     except UserError as fault:
-        check.problems += [*problems_of(fault, video.name), Problem("not_checked", video.name)]
+        check.problems += [*problems_of(fault, video.name), Note("not_checked", video.name)]
     else:
         check.problems += _masks(video, check)
     try:
-        check.problems += [Problem(*note) for note in video.notes]
+        check.problems += video.notes
     except UserError:
         pass  # what cannot be read at all is listed already
     check.problems += _guesses(check)
@@ -60,7 +60,7 @@ def check_video(video: VosVideo) -> VideoCheck:
     return check
 
 
-def _unreadable_frames(video: VosVideo) -> Iterator[Problem]:
+def _unreadable_frames(video: VosVideo) -> Iterator[Note]:
     """Decode all frames; those that fail are read again one by one, so that each is named."""
     size, start = None, 0
     chunk = 1
@@ -78,11 +78,11 @@ def _unreadable_frames(video: VosVideo) -> Iterator[Problem]:
         size = size or frames_T3HW.shape[2:]
         if frames_T3HW.shape[2:] != size:
             detail = f"{_size(frames_T3HW.shape[2:])} pixels, others {_size(size)}"
-            yield Problem("size_mismatch", _frame(video, indexes[0]), detail)
+            yield Note("size_mismatch", _frame(video, indexes[0]), detail)
         chunk = max(1, min(16, CHUNK_BYTES // frames_T3HW[0].nbytes))
 
 
-def _masks(video: VosVideo, check: VideoCheck) -> Iterator[Problem]:
+def _masks(video: VosVideo, check: VideoCheck) -> Iterator[Note]:
     """Look at the masks of every annotated frame; count into `check`."""
     before: dict[int, np.ndarray] = {}
     for index in video.annotated:
@@ -101,16 +101,16 @@ def _masks(video: VosVideo, check: VideoCheck) -> Iterator[Problem]:
         now = {number: mask_HW[::step, ::step].ravel() for number, mask_HW in masks.items()}
         for old, new in jumps(before, now):
             detail = f"it is where object {video.object_names[old]} was one annotated frame before"
-            yield Problem("jumping_id", f"{_frame(video, index)}, object {video.object_names[new]}", detail)
+            yield Note("jumping_id", f"{_frame(video, index)}, object {video.object_names[new]}", detail)
         before = now
     for number, count in check.shown.items():
         if count < 2:
             where = f"{video.name}, object {video.object_names[number]}"
-            yield Problem("seen_once" if count else "never_visible", where)
+            yield Note("seen_once" if count else "never_visible", where)
     if check.annotated and not any(check.shown.values()):
-        yield Problem("no_object", video.name)
+        yield Note("no_object", video.name)
     elif check.annotated == 1:
-        yield Problem("one_frame", video.name)
+        yield Note("one_frame", video.name)
 
 
 def jumps(before: dict[int, np.ndarray], now: dict[int, np.ndarray]) -> list[tuple[int, int]]:
@@ -139,13 +139,13 @@ def jumps(before: dict[int, np.ndarray], now: dict[int, np.ndarray]) -> list[tup
     ]
 
 
-def _guesses(check: VideoCheck) -> Iterator[Problem]:
+def _guesses(check: VideoCheck) -> Iterator[Note]:
     """What a reader took for granted and cannot be right."""
     reasons = {problem.reason for problem in check.problems}
     if {"category_as_track", "union"} <= reasons:
-        yield Problem("merged_objects", check.name)
+        yield Note("merged_objects", check.name)
     if "place_as_track" in reasons and len(check.shown) > 1:
-        yield Problem("guessed_objects", check.name)
+        yield Note("guessed_objects", check.name)
 
 
 def frames_per_second(path: Path) -> float | None:

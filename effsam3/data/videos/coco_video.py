@@ -15,6 +15,7 @@ from collections.abc import Hashable
 from pathlib import Path, PurePosixPath
 
 from effsam3.data import coco
+from effsam3.data.problems import Note
 from effsam3.data.videos.frame_numbers import UnclearNames, number_names
 from effsam3.data.videos.json_masks import (
     TRACKS,
@@ -31,7 +32,7 @@ from effsam3.data.videos.json_masks import (
     size_of,
     unique_names,
 )
-from effsam3.data.videos.vos_video import Note, VosVideo
+from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 
 PATHS = ("path", "file_name")  # of an image; in Label Studio's files, the first is an address on its server

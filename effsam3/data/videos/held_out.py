@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from effsam3.data.problems import Note
 from effsam3.data.splits import split_code
 from effsam3.data.videos.files import UnreadableVideo
-from effsam3.data.videos.vos_video import Annotations, Note, Shown, VosVideo
+from effsam3.data.videos.vos_video import Annotations, Shown, VosVideo
 from effsam3.errors import UserError
 
 

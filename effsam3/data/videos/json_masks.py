@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from effsam3.data import coco
+from effsam3.data.problems import Note
 from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import VIDEO_EXTENSIONS, VideoFile
 from effsam3.data.videos.frame_list import FrameList
 from effsam3.data.videos.frame_numbers import missing_numbers
-from effsam3.data.videos.vos_video import Annotations, Frames, Note, Shown
+from effsam3.data.videos.vos_video import Annotations, Frames, Shown
 from effsam3.errors import UserError
 
 FRAME_FOLDERS = ("", "images", "JPEGImages", "frames", "videos")  # next to a JSON

@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from effsam3.data.images.decoding import PILLOW_FAULTS
+from effsam3.data.problems import Note
 from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.frame_folder import FrameFolder
 from effsam3.data.videos.frame_numbers import UnclearNames, match_names
-from effsam3.data.videos.vos_video import Annotations, Note, Shown
+from effsam3.data.videos.vos_video import Annotations, Shown
 
 VOID = 255  # in a palette or 8-bit grey PNG: neither object nor background; scored as background
 IGNORED = 10_000  # the same in a 16-bit one, as MOTS writes it, where ids are 1000 x class + object

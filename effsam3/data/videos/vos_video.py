@@ -15,18 +15,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from effsam3.data.problems import Note
 from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import UnreadableVideo, VideoFile, open_video
 from effsam3.data.videos.frame_list import FrameList
 from effsam3.data.videos.frame_numbers import missing_numbers
-
-
-class Note(NamedTuple):
-    """Something about a video that a reader repaired or took for granted: training goes on, people should know."""
-
-    reason: str  # one word, to count them by
-    where: str  # the file, frame or annotation
-    detail: str = ""
 
 
 class Frames(Protocol):

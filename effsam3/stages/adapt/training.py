@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from effsam3.data.images.pair_batches import PairBatches, divide
-from effsam3.data.images.pairs import Pair, PairNote, open_pairs
+from effsam3.data.images.pairs import Pair, open_pairs
+from effsam3.data.problems import Note
 from effsam3.data.synthetic.pairs import make_synthetic_pairs
 from effsam3.data.transforms import normalise
 from effsam3.errors import UserError
@@ -60,7 +61,7 @@ class OwnImages(NamedTuple):
     val: list[Pair]
     views: list[str]
     categories: list[str]
-    notes: list[PairNote]
+    notes: list[Note]
 
     def batches(self, recipe: AdaptRecipe, split: str, image_size: int, text: float | None = None) -> PairBatches:
         """Return the data set of a split; `text` is another share of phrases than the recipe's, with none absent."""
