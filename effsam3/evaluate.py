@@ -10,13 +10,17 @@ from effsam3 import stages
 from effsam3.benchmarks.results import Results
 from effsam3.errors import UserError
 from effsam3.files import write_text
-from effsam3.hardware.accelerator import device_for, refuse_missing_gpu
+from effsam3.hardware.accelerator import device_for, launched_processes, make_accelerator, refuse_missing_gpu
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.merging.slots import read_card
 from effsam3.models.registry import is_made_up
 from effsam3.publish.release import unmeasured
 from effsam3.recipe.common import AdaptingRecipe, Recipe
+from effsam3.recipe.concepts import ConceptEvaluate
+from effsam3.stages import concept_pairs
 from effsam3.training.report import Report, provenance
+
+TIMEOUT_S = 24 * 3600  # the process with the slowest images may be far behind the others
 
 
 def run(recipe: Recipe) -> dict:
@@ -25,7 +29,8 @@ def run(recipe: Recipe) -> dict:
     A release runs the benchmarks of every part's own recipe on the release's model; their names begin with the slot's,
     or with that of the run that changed tensors in place.
 
-    What the data do not allow is skipped, as the summary reports.
+    What the data do not allow is skipped, as the summary reports. Of several processes, which share the benchmark
+    `concepts`, the first one returns it.
 
     Raises:
         UserError: there is no merged model yet, it has no student where the recipe measures one, or nothing can be
@@ -47,16 +52,26 @@ def run(recipe: Recipe) -> dict:
         )
     if merged["chassis"] == merged.get("imported"):  # its own chassis: the recipe names the one to measure against
         merged |= {"chassis": recipe.sam3.checkpoint, "revision": recipe.sam3.revision}
-    report = Report(folder)
+    accelerator = make_accelerator(recipe.hardware, "fp32", timeout_s=TIMEOUT_S) if launched_processes() > 1 else None
+    report = Report(folder, accelerator is None or accelerator.is_main_process)
     chassis = chassis_folder(merged["chassis"], merged["revision"])
     made_by = provenance() | {key: merged[key] for key in ("chassis", "slots", "adapted", "weights") if key in merged}
     (folder / "eval").mkdir(exist_ok=True)
+    if accelerator is not None:
+        # What several processes share is what the models answer to annotated concepts; the first one goes on alone.
+        for own in asked.values():
+            if isinstance(own.evaluate, ConceptEvaluate) and own.evaluate.measures_concepts:
+                concept_pairs.record(own.evaluate, folder, chassis, accelerator)
+        accelerator.end_training()
+        if not report.is_main:
+            return {}
     found, tables, device = [], [], device_for(recipe.hardware)
     for owner, own in asked.items():
         results = Results(folder / "eval", "" if own is recipe else f"{owner}_", made_by)
         stages.measuring(own.stage).measure(own, folder, chassis, merged["chassis"], device, results)
         tables += stages.measuring(own.stage).tables(results.by_name)
         found.append(results)
+    tables = list(dict.fromkeys(tables))  # two parts of a release may measure the same concepts
     summary = summarise([*tables, *(line for results in found for line in results.left_out)], merged)
     write_text(folder / "eval" / "summary.md", summary + "\n")
     report.say(summary)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from effsam3.errors import RecipeError, UserError, did_you_mean
@@ -17,6 +17,7 @@ from effsam3.extras import refuse_missing_extras
 from effsam3.files import refuse_unwritable
 from effsam3.hardware.accelerate_configs import read_config
 from effsam3.recipe.common import StageRecipe
+from effsam3.recipe.concepts import measures_concepts
 from effsam3.recipe.derived import accumulation
 from effsam3.recipe.reader import load_recipe, refuse_verb
 from effsam3.stopping import LAUNCHED, STOP, STOPPED
@@ -150,6 +151,9 @@ def launch(
     commands = {
         verb: command_of(verb, recipe.hardware, [*inputs, *own.get(verb, [])], cluster, log_dir) for verb in verbs
     }
+    if "evaluate" in verbs and measures_concepts(recipe):  # the one benchmark that the processes of node 0 share
+        alone = replace(cluster, nodes=1, node_rank=0, main_address=None)
+        commands["evaluate"] = command_of("evaluate", recipe.hardware, inputs, alone, log_dir, divide=True)
     for verb, command in commands.items():
         if cluster.node_rank > 0 and not DISTRIBUTED[verb]:
             print(f"{verb} runs on node 0 only; this is node {cluster.node_rank}", flush=True)
@@ -193,16 +197,18 @@ def refuse_indivisible_batch(recipe: StageRecipe, cluster: Cluster) -> None:
 
 
 def command_of(
-    verb: str, hardware: str, arguments: Sequence[str], cluster: Cluster, log_dir: str | None = None
+    verb: str, hardware: str, arguments: Sequence[str], cluster: Cluster, log_dir: str | None = None, divide=False
 ) -> list[str]:
     """Return the command line that runs a verb on hardware and (resolved) cluster.
+
+    `divide` starts all processes for a verb that otherwise is one.
 
     Raises:
         UserError: there is no such hardware.
     """
     config, nodes, processes = read_config(hardware), cluster.nodes, cluster.processes
     # One process needs no launcher, which would come between it and the signals of a batch system.
-    if not DISTRIBUTED[verb] or processes == 1:
+    if not (DISTRIBUTED[verb] or divide) or processes == 1:
         return [sys.executable, "-m", "effsam3", verb, *arguments]
     options = ["--config_file", _short(config.file)]
     if nodes > 1 or processes != config.processes:

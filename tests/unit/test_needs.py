@@ -157,7 +157,7 @@ def test_a_release_is_asked_for_what_its_parts_measure(tmp_path):
 
 def test_every_need_can_be_lacking(recipe):
     """Each is one of the cases above, or has a test of its own."""
-    own = {"same_run", "photographs", "room_for_checkpoints"}
+    own = {"same_run", "photographs", "room_for_checkpoints", "annotated_concepts"}
     covered = {
         "writable_folder": "cannot be",
         "initial_weights": "student_init",

@@ -242,7 +242,7 @@ def test_stage(write, text, message):
         ("train.loggers=[wandb, wandb]", "train.loggers: wandb is listed twice"),
         ("train.loggers=wandb", "train.loggers: expected a list, got 'wandb'; write [wandb]"),
         ("evaluate.benchmarks=[]", "evaluate.benchmarks: is empty; list at least one"),
-        ("evaluate.benchmarks=[mask]", "evaluate.benchmarks: 'mask' is not one of fidelity, masks, speed; did"),
+        ("evaluate.benchmarks=[mask]", "evaluate.benchmarks: 'mask' is not one of fidelity, masks, speed, concepts"),
         ("loss={mse: 0, cosine: 0}", "loss.mse: all weights (mse, cosine, neck) are 0"),
         ("loss=3", "loss: expected keys below it, got '3'"),
         ("loss=", "loss: expected keys below it, got nothing"),

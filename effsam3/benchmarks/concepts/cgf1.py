@@ -140,7 +140,7 @@ def _f1(precision: np.ndarray, recall: np.ndarray, epsilon: float) -> np.ndarray
 
 def intervals(
     rows_PS: np.ndarray, images: Sequence[str], draws: int = 1000, seed: int = 0, share: float = 0.95
-) -> dict[str, tuple[float, float]]:
+) -> dict[str, list[float]]:
     """Return bootstrap intervals of INTERVALS: between which values that share of resampled subsets lies.
 
     Images are drawn, with all their pairs: phrases of one image are found or missed together.
@@ -155,5 +155,4 @@ def intervals(
         drawn.append(times_I @ rows_IS)
     values = metrics(np.stack(drawn))
     ends = (100 * (1 - share) / 2, 100 * (1 + share) / 2)
-    bounds = {name: np.percentile(values[name], ends) for name in INTERVALS}
-    return {name: (float(low), float(high)) for name, (low, high) in bounds.items()}
+    return {name: np.percentile(values[name], ends).tolist() for name in INTERVALS}

@@ -108,6 +108,25 @@ class ConceptModel:
         return self.model.detector_model.get_vision_features(pixels_13SS.to(self.model.device))
 
     @torch.no_grad()
+    def detect(self, vision, texts: list[str], **boxes: Tensor) -> Any:
+        """Return the detector's output, with the logits of all queries, for texts (P) on one image.
+
+        Args:
+            vision: what `look` made of the image; it serves all texts, and is not copied for them.
+            boxes: `input_boxes` (P, N, 4) and `input_boxes_labels` (P, N) as transformers has them.
+
+        Raises:
+            TextTooLong: a text has more tokens than SAM 3 reads.
+        """
+        tokens = self.processor.tokenizer(texts, return_tensors="pt").to(self.model.device)
+        maps, places = (
+            tuple(level.expand(len(texts), *level.shape[1:]) for level in levels)
+            for levels in (vision.fpn_hidden_states, vision.fpn_position_encoding)
+        )
+        shared = type(vision)(fpn_hidden_states=maps, fpn_position_encoding=places)
+        return self.model.detector_model(vision_embeds=shared, **tokens, **boxes)
+
+    @torch.no_grad()
     def find(
         self,
         vision,
@@ -144,8 +163,7 @@ class ConceptModel:
                 "input_boxes": relative_N4[None].to(device),
                 "input_boxes_labels": labels_N[None].long().to(device),
             }
-        tokens = self.processor.tokenizer(text, return_tensors="pt")
-        output = self.model.detector_model(vision_embeds=vision, **tokens.to(device), **prompt)
+        output = self.detect(vision, [text], **prompt)
         scores = (output.pred_logits.sigmoid() * output.presence_logits.sigmoid())[0]
         order = scores.argsort(descending=True)
         best = order[scores[order] > threshold]

@@ -13,6 +13,7 @@ from effsam3.models.chassis.sizes import chassis_facts
 from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
 from effsam3.models.registry import SAM3, head_params
 from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train
+from effsam3.recipe.concepts import ConceptEvaluate
 from effsam3.recipe.derived import index_counts, total_steps, warmup_steps
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
@@ -106,20 +107,23 @@ class ImageLoss(Section):
             yield "mse: all weights (mse, cosine, neck) are 0; nothing would be learned"
 
 
-Benchmark = Literal["fidelity", "masks", "speed"]
+Benchmark = Literal["fidelity", "masks", "speed", "concepts"]
 Prompt = Literal["box", "point"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageEvaluate(Section):
+class ImageEvaluate(ConceptEvaluate):
     """What the merged model is measured on."""
 
-    # fidelity: features next to the teacher's; masks: mIoU of prompted masks; speed: of the trunks
+    # fidelity: features next to the teacher's; masks: mIoU of prompted masks; speed: of the trunks; concepts: cgF1
     benchmarks: Annotated[tuple[Benchmark, ...], at_least_one, each_once] = ("fidelity", "masks", "speed")
     max_images: PositiveInt = 200  # held-out images per benchmark
     masks_per_image: PositiveInt = 8  # annotated masks prompted per image, at most
     prompts: Annotated[tuple[Prompt, ...], at_least_one, each_once] = ("box", "point")  # taken from the annotations
     pictures: NonNegativeInt = 8  # images to draw
+
+    def shown(self) -> tuple[tuple[str, ...], int]:
+        return self.prompts, self.masks_per_image
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from effsam3.benchmarks.concepts.report import concept_tables
 from effsam3.benchmarks.fidelity import feature_fidelity
 from effsam3.benchmarks.masks import prompted_mask_quality
 from effsam3.benchmarks.models import load_pair
@@ -22,6 +23,7 @@ from effsam3.data.unreadable import UnreadableImage
 from effsam3.errors import UserError
 from effsam3.models.chassis.tensors import elements
 from effsam3.models.registry import is_made_up
+from effsam3.stages import concept_pairs
 from effsam3.stages.image.facts import ImageRecipe
 
 TRIED = 3  # held-out images that are opened before a training
@@ -66,7 +68,12 @@ def photographs(recipe: ImageRecipe) -> None:
     raise UserError(f"none of the first {len(reasons)} held-out images of {index} can be read: {reasons[0]}")
 
 
-NEEDS = (something_to_measure, photographs)
+def annotated_concepts(recipe: ImageRecipe) -> str:
+    """Annotated pairs of images and noun phrases, where they are to be measured on."""
+    return concept_pairs.annotated_concepts(recipe.evaluate)
+
+
+NEEDS = (something_to_measure, photographs, annotated_concepts)
 
 
 def measure(
@@ -88,11 +95,13 @@ def measure(
     if "masks" in measured:
         limits = asked.prompts, asked.max_images, asked.masks_per_image
         results.add("masks", prompted_mask_quality(pair, index, index_path.parent, *limits))
+    if "concepts" in measured:
+        concept_pairs.measure(asked, folder, chassis, device, results)
     if "speed" in measured:
         results.add("speed", speed(pair, {"teacher": elements(chassis), "student": elements(folder / "merged")}))
     # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.
     with_masks = "masks" in measured and not is_made_up(teacher_name)
-    results.pictures = draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
+    results.pictures += draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
 
 
 FIDELITY: list[Column] = [
@@ -134,4 +143,6 @@ def tables(results: dict[str, dict]) -> list[str]:
         ]
         labels = {name: f"{name}, {timing['image_size'][name]} px" for name in ("teacher", "student")}
         parts.append(speed_table(f"speed on {timing['device']}", timing, labels, columns))
+    if (concepts := results.get("concepts")) is not None:
+        parts += concept_tables(concepts)
     return parts

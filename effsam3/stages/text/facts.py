@@ -12,6 +12,7 @@ from effsam3.errors import UserError, did_you_mean
 from effsam3.models.chassis.sizes import chassis_facts, sam3_of
 from effsam3.models.registry import text_student_row
 from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train
+from effsam3.recipe.concepts import ConceptEvaluate
 from effsam3.recipe.push import Push
 from effsam3.recipe.rules import (
     FileName,
@@ -82,11 +83,11 @@ class TextLoss(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextEvaluate(Section):
+class TextEvaluate(ConceptEvaluate):
     """What the merged model's text features are measured on."""
 
-    # similarity: features next to the teacher's; speed: of the encoders
-    benchmarks: Annotated[tuple[Literal["similarity", "speed"], ...], at_least_one, each_once] = (
+    # similarity: features next to the teacher's; speed: of the encoders; concepts: cgF1 of the whole model
+    benchmarks: Annotated[tuple[Literal["similarity", "speed", "concepts"], ...], at_least_one, each_once] = (
         "similarity",
         "speed",
     )

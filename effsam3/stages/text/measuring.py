@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from effsam3.benchmarks.concepts.report import concept_tables
 from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.tables import Column, millions, result_table, speed_table
 from effsam3.benchmarks.text import load_text_features, plot_similarity, text_similarity, text_speed
 from effsam3.data.captions.text_files import read_texts
 from effsam3.errors import UserError
 from effsam3.models.text.student import TextTeacher, fold_repmixer
+from effsam3.stages import concept_pairs
 from effsam3.stages.text.facts import TextRecipe
 from effsam3.stages.text.training import captions_of, encoder
 
@@ -27,7 +29,12 @@ def phrase_list(recipe: TextRecipe) -> None:
         deque(read_texts(asked.phrases, asked.phrase_column, "evaluate.phrase_column").values, maxlen=0)
 
 
-NEEDS = (phrase_list,)
+def annotated_concepts(recipe: TextRecipe) -> str:
+    """Annotated pairs of images and noun phrases, where they are to be measured on."""
+    return concept_pairs.annotated_concepts(recipe.evaluate)
+
+
+NEEDS = (phrase_list, annotated_concepts)
 
 
 def measure(
@@ -49,7 +56,9 @@ def measure(
         picture = folder / "pictures" / "similarity.png"
         picture.parent.mkdir(exist_ok=True)
         plot_similarity(result, picture)
-        results.pictures = [picture]
+        results.pictures.append(picture)
+    if "concepts" in asked.benchmarks:
+        concept_pairs.measure(asked, folder, chassis, device, results)
     if "speed" in asked.benchmarks:
         results.add("speed", text_speed(teacher, fold_repmixer(student)))
 
@@ -79,4 +88,6 @@ def tables(results: dict[str, dict]) -> list[str]:
     if (timing := results.get("speed")) is not None:
         labels = {"teacher": "teacher", "student": "student"}
         parts.append(speed_table(f"text on {timing['device']}", timing, labels, SPEED))
+    if (concepts := results.get("concepts")) is not None:
+        parts += concept_tables(concepts)
     return parts

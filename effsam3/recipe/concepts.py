@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys of the benchmark `concepts`, in the section `evaluate` of the stages that have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from effsam3.recipe.common import Recipe
+from effsam3.recipe.rules import NonNegativeInt, PositiveInt, Section, each_once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptEvaluate(Section):
+    """What the merged model is measured on, annotated concepts among it."""
+
+    benchmarks: tuple[str, ...]
+    # Benchmark concepts: JSON of SA-Co, COCO or LVIS, or a folder of them; of SA-Co Gold, all annotators' are read
+    concepts: str | None = None
+    concept_images: Annotated[tuple[str, ...], each_once] = ()  # folders of their images; []: where the JSON is
+    max_pairs: PositiveInt | None = 2000  # pairs of a subset, at most, of whole images; null: all
+    absent: NonNegativeInt | None = None  # COCO: categories asked of an image that it does not show; null: all
+    concept_pictures: NonNegativeInt = 8  # pairs to draw: the worst ones, and as many around the median
+
+    @property
+    def measures_concepts(self) -> bool:
+        """Whether the benchmark `concepts` is to be run."""
+        return "concepts" in self.benchmarks
+
+    def shown(self) -> tuple[tuple[str, ...], int]:
+        """Return by which prompts objects are shown to the tracker, too, and how many of an image at most."""
+        return (), 0
+
+    def check(self) -> Iterator[str]:
+        if self.measures_concepts and self.concepts is None:
+            yield "concepts: the benchmark concepts needs pairs of images and phrases: evaluate.concepts=FILE.json"
+        if self.concepts is not None and not self.measures_concepts:
+            yield f"concepts: {self.concepts} is given, but concepts is not among evaluate.benchmarks; add it there"
+
+
+def measures_concepts(recipe: Recipe) -> bool:
+    """Return whether `evaluate` runs the benchmark `concepts` for a recipe, or for a part of a release."""
+    asked = [own.evaluate for own in recipe.learned().values()]
+    return any(isinstance(one, ConceptEvaluate) and one.measures_concepts for one in asked)
