@@ -100,10 +100,11 @@ def examine(path: str) -> dict[str, Any]:
         return training_checkpoint(folder)
     if (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file():
         return run_folder(folder)
-    if is_made_up(path) or any((place / "config.json").is_file() for place in (folder, folder / "merged")):
-        made_up = {"format": "made up, random weights"} if is_made_up(path) else {}
-        return model_folder(chassis_folder(path)) | {"path": path} | made_up
-    if folder.exists() or folder.is_absolute() or path.startswith(".") or path.count("/") != 1:
+    if is_made_up(path):
+        return model_folder(chassis_folder(path)) | {"path": path, "format": "made up, random weights"}
+    is_here = any((place / "config.json").is_file() for place in (folder, folder / "merged"))
+    is_hub_id = not (folder.exists() or folder.is_absolute() or path.startswith(".") or path.count("/") != 1)
+    if not (is_here or is_hub_id):
         what = "is not a checkpoint" if folder.exists() else "does not exist"
         raise InspectError(f"{path} {what}; {ACCEPTED}, a training checkpoint (step-*), or an EfficientSAM3 .pt")
     return model_folder(chassis_folder(path)) | {"path": path}

@@ -23,7 +23,7 @@ from effsam3.errors import UserError
 from effsam3.files import refuse_full_disk, refuse_unwritable
 from effsam3.hardware.budget.estimates import FP32, checkpoint_bytes
 from effsam3.models.chassis.find import chassis_folder
-from effsam3.models.chassis.tensors import map_tensors, read_config, shapes_of
+from effsam3.models.chassis.tensors import map_tensors, read_config
 from effsam3.models.merging.combine import combine
 from effsam3.models.merging.formats import FORMATS, extras, refuse_other_padding
 from effsam3.models.merging.slots import SLOTS, owners_card
@@ -116,10 +116,12 @@ def whole_merge(recipe: StageRecipe) -> str:
     # What is changed in place keeps its name and size: there is nothing that could not fit.
     parts = [stages.merging(slot).untrained_part(recipe, config, about) for slot in recipe.sources()]
     slots = owners_card(folder, parts)["slots"]
-    rest = {name: torch.empty(shape, device="meta") for name, shape in shapes_of(folder).items()}
     inherited = tuple(prefix for slot in owners_card(folder, [])["slots"] for prefix in SLOTS[slot].owns)
-    # A format may compute with the values of students that are in it already.
-    rest |= {name: one for name, one in map_tensors(folder).items() if name.startswith(inherited)}
+    # A format may compute with the values of students that are in it already; of all else sizes are enough.
+    rest = {
+        name: tensor if name.startswith(inherited) else torch.empty(tensor.shape, device="meta")
+        for name, tensor in map_tensors(folder).items()
+    }
     merged = combine(config, {"chassis": rest}, parts)
     if "efficientsam3" in recipe.merge.formats and not recipe.merge.allow_padding_mismatch:
         refuse_other_padding(merged, slots)

@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -17,8 +16,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from commands import ENVIRONMENT, SMOKE, command, metrics, run
+from commands import ENVIRONMENT, SMOKE, command, fresh_state, metrics, run
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -41,14 +39,8 @@ SHORT = ("train.steps=4", "train.log_every=1", "train.eval_every=4", "optim.warm
 
 def call(verb: str, overrides, *more: str, recipe: Path = SMOKE, **options):
     """Run a verb in this process: seconds less than a fresh one."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
+    with fresh_state():
         return VERBS[verb](load_recipe(recipe, [*overrides, *more]), **options)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics, run
+from commands import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics, run, run_here
 from test_trajectories import KEYS, wait_for
 
 from effsam3.data.images.sa1b import load_index
@@ -79,7 +79,7 @@ def assert_same(expected: Path, found: Path, tolerance: float) -> None:
 def whole(shared) -> Path:
     """The folder of a run that nothing happened to."""
     folder, overrides = shared
-    run(folder, "train", *overrides, *SHORT, "name=whole")
+    run_here(folder, "train", *overrides, *SHORT, "name=whole")
     return folder / "runs/whole"
 
 
@@ -268,14 +268,14 @@ def test_nan_stops_the_run_and_names_the_sample(shared, poisoned):
     folder, overrides = shared
     key, store = poisoned
     arguments, mine = ("train", *overrides, *SHORT, store, "train.micro_batch_size=1", "name=nan"), folder / "runs/nan"
-    printed = run(folder, *arguments, code=2)
+    printed = run_here(folder, *arguments, code=2)
     assert "the loss is nan on rank 0 at step 2" in printed and "train.not_finite=skip" in printed
     found = json.loads((mine / "not_finite.json").read_text())
     assert found["step"] == 2 and len(found["micro_batches"]) == BATCH
     assert [one["samples"] for one in found["micro_batches"] if one["loss"] == "nan"] == [[key]]
     assert checkpoint.latest(mine / "checkpoints").name == "step-000001"
 
-    assert "resuming from step 1" in run(folder, *arguments, "train.not_finite=skip")  # as it was told
+    assert "resuming from step 1" in run_here(folder, *arguments, "train.not_finite=skip")  # as it was told
     lines = [json.loads(line) for line in (mine / "skipped.jsonl").read_text().splitlines()]
     assert lines[0]["step"] == 2 and {sample for line in lines for sample in line["ranks"][0]["samples"]} == {key}
     assert len(metrics(mine)) == STEPS
@@ -285,7 +285,7 @@ def test_nan_stops_the_run_and_names_the_sample(shared, poisoned):
 def skipped(shared, poisoned) -> Path:
     """The folder of a run of one process that left the sample out."""
     folder, overrides = shared
-    run(folder, "train", *overrides, *SHORT, poisoned[1], "train.not_finite=skip", "name=skip")
+    run_here(folder, "train", *overrides, *SHORT, poisoned[1], "train.not_finite=skip", "name=skip")
     return folder / "runs/skip"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENVIRONMENT, REPOSITORY, run
+from commands import ENVIRONMENT, REPOSITORY, run_here
 
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_config, read_tensors
@@ -26,9 +26,9 @@ def release(shared, tmp_path_factory) -> tuple[Path, str]:
     """The release's folder and what `launch` printed; its image student is one that EfficientSAM3 has, too."""
     folder = tmp_path_factory.mktemp("release")
     _, overrides = shared
-    run(folder, "train", *overrides, *SHORT, "student=efficientvit_b0", "head=stride32")
+    run_here(folder, "train", *overrides, *SHORT, "student=efficientvit_b0", "head=stride32")
     captions = ("data.synthetic_captions=200", "evaluate.max_captions=40", "train.global_batch_size=32")
-    run(folder, "train", *captions, *SHORT, "train.micro_batch_size=16", recipe=TEXT)
+    run_here(folder, "train", *captions, *SHORT, "train.micro_batch_size=16", recipe=TEXT)
     formats = "merge.formats=[transformers,sam3,efficientsam3]"
     done = subprocess.run(
         [sys.executable, "-m", "effsam3.cli", "launch", str(RELEASE), formats, "merge.allow_padding_mismatch=true"],
@@ -52,7 +52,7 @@ def test_both_parts_are_merged_and_measured_in_one_model(release):
 def test_alone_and_together_the_parts_are_the_same(release):
     folder, _ = release
     for recipe, name in (("image", "smoke-image"), ("text", "smoke-text")):
-        run(folder.parents[1], "merge", recipe=folder.parent / name / "recipe.yaml")
+        run_here(folder.parents[1], "merge", recipe=folder.parent / name / "recipe.yaml")
         alone, together = read_tensors(folder.parent / name / "merged"), read_tensors(folder / "merged")
         slot = {"image": "detector_model.vision_encoder.backbone.", "text": "detector_model.text_"}[recipe]
         part = {key: tensor for key, tensor in alone.items() if key.startswith(slot)}
@@ -111,7 +111,7 @@ def test_what_was_imported_is_measured_trained_on_and_released(release, shared):
     runs, imported = folder.parents[1], "runs/efficientsam3/merged"
     _, overrides = shared
     student = ("student=efficientvit_b0", "head=stride32")
-    run(runs, "evaluate", *overrides, *student, "name=efficientsam3")
+    run_here(runs, "evaluate", *overrides, *student, "name=efficientsam3")
     before, after = (
         json.loads((runs / "runs" / place).read_text())
         for place in ("smoke-release/eval/image_fidelity.json", "efficientsam3/eval/fidelity.json")
@@ -119,15 +119,15 @@ def test_what_was_imported_is_measured_trained_on_and_released(release, shared):
     assert after["cosine"] == pytest.approx(before["cosine"], abs=1e-3)
     assert after["cosine_centred"] == pytest.approx(before["cosine_centred"], abs=0.1)  # statistics of other images
     onward = (*overrides, *student, *SHORT, "name=onward", f"student_init={imported}")
-    printed = run(runs, "train", *onward)
+    printed = run_here(runs, "train", *onward)
     assert f"weights  those of {imported}, its last layer rescaled" in printed
     assert "(at the start)" in printed and "| student at the start " in printed and "untrained" not in printed
     start = json.loads((runs / "runs/onward/metrics.jsonl").read_text().splitlines()[0])
     assert start["val/cosine"] == pytest.approx(trained_cosine(runs / "runs/smoke-image"), abs=1e-3), printed
     parts = f"parts={{image: {imported}, text: runs/smoke-text}}"
-    printed = run(runs, "merge", parts, "name=mixed", "merge.formats=[transformers]", recipe=RELEASE)
+    printed = run_here(runs, "merge", parts, "name=mixed", "merge.formats=[transformers]", recipe=RELEASE)
     assert "| image   | efficientvit_b0, efficientsam3.pt" in printed
-    printed = run(runs, "train", *onward[:-1], "name=other", f"student_init={imported}", "head=fused", code=2)
+    printed = run_here(runs, "train", *onward[:-1], "name=other", f"student_init={imported}", "head=fused", code=2)
     assert "not those of the recipe's student (student_init: it is efficientvit_b0)" in printed
 
 

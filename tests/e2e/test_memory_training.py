@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENVIRONMENT, REPOSITORY, command, metrics, run
+from commands import ENVIRONMENT, REPOSITORY, command, metrics, run, run_here
 from PIL import Image
 from run_folders import image_run, text_run
 from safetensors.torch import load_file, save_file
@@ -56,7 +56,7 @@ def runs(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         *SHORT, f"sam3.checkpoint={folder}/chassis", f"train.runs={folder}/runs", "data.synthetic_videos=10",
         "data.synthetic_frames=16", "data.synthetic_side_px=64", f"data.index={folder}/videos/index.parquet",
     )  # fmt: skip
-    run(folder, "train", *overrides, "name=reference", recipe=MEMORY)
+    run_here(folder, "train", *overrides, "name=reference", recipe=MEMORY)
     return folder, overrides
 
 
@@ -80,7 +80,7 @@ def assert_same(folder: Path, name: str, tolerance: float) -> None:
 def test_micro_batches_and_objects_in_turns(runs):
     folder, overrides = runs
     options = ("train.micro_batch_size=2", "train.objects_at_once=1", "train.trunk_batch=2", "train.recompute=true")
-    run(folder, "train", *overrides, *options, "name=micro", recipe=MEMORY)
+    run_here(folder, "train", *overrides, *options, "name=micro", recipe=MEMORY)
     assert_same(folder, "micro", 1e-4)
 
 
@@ -119,7 +119,7 @@ def test_videos_that_break_after_indexing_are_left_out_and_named(runs, tmp_path)
     broken = sorted((tmp_path / "videos/videos").glob("*.mp4"))[1]
     broken.write_bytes(broken.read_bytes()[:700])
     own = (f"data.index={tmp_path}/videos/index.parquet", "data.source=sav", "data.synthetic_videos=0", "name=broken")
-    printed = run(folder, "train", *overrides, *own, "data.limit=4", recipe=MEMORY)
+    printed = run_here(folder, "train", *overrides, *own, "data.limit=4", recipe=MEMORY)
     lines = [json.loads(line) for line in (folder / "runs/broken/unreadable.jsonl").read_text().splitlines()]
     assert [line["key"] for line in lines] == [f"{broken.stem}_manual"] and "unreadable.jsonl names them" in printed
     assert len(metrics(folder / "runs/broken")) == STEPS
@@ -134,7 +134,7 @@ def merged(runs) -> tuple[Path, str]:
     folder, overrides = runs
     names = (*overrides, "name=reference", "evaluate.modes=[dense]", "evaluate.untrained=true")
     merge.run(load_recipe(MEMORY, [*names, "merge.formats=[transformers,sam3]"]))
-    return folder / "runs/reference", run(folder, "evaluate", *names, recipe=MEMORY)
+    return folder / "runs/reference", run_here(folder, "evaluate", *names, recipe=MEMORY)
 
 
 def test_trained_tensors_and_no_others_are_replaced(runs, merged):
@@ -214,7 +214,7 @@ def teacher(runs) -> Path:
     """A run that trained the whole tracker and keeps a dense memory, merged."""
     folder, overrides = runs
     own = (*BRIEF, "name=teacher", "data.frames=2", "sam3.checkpoint=tiny")
-    run(folder, "train", *overrides, *own, recipe=TEACHER)
+    run_here(folder, "train", *overrides, *own, recipe=TEACHER)
     merge.run(load_recipe(folder / "runs/teacher/recipe.yaml"))
     return folder / "runs/teacher"
 
@@ -247,7 +247,7 @@ def test_a_memory_for_a_trained_tracker_and_one_for_an_image_student(runs, teach
     merge.run(load_recipe(image / "recipe.yaml"))
     for name, chassis in (("on-teacher", teacher), ("on-image", image)):
         own = (*BRIEF, f"name={name}", f"sam3.checkpoint={chassis}", "memory.mode=latents")
-        run(folder, "train", *overrides, *own, recipe=MEMORY)
+        run_here(folder, "train", *overrides, *own, recipe=MEMORY)
         together = merge.run(load_recipe(folder / "runs" / name / "recipe.yaml"))
         model, below = read_tensors(together), read_tensors(chassis / "merged")
         assert all(torch.equal(model[name], below[name]) for name in below if not name.startswith(MEMORY_TENSORS))

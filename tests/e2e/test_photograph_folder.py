@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
-from commands import ENVIRONMENT, SMOKE, run
+from commands import ENVIRONMENT, SMOKE, run_here
 from PIL import Image
 
 from effsam3.data.images.photographs import ready_photographs
@@ -49,21 +49,21 @@ def test_a_folder_of_photographs_becomes_a_released_model(tmp_path):
     assert results == {"fidelity.json", "speed.json"}
     (picture,) = (tmp_path / "runs/my-photographs/pictures").glob("*.png")
     assert picture.name.startswith("IMG_") and "/" not in picture.name.removesuffix(".png")
-    printed = run(tmp_path, "push", "--dry-run", recipe=recipe)
+    printed = run_here(tmp_path, "push", "--dry-run", recipe=recipe)
     card = (tmp_path / "runs/my-photographs/merged/README.md").read_text()
     # Neither the card nor anything that was said on the way speaks of a data set that nobody used.
-    for text in (done.stdout, done.stderr, printed, card, summary, run(tmp_path, "show", recipe=recipe)):
+    for text in (done.stdout, done.stderr, printed, card, summary, run_here(tmp_path, "show", recipe=recipe)):
         assert "sa1b" not in text.lower() and "sa-1b" not in text.lower(), text
     assert "| data            | own photographs" in card
 
     # Another photograph under an old name: named, and it alone is made anew once the folder is indexed again.
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "photos/winter/IMG_3.JPG")
-    printed = run(tmp_path, "embed", recipe=recipe)
+    printed = run_here(tmp_path, "embed", recipe=recipe)
     assert "photos has changed since it was indexed: 1 of another size (winter/IMG_3.JPG); delete" in printed
     (tmp_path / "data/photos.parquet").unlink()
-    assert "replaced since it was made): winter/IMG_3.JPG" in run(
+    assert "replaced since it was made): winter/IMG_3.JPG" in run_here(
         tmp_path, "train", "name=again", recipe=recipe, code=2
     )
-    assert "1 made now" in run(tmp_path, "embed", recipe=recipe)
+    assert "1 made now" in run_here(tmp_path, "embed", recipe=recipe)
     assert ready_photographs(str(tmp_path / "photos"), tmp_path / "data/photos.parquet", 0.3) == ""
     assert json.loads((tmp_path / "data/photos.report.json").read_text())["images"]["val"] > 0

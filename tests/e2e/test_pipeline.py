@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENVIRONMENT, REPOSITORY, SMOKE, metrics, run
+from commands import ENVIRONMENT, REPOSITORY, SMOKE, metrics, run_here
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -145,7 +145,7 @@ def test_a_second_run_goes_on_where_the_first_ended(pipeline):
     run_folder, _ = pipeline
     before = (run_folder / "metrics.jsonl").read_text()
     recipe = run_folder / "recipe.yaml"
-    printed = run(run_folder.parents[1], "train", recipe=recipe)
+    printed = run_here(run_folder.parents[1], "train", recipe=recipe)
     assert "this run is complete: 60 steps" in printed and (run_folder / "metrics.jsonl").read_text() == before
-    printed = run(run_folder.parents[1], "train", "optim.lr=5e-4", "data.workers=1", recipe=recipe, code=2)
+    printed = run_here(run_folder.parents[1], "train", "optim.lr=5e-4", "data.workers=1", recipe=recipe, code=2)
     assert "optim.lr 0.002 -> 0.0005" in printed and "workers" not in printed and "Traceback" not in printed

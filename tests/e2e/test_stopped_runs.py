@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import REPOSITORY, SMOKE, Family, command, metrics, run, step_of
+from commands import REPOSITORY, SMOKE, Family, command, metrics, run, run_here, step_of
 from safetensors.torch import load_file
 from wandb_files import read_wandb
 
@@ -192,9 +192,9 @@ def test_an_embed_goes_on(shared, tmp_path):
     assert family.process.returncode == 75 and "records made now are kept" in printed, printed
     before = len(StoreReader(tmp_path / "teacher", allow_unfinished=True))
     assert 0 < before < 160
-    printed = run(folder, "embed", *overrides)
+    printed = run_here(folder, "embed", *overrides)
     assert f"({160 - before} made now" in printed
-    assert "8 of 160 records recomputed" in run(folder, "embed", *overrides, "--check", "8")
+    assert "8 of 160 records recomputed" in run_here(folder, "embed", *overrides, "--check", "8")
 
 
 def test_an_evaluation_ends_at_once_and_begins_again(shared, whole, tmp_path):
@@ -207,7 +207,7 @@ def test_an_evaluation_ends_at_once_and_begins_again(shared, whole, tmp_path):
         "evaluate.benchmarks=[fidelity]",
         "evaluate.max_images=4",
     )
-    run(folder, "merge", *own)
+    run_here(folder, "merge", *own)
     family = Family(folder, command("evaluate", *own))
     family.wait_until(lambda: len(family.members()) > 2)  # its data workers
     family.signal_group(signal.SIGTERM)
@@ -215,5 +215,5 @@ def test_an_evaluation_ends_at_once_and_begins_again(shared, whole, tmp_path):
     assert family.process.returncode == 75, printed
     # torch's loader complains where it is ended while it starts its workers.
     assert "the same command resumes" in printed and "Traceback" not in printed.split("Exception ignored")[0]
-    run(folder, "evaluate", *own)
+    run_here(folder, "evaluate", *own)
     assert json.loads((mine / "eval/fidelity.json").read_text())["images"] == 4

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ENVIRONMENT, REPOSITORY, command, metrics, run
+from commands import ENVIRONMENT, REPOSITORY, command, metrics, run, run_here
 from test_trajectories import KEYS, wait_for
 from transformers import Sam3LiteTextModel, Sam3TrackerVideoModel, Sam3VideoModel
 
@@ -36,7 +36,7 @@ def texts(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         f"embed.to={folder}/teacher",
         "evaluate.max_captions=60",
     )
-    run(folder, "train", *overrides, *SHORT, "name=reference", recipe=TEXT)
+    run_here(folder, "train", *overrides, *SHORT, "name=reference", recipe=TEXT)
     return folder, overrides
 
 
@@ -50,31 +50,31 @@ def same(folder: Path, name: str, tolerance: float) -> None:
 
 def test_stored_features_give_the_same_trajectory(texts):
     folder, overrides = texts
-    printed = run(folder, "embed", *overrides, "teacher=stored", recipe=TEXT)
+    printed = run_here(folder, "embed", *overrides, "teacher=stored", recipe=TEXT)
     assert "different texts" in printed
-    assert "lowest cosine 1.0000" in run(folder, "embed", *overrides, "--check", "3", recipe=TEXT)
-    run(folder, "train", *overrides, *SHORT, "teacher=stored", "name=stored", recipe=TEXT)
+    assert "lowest cosine 1.0000" in run_here(folder, "embed", *overrides, "--check", "3", recipe=TEXT)
+    run_here(folder, "train", *overrides, *SHORT, "teacher=stored", "name=stored", recipe=TEXT)
     same(folder, "stored", 5e-3)
     other = (*overrides, *SHORT, "teacher=stored", "name=other", "sam3.fingerprint=deadbeef")
-    assert "was made by tiny" in run(folder, "train", *other, recipe=TEXT, code=2)
+    assert "was made by tiny" in run_here(folder, "train", *other, recipe=TEXT, code=2)
     manifest = folder / "teacher/manifest.json"
     content = manifest.read_text()
     assert f"tokenizer {tokenizer_fingerprint()}" in content
     manifest.write_text(content.replace(tokenizer_fingerprint(), "0" * 16))
     another = (*overrides, *SHORT, "teacher=stored", "name=another")
-    assert "was made with another tokenizer" in run(folder, "train", *another, recipe=TEXT, code=2)
+    assert "was made with another tokenizer" in run_here(folder, "train", *another, recipe=TEXT, code=2)
     manifest.write_text(content)
     # A text that has changed has another key: said before the first step, not when its turn comes.
     phrases = folder / "data/phrases.txt"
     drawn = phrases.read_text()
     phrases.write_text(drawn.replace("\n", " and a kite\n", 1))
-    printed = run(folder, "train", *another, recipe=TEXT, code=2)
+    printed = run_here(folder, "train", *another, recipe=TEXT, code=2)
     assert (
         "lacks 1 of" in printed
         and "Run `effsam3 embed`" in printed
         and not (folder / "runs/another/checkpoints").exists()
     )
-    assert "1 made now" in run(folder, "embed", *overrides, "teacher=stored", recipe=TEXT)
+    assert "1 made now" in run_here(folder, "embed", *overrides, "teacher=stored", recipe=TEXT)
     phrases.write_text(drawn)  # which the other tests read, too
 
 
@@ -82,7 +82,7 @@ def test_real_captions_are_never_overwritten(texts, tmp_path):
     folder, overrides = texts
     (tmp_path / "phrases.txt").write_text("a dog\n")
     mine = (*overrides, *SHORT, f"data.phrases=[{tmp_path}/phrases.txt]", "name=mine")
-    assert "was not made from synthetic captions" in run(folder, "train", *mine, recipe=TEXT, code=2)
+    assert "was not made from synthetic captions" in run_here(folder, "train", *mine, recipe=TEXT, code=2)
     assert (tmp_path / "phrases.txt").read_text() == "a dog\n"
 
 
@@ -117,13 +117,13 @@ def test_killed_and_resumed_at_the_exact_sample(texts):
 def test_the_student_learns_merges_and_is_measured(texts):
     folder, overrides = texts
     longer = ("train.steps=120", "train.eval_every=60", "name=learner")
-    run(folder, "train", *overrides, *longer, recipe=TEXT)
+    run_here(folder, "train", *overrides, *longer, recipe=TEXT)
     held_out = metrics(folder / "runs/learner", "val/cosine")
     assert held_out[120]["val/cosine"] > held_out[0]["val/cosine"] + 0.15
     assert held_out[120]["val/cosine"] > held_out[120]["val/cosine_of_mean"] + 0.1
     assert held_out[120]["val/cosine_centred"] > 0.4
 
-    printed = run(folder, "merge", *overrides, *longer, recipe=TEXT)
+    printed = run_here(folder, "merge", *overrides, *longer, recipe=TEXT)
     assert "| text " in printed and "slot text" in printed
     merged, chassis = read_tensors(folder / "runs/learner/merged"), read_tensors(chassis_folder("tiny"))
     slot = (TEXT_ENCODER, TEXT_PROJECTION)
@@ -147,7 +147,7 @@ def test_the_student_learns_merges_and_is_measured(texts):
         )
     assert found.pred_masks.isfinite().all() and not torch.equal(found.pred_masks[0], found.pred_masks[1])
 
-    printed = run(folder, "evaluate", *overrides, *longer, recipe=TEXT)
+    printed = run_here(folder, "evaluate", *overrides, *longer, recipe=TEXT)
     result = json.loads((folder / "runs/learner/eval/similarity.json").read_text())
     for texts_measured in ("captions", "phrases"):
         assert 0.5 < result[texts_measured]["cosine"] <= 1

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, command, metrics, run
+from commands import ENVIRONMENT, command, metrics, run, run_here
 from safetensors.torch import load_file
 
 STEPS = 8
@@ -25,7 +25,7 @@ KEYS = ("train/loss", "train/mse", "train/cosine", "train/grad_norm", "train/lr"
 @pytest.fixture(scope="module")
 def reference(shared) -> dict[int, dict]:
     folder, overrides = shared
-    run(folder, "train", *overrides, *SHORT, "name=reference")
+    run_here(folder, "train", *overrides, *SHORT, "name=reference")
     return metrics(folder / "runs/reference")
 
 
@@ -39,7 +39,7 @@ def assert_same(reference: dict, other: dict, tolerance: float) -> None:
 @pytest.mark.parametrize("micro", [8, 2])
 def test_micro_batch_times_accumulation(shared, reference, micro):
     folder, overrides = shared
-    run(folder, "train", *overrides, *SHORT, f"train.micro_batch_size={micro}", f"name=micro-{micro}")
+    run_here(folder, "train", *overrides, *SHORT, f"train.micro_batch_size={micro}", f"name=micro-{micro}")
     assert_same(reference, metrics(folder / f"runs/micro-{micro}"), 1e-4)
 
 
@@ -58,13 +58,13 @@ def test_two_processes(shared, reference, hardware):
 def test_teacher_beside_the_student(shared, reference):
     """Stored features are rounded to float16, which is all that may differ."""
     folder, overrides = shared
-    run(folder, "train", *overrides, *SHORT, "teacher=online", "name=online")
+    run_here(folder, "train", *overrides, *SHORT, "teacher=online", "name=online")
     assert_same(reference, metrics(folder / "runs/online"), 5e-3)
 
 
 def test_bf16_stays_close(shared, reference):
     folder, overrides = shared
-    run(folder, "train", *overrides, *SHORT, "train.precision=bf16", "name=bf16")
+    run_here(folder, "train", *overrides, *SHORT, "train.precision=bf16", "name=bf16")
     for step, values in metrics(folder / "runs/bf16").items():
         assert values["train/loss"] == pytest.approx(reference[step]["train/loss"], rel=0.05)
         assert values["train/loss"] != reference[step]["train/loss"]
@@ -74,20 +74,20 @@ def test_stops_when_it_gets_no_better(shared):
     folder, overrides = shared
     rates = ("optim.lr=1e-3", "optim.warmup_steps=2", "optim.min_lr=0", "optim.warmup_lr=0")
     # From step 2 on nothing moves any more, so that the second validation after it cannot be better.
-    printed = run(
+    printed = run_here(
         folder, "train", *overrides, *rates, "train.steps=200", "train.eval_every=2", "train.patience=2",
         "train.log_every=100", "optim.clip_grad_norm=1e-30", "optim.weight_decay=0", "optim.eps=1", "name=patient",
     )  # fmt: skip
     assert "no better for 2 validations in a row: stopping at step 6" in printed
     assert "student, step 2" in printed
-    again = run(folder, "train", recipe=folder / "runs/patient/recipe.yaml")
+    again = run_here(folder, "train", recipe=folder / "runs/patient/recipe.yaml")
     assert "this run is complete: 6 steps" in again
 
 
 def test_other_samples_are_noticed(shared, reference):
     """The comparison can fail: another seed is another trajectory."""
     folder, overrides = shared
-    run(folder, "train", *overrides, *SHORT, "train.seed=1", "name=seed")
+    run_here(folder, "train", *overrides, *SHORT, "train.seed=1", "name=seed")
     with pytest.raises(AssertionError):
         assert_same(reference, metrics(folder / "runs/seed"), 5e-3)
 
@@ -152,8 +152,10 @@ def test_batchnorm_is_validated_as_it_is_saved(shared):
         launch=True,
     )  # fmt: skip
     reported = metrics(folder / "runs/batchnorm", "val/cosine")[3]["val/cosine"]
-    run(folder, "merge", *overrides, "name=batchnorm")
-    run(folder, "evaluate", *overrides, "name=batchnorm", "evaluate.benchmarks=[fidelity]", "evaluate.max_images=8")
+    run_here(folder, "merge", *overrides, "name=batchnorm")
+    run_here(
+        folder, "evaluate", *overrides, "name=batchnorm", "evaluate.benchmarks=[fidelity]", "evaluate.max_images=8"
+    )
     measured = json.loads((folder / "runs/batchnorm/eval/fidelity.json").read_text())["cosine"]
     assert measured == pytest.approx(reported, rel=1e-4)
 

@@ -17,7 +17,7 @@ from effsam3.errors import UserError
 from effsam3.inspect_model import examine
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import open_pickled
-from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.chassis.tensors import load_part, map_tensors, read_config, read_tensors
 from effsam3.models.chassis.torch_file import content_key
 from effsam3.models.merging.slots import MergeError, first_chassis, read_card
@@ -188,7 +188,7 @@ def readers(folder, run, chassis):
         folder / "model.safetensors.index.json": lambda: map_tensors(folder),
         folder / "effsam3.json": lambda: first_chassis(read_card(folder, {"chassis": str, "revision": (str, None)})),
         folder / "config.json": lambda: read_config(folder),
-        chassis / "config.json": lambda: (read_config(chassis), chassis_facts(str(chassis))),
+        chassis / "config.json": lambda: (read_config(chassis), sam3_of(str(chassis)).sizes),
         run / "provenance.json": lambda: merge.part_of("image", run, "best", read_config(chassis_folder("tiny"))),
         run / "recipe.yaml": lambda: load_recipe(run / "recipe.yaml"),
     }

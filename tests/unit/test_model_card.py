@@ -18,7 +18,7 @@ from run_folders import image_run, merged_run
 from safetensors.torch import load_file, save_file
 
 from effsam3 import merge
-from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.chassis.tiny import full_config
 from effsam3.models.image.backbones import image_student
 from effsam3.models.registry import SAM3, head_params
@@ -115,7 +115,7 @@ def test_a_backbone_of_timm_on_smaller_images(tmp_path):
     assert f"timm's pretrained weights of `mobilenetv3_small_050` ({source})" in section(card, "Licence")
     student = image_student("timm/mobilenetv3_small_050", 128)
     here = student.trunk_params + head_params("fused", student.channels, 64)
-    assert numbers(card, "vision trunk") == [here, chassis_facts("tiny").trunk_params]
+    assert numbers(card, "vision trunk") == [here, sam3_of("tiny").sizes.trunk_params]
     assert "student sees, px" in section(card, "How it learned") and "ES-" not in section(card, "Slots")
 
 
@@ -131,7 +131,7 @@ def test_parameters_are_those_of_the_registry_and_of_the_file(merged):
     student = image_student("tiny_convnext")
     here = student.trunk_params + head_params("fused", student.channels, 64)
     card = card_of(merged["image"])
-    assert numbers(card, "vision trunk") == [here, chassis_facts("tiny").trunk_params]
+    assert numbers(card, "vision trunk") == [here, sam3_of("tiny").sizes.trunk_params]
     # No BatchNorm in this student and no other buffers than these: what the file holds besides are parameters.
     stored = load_file(merged["image"] / "merged/model.safetensors")
     buffers = ("feature_mean", "feature_scale", "embedding.positional_embedding")

@@ -17,7 +17,7 @@ from effsam3.models.chassis import sam3_pt as original
 from effsam3.models.chassis.cache import kept_in_cache
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import PickledError
-from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.chassis.tensors import (
     EXTRAS_FILE,
     TRUNK,
@@ -277,7 +277,7 @@ def test_of_a_run_folder_it_is_the_merged_model(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "run" / "merged")
     (tmp_path / "run" / "recipe.yaml").touch()
     assert chassis_folder(str(tmp_path / "run")) == tmp_path / "run" / "merged"
-    assert chassis_facts(str(tmp_path / "run")) == chassis_facts("tiny")
+    assert sam3_of(str(tmp_path / "run")).sizes == sam3_of("tiny").sizes
 
 
 @pytest.mark.parametrize(
@@ -313,8 +313,8 @@ def test_a_single_file_of_another_kind(folder, tmp_path):
 
 
 def test_facts_of_a_file(saved):
-    assert chassis_facts(saved(ONE)) == chassis_facts("tiny")
-    assert chassis_facts(saved(ONE, config=None)) == SAM3.sizes
+    assert sam3_of(saved(ONE)).sizes == sam3_of("tiny").sizes
+    assert sam3_of(saved(ONE, config=None)).sizes == SAM3.sizes
 
 
 def test_the_made_up_chassis_is_in_both_formats(folder):

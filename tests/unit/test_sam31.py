@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from effsam3 import cli
 from effsam3.errors import ChassisError
-from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.chassis.unsupported import what_unsupported
 
 # As its readers list them: https://github.com/facebookresearch/sam3/issues/506, 526; ultralytics/ultralytics#26144;
@@ -82,6 +82,6 @@ def test_folders_files_and_names_on_the_hub(tmp_path):
     (tmp_path / "sam3.1_multiplex_fp16.safetensors").rename(tmp_path / "model.safetensors")
     with pytest.raises(ChassisError, match="model.safetensors is SAM 3.1"):
         shard_of(tmp_path)
-    for take in (chassis_folder, chassis_facts):
+    for take in (chassis_folder, sam3_of):
         with pytest.raises(ChassisError, match=r"facebook/sam3\.1 is SAM 3\.1, .* name a SAM 3"):
             take("facebook/sam3.1")

@@ -12,7 +12,7 @@ import pytest
 from effsam3.cli import main
 from effsam3.data.store.format import Field, Manifest
 from effsam3.errors import UserError
-from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.registry import SAM3
 from effsam3.recipe.reader import load_recipe
 from effsam3.show import show
@@ -95,7 +95,7 @@ def test_show_one_key(capsys):
 def test_record_bytes_are_the_stores(checkpoint, tap, pixels, dtype, grid):
     embed = f"{{tap: {tap}, pixels: {pixels}, dtype: {dtype}, grid: {grid}}}"
     recipe = load_recipe(SMOKE, [f"sam3.checkpoint={checkpoint}", f"embed={embed}"])
-    facts = chassis_facts(checkpoint)
+    facts = sam3_of(checkpoint).sizes
     side = recipe.embed.grid or facts.grid
     channels = facts.hidden_size if tap == "trunk" else facts.fpn_hidden_size
     fields = [Field("features", dtype, (channels, side, side))]
@@ -113,8 +113,8 @@ def test_facts_of_a_local_folder(tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "sam3_video", "detector_config": {"vision_config": vision}})
     )
-    assert chassis_facts(str(tmp_path)) == SAM3.sizes
+    assert sam3_of(str(tmp_path)).sizes == SAM3.sizes
     assert (SAM3.sizes.grid, SAM3.sizes.trunk_params) == (72, 446_236_672)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match=r"is not of a SAM 3 .*detector_config is missing"):
-        chassis_facts(str(tmp_path))
+        sam3_of(str(tmp_path))

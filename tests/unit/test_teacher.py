@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, Sam3Model, Sam3VideoModel, Sam3VideoProc
 
 from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder
-from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.chassis.tensors import TRUNK, ChassisError, fingerprint, read_tensors
 from effsam3.models.image.teacher import Neck, Teacher, check_features, explained_by_pixels
 
@@ -84,7 +84,7 @@ def test_made_up_chassis_is_made_once_and_the_same(folder, tmp_path, monkeypatch
 
 def test_processor_and_tokenizer_come_with_it(folder):
     processor = Sam3VideoProcessor.from_pretrained(folder)
-    assert processor.image_processor.size["height"] == chassis_facts("tiny").image_size
+    assert processor.image_processor.size["height"] == sam3_of("tiny").sizes.image_size
     ids = AutoTokenizer.from_pretrained(folder)("a photo of a cat")["input_ids"]
     assert ids == [49406, 320, 1125, 539, 320, 2368, 49407]  # CLIP's published ids
 
@@ -182,9 +182,9 @@ def test_the_hub_out_of_reach_says_what_to_do(tmp_path, monkeypatch):
         chassis_folder("facebook/sam3")
 
 
-def test_chassis_facts_are_those_of_the_config(folder):
-    facts = chassis_facts("tiny")
-    assert facts == chassis_facts(str(folder))
+def test_sizes_are_those_of_the_config(folder):
+    facts = sam3_of("tiny").sizes
+    assert facts == sam3_of(str(folder)).sizes
     with torch.device("meta"):
         trunk = Sam3VideoModel.config_class.from_pretrained(folder).detector_config.vision_config.backbone_config
     assert (facts.image_size, facts.hidden_size) == (trunk.image_size, trunk.hidden_size)

@@ -152,18 +152,16 @@ def create_store(
 
 def _settings(manifest: Manifest) -> dict[str, str]:
     """All that two passes into one store must agree on, as flat name -> JSON."""
-    flat = {}
+    agreed = {"fields": [str(field) for field in manifest.fields], "description": manifest.description}
+    return {name: json.dumps(value) for name, value in flat(agreed).items()}
 
-    def flatten(name, value):
-        if isinstance(value, dict):
-            for key, entry in value.items():
-                flatten(f"{name}.{key}", entry)
-        else:
-            flat[name] = json.dumps(value)
 
-    flatten("fields", [str(field) for field in manifest.fields])
-    flatten("description", manifest.description)
-    return flat
+def flat(entries: dict, prefix: str = "") -> dict:
+    """Return a description's entries by dotted names."""
+    found: dict = {}
+    for name, value in entries.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def storable(key: str) -> bool:

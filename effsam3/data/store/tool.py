@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from effsam3.data.store.format import Field, Manifest, list_shards, open_manifest, remedy
+from effsam3.data.store.format import Field, Manifest, flat, list_shards, open_manifest, remedy
 from effsam3.errors import UserError
 
 SHOWN = 10  # skipped images and bad records listed by name
@@ -36,7 +36,8 @@ def show(root: Path) -> int:
         shape = " x ".join(map(str, field.shape))
         print(f"{field.name:<16} {field.dtype:<9} {shape:<18} {field.nbytes:>11,}")
     print()
-    _print_description(manifest)
+    for name, value in flat(manifest.description).items():
+        print(f"{name:<26} {value}")
     _print_statistics(manifest)
     if manifest.skipped:
         print("\nskipped")
@@ -44,15 +45,6 @@ def show(root: Path) -> int:
             print(f"  {entry['key']}: {entry['reason']}")
         _print_rest(len(manifest.skipped))
     return 0
-
-
-def _print_description(manifest: Manifest) -> None:
-    for name, value in manifest.description.items():
-        if isinstance(value, dict):
-            for key, entry in value.items():
-                print(f"{name + '.' + key:<26} {entry}")
-        else:
-            print(f"{name:<26} {value}")
 
 
 def _print_statistics(manifest: Manifest) -> None:

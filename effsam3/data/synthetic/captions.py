@@ -64,9 +64,7 @@ OPENINGS = (
     "At the centre of the image is"
 ).split("|")
 NOISE = [
-    "",
-    "",
-    "",
+    *3 * [""],
     " - stock photo",
     " | free shipping",
     " (1)",

@@ -70,11 +70,6 @@ def sam3_of(checkpoint: str) -> Sam3:
     return replace(row, sizes=sizes, counts=row.counts if sizes == row.sizes else None)
 
 
-def chassis_facts(checkpoint: str) -> Sizes:
-    """Return the sizes of the SAM 3 that a recipe's `sam3.checkpoint` names, as `sam3_of` does."""
-    return sam3_of(checkpoint).sizes
-
-
 def _texts_in(file: Path) -> list[str]:
     """All texts in a sam3.pt: names of tensors and entries, and the description in a file of this project.
 

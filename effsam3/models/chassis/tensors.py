@@ -149,22 +149,13 @@ def map_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     return tensors
 
 
-def refuse_damaged(folder: Path) -> None:
-    """Refuse a folder with tensors that cannot be weights, before transformers reads it by itself.
-
-    Raises:
-        ChassisError: it cannot be read, or a tensor is not of real, finite numbers.
-    """
-    refuse_unusable(map_tensors(folder), str(folder), AGAIN, ChassisError)
-
-
 def load_whole(model_class: type[Model], folder: Path) -> Model:
     """Load a model by transformers' `from_pretrained`: float32, frozen, in eval mode.
 
     Raises:
         ChassisError: the folder lacks tensors or holds others, or some that are not finite.
     """
-    refuse_damaged(folder)
+    refuse_unusable(map_tensors(folder), str(folder), AGAIN, ChassisError)  # transformers reads whatever there is
     with quiet_transformers():
         loaded: Any = model_class.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
@@ -179,19 +170,9 @@ def to_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a folder's tensors, without reading them."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    files = shard_of(folder)
-    for path in set(files.values()):
-        with open_safetensors(path, AGAIN, ChassisError) as file:
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    return shapes
-
-
 def elements(folder: Path) -> int:
     """Return the number of elements of all tensors of a folder, without reading them."""
-    return sum(torch.Size(shape).numel() for shape in shapes_of(folder).values())
+    return sum(tensor.numel() for tensor in map_tensors(folder).values())
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:

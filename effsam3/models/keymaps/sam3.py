@@ -317,9 +317,5 @@ def _class_row(table: Tensor) -> tuple[Tensor, Tensor]:
 def _zero_points(label: Tensor) -> dict[str, Tensor]:
     """Zeros in the shapes of `POINTS`, in the type of the geometry encoder's own tensors (1, channels)."""
     channels = label.shape[1]
-    shapes = {"direct": (channels, 2), "pool": (channels, channels), "pos_enc": (channels, channels)}
-    zeros = {}
-    for name in POINTS:
-        what = next(what for what in shapes if f"points_{what}_" in name)
-        zeros[name] = label.new_zeros(shapes[what] if name.endswith("weight") else channels)
-    return zeros
+    weights = {name: 2 if "_direct_" in name else channels for name in POINTS if name.endswith("weight")}  # x and y
+    return {name: label.new_zeros((channels, weights[name]) if name in weights else channels) for name in POINTS}

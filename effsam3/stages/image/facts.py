@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError
-from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
 from effsam3.models.registry import SAM3, head_params
 from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train
@@ -164,7 +164,7 @@ class ImageRecipe(FeatureRecipe):
     def _student_fits(self) -> Iterator[str]:
         """Yield why the student cannot be built, as far as that is known without weights."""
         try:
-            side = chassis_facts(self.sam3.checkpoint).image_size
+            side = sam3_of(self.sam3.checkpoint).sizes.image_size
         except UserError:  # not on this machine yet: its sizes are told when it is
             side = None
         if side is not None and self.student_image_size is not None and self.student_image_size > side:
@@ -192,7 +192,7 @@ class ImageRecipe(FeatureRecipe):
         Raises:
             UserError: the sizes of the recipe's SAM 3 are not known.
         """
-        facts = chassis_facts(self.sam3.checkpoint)
+        facts = sam3_of(self.sam3.checkpoint).sizes
         return facts.hidden_size if self.embed.tap == "trunk" else facts.fpn_hidden_size
 
     def derived(self) -> dict[str, Callable[[], str]]:
@@ -224,7 +224,7 @@ class ImageRecipe(FeatureRecipe):
         return f"{steps:,} steps = {epochs:.1f} epochs, {warmup:,} steps of them warm-up"
 
     def student_line(self) -> str:
-        facts = chassis_facts(self.sam3.checkpoint)
+        facts = sam3_of(self.sam3.checkpoint).sizes
         seen = self.student_image_size or facts.image_size
         student = image_student(self.student, seen)
         head = head_params(self.head, student.channels, self.channels)
@@ -237,7 +237,7 @@ class ImageRecipe(FeatureRecipe):
     def _store_line(self) -> str:
         if self.teacher == "online":
             return "none: the teacher runs next to the student"
-        facts = chassis_facts(self.sam3.checkpoint)
+        facts = sam3_of(self.sam3.checkpoint).sizes
         grid = self.embed.grid or facts.grid
         size = stride(record_fields(self.embed, self.channels, grid, facts.image_size))
         text = f"{size:,} bytes per image ({self.channels} x {grid} x {grid} {self.embed.dtype}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.image.backbones import image_student, student_name
 from effsam3.models.merging.slots import SLOTS, MergeError, Part, image_part
 from effsam3.models.registry import IMAGE_STUDENTS
@@ -33,7 +33,7 @@ def part_of_run(trained: ImageRecipe, features: dict, weights: dict, config: Pre
 
 def untrained_part(recipe: ImageRecipe, config: PreTrainedConfig, about: dict) -> Part:
     """Return the part that a run of the recipe will give, with the weights that it starts from."""
-    side = chassis_facts(recipe.sam3.checkpoint).image_size
+    side = sam3_of(recipe.sam3.checkpoint).sizes.image_size
     features = {"tap": recipe.embed.tap, "image_size": side, "channels": recipe.channels}
     return part_of_run(recipe, features, untrained(recipe).state_dict(), config, about)
 

@@ -32,7 +32,7 @@ from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import feature_loss, relative_error, standardise
 from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
-from effsam3.models.chassis.sizes import chassis_facts
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.image.backbones import image_student
 from effsam3.models.image.student import StudentTrunk, load_timm_weights, resize_BCHW, student_config
 from effsam3.models.image.teacher import (
@@ -122,7 +122,7 @@ def make_student(recipe: ImageRecipe, channels: int, image_size: int, patch_size
 
 def untrained(recipe: ImageRecipe) -> StudentTrunk:
     """Build the recipe's student by the published sizes of its SAM 3."""
-    facts = chassis_facts(recipe.sam3.checkpoint)
+    facts = sam3_of(recipe.sam3.checkpoint).sizes
     return make_student(recipe, recipe.channels, facts.image_size, facts.patch_size)
 
 
@@ -138,7 +138,7 @@ def both_splits(recipe: ImageRecipe) -> None:
 
 def whole_maps(recipe: ImageRecipe) -> None:
     """Features that `loss.neck` can be computed of."""
-    own = chassis_facts(recipe.sam3.checkpoint).grid if recipe.loss.neck else 0
+    own = sam3_of(recipe.sam3.checkpoint).sizes.grid if recipe.loss.neck else 0
     refuse_partial_maps(recipe, recipe.embed.tap, recipe.embed.grid or own)
 
 
@@ -151,7 +151,7 @@ def refuse_partial_maps(recipe: ImageRecipe, tap: str, grid: int) -> None:
     Raises:
         UserError: they are not the trunk's, or not on its own grid.
     """
-    if recipe.loss.neck and (tap != "trunk" or grid != chassis_facts(recipe.sam3.checkpoint).grid):
+    if recipe.loss.neck and (tap != "trunk" or grid != sam3_of(recipe.sam3.checkpoint).sizes.grid):
         raise UserError(
             f"loss.neck compares what SAM 3's neck makes of whole trunk maps; these are {tap} features on a "
             f"{grid}x{grid} grid. Save features with embed.tap=trunk and without embed.grid, or set loss.neck=0"
@@ -213,7 +213,7 @@ class ImageStage(FeatureStage):
             neck = Neck.from_folder(chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision))
             # Only the part of SAM 3 after the trunk: the loss looks at features as the detector will see them.
             neck = neck.to(accelerator.device)
-        student = make_student(recipe, facts["channels"], side, chassis_facts(recipe.sam3.checkpoint).patch_size)
+        student = make_student(recipe, facts["channels"], side, sam3_of(recipe.sam3.checkpoint).sizes.patch_size)
         stage = cls(recipe, accelerator, facts, student, teacher, neck)
         stage.train_data, stage.val_data = train_data, val_data
         stage.begin(store, report, accelerator)
@@ -221,7 +221,7 @@ class ImageStage(FeatureStage):
 
     @classmethod
     def from_shapes(cls, recipe: ImageRecipe, place: Place) -> ImageStage:
-        sizes = chassis_facts(recipe.sam3.checkpoint)
+        sizes = sam3_of(recipe.sam3.checkpoint).sizes
         facts = {
             "tap": recipe.embed.tap,
             "grid": recipe.embed.grid or sizes.grid,
@@ -261,7 +261,7 @@ class ImageStage(FeatureStage):
     def describe(self) -> dict[str, str]:
         seen = self.recipe.student_image_size or self.facts["image_size"]
         row = image_student(self.recipe.student, seen)
-        replaced = chassis_facts(self.recipe.sam3.checkpoint).trunk_params
+        replaced = sam3_of(self.recipe.sam3.checkpoint).sizes.trunk_params
         own = self.student_parameters
         grid, channels = self.facts["grid"], self.facts["channels"]
         source = "next to the student" if self.teacher is not None else f"from {self.recipe.embed.to}"

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError, did_you_mean
-from effsam3.models.chassis.sizes import chassis_facts, sam3_of
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.registry import text_student_row
 from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train
 from effsam3.recipe.concepts import ConceptEvaluate
@@ -150,7 +150,7 @@ class TextRecipe(FeatureRecipe):
     def _store_line(self) -> str:
         if self.teacher == "online":
             return "none: the teacher runs next to the student"
-        channels, length = chassis_facts(self.sam3.checkpoint).fpn_hidden_size, self.data.context_length
+        channels, length = sam3_of(self.sam3.checkpoint).sizes.fpn_hidden_size, self.data.context_length
         return f"{stride(record_fields(length, channels)):,} bytes per text ({length} x {channels} float16)"
 
 

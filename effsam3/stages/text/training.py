@@ -27,7 +27,7 @@ from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.features import feature_loss, standardise
 from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
-from effsam3.models.chassis.sizes import chassis_facts, sam3_of
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.chassis.tensors import read_config
 from effsam3.models.merging.slots import model_folder
 from effsam3.models.registry import text_student_row
@@ -103,7 +103,7 @@ def make_student(recipe: TextRecipe, channels: int) -> tuple[StudentText, Weight
 
 def untrained(recipe: TextRecipe) -> StudentText:
     """Build the recipe's student by the published sizes of its SAM 3."""
-    return make_student(recipe, chassis_facts(recipe.sam3.checkpoint).fpn_hidden_size)[0]
+    return make_student(recipe, sam3_of(recipe.sam3.checkpoint).sizes.fpn_hidden_size)[0]
 
 
 NEEDS = ()  # nothing beyond what every training needs
@@ -166,7 +166,7 @@ class TextStage(FeatureStage):
     @classmethod
     def from_shapes(cls, recipe: TextRecipe, place: Place) -> TextStage:
         checkpoint = recipe.sam3.checkpoint
-        facts = {"channels": chassis_facts(checkpoint).fpn_hidden_size}
+        facts = {"channels": sam3_of(checkpoint).sizes.fpn_hidden_size}
         teacher = TextTeacher(config_at_hand(checkpoint).detector_config) if recipe.teacher == "online" else None
         return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher)
 
