@@ -115,6 +115,7 @@ def mismatch(value: Any, form: Any, name: str = "") -> str:
     """Say where a value is not of a form, empty if it is; `name` is that of the value."""
     if isinstance(form, tuple):
         wrong = [mismatch(value, one, name) for one in form]
+        # Of several forms, the one of the value's own type tells most about what is wrong.
         same = [text for text, one in zip(wrong, form, strict=True) if _kind(one) is type(value)]
         return "" if not all(wrong) else same[0] if same else _unexpected(value, form, name)
     if isinstance(form, list):

@@ -66,6 +66,7 @@ def _image(name: str, row: ImageStudent) -> dict[str, Any]:
         "trunk": row.trunk_params,
     }
     for head in HEADS:
+        # What ships: the published counts leave the head out and compare with trunk and necks.
         deployed = row.trunk_params + head_params(head, row.channels, SAM3.sizes.hidden_size)
         result[head] = {
             "head": deployed - row.trunk_params,

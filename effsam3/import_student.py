@@ -182,6 +182,7 @@ def completed(
         KeyMapError: a tensor of the file is not SAM 3's.
     """
     renamed, extra = key_map(config).to_transformers(found.rest)
+    # The file goes first: a stage 3 checkpoint has trained more of SAM 3 than its students.
     rest = {"file": on_its_own(renamed)}
     if chassis is not None:
         rest["chassis"] = {name: tensor for name, tensor in read_tensors(chassis).items() if name not in renamed}

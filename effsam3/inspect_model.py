@@ -144,6 +144,7 @@ def pickled_file(path: Path) -> dict[str, Any]:
     if (problem := what_unsupported(pickled.tensors)) and (row := unsupported(pickled.tensors)):
         return facts | _unsupported(row, pickled.tensors) | {"problem": f"it {problem}"}
     try:
+        # This project's files name their students in the card, upstream's are known by their tensors.
         if OWN not in pickled.aside and (file := divide(pickled.tensors)).has_student:
             return facts | _efficientsam3(file) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
         config = config_of(pickled, path)
@@ -236,6 +237,7 @@ def _model(tensors: Mapping[str, Tensor], config: PreTrainedConfig, slots: dict,
     text = {name: tensor for name, tensor in tensors.items() if name.startswith((TEXT_ENCODER, TEXT_PROJECTION))}
     problem = None
     try:
+        # A broken model is described as well: whoever inspects it wants to know what is there.
         refuse_misfit(tensors, config, "not a whole SAM 3 (by transformers' names)")
         refuse_unusable(tensors, "not a model that can be used", "fetch or merge it again", ChassisError)
     except ChassisError as error:

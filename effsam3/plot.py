@@ -148,6 +148,7 @@ def draw(curves: dict[str, dict[str, Curve]], metrics: Sequence[str], smooth: fl
 def _line(axis, metric: str, curve: Curve, smooth: float | None, run: str, colour: str) -> None:
     """Draw one run's curve: of training as it is and smoothed, of validation, few and exact, with its points."""
     steps, values = zip(*curve, strict=True)
+    # A fixed weight would lag behind a short curve by most of its length.
     weight = min(SMOOTH, max(0.0, 1 - SMOOTH_SHARE / len(values))) if smooth is None else smooth
     if metric.startswith("val/") or metric == "train/lr" or not weight:
         axis.plot(steps, values, marker="o" if metric.startswith("val/") else "", color=colour, label=run)

@@ -236,6 +236,7 @@ def refuse_misfit(asked: Asked, is_video: bool, size: tuple[int, int]) -> None:
     """
     height, width = size
     for *box, label in asked.boxes:
+        # Nobody shows a single pixel: these are shares of the sides, as some other tools have them.
         if max(box) <= 1:
             raise _in_pixels("--box", box, label, size)
     for *point, label in asked.points:

@@ -128,6 +128,7 @@ def open_repository(push: Push) -> bool:
         if push.revision != "main":
             api.create_branch(push.repo, branch=push.revision, exist_ok=True)
         names = api.list_repo_files(push.repo, revision=push.revision)
+    # A mistyped name must not mix two models' weights in one repository.
     if CARD not in names and any(fnmatch(name, pattern) for name in names for pattern in WEIGHTS):
         raise PushError(
             f"{push.repo} holds a model that was not pushed from here (it has no {CARD}); choose another push.repo"
@@ -147,6 +148,7 @@ def upload(push: Push, files: dict[str, Path], message: str) -> list[str]:
     with _errors(push):
         names = api.list_repo_files(repo, revision=push.revision)
         old = [name for name in names if name not in files and OURS.fullmatch(name)]
+        # In one commit: nobody ever loads new weights with an old config.
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationAdd(name, path) for name, path in files.items()),
             *(CommitOperationDelete(name) for name in old),

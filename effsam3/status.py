@@ -140,6 +140,7 @@ def examine(folder: Path, now: float | None = None) -> dict[str, Any]:
     speed, hardware = facts["samples_per_s"], facts["hardware"]
     if facts["samples_per_s_per_device"] is None and speed and hardware:
         facts["samples_per_s_per_device"] = speed / int(hardware.split(" x ")[0])
+    # Only of a run that goes on: the speed of one that has died says nothing about the rest.
     facts["eta_s"] = None
     if facts["state"] == "running" and speed and progress is not None:
         facts["eta_s"] = (progress.steps - progress.step) * progress.global_batch / speed
@@ -168,6 +169,7 @@ def _validations(lines: list[dict], monitor: Monitor | None) -> dict[str, Any]:
 
 def _curve(losses: list[float]) -> list[float]:
     """Average a curve down to at most CURVE_POINTS points."""
+    # Means of stretches: a single noisy step must not stand for hundreds.
     points = min(len(losses), CURVE_POINTS)
     edges = [len(losses) * point // points for point in range(points + 1)] if points else []
     return [sum(losses[start:end]) / (end - start) for start, end in pairwise(edges)]

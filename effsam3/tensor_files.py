@@ -89,6 +89,7 @@ def unusable(name: str, tensor: Tensor) -> str:
         return f"is {kind}, expected a weight in float32, float16, bfloat16 or float64"
     if not tensor.numel():
         return ""
+    # One pass over the numbers: NaN and infinity both come through as an extreme.
     low, high = (float(value) for value in torch.aminmax(tensor.detach()))
     if low != low:  # NaN, which minimum and maximum hand on
         return f"has NaN in {int(tensor.isnan().sum()):,} of {tensor.numel():,} numbers: its training went wrong"

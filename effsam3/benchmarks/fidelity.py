@@ -28,6 +28,7 @@ def feature_fidelity(pair: Pair, batches) -> dict[str, Any]:
     neck_error, images, unreadable = 0.0, 0, []
     for batch in batches:
         unreadable += [f"{key}: {reason}" for key, reason in batch["unreadable"]]
+        # Padding and unreadable images have no size.
         kept = batch["sizes"][:, 0] > 0
         if not kept.any():
             continue

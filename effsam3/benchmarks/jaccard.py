@@ -50,6 +50,7 @@ def boundary_measure(predicted_HW: np.ndarray, truth_HW: np.ndarray) -> float:
     """
     # 8 pixels at 480 x 854, 18 at 1080 x 1920.
     radius = math.ceil(TOLERANCE * math.hypot(*truth_HW.shape))
+    # Objects are small and frames are not: most of the time would go into empty rows.
     crop = _extent(predicted_HW | truth_HW)
     edges = boundary(predicted_HW[crop]), boundary(truth_HW[crop])
     counts = [np.count_nonzero(edge) for edge in edges]
@@ -92,6 +93,7 @@ def _near(edge_HW: np.ndarray, other_HW: np.ndarray, radius: int) -> int:
     np.cumsum(np.pad(other_HW, radius), axis=1, out=sums[:, 1:])
     rows, columns = np.nonzero(edge_HW)
     wanted = len(rows)
+    # Nearest rows first: most boundary pixels have their match there and are done.
     for shift in sorted(range(-radius, radius + 1), key=abs):
         half = math.isqrt(radius**2 - shift**2)
         row, centre = rows + radius + shift, columns + radius

@@ -53,6 +53,8 @@ def segment(model, embeddings, annotations: list[dict], prompt: str, height: int
         xy_O2 = torch.tensor([annotation["point_coords"][0] for annotation in annotations], dtype=torch.float32)
         points = (xy_O2 * scale_xy).to(device)
     logits_OLL, _ = prompted_masks(model, embeddings, boxes, points)
+    # At the original's size before the threshold: masks that were cut small have stairs, and small objects lose by
+    # them.
     logits_OHW = F.interpolate(logits_OLL[:, None], (height, width), mode="bilinear", align_corners=False)[:, 0]
     return (logits_OHW > 0).cpu()
 

@@ -32,6 +32,7 @@ def speed(pair: Pair, elements: dict[str, int]) -> dict:
     """
     models, side = pair.models, pair.image_size
     batch = BATCH[pair.device.type]
+    # Noise will do: no model's time depends on what an image shows.
     pixels = torch.rand(batch, 3, side, side, device=pair.device) * 2 - 1
     box = torch.tensor([[side / 4, side / 4, side / 2, side / 2]], device=pair.device)
 

@@ -108,6 +108,7 @@ def text_similarity(
     same = _nearest(target, target, others=True) == _nearest(pred, pred, others=True)
     found = _nearest(pred, target, others=False) == torch.arange(len(target))
 
+    # A text's tokens all count under its own length.
     lengths_N = lengths_T.repeat_interleave(lengths_T)
     cosine_N = F.cosine_similarity(pred_NC, target_NC)
     return {name: float(value) / tokens for name, value in sums.items()} | {
@@ -158,6 +159,7 @@ def _nearest(query_TC: Tensor, key_TC: Tensor, others: bool) -> Tensor:
     for start in range(0, len(query_TC), ROWS):
         similarity = query_TC[start : start + ROWS] @ key_TC.T
         if others:
+            # A text's nearest neighbour would be itself.
             rows = torch.arange(len(similarity))
             similarity[rows, start + rows] = -torch.inf
         found.append(similarity.argmax(1))

@@ -59,6 +59,7 @@ def walk(tops: list[Path], unreadable: Callable[[OSError], object]) -> Iterator[
     visited = set()
     for top in tops:
         for parent, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
+            # Links are followed, since data sets are often links to another disk.
             if os.path.realpath(parent) in visited:  # a link back up
                 folders.clear()
                 continue
@@ -155,6 +156,7 @@ def write_index(
         "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 1),
     }
+    # Before the index: where no row is left, the report is all that tells why.
     write_json(report_of(out), report)
     if not sum(report[f"{unit}s"].values()):
         names = ", ".join(report["sources"])

@@ -26,6 +26,7 @@ class FeatureStatistics:
 
     def __init__(self, channels: int):
         self.count = 0.0
+        # In float64: a variance is the small difference of two large sums, over a million positions each.
         self.sum_C = torch.zeros(channels, dtype=torch.float64)
         self.square_C = torch.zeros(channels, dtype=torch.float64)
 

@@ -30,6 +30,7 @@ def resize_image(image_HWC: np.ndarray, image_size: int, resize: Resize) -> tupl
     if resize == "square":
         return functional.resize(pixels_CHW, [image_size, image_size], antialias=True), (image_size, image_size)
     assert resize == "longest_side", resize
+    # By the function that tells the valid size of stored features, so that both agree to the pixel.
     height, width = resized_size(image_HWC.shape[0], image_HWC.shape[1], image_size, resize)
     padded_CHW = torch.full((3, image_size, image_size), PAD_VALUE, dtype=torch.uint8)
     padded_CHW[:, :height, :width] = functional.resize(pixels_CHW, [height, width], antialias=True)

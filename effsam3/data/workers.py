@@ -29,6 +29,7 @@ def worker_pool(workers: int) -> Iterator[Callable[..., Future]]:
         with stopped_at_once():
             yield _run_now
         return
+    # Not forked: a child of a process with torch's threads may inherit a lock that nobody will release.
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, context, initializer=start_worker)
     others = set(multiprocessing.active_children())

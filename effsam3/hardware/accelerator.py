@@ -171,6 +171,7 @@ def on_main(accelerator: Accelerator, call: Callable[[], Result]) -> Result:
             result = call()
         except UserError as error:
             refusal = error
+    # The answer goes to all in one collective, a refusal, too: no rank is left waiting.
     refused, result = broadcast_object_list([refusal is not None, result])
     if refusal is not None:
         raise refusal

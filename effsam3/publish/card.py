@@ -49,6 +49,7 @@ def metadata(release: Release) -> dict:
         terms = release.sam3.license
         link = terms.url if release.license_file is None else "LICENSE"
         values |= {"license": "other", "license_name": terms.name, "license_link": link}
+        # Only an id of the Hub: a local folder's name would be a dead link there.
         if release.chassis == release.sam3.hub_id:
             values["base_model"] = release.chassis
     return values | {"tags": ["effsam3", "sam3", "knowledge-distillation"]}

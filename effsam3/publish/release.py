@@ -99,6 +99,7 @@ def read_release(folder: Path, license_file: str | None = None) -> Release:
     results = sorted((folder / "eval").glob("*.json"))
     remedy = "run `effsam3 evaluate` again"
     made_by = {path: read_json(path, RESULT_FORM, remedy, ReleaseError)["provenance"] for path in results}
+    # By the weights themselves: file times survive no copy of a run folder.
     measured = tuple(path for path in results if made_by[path].get("weights") == merged["weights"])
     return Release(
         folder=folder,

@@ -29,6 +29,7 @@ __all__ = [
 ]
 COMMAND_LINE = "command line"
 RECIPE = "recipe.yaml"  # in a run folder
+# Keys of older recipes, so that these are told what to write now.
 RENAMED = {"export": "embed", "train.trackers": "train.loggers"}
 
 
@@ -172,6 +173,7 @@ def _override(override: str, problems: list[str]) -> Mapping:
     if not equals or not key:
         problems.append(f"{override!r} is not an override; write section.key=value, such as optim.lr=5e-4")
         return Mapping()
+    # By the parser of files, so that `optim.lr=1e-3` means what it means there.
     tree: Tree = parse(text, f"{COMMAND_LINE} ({override})", problems, COMMAND_LINE)
     *above, last = key.split(".")
     found = Mapping({last: tree}, COMMAND_LINE)
@@ -197,6 +199,7 @@ def _build(cls: type, tree: Tree, prefix: str, problems: list[str], known: list[
         problems.append(f"{prefix[:-1]}: expected keys below it, got {tree} ({tree.where})")
         return None
     hints = get_type_hints(cls, include_extras=True)
+    # Unknown keys first, then missing ones: all mistakes are named at once, none hides another.
     names = [field.name for field in fields(cls)]
     for key, node in tree.items():
         if key not in names:

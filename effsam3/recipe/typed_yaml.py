@@ -20,6 +20,7 @@ from effsam3.errors import RecipeError, did_you_mean
 INTEGER = re.compile(r"[-+]?\d+(_\d+)*")
 NUMBER = re.compile(r"[-+]?(\d+(_\d+)*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 LEADING_ZERO = re.compile(r"[-+]?0[\d_]")
+# YAML 1.1's words; its `y` and `n` are left out, as they are letters more often than answers.
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 MOST_NODES, DEEPEST = 10_000, 50
 NULLS = ("", "~", "null", "Null", "NULL")

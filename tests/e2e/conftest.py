@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from commands import run
+from commands import run_here
 
 
 @pytest.fixture(scope="session")
@@ -22,5 +22,5 @@ def shared(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         "evaluate.max_images=4",
         "evaluate.pictures=1",
     )
-    run(folder, "embed", *overrides)
+    run_here(folder, "embed", *overrides)
     return folder, overrides

@@ -38,6 +38,8 @@ def shared_pca(
     centre = maps[0].mean(0)
     _, _, components = torch.linalg.svd(maps[0] - centre, full_matrices=False)
     colours = [(feat - centre) @ components[:3].T for feat in maps]
+    # A few extreme positions would leave all others one colour; the teacher's range serves both, so that colours
+    # compare.
     low, high = colours[0].quantile(0.02, 0), colours[0].quantile(0.98, 0)
     side = teacher_CGG.shape[-1]
     teacher, student = (((c - low) / (high - low)).clamp(0, 1).reshape(side, side, 3).numpy() for c in colours)

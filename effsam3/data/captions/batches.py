@@ -53,6 +53,7 @@ class CaptionBatches(Dataset):
         Keys: `ids` int64 (B, L); `mask` bool (B, L), what the encoders may attend to; `counts` bool (B,), false for
         padding; `unreadable`, always empty (captions are checked when they are opened); and the store's fields.
         """
+        # Padding takes the first text's place, so that shapes stay; `counts` leaves it out of the loss.
         kept = np.maximum(positions, 0).tolist()
         ids, mask = self.encode(self.part.texts(kept))
         counts = torch.tensor([position != PADDING for position in positions])
@@ -73,6 +74,7 @@ class CaptionBatches(Dataset):
 
     def by_length(self, positions: np.ndarray) -> np.ndarray:
         """Order a global batch by the length of its texts, so that micro-batches pad little."""
+        # Characters in place of tokens: near enough to sort by, and tokenizing is left to the workers.
         lengths = [len(text) for text in self.part.texts(positions.tolist())]
         return positions[np.argsort(lengths, kind="stable")]
 

@@ -167,6 +167,7 @@ def open_captions(
     caption_copies = [] if captions is None else _caption_copies(copies, captions, column, limit)
     phrase_copies = copies.of([str(file) for file in phrases], "phrases", phrase_column)
     sources = _texts(caption_copies, limit), _without_duplicates(_texts(phrase_copies), report)
+    # By the text's own hash: one that two lists share cannot be learned from and held out at once.
     trained = [texts.codes >= np.uint64(first_train) for texts in sources]
     learned, held = (
         [texts.select(mask == chosen) for texts, mask in zip(sources, trained, strict=True)]
@@ -203,6 +204,7 @@ def _caption_copies(copies: _Copies, captions: str, column: str | None, limit: i
     files = caption_files(captions)
     if limit is None:
         return copies.of(files, "captions", column)
+    # File after file until there are enough: a trial run need not read a billion captions.
     found, usable = [], 0
     while files and usable < limit:
         file, *files = files
@@ -231,6 +233,7 @@ class _Copies:
             if not path.is_file():
                 raise UserError(f"{source}: there is no file {file}")
             state = path.stat()
+            # Size and time stand for the content: hashing it would take as long as reading it again.
             made_of = (VERSION, str(path.absolute()), state.st_size, state.st_mtime_ns, column)
             stamp = xxhash.xxh3_64_hexdigest(repr(made_of).encode("utf-8", "surrogateescape"))
             copies.append(path.parent / CACHE / f"{path.name}.{stamp}.arrow")

@@ -91,6 +91,7 @@ def choose(names: Iterable[str], column: str | None, file: str, key: str) -> str
     listed = ", ".join(map(repr, names)) or "none"
     wanted = [column] if column is not None else KNOWN
     found = [name for name in names if _folded(name) in map(_folded, wanted)]
+    # What the data set was made for; the alt text next to it has a known name, too.
     if column is None and (recap := [name for name in names if _folded(name) == "re_caption"]):
         return recap[0]
     if column in names:
@@ -171,6 +172,7 @@ def lines(file: str) -> Iterator[str]:
     """
     with open(file, "rb") as opened:
         start = opened.read(4)
+    # UTF-8 unless a mark says otherwise: an encoding guessed from bytes is wrong now and then, for a whole list.
     encoding = next((name for mark, name in BYTE_ORDER_MARKS.items() if start.startswith(mark)), "utf-8")
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     number, name = 0, encoding.removesuffix("-sig").upper()
@@ -238,6 +240,7 @@ def _read_table(file: str, column: str | None, key: str) -> TextColumn:
     rest = lines(file)
     first, header = next(((number, line) for number, line in enumerate(rest, 1) if line.strip()), (1, ""))
     divided = {mark: _cells(header, mark) for mark in DELIMITERS[Path(file).suffix.lower()]}
+    # The one that makes most columns of the header; text below it may be full of the others.
     mark = max(divided, key=lambda mark: len(divided[mark]))
     names = divided[mark]
     if not any(names):

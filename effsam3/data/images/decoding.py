@@ -59,6 +59,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, key: str = "") -> tu
                 image.load()
             orientation = _orientation(image)
             image.load()
+            # Upright here, once: masks and boxes are drawn on what people see.
             if orientation in TRANSPOSE and not turned_by_pillow:
                 image = image.transpose(TRANSPOSE[orientation])
             if image.mode.startswith("I"):

@@ -69,6 +69,7 @@ class ImageFeatures(Dataset):
             batch |= self.store.read(self.records[np.maximum(positions, 0)])
         if self.pixels_stored:
             batch["sizes"] = batch["sizes"].long()
+            # Size zero: the valid mask then leaves the whole image out.
             batch["sizes"][batch["positions"] == PADDING] = 0
             return batch
         side = self.image_size

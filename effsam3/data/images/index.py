@@ -161,6 +161,7 @@ def _without_copies(table, val_fraction: float):
         if not reason and first.setdefault(digest, place) != place:
             columns["excluded"][place] = "copy"
     if val_fraction and len(first) > 1 and "val" not in {columns["split"][place] for place in first.values()}:
+        # The lowest code is what a larger share would hold out first: the same image in any order of the files.
         columns["split"][first[min(first, key=lambda digest: split_code(digest))]] = "val"
     for name in ("excluded", "split"):
         table = table.set_column(table.schema.get_field_index(name), name, pyarrow.array(columns[name], "string"))

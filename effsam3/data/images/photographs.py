@@ -43,6 +43,7 @@ def ready_photographs(folder: str, index: Path, held_out: float, workers: int | 
     remedy = f"delete {index} to index the photographs again"
     made = read_json(report_of(index), form, remedy) if report_of(index).is_file() else {}
     sources = made.get("sources", ["something else"])
+    # Keys are paths below the folder: another folder's index would call other photographs by the same names.
     if not made.get("own") or [Path(source).resolve() for source in sources] != [Path(folder).resolve()]:
         raise UserError(
             f"data.index: {index} is an index of {', '.join(sources)}, data.folder is {folder}; name another file"

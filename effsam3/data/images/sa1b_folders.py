@@ -100,6 +100,7 @@ def list_sources(
             tars[root] = root.name
             continue
         images, annotations = root / "images", root / "annotations"
+        # By more than the name: any photographs may be in a folder called images.
         reorganised = (
             not own
             and images.is_dir()
@@ -119,6 +120,7 @@ def list_sources(
         containers[str(path)] = _tar_blobs(path, scan.result(), folder, listing), False
 
     seen: dict[str, Entry] = {}
+    # Sorted, so that which of two images of one name stays does not depend on the order of the sources.
     for name, (blobs, split_by_folder) in sorted(containers.items()):
         inside = f"{tars[Path(name)]}/" if Path(name) in tars else ""
         naming = partial(_own_name, inside) if own else partial(_sa1b_name, split_by_folder, val_fraction)
@@ -159,8 +161,10 @@ def scan_tar(path: Path) -> TarScan:
             size = os.fstat(file.fileno()).st_size
             try:
                 for member in tar:
+                    # tarfile would only notice when it reads the data, which nobody does here.
                     if member.offset_data + member.size > size:
                         return TarScan(members, "truncated", member.name)
+                    # A sparse member is no single stretch of bytes.
                     if member.isreg() and member.sparse is None:
                         members.append((member.name, member.offset_data, member.size))
             except tarfile.ReadError:

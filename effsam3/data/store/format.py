@@ -63,6 +63,7 @@ class Field:
 def stride(fields: Iterable[Field]) -> int:
     """Return the bytes from one record of these fields to the next: whole pages for images, cache lines for text."""
     payload = sum(field.nbytes for field in fields)
+    # Whole pages, so that no read touches a neighbour's page; in a text's record most of a page would be empty.
     unit = 4096 if payload >= 64 << 10 else 64
     return -(-payload // unit) * unit
 
@@ -130,6 +131,8 @@ def create_store(
     root = Path(root)
     manifest = Manifest(tuple(fields), json.loads(json.dumps(description)), expected)
     if not (root / "manifest.json").exists():
+        # Shards that lost their manifest may be days of work: a fresh store next to them would number its own like
+        # them.
         if orphans := sorted(root.glob("shard-*")):
             raise StoreError(f"{root} holds {orphans[0].name} but no manifest.json: restore it or empty the folder")
         root.mkdir(parents=True, exist_ok=True)
@@ -137,6 +140,7 @@ def create_store(
         return manifest
     stored = open_manifest(root)
     old, new = _settings(stored), _settings(manifest)
+    # All differences at once: whoever restores settings one by one would start as many passes.
     names = [name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name)]
     if names:
         changes = "; ".join(f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in names)
@@ -265,6 +269,7 @@ def journal_column(root: Path, manifest: Manifest, shards: Iterable[Shard], colu
             )
         except pyarrow.ArrowInvalid as error:
             raise StoreError(f"{path} is damaged ({error}); {remedy(shard)}") from error
+        # A live writer may have added lines since the shards were listed.
         parts += table.column(0).slice(0, shard.records).chunks
     return pyarrow.concat_arrays(parts) if parts else pyarrow.array([], pyarrow.string())
 
@@ -280,6 +285,7 @@ def check_sizes(root: Path, manifest: Manifest, shards: Iterable[Shard]) -> None
             )
         if not path.is_file():
             raise StoreError(f"shard {path} is missing; {remedy(shard)}")
+        # Of the last record only the padding may be missing.
         size, needed = path.stat().st_size, (shard.records - 1) * shard.stride + shard.offset + manifest.payload
         if size < needed:
             raise StoreError(f"truncated shard {path}: has {size} of {needed} bytes; {remedy(shard)}")

@@ -39,6 +39,7 @@ KNOWN_FIELDS = (  # what upstream's recipes export
     Field("tokens", "float16", (16, 256)),
 )
 STATISTICS_RECORDS = 64
+# As upstream's exporter prepares images, which is not what SAM 3 sees in use.
 PREPROCESSING = {"image_size": 1008, "resize": "longest_side", "normalisation": "imagenet"}
 PREPROCESSING_WARNING = (
     "warning: these features were made from ImageNet-normalised images, while SAM 3 sees pixels / 255 with mean 0.5 "
@@ -63,6 +64,7 @@ def import_upstream(
     source, root = Path(source).resolve(), Path(root)
     if (root / "manifest.json").exists() and open_manifest(root).finished:
         raise StoreError(f"{root} already holds a store: import into another folder")
+    # Rank 2 before rank 10, so that of repeated keys the same one is always the first.
     values = sorted(source.glob("rank*-values.bin"), key=lambda path: (len(path.name), path.name))
     if not values:
         raise StoreError(f"{source} holds no rank*-values.bin: give the folder that upstream's exporter wrote")
@@ -80,6 +82,7 @@ def import_upstream(
         report(PREPROCESSING_WARNING)
     facts |= {"payload": field.dtype, "teacher": {"checkpoint": "unknown, upstream does not record it"}}
     report(f"note: {untied(root)}")
+    # Unfinished at first: only a reader can tell how many keys are distinct, and it takes a manifest.
     manifest = Manifest((field,), facts, shards=shards)
     check_sizes(root, manifest, shards)
     root.mkdir(parents=True, exist_ok=True)

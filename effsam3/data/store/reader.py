@@ -39,6 +39,7 @@ class _OpenFile:
     """A file descriptor that closes with its last user, so a reader thread never loses the one it reads from."""
 
     def __init__(self, path: Path):
+        # A bare descriptor, because `preadv` takes its offset along: threads share no position.
         self.fd = os.open(path, os.O_RDONLY)
 
     def __del__(self, close=os.close):
@@ -127,6 +128,7 @@ class StoreReader:
             return np.full(len(keys), -1)
         hashes, order, seed = self._sorted_hashes()
         wanted = pyarrow.array(keys, pyarrow.string())
+        # A hash above all others leads past the end; the comparison tells that the last key is another one.
         candidates = order[np.minimum(np.searchsorted(hashes, _hash(wanted, seed)), len(hashes) - 1)]
         # The keys themselves are compared as well, because other keys may have the same hash.
         same = compute.equal(self.arrow_keys.take(candidates), wanted)
@@ -158,6 +160,7 @@ class StoreReader:
         # The kernel writes records straight into the batch: no copy, no stack, no conversion on the CPU.
         out = {f.name: new_batch(len(rows), *f.shape, dtype=getattr(torch, f.dtype)) for f in self.manifest.fields}
         views = [(out[f.name].view(-1).view(torch.uint8).numpy().data, f.nbytes) for f in self.manifest.fields]
+        # A row is in the last shard that begins at or before it.
         shards = np.searchsorted(self._first, rows, "right") - 1
         offsets = (rows - self._first[shards]) * self._stride[shards] + self._offset[shards]
         payload = self.manifest.payload

@@ -110,6 +110,7 @@ def verify_images(root: Path, index: Path) -> int:
     keys = store_keys(rows, tied)
     skipped = {entry["key"] for entry in reader.manifest.skipped}
     missing = [key for key in reader.missing(keys) if key not in skipped]
+    # Told apart, since they are two mistakes: an image that changed, and one that was never embedded.
     replaced = set(reader.replaced(missing))
     wrong = [f"{name}: replaced since its features were made; embed again" for name in sorted(replaced)]
     wrong += [f"{key}: has no features; embed again" for key in missing if key.rpartition("@")[0] not in replaced]

@@ -91,6 +91,7 @@ def make_scene(side_px: int, rng: np.random.Generator) -> tuple[np.ndarray, np.n
         centre = rng.uniform(0.05, 0.95, 2) * (height, width) / side_px
         mask_HW, relief_HW = _shape(yx_2HW - centre[:, None, None], size, rng)
         left = [mask & ~mask_HW for mask in visible]
+        # Redrawn otherwise: an object that is hidden but for a rim would be a mask that no model can find.
         enough = [mask.sum() >= max(MIN_VISIBLE, MIN_SHARE * area) for mask, area in zip(left, areas, strict=True)]
         if mask_HW.sum() < MIN_VISIBLE or not all(enough):
             continue

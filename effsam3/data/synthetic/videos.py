@@ -89,6 +89,7 @@ def make_video(number: int, frames: int, side_px: int, objects: int, seed: int =
     `look` is a key of LOOKS; in every third video of `textures` the last object is part of the first.
     """
     assert side_px >= 32 and objects >= 1, (side_px, objects)
+    # By all that the video depends on: another length is another video, not a longer one.
     rng = np.random.default_rng([seed, number, frames, side_px, objects])
     short, long = _even(side_px * rng.uniform(0.6, 1.0)), _even(side_px)
     height, width = (short, long) if rng.random() < 0.6 else (long, short)

@@ -17,6 +17,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+# Digits in a hash count nothing, those of a date or a clock order frames without counting them.
 HASH = re.compile(r"(?i)(?=[0-9]*[a-f])[0-9a-f]{16,}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 DECIMAL = re.compile(r"([0-9]+)\.([0-9]+)")
 DATE, HOURS, SIXTY = r"(19|20)\d\d(0[1-9]|1[0-2])([0-2]\d|3[01])", r"([01]\d|2[0-3])", r"[0-5]\d"
@@ -41,6 +42,7 @@ def number_names(names: Sequence[str]) -> dict[str, int]:
         both = f"{names[0]} and {names[-1]} have no number in the same place"
         raise UnclearNames(both if bare is None else f"{bare} has no number")
     numbers = [list(map(int, column)) for column in columns]
+    # A single frame has no order to get wrong.
     if len(names) == 1:
         return {names[0]: numbers[-1][0]}
     distinct = [place for place, column in enumerate(numbers) if len(set(column)) == len(names)]

@@ -195,6 +195,7 @@ def _check(entry: Entry, folder: Path, check: str) -> list[dict]:
             usable.append((row, annotations))
         else:
             row["excluded"] = "no_object"
+    # A video is only decoded for annotations that show an object.
     if not usable:
         return rows
     try:
@@ -229,6 +230,7 @@ def _read_annotations(row: dict, folder: Path) -> SavAnnotations:
 def _facts(annotations: SavAnnotations) -> dict:
     """Return what clip sampling needs to know without opening the JSON."""
     visible_AN = annotations.visible()
+    # Starts and stops in place of a row per frame: an object is seen in a few long stretches.
     edges = [np.flatnonzero(np.diff(np.concatenate([[0], shown_A, [0]]))).tolist() for shown_A in visible_AN.T]
     return {
         "frames": annotations.frames,

@@ -59,6 +59,7 @@ class Ledger(TorchDispatchMode):
                 size = storage.nbytes()
                 self.now += size
                 self.peak = max(self.peak, self.now)
+                # Freed with the storage, not with a name: autograd keeps what backward will read.
                 weakref.finalize(storage, self._free, size)
         return result
 
@@ -188,6 +189,7 @@ class Cost:
 
 def cost(dry: Dry) -> Cost:
     """Run a stage's loss forward and backward."""
+    # Before the ledger opens: gradients are counted with the hardware, which may divide them among ranks.
     for parameter in dry.stage.student.train().parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)

@@ -57,6 +57,7 @@ def measure(recipe: StageRecipe) -> Sizes:
         UserError: the sizes of the recipe's SAM 3 are not known.
     """
     whole = recipe.train.micro_batch_size
+    # Separate samples cost alike: one of them, times the batch, is measured in a fraction of the time.
     samples = 1 if recipe.samples_are_separate else whole
     dry = dry_stage(recipe, samples)
     student = dry.stage.student
@@ -129,6 +130,7 @@ def states(hardware: Hardware, trained: int) -> tuple[dict[str, int], int]:
     DeepSpeed 0.19 with torch_autocast, stage by stage.
     """
     P = trained * FP32
+    # DeepSpeed pads the parts to equal sizes.
     part = -(-P // hardware.processes)
     if hardware.zero_stage is None:
         copies = P if hardware.processes > 1 else 0  # DDP sends copies of the gradients
@@ -189,6 +191,7 @@ def largest_micro_batch(recipe: StageRecipe, sizes: Sizes, device: int) -> tuple
     hardware = read_hardware(recipe.hardware)
     smaller = [size for size in micro_batches(recipe, hardware.processes) if size < recipe.train.micro_batch_size]
     total = cache(lambda size: estimate(*resized(recipe, sizes, size), hardware).total)
+    # Bisected, since every size that is not proportional is a dry run of its own.
     fitting = bisect_left(smaller, True, key=lambda size: not fits(total(size), device))
     return (f"{MICRO_BATCH}={smaller[fitting - 1]}", total(smaller[fitting - 1])) if fitting else None
 

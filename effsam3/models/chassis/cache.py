@@ -32,6 +32,7 @@ def kept_in_cache(name: str, write: Callable[[Path], None]) -> Path:
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        # Asked for only where something is to be made: reading works where file systems have no locks.
         with FileLock(folder.with_name(f".{name}.lock")):
             if not folder.is_dir():
                 with atomic_folder(folder) as partial:

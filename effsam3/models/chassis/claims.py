@@ -46,5 +46,6 @@ def check_weights(teacher: OfSam3, claim: str, expected_fingerprint: str | None 
             f"{expected_fingerprint}; check sam3.checkpoint and sam3.revision, or correct sam3.fingerprint"
         )
     for name, parameter in teacher.own.named_parameters():
+        # Biases and norms may well be constant, matrices that were drawn or trained never.
         if parameter.ndim > 1 and (parameter == parameter.flatten()[0]).all():
             raise ChassisError(f"the teacher's tensor {name} is constant; the checkpoint holds no trained weights")

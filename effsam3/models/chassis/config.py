@@ -53,6 +53,7 @@ def config_from(content: dict[str, Any], where: str, remedy: str) -> PreTrainedC
     ):
         raise ChassisError(f"{where} describes no SAM 3: {wrong}; {remedy}")
     try:
+        # Built once, as it takes a second; copied, because callers change what they get.
         return deepcopy(_built(json.dumps(content)))
     except NO_MODEL as error:
         told = " ".join(str(error).split())[:200]

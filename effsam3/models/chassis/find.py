@@ -57,6 +57,7 @@ def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
                 refuse_unsupported(file.keys(), f"sam3.checkpoint: {path}")
         meant = f"name its folder, {path.parent}" if (path.parent / "config.json").is_file() else ACCEPTED
         raise ChassisError(f"sam3.checkpoint: {path} is a single file of another kind; {meant}")
+    # What looks like a path is never asked for on the Hub: a typo would end in a login error.
     if path.is_absolute() or checkpoint.startswith(".") or checkpoint.count("/") != 1:
         raise ChassisError(f"sam3.checkpoint: there is no folder or file {checkpoint}; {ACCEPTED}")
     if path.parts[0] == "runs":  # a run folder's usual place, and no name of the Hub's
@@ -73,6 +74,7 @@ def _model_folder(folder: Path) -> Path:
     Raises:
         ChassisError: it is something else; the message names it, if that is known.
     """
+    # A run folder stands for its merged model, so that verbs take what `launch` printed.
     for model in (folder, folder / "merged"):
         if (model / "config.json").is_file():
             return model
@@ -119,6 +121,7 @@ def _make(name: str) -> Path:
     key = xxhash.xxh3_64_hexdigest(made_from.encode())
 
     def write(folder: Path) -> None:
+        # The caller's random numbers must be the same whether the chassis was in the cache or not.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model: Any = model_class(config.model_type)(config)

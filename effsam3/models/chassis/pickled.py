@@ -72,6 +72,7 @@ def _find(content: Any, path: Path, entry: tuple[str, ...]) -> Pickled:
                 f"{path} holds {len(keys)} models{_at(entry)}: {', '.join(keys)}; save only one of them"
             )
     found = {key: _find(inside[key], path, (*entry, key)) for key in models + averages}
+    # The average, where both are there: it is what was evaluated.
     key = (averages or models)[0]
     if len(found) == 2:
         plain, average = ({name: t.shape for name, t in found[of].tensors.items()} for of in (models[0], key))
@@ -110,6 +111,7 @@ def _tensors(content: Mapping, path: Path, entry: tuple[str, ...]) -> dict[str, 
         if problem := not_plain(tensor):
             raise PickledError(f"{path}: the tensor {name} {problem}")
     names = {name: name for name in tensors}
+    # Again until nothing changes: wrappers stand around each other in any order.
     before = None
     while before != names:
         before = names

@@ -57,6 +57,7 @@ def converted(path: Path) -> Path:
         PickledError: a file that is damaged, or holds no model.
         ChassisError: a model that is not a whole SAM 3, or the cache cannot be written.
     """
+    # By content, not by name or time: a file that is copied or touched is not converted again.
     digest = xxhash.xxh3_64((content_key(path) + transformers.__version__).encode())
     for source in [Path(__file__), *sorted(Path(keymaps.__file__).parent.glob("*.py"))]:
         digest.update(source.read_bytes())

@@ -101,6 +101,7 @@ def shard_of(folder: Path) -> dict[str, Path]:
     absent = sorted({path.name for path in shards.values() if not path.exists()})
     if absent:
         raise ChassisError(f"sam3.checkpoint: {folder} lacks {', '.join(absent)}, which its index names")
+    # An index can be older than its shards, or the other way round, after an interrupted copy.
     held = set()
     for path in set(shards.values()):
         with open_safetensors(path, AGAIN, ChassisError) as file:

@@ -60,6 +60,7 @@ def load(path: Path) -> Any:
                 f"{path} holds an object that only code could make ({named[1]}); nothing of it was run. If you trust "
                 f"its origin, {SAVE_ALONE}"
             ) from error
+        # torch ends with advice on `torch.load`, which is not for whoever runs a recipe.
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = ([line for line in lines if "torch.load" not in line] or lines or ["no reason given"])[-1].strip()
         raise PickledError(

@@ -18,6 +18,7 @@ INSTEAD = f"name a SAM 3, such as {SAM3.hub_id} or its sam3.pt, or one of Effici
 
 def unsupported(names: Iterable[str]) -> UnsupportedSam3 | None:
     """Return the unsupported SAM 3 that is the only one with tensors of these names, None if there is none."""
+    # One search over all names; the patterns are anchored line by line.
     text = "\n".join(names)
     return next((row for row in UNSUPPORTED.values() if re.search(row.tensor_names, text, re.MULTILINE)), None)
 

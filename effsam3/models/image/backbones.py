@@ -85,6 +85,7 @@ def pretrained_cfg(timm_name: str) -> Any:
     """
     architecture, _, tag = timm_name.partition(".")
     if architecture not in _modules():
+        # Several, as timm's names differ in a digit or two.
         near = difflib.get_close_matches(architecture.lower(), _modules(), n=3, cutoff=0.6)
         meant = (
             f"did you mean {' or '.join(PREFIX + name for name in near)}?" if near else "timm.list_models() has all"
@@ -168,6 +169,7 @@ def _measured(name: str, image_size: int) -> ImageStudent:
                 )
             trunk = build_trunk(timm_name, image_size, tuple(chosen.values())).eval()
             maps = feature_maps(trunk, torch.zeros(1, 3, image_size, image_size))
+            # Costs nothing on meta tensors, and shows which weights no map depends on.
             torch.stack([feat.sum() for feat in maps]).sum().backward()
         idle = [parameter for parameter, value in trunk.named_parameters() if value.grad is None]
         if idle:

@@ -276,5 +276,6 @@ def read_weights_file(path: Path, remedy: str) -> dict[str, Tensor]:
     return tensors
 
 
+# On import, so that `from_pretrained` of a release finds the class that its config names.
 AutoConfig.register(StudentTrunkConfig.model_type, StudentTrunkConfig)
 AutoModel.register(StudentTrunkConfig, StudentTrunk)

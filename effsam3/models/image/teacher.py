@@ -151,6 +151,7 @@ def check_features(feat_BCGG: Tensor, pixels_B3SS: Tensor) -> None:
         raise ChassisError("the teacher's features are not finite; check sam3.checkpoint and train.precision")
     feat_BCGG = feat_BCGG.float()
     total = feat_BCGG.var(dim=(0, 2, 3), correction=0)
+    # What differs from image to image at one position, against all that varies.
     between = (feat_BCGG - feat_BCGG.mean(dim=0)).square().mean(dim=(0, 2, 3))
     if len(feat_BCGG) > 1 and (between <= 1e-6 * total).all():
         raise ChassisError("the teacher gives every image the same features; check sam3.checkpoint")

@@ -166,6 +166,7 @@ class ConceptModel:
         output = self.detect(vision, [text], **prompt)
         scores = (output.pred_logits.sigmoid() * output.presence_logits.sigmoid())[0]
         order = scores.argsort(descending=True)
+        # Best first, as `order` is.
         best = order[scores[order] > threshold]
         scale = torch.tensor([size[1], size[0]] * 2, device=device)
         return Instances(
@@ -191,6 +192,7 @@ class ConceptModel:
         """
         model, config = self.model, self.model.config
         model.new_det_thresh = config.new_det_thresh if threshold is None else threshold
+        # What is not detected cannot be tracked: the lower bar must not be above the one that was asked for.
         model.score_threshold_detection = min(config.score_threshold_detection, model.new_det_thresh)
         session = self.processor.init_video_session(inference_device=model.device, dtype=torch.float32)
         session.processed_frames, (session.video_height, session.video_width) = frames, size

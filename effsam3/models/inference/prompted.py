@@ -182,6 +182,7 @@ def _decode(
         high_resolution_features=embeddings[:-1],
     )
     refuse_nan(logits_1OMLL, iou_1OM)
+    # Of a single mask the best is that mask: both kinds of prompt go one way.
     best_O = iou_1OM[0].argmax(-1)
     each = torch.arange(len(best_O), device=best_O.device)
     return logits_1OMLL[0][each, best_O], iou_1OM[0][each, best_O]

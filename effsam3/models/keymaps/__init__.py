@@ -58,6 +58,7 @@ class Rule:
         self.gathers = [hole for hole in self.holes if hole not in targets]
         self.splits = [hole for hole in targets if hole not in self.holes]
         assert len(self.gathers) + len(self.splits) <= 1, source
+        # A template is its literals with holes between them: a hole's values become a group of the pattern.
         literals = [re.escape(text) for text in HOLE.split(source)[::2]]
         groups = [f"({self._pattern(hole)})" for hole in self.holes] + [""]
         self.pattern = re.compile("".join(text + group for text, group in zip(literals, groups, strict=True)))
@@ -150,6 +151,7 @@ class Direction:
             KeyMapError: a name that no rule knows, a part that is missing, or a shape that cannot be divided.
         """
         placed: dict[str, Tensor] = {}
+        # Parts may come in any order and far apart: they are joined when all names have been seen.
         gathered: dict[str, tuple[Rule, dict[str, tuple[str, Tensor]]]] = {}
         unknown = []
         for name, tensor in tensors.items():

@@ -234,6 +234,7 @@ def to_transformers(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], d
         KeyMapError: a name that SAM 3 does not have, or a shape that cannot be its.
     """
     extra = {name: tensors[name] for name in POINTS if name in tensors}
+    # Rotary tables follow from the config, so they are left out here and made again on the way back.
     rest = {name: tensor for name, tensor in tensors.items() if name not in extra and not _is_rotary_table(name)}
     table = TRUNK + "pos_embed"
     if table in rest:
@@ -260,6 +261,7 @@ def to_original(
         if vit_config is None:
             raise KeyMapError("the trunk is SAM 3's own: its config is needed, from which its rotary tables are made")
         positions = original[table]
+        # Nobody reads the class token's position: zeros do where it was not kept.
         class_row = extra[CLASS_ROW] if CLASS_ROW in extra else torch.zeros_like(positions[:, :1])
         original[table] = torch.cat([class_row, positions], dim=1)
         for block in range(vit_config.num_hidden_layers):

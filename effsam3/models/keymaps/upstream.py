@@ -123,6 +123,7 @@ def image_to_upstream(tensors: Mapping[str, Tensor], timm_name: str) -> dict[str
         raise KeyMapError(f"the image student lacks {', '.join(missing)}")
     scale_D, mean_D = tensors["feature_scale"], tensors["feature_mean"]
     folded = {name: tensor for name, tensor in tensors.items() if name not in statistics}
+    # A convolution is linear: its output scaled is its weights scaled.
     folded["head.3.weight"] = folded["head.3.weight"] * scale_D[:, None, None, None]
     folded["head.3.bias"] = folded["head.3.bias"] * scale_D + mean_D
     return names.backward(folded)
@@ -146,6 +147,7 @@ def image_from_upstream(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, T
             f"no image student of EfficientSAM3 has these {len(tensors)} tensors (first: "
             f"{', '.join(list(tensors)[:3])}); expected one of {markers}, and head.0.weight"
         )
+    # Students of a family have the same names; the width of their last map tells them apart.
     rows = {row.channels[3]: row for row in IMAGE_STUDENTS.values() if row.family == families[0]}
     channels = head.shape[1]
     if channels not in rows:

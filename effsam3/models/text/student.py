@@ -141,6 +141,7 @@ class StudentText(nn.Module):
         self.text_encoder = RULES[self.padding].text_model(config)
         embeddings = self.text_encoder.embeddings
         table = embeddings.position_embedding.position_embedding
+        # The same table under the same name: checkpoints and merged models stay transformers' own.
         embeddings.position_embedding = FirstPositions(self.context_length, config.hidden_size)
         embeddings.position_embedding.position_embedding = table
         # MobileCLIP's own projection of the pooled text. SAM 3 never reads it, so it would never get a gradient; it

@@ -101,6 +101,7 @@ class _KnownWords(dict):
     def __missing__(self, word: str) -> list[int]:
         letters = "".join(self.letters[byte] for byte in word.encode())
         ids = [token.id for token in self.bpe.tokenize(letters)]
+        # All at once: an order of use would cost every look-up, and common words are back in no time.
         if len(self) >= _MAX_KNOWN_WORDS:
             self.clear()
             self.update(_SPECIAL)

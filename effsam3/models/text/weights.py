@@ -93,6 +93,7 @@ def load_text_weights(student: StudentText, weights: str) -> WeightsReport:
             continue
         offers = _convert(keymap, name, tensor, student.context_length)
         if not offers:
+            # Collected, so that a wrong checkpoint is told from one with a single new tensor.
             problems.append(f"{name} is unknown")
         for target, (value, origin) in offers.items():
             if target not in state:
