@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import set_batch
 from effsam3.hardware.budget.dry_run import Ledger, dry_stage
-from effsam3.hardware.budget.find_micro_batch import Trial, find, kept, run, warnings
+from effsam3.hardware.budget.find_micro_batch import find, kept, run, trial, warning_of
 from effsam3.recipe.reader import dump_recipe, load_recipe
 
 SMOKE = RECIPES / "smoke/image.yaml"
@@ -58,7 +59,7 @@ class Squares:
 
 
 def trial_of(stage, reserved=0):
-    return Trial(stage, torch.device("cpu"), "fp32", reserved)
+    return partial(trial, stage, torch.device("cpu"), "fp32", reserved)
 
 
 @pytest.fixture
@@ -71,9 +72,9 @@ def test_a_trial_leaves_the_student_as_it_was(student):
     student.eval()
     student[0].weight.grad = torch.ones_like(student[0].weight)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    trial = trial_of(Squares(student), reserved=100)
+    attempt = trial_of(Squares(student), reserved=100)
     random = torch.get_rng_state()
-    assert trial(4)
+    assert attempt(4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random)
     assert not student.training
@@ -97,11 +98,11 @@ def test_a_trial_that_fails_leaves_it_too(student):
 
 def test_search_and_trial_together_under_a_limit_of_bytes(student):
     """The device's limit is a number of bytes that a ledger enforces."""
-    trial = trial_of(Squares(student), reserved=1 << 20)
+    attempt = trial_of(Squares(student), reserved=1 << 20)
 
     def peak(size):
         with Ledger() as ledger:
-            trial(size)
+            attempt(size)
         return ledger.peak
 
     limit = peak(6)
@@ -151,9 +152,9 @@ def test_the_batch_is_set_where_accelerate_and_deepspeed_read_it():
 
 
 def test_batchnorm_is_warned_of(student):
-    (warning,) = warnings(student, 2)
+    warning = warning_of(student, 2)
     assert warning.startswith("WARNING") and "BatchNorm2d" in warning and "train.micro_batch_size=2" in warning
-    assert not list(warnings(nn.Linear(2, 2), 2))
+    assert warning_of(nn.Linear(2, 2), 2) == ""
 
 
 def test_a_run_goes_on_with_what_it_found(tmp_path):

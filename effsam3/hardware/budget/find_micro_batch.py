@@ -7,8 +7,9 @@ The search knows no model, the trial no search. A trial leaves the student as it
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,41 +70,33 @@ def untouched(student: nn.Module, device: torch.device):
             buffer.copy_(buffers[name])
 
 
-class Trial:
-    """One micro-batch forward and backward, next to as much memory as gradients and optimizer will take.
+def trial(stage: Stage, device: torch.device, precision: str, reserved: int, size: int) -> bool:
+    """Take a micro-batch of `size` samples forward and backward; the student stays as it was.
 
-    Its samples are as large as they can be and hold zeros: what fits now fits in every step.
+    Its samples are as large as they can be and hold zeros: what fits now fits in every step. `reserved` bytes are held
+    meanwhile, as gradients and optimizer will hold them.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit.
     """
-
-    def __init__(self, stage: Stage, device: torch.device, precision: str, reserved: int):
-        """`reserved` bytes are held while it runs."""
-        self.stage, self.device, self.precision, self.reserved = stage, device, precision, reserved
-
-    def __call__(self, size: int) -> bool:
-        """Try a micro-batch of `size` samples.
-
-        Raises:
-            torch.OutOfMemoryError: it does not fit.
-        """
-        student = self.stage.student
-        try:
-            with untouched(student, self.device):
-                # Held during the trial: optimizer state and averaged weights come later and must fit as well.
-                held = torch.empty(self.reserved, dtype=torch.uint8, device=self.device)
-                batch = {
-                    name: torch.zeros_like(value, device="cpu") if is_meta(value) else value
-                    for name, value in self.stage.example(size).items()
-                }
-                # accelerate's own autocast begins with `prepare` under DeepSpeed; this is the same one.
-                with frozen_autocast(self.device, self.precision):
-                    loss = self.stage.loss(student.train(), batch)["loss"]
-                loss.backward()
-                del held, loss
-        finally:
-            if self.device.type == "cuda":
-                # Cached blocks of a failed trial would fragment the next one.
-                torch.cuda.empty_cache()
-        return True
+    try:
+        with untouched(stage.student, device):
+            # Held during the trial: optimizer state and averaged weights come later and must fit as well.
+            held = torch.empty(reserved, dtype=torch.uint8, device=device)
+            batch = {
+                name: torch.zeros_like(value, device="cpu") if is_meta(value) else value
+                for name, value in stage.example(size).items()
+            }
+            # accelerate's own autocast begins with `prepare` under DeepSpeed; this is the same one.
+            with frozen_autocast(device, precision):
+                loss = stage.loss(stage.student.train(), batch)["loss"]
+            loss.backward()
+            del held, loss
+    finally:
+        if device.type == "cuda":
+            # Cached blocks of a failed trial would fragment the next one.
+            torch.cuda.empty_cache()
+    return True
 
 
 def kept(recipe: StageRecipe, folder: Path) -> StageRecipe:
@@ -133,25 +126,26 @@ def run(recipe: StageRecipe, stage: Stage, accelerator: Accelerator, report: Rep
     stage.student.to(accelerator.device)
     # Without the weights, which are there, and the gradients, which the trial's backward makes.
     reserved = max(sum(taken.values()) + average - 2 * FP32 * trained, 0)
-    trial = Trial(stage, accelerator.device, recipe.train.precision, reserved)
-    mine = find(micro_batches(recipe, accelerator.num_processes), trial)
+    attempt = partial(trial, stage, accelerator.device, recipe.train.precision, reserved)
+    mine = find(micro_batches(recipe, accelerator.num_processes), attempt)
     # The smallest, because all ranks take equal micro-batches, and one device may have less free memory.
     found = int(accelerator.gather(torch.tensor([mine], device=accelerator.device)).min())
     torch.cuda.reset_peak_memory_stats()  # the run reports its own
     micros = accumulation(recipe.changed(MICRO_BATCH, found), accelerator.num_processes)
     report.say(f"found    {MICRO_BATCH}={found}, {micros} accumulated; recipe.yaml keeps it")
-    for warning in warnings(stage.student, found):
+    if warning := warning_of(stage.student, found):
         report.say(warning)
     return recipe.changed(MICRO_BATCH, found)
 
 
-def warnings(student: nn.Module, found: int) -> Iterator[str]:
-    """Yield what to know of a student that learns otherwise with another micro-batch than the one found."""
+def warning_of(student: nn.Module, found: int) -> str:
+    """Return what to know of a student that learns otherwise with another micro-batch than the one found, or ""."""
     whole_batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
     norms = sorted({type(part).__name__ for part in student.modules() if isinstance(part, whole_batch)})
-    if norms:
-        yield (
-            f"WARNING  this student has {', '.join(norms)}: it normalises by its micro-batch, so on another device, "
-            f"where another size is found, the learning changes. To repeat this run set {MICRO_BATCH}={found} and "
-            "train.find_micro_batch=false"
-        )
+    if not norms:
+        return ""
+    return (
+        f"WARNING  this student has {', '.join(norms)}: it normalises by its micro-batch, so on another device, "
+        f"where another size is found, the learning changes. To repeat this run set {MICRO_BATCH}={found} and "
+        "train.find_micro_batch=false"
+    )
