@@ -138,6 +138,7 @@ def refuse_unwritable(folder: Path, named_by: str) -> None:
     """
     there = folder
     try:
+        # A file is really made: permissions alone do not tell of read-only mounts and quotas.
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=there):
             pass

@@ -59,9 +59,11 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     if dry_run and sam3 is None and not found.rest:
         print("\nThe file only holds students: --sam3 names the SAM 3 that gives the rest.")
         return None
+    # Only asked for where it is named: a whole file needs no other SAM 3.
     chassis = None if sam3 is None else chassis_folder(sam3)
     config = SAM3.config() if chassis is None else read_config(chassis)
     parts = students(found, config, {"origin": source.name, "facts": {"content": content_key(source)}})
+    # By the student's own tensors, as for one that was trained here.
     parts = [replace(part, facts=part.facts | {"fingerprint": fingerprint(part.tensors)}) for part in parts]
     merged, extra = completed(found, parts, config, chassis, source)
     origins = {part.slot: f"{part.student}, {source.name}" for part in parts} | {

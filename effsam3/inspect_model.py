@@ -179,6 +179,7 @@ def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:
     if file.text:
         name, positions, _ = text_from_upstream(file.text)
         slots["text"] = {"student": name, "is": f"{TEXT_STUDENTS[name].label} ({name}), {positions} tokens"}
+    # Under the names of a whole model, so that one table of parts serves all formats.
     named = {TRUNK + key: tensor for key, tensor in file.image.items()}
     named |= {TEXT_ENCODER + key: tensor for key, tensor in file.text.items()}
     named |= to_transformers(file.rest)[0] | file.left_over

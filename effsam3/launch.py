@@ -148,6 +148,7 @@ def launch(
         return code
     inputs = [recipe_path, *overrides]
     own = {"train": ["--resume", resume]} if resume is not None else {}
+    # All commands before the first is run: a verb that cannot be started should not be found out after a night.
     commands = {
         verb: command_of(verb, recipe.hardware, [*inputs, *own.get(verb, [])], cluster, log_dir) for verb in verbs
     }

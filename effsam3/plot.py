@@ -53,6 +53,7 @@ def plot(runs: Sequence[str], out: str | None = None, metrics: str | None = None
     if path.suffix not in SUFFIXES:
         raise UserError(f"--out {path}: the name of a picture ends in {', '.join(SUFFIXES)}")
     refuse_unwritable(path.parent, "--out")
+    # The folder's name says enough, unless two runs have the same.
     short = len({folder.name for folder in folders}) == len(folders)
     curves = {folder.name if short else str(folder): found for folder, found in folders.items()}
     known = list(dict.fromkeys(name for run in curves.values() for name in run))

@@ -36,6 +36,7 @@ def run(model: str, source: str, asked: Asked, out: str | None = None) -> Path:
     moves = is_video(source)
     opened: Any = read_video(source) if moves else read_image(source)
     size = tuple(opened.size) if moves else opened.shape[:2]
+    # Before the model is found and loaded: a wrong box should cost a second, not a minute.
     refuse_misfit(asked, moves, size)
     target = Path("predictions") / Path(source).stem if out is None else Path(out)
     refuse_unwritable(target, "--out")

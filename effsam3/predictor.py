@@ -124,6 +124,7 @@ class Predictor:
                 f"image is {image_HW3.dtype} of {image_HW3.shape}; expected uint8 of (height, width, 3)"
             )
         asked = Asked(_list(text), _rows(box, 4), _rows(point, 2), None, threshold)
+        # Before the model is loaded, which takes many seconds.
         refuse_misfit(asked, False, image_HW3.shape[:2])
         return together(list(self.on_image(image_HW3, asked)))
 
@@ -305,6 +306,7 @@ def read_masks(path: Path, size: tuple[int, int]) -> Tensor:
             f"--mask {path} is {image.mode} of {image.width}x{image.height} px; expected one value per pixel (a grey "
             f"or palette PNG) of the video's size, {size[1]}x{size[0]}"
         )
+    # Any values count, so that a palette PNG of ids and a plain black and white one both work.
     numbers = [value for value in np.unique(values_HW) if value]
     if not numbers:
         raise PredictError(f"--mask {path} is empty; every value above 0 is an object")
@@ -349,6 +351,7 @@ def together(found: Sequence[Instances]) -> Instances:
 
 def of_prompts(masks_OHW: Tensor, scores_O: Tensor) -> Instances:
     """Return the objects that were shown as instances: numbered from 1, their boxes around their masks."""
+    # The box is the mask's own, also where a box was shown: what was found is what is told.
     rles = rles_of(masks_OHW.numpy())
     boxes_O4 = box_convert(torch.from_numpy(coco_mask.toBbox(rles)), "xywh", "xyxy")
     return Instances(masks_OHW, boxes_O4, scores_O, list(range(1, len(masks_OHW) + 1)), [""] * len(masks_OHW))

@@ -147,6 +147,7 @@ def upload(push: Push, files: dict[str, Path], message: str) -> list[str]:
         disable_progress_bars()
     with _errors(push):
         names = api.list_repo_files(repo, revision=push.revision)
+        # Only what an earlier push has written: other files are their owner's.
         old = [name for name in names if name not in files and OURS.fullmatch(name)]
         # In one commit: nobody ever loads new weights with an old config.
         operations: list[CommitOperationAdd | CommitOperationDelete] = [

@@ -82,6 +82,7 @@ def unusable(name: str, tensor: Tensor) -> str:
     """Say why a tensor cannot be a weight, empty if it can."""
     if problem := not_plain(tensor):
         return problem
+    # By name as well: a weight that was rounded to whole numbers must not pass as an index.
     if tensor.dtype in INDEX_TYPES and name.endswith(INDICES):
         return ""
     if tensor.dtype not in WEIGHT_TYPES:

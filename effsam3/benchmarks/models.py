@@ -68,6 +68,7 @@ class Pair:
 
     def with_statistics(self, batches) -> Pair:
         """Return the same pair with the teacher's statistics over all images in `batches` (of `ImageFeatures`)."""
+        # An imported student carries no statistics of the teacher, so they are taken from the images at hand.
         statistics = FeatureStatistics(len(self.mean_C))
         for batch in batches:
             target, _ = self.features(normalise(batch["pixels"]))

@@ -25,6 +25,7 @@ def result_table(
     title: str, results: Mapping[str, Mapping], columns: Sequence[Column], *more_rows: Sequence[str]
 ) -> str:
     """Return a row for each result, under its label, with "-" for what it lacks; then `more_rows` as they are."""
+    # Missing is missing: an empty cell would read as zero.
     rows = [
         [label, *(write(one[key]) if key in one else "-" for _, key, write in columns)]
         for label, one in results.items()

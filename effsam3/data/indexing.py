@@ -107,6 +107,7 @@ def make_chunks(
 
     folder, schema = _chunks_of(out), arrow_schema(columns)
     folder.mkdir(parents=True, exist_ok=True)
+    # All that a chunk's rows depend on: options, and each file's name, size and time.
     made_from = [repr((version, arguments, chunk)).encode("utf-8", "backslashreplace") for chunk in chunks]
     files = [folder / f"{xxhash.xxh3_128_hexdigest(text)}.parquet" for text in made_from]
     missing = {file: chunk for file, chunk in zip(files, chunks, strict=True) if not file.exists()}

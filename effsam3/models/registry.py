@@ -51,6 +51,7 @@ class Sizes:
     @property
     def trunk_params(self) -> int:
         """Parameters of the ViT trunk in transformers."""
+        # Counted from the sizes, so that a tiny or a local SAM 3 needs no count of its own.
         D, M = self.hidden_size, self.intermediate_size
         layer = 4 * (D * D + D) + (2 * D * M + M + D) + 4 * D  # attention, MLP, two LayerNorms
         positions = (self.pretrain_image_size // self.patch_size) ** 2
@@ -179,6 +180,7 @@ def of_type(config_type: str) -> Sam3:
     Raises:
         LookupError: no SAM 3 has it; the message says which there are.
     """
+    # Reversed, so that of rows of one type the published one, which is the first, counts.
     rows = {row.config_type: row for row in reversed(SAM3S.values())}
     if config_type not in rows:
         raise LookupError(f"a model of type {config_type!r}; expected {' or '.join(map(repr, rows))}")
@@ -313,6 +315,7 @@ def head_params(head: str, channels: tuple[int, ...], width: int) -> int:
         return channels[-1] * D + 2 * D + 9 * D * D + D  # 1x1, BatchNorm, 3x3
     assert head == "fused", head
     fused = channels[-FUSED_MAPS:]
+    # A trunk with fewer maps has fewer laterals and one block less, see `FusedHead`.
     laterals = (sum(fused) + len(fused)) * W
     block = 2 * W + 9 * W * W + W  # LayerNorm, 3x3
     output = 2 * W + W * D + D  # LayerNorm, 1x1

@@ -100,6 +100,7 @@ def _parameters(release: Release) -> str:
     if original is not None:
         columns[release.sam3.label if release.has_sam3 else "chassis"] = parameters(original)
     rows = []
+    # In the order of the slots, whatever this model replaces: cards can be laid side by side.
     replaced = {slot: stages.recipe_class(slot).replaces for slot in SLOTS}
     for key, title in {**replaced, "rest": "everything else", "total": "**whole model**"}.items():
         counts = [column[key] for column in columns.values()]

@@ -19,6 +19,7 @@ def accumulation(recipe: StageRecipe, world_size: int) -> int:
         RecipeError: the global batch is not a whole number of micro-batches on every rank.
     """
     batch, micro = recipe.train.global_batch_size, recipe.train.micro_batch_size
+    # Refused rather than rounded: another batch would be another learning.
     if batch % (micro * world_size):
         raise RecipeError(
             f"train.global_batch_size ({batch}) is not a multiple of micro_batch_size x world size "

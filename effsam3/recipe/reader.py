@@ -145,6 +145,7 @@ def _read(path: Path, problems: list[str], children: tuple[Path, ...]) -> Mappin
         raise RecipeError(
             f"inherits: expected the path of one recipe, relative to {path}, or a short name, got {parent}"
         )
+    # Next to the recipe first, so that a folder of recipes can be moved as a whole.
     sibling = path.parent / parent.text
     file = sibling if sibling.exists() else recipe_file(parent.text)
     return _merge(_read(file if file.exists() else sibling, problems, (*children, path.resolve())), tree)

@@ -179,6 +179,7 @@ def _tuple(arguments: tuple[Any, ...], node: Tree) -> tuple[Any, ...]:
 
 
 def _number(node: Scalar, form: re.Pattern[str], name: str) -> str:
+    # Quotes say text: `"1"` for a number is more likely a slip than a wish.
     if not node.plain and form.fullmatch(node.text):
         raise Mistake(f"expected {name}, got the text {node}; remove the quotes")
     if node.text.lower().lstrip("+-.") in ("nan", "inf", "infinity"):

@@ -54,6 +54,7 @@ def write_video(folder: Path, about: dict, frames: Mapping[int, list[dict]], ima
     _clear(folder)
     rows = [{"frame": index, "instances": instances} for index, instances in frames.items()]
     write_json(folder / "predictions.json", about | {"frames": rows})
+    # The prompts belong to the first frame and are drawn there only.
     first, *_ = chosen = evenly(sorted(frames), SHOWN)
     pictures = [
         (f"frame {index}", draw(images[index], frames[index], CELL_WIDTH, about["prompts"] if index == first else {}))

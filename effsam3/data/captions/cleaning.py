@@ -65,6 +65,7 @@ def first_train_code(held_out: float) -> int:
     """Return the code from which on texts are for training; those below are held out."""
     if not 0 <= held_out < 1:
         raise UserError(f"held_out {held_out} must be at least 0 and below 1")
+    # A threshold on the hash: a larger share holds out what the smaller one did, and more.
     return int(held_out * 2**64)
 
 

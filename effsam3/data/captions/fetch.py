@@ -42,6 +42,7 @@ def fetch(
         commit = str(HfApi().dataset_info(repo, revision=revision).sha)
         found = HfApi().list_repo_tree(repo, FOLDER, revision=commit, repo_type="dataset")
         files = [one for one in found if isinstance(one, RepoFile) and Path(one.path).match("train*.parquet")]
+        # By name, so that a larger fraction contains the smaller one.
         files.sort(key=lambda one: one.path)
         wanted = files[: max(1, round(fraction * len(files)))]
         if not wanted:

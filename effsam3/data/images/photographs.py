@@ -72,6 +72,7 @@ def changes(folder: str, index: Path, report: dict) -> str:
         return f"{folder} is not there"
     check_sources([Path(folder)])
     with worker_pool(1) as submit:
+        # Names and sizes only: decoding all photographs at every start would take too long.
         listing = list_sources([Path(folder)], index.parent.resolve(), 0.0, submit, own=True)
     files = {entry.image.name: entry for group in listing.groups for entry in group}
     now = {entry.key: entry.image.size for entry in files.values()}

@@ -284,6 +284,7 @@ def dequantise_int8(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 def _peak(features: torch.Tensor, key: str) -> torch.Tensor:
     """Largest magnitude over the last two axes, float32."""
+    # Per channel: their magnitudes differ, and one scale for all would drown the small ones.
     peak = features.abs().amax((-2, -1)).float()
     if not peak.isfinite().all():
         raise StoreError(f"record {key!r}: the features are not finite (NaN or infinity); check the teacher's weights")

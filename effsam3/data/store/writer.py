@@ -135,6 +135,7 @@ class StoreWriter:
         self.root, self.writer, self.shard_bytes = Path(root), writer, shard_bytes
         self.manifest = open_manifest(root)
         self._lock = _lock(self.root, writer)
+        # It goes on in its own last shard: a shard has one writer, so no two processes append to one file.
         own = sorted(self.root.glob(f"shard-{writer:05d}-*.bin"))
         self._open_shard(int(own[-1].stem.split("-")[2]) if own else 0)
         shards = shards_on_disk(self.root, self.manifest)

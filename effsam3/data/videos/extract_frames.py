@@ -40,6 +40,7 @@ def extract_frames(
         raise UserError(f"--every {every} must be 1 or more, --quality {quality} from 1 to 95")
     videos = list_videos(sources)
     stamp(out / ".extracted.json", {"every": every, "quality": quality}, "frames", "--out")
+    # A folder is there only once it is complete, so its name is all that a resumed run must look at.
     waiting = {name: path for name, path in videos.items() if not (out / name).is_dir()}
     jobs = [(path, out / name, every, quality) for name, path in waiting.items()]
     bad = list(itertools.chain(*run_jobs(_extract, jobs, workers or os.cpu_count() or 1, "videos", progress)))

@@ -25,6 +25,7 @@ class FrameFolder(FrameList):
             raise UnreadableVideo(self.path.name, "missing", f"no folder {self.path}")
         files: dict[str, Path] = {}
         for file in images_in(self.path):
+            # a.jpg and a.png: which of the two is the frame cannot be guessed.
             other = files.setdefault(file.stem, file)
             if other is not file:
                 raise UserError(f"{other} and {file.name} both are frame {file.stem}; keep one of them")

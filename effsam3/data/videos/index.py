@@ -134,6 +134,7 @@ def list_videos(sources: list[Path], folder: Path, val_fraction: float) -> tuple
         blob = File(file, status.st_size if size is None else size, status.st_mtime_ns)
         if printable(file) != file:  # a parquet cannot hold it
             left.setdefault("undecodable_name", []).append(printable(file))
+        # The first of two videos of one id stays: nothing tells which of them the masks belong to.
         elif found[kind].setdefault(name, blob).file != file:
             left.setdefault("duplicate", []).append(file)
 

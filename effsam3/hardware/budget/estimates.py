@@ -202,6 +202,7 @@ def other_changes(recipe: StageRecipe, sizes: Sizes) -> Iterator[tuple[str, int]
     for key in recipe.knobs:
         if key == "hardware":
             name, folder = recipe.hardware, config_file(recipe.hardware).parent
+            # Step by step to what divides more, as far as there is a config for it.
             while (folder / f"{(name := LESS.get(name, ''))}.yaml").is_file():
                 yield f"hardware={name}", estimate(recipe, sizes, read_hardware(name)).total
         elif key == "train.ema" and recipe.train.ema:

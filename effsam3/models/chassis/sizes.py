@@ -47,6 +47,7 @@ def sam3_of(checkpoint: str) -> Sam3:
             f"give a local transformers folder, a sam3.pt, {', '.join(map(str, SAM3S))}"
         )
     try:
+        # Only texts are read: names of tensors tell what the file is, the description next to them its sizes.
         texts = _texts_in(source) if source == path else ["effsam3", read_text(source, GIVE)]
     except NOT_LISTED as error:
         raise UserError(

@@ -43,6 +43,7 @@ def quiet_transformers() -> Iterator[None]:
     # Saving imports DeepSpeed, which else warns on every machine without a GPU.
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Put back afterwards: the caller's own messages are not ours to silence.
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -133,6 +134,7 @@ def map_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     Raises:
         ChassisError: none has the prefix.
     """
+    # By file, so that each is opened once and not once a tensor.
     files: dict[Path, list[str]] = {}
     for name, path in shard_of(folder).items():
         if name.startswith(prefix):

@@ -45,6 +45,7 @@ def tiny_config(image_size: int = IMAGE_SIZE, trunk_width: int = TRUNK_WIDTH, wi
     and the tracker); of others like it with other sizes."""
     from transformers import Sam3VideoConfig
 
+    # One description for detector and tracker: they share the trunk.
     grid, vision = image_size // PATCH_SIZE, vision_config(image_size, trunk_width, width)
     attention = dict(num_attention_heads=4, dropout=0.0)
     detector = dict(

@@ -119,6 +119,7 @@ def refuse_swapped(model: str, source: str) -> None:
         )
     if not _is_model(source):
         return
+    # Only where the other one is no model either: two models are another mistake.
     swapped = Path(model).is_dir() and not _is_model(model)
     remedy = f"the model comes first: effsam3 predict {source} {model}" if swapped else "name an image or a video"
     raise PredictError(f"INPUT: {source} is a model, expected an image, a video or a folder of frames; {remedy}")

@@ -76,6 +76,7 @@ def _repvit_features(depths: tuple[int, ...]) -> dict[str, dict[str, str]]:
 
     Before every stage but the first there are two: a block, which timm counts to the downsampler, and the downsampler.
     """
+    # timm names blocks by stage, upstream counts all layers in one row: this walks both at once.
     blocks: list[str] = []
     downs: dict[str, str] = {}
     for stage, depth in enumerate(depths):
@@ -189,6 +190,7 @@ def text_from_upstream(tensors: Mapping[str, Tensor]) -> tuple[str, int, dict[st
         )
     _, _, length, width = ours[positions].shape
     layers = len({name.split(".")[2] for name in ours if name.startswith("text_encoder.layers.")})
+    # By depth, width and kind of layer: no tensor tells the tower's name.
     repmixer = any(".token_mixer." in name for name in ours)
     rows = TEXT_STUDENTS | TINY_TEXT_STUDENTS
     for name, row in rows.items():

@@ -128,6 +128,7 @@ def _convert(keymap: KeyMap, name: str, tensor: Tensor, positions: int) -> dict[
     values = list(keymap.forward({name: tensor}).values())
     if targets == ["text_encoder." + POSITIONS]:
         table = tensor.reshape(1, 1, -1, tensor.shape[-1])
+        # The first rows, not all of them resized: MobileCLIP learned each position by itself.
         values, origins = [table[:, :, :positions]], [f"{name}, first {positions} of {table.shape[2]} rows"]
     elif len(targets) == 3:
         origins = [f"{name}, {letter}" for letter in "qkv"]
