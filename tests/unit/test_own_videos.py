@@ -168,6 +168,58 @@ def test_a_bad_mask_is_named_with_its_annotation(tmp_path):
     assert caught.value.reason == "bad_mask"
 
 
+JUNK = [
+    None,
+    [],
+    {},
+    "x",
+    "",
+    -1,
+    1.5,
+    True,
+    10**12,
+    [1],
+    {"a": 1},
+    float("nan"),
+    [[1, 2, 3, 4, 5, 6]],
+    "\0",
+    "a" * 300,
+]
+
+
+def places(value, path=()):
+    """Yield the keys that lead to each value of a JSON, without those in its masks."""
+    if path:
+        yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        if key != "counts":
+            yield from places(value[key], (*path, key))
+
+
+@pytest.mark.parametrize("make", [coco_video, youtube_vis])
+def test_a_json_with_any_wrong_value_is_refused_by_name_or_read(tmp_path, make):
+    write_frames(tmp_path / "walk", NAMES)
+    text, rng, refused = json.dumps(make(MASKS, encode=runs)), np.random.default_rng(0), 0
+    paths = list(places(json.loads(text)))
+    for number in range(400):
+        content = json.loads(text)
+        *way, last = paths[rng.integers(len(paths))]
+        holder = content
+        for key in way:
+            holder = holder[key]
+        holder[last] = JUNK[number % len(JUNK)]
+        if number % 5 == 0 and isinstance(holder, dict):
+            del holder[last]
+        try:
+            for video in open_vos(write_json(tmp_path / "videos.json", content)):
+                assert set(video.object_names) == set(video.objects) and isinstance(video.notes, list)
+                for index in video.annotated:
+                    assert video.masks(index).keys() >= video.shown(index).masks.keys() and video.read([index]).any()
+        except UserError:
+            refused += 1
+    assert 100 < refused < 400
+
+
 # ---- folders of frames and of mask PNGs
 
 

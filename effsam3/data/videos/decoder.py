@@ -34,7 +34,7 @@ KEYS_TRIED = 2  # before a frame is looked for from the beginning of the file
 
 
 class UnreadableVideo(Unreadable):
-    """Reasons: missing, corrupt, truncated, changed, skewed, short, missing_frame, size_mismatch."""
+    """Reasons: missing, unreadable, corrupt, truncated, changed, skewed, short, missing_frame, size_mismatch."""
 
     what = "video"
 

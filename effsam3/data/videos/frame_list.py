@@ -55,6 +55,8 @@ class FrameList:
                 image_HW3, _ = decode_image(file.read_bytes(), key=file.name)
             except FileNotFoundError as fault:
                 raise UnreadableVideo(self.name, "missing_frame", str(file)) from fault
+            except OSError as fault:  # a folder of this name, no right to read it, a disk that fails
+                raise UnreadableVideo(self.name, "unreadable", f"{file}: {fault.strerror}") from fault
             except Unreadable as fault:
                 raise UnreadableVideo(self.name, fault.reason, f"{file.name}: {fault.detail}") from fault
             if images and image_HW3.shape != images[0].shape:

@@ -29,6 +29,7 @@ from effsam3.errors import UserError
 FRAME_FOLDERS = ("", "images", "JPEGImages", "frames", "videos")  # next to a JSON
 ANNOTATION_FOLDERS = ("annotations", "labels")  # that hold only JSONs: frames are next to the folder
 TRACKS = ("track_id", "instance_id")  # keys of an annotation that tell which object it is of
+LONGEST = 255  # characters of a file's name
 Size = tuple[int, int]
 
 
@@ -265,7 +266,13 @@ def note_gap(numbers: Sequence[int], video: str, notes: list[Note]) -> None:
 
 
 def posix(value: str) -> str:
-    """Return a path with slashes: tools on Windows write the other ones; Label Studio puts some into a question."""
+    """Return a path with slashes: tools on Windows write the other ones; Label Studio puts some into a question.
+
+    Raises:
+        coco.Malformed: no file can have it.
+    """
+    if "\0" in value or any(len(part) > LONGEST for part in re.split(r"[/\\]", value)):
+        raise coco.Malformed(f"{reprlib.repr(value)} is no path of a file")
     return value.replace("\\", "/").rpartition("?d=")[2]
 
 

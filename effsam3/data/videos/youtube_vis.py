@@ -76,7 +76,7 @@ def _videos(content: dict, file: Path) -> list[VosVideo]:
 
 def _name(record: dict) -> str:
     """The folder of its frames is what trackers' tools know a video by, else its name, else its id."""
-    files = record.get("file_names") or [""]
+    files = coco.listed(record.get("file_names") or [""], f"file_names of video {record['id']}")
     folder = PurePosixPath(posix(str(files[0]))).parent.name
     return folder or str(record.get("name") or record["id"])
 
