@@ -273,6 +273,15 @@ def test_the_loss_of_a_clip_equals_the_documented_formula(stage):
     assert found["temporal"].item() == pytest.approx(total, rel=1e-5)
 
 
+def test_held_out_clips_are_drawn_to_their_end(stage):
+    clips = stage.val_data.__getitems__([0, PADDING])
+    clips["inside"][0, 3:] = False
+    (frames,) = stage.pictures(stage.student.eval(), clips)
+    numbers = clips["frames"][0, :3].tolist()
+    assert [title for title, _ in frames] == [f"{clips['keys'][0]}, frame {number}" for number in numbers]
+    assert min(np.asarray(picture).std() for _, picture in frames) > 0
+
+
 # ---- data
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from effsam3.errors import UserError, did_you_mean
 from effsam3.models.memory.tracker import EfficientTracker
 
-UNUSED = ("vision_encoder.neck.fpn_layers.3.",)  # the neck's coarsest level feeds nothing in the tracker
+# The neck's coarsest level feeds nothing in the tracker, and what is not recalled has no position.
+UNUSED = ("vision_encoder.neck.fpn_layers.3.", "no_memory_positional_encoding")
 
 
 def unused_of(tracker: EfficientTracker) -> tuple[str, ...]:
