@@ -147,20 +147,23 @@ def _of_coco(file: Path, images: Path | None, view: str | None) -> tuple[list[Pa
         rows = [coco.mapping(row, "an entry of images", ("id",)) for row in coco.listed(content["images"], "images")]
         annotations = coco.listed(content["annotations"], "annotations")
         listed = coco.listed(content.get("categories", []), "categories")
-        categories = {row["id"]: str(row["name"]) for row in listed if coco.mapping(row, "a category", ("id", "name"))}
+        categories = {
+            str(row["id"]): str(row["name"]) for row in listed if coco.mapping(row, "a category", ("id", "name"))
+        }
     except coco.Malformed as fault:
         raise UserError(f"data.path: {file}: {fault}") from fault
     if view is not None and rows and not any(view in row for row in rows):
         raise UserError(f"data.view: no image of {file} has {view!r}{did_you_mean(view, list(rows[0]))}")
     notes: list[Note] = []
-    sources: dict[Any, list[Source]] = {row["id"]: [] for row in rows}
-    sizes = {row["id"]: _size_of(row) for row in rows}
+    # As texts: some tools write them so in one place only.
+    sources: dict[str, list[Source]] = {str(row["id"]): [] for row in rows}
+    sizes = {str(row["id"]): _size_of(row) for row in rows}
     for number, annotation in enumerate(annotations):
         where = f"{file.name}, annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
         try:
-            image = coco.mapping(annotation, "it", ("image_id",))["image_id"]
+            image = str(coco.mapping(annotation, "it", ("image_id",))["image_id"])
             if image not in sources:
-                notes.append(Note("no_image", where, f"image_id {image!r} is not in images"))
+                notes.append(Note("no_image", where, f"image_id {image} is not in images"))
                 continue
             if not annotation.get("segmentation"):
                 notes.append(Note("no_mask", where, "only a box; left out"))
@@ -172,7 +175,7 @@ def _of_coco(file: Path, images: Path | None, view: str | None) -> tuple[list[Pa
         if rle is None:
             notes.append(Note("empty_mask", where, "left out"))
             continue
-        sources[image].append(Source(categories.get(annotation.get("category_id"), ""), rle))
+        sources[image].append(Source(categories.get(str(annotation.get("category_id")), ""), rle))
     pairs = []
     for row in rows:
         name = str(row.get("file_name") or row.get("path") or row["id"])
@@ -180,9 +183,10 @@ def _of_coco(file: Path, images: Path | None, view: str | None) -> tuple[list[Pa
         if not place.is_file():
             notes.append(Note("missing_image", name, f"there is no {place}"))
             continue
-        if not sources[row["id"]]:
+        if not sources[str(row["id"])]:
             notes.append(Note("no_objects", name, f"{file.name} has no mask of it"))
-        pairs.append(Pair(name, place, sizes[row["id"]], _view(row, view, name), tuple(sources[row["id"]])))
+        key = str(row["id"])
+        pairs.append(Pair(name, place, sizes[key], _view(row, view, name), tuple(sources[key])))
     _refuse_one_name(pairs, file)
     return pairs, notes
 

@@ -27,7 +27,6 @@ from effsam3.models.lora.adapter import inject, lora_config
 from effsam3.models.lora.heads import Asked, Shown, decode_shown, find_asked, trunk_features
 from effsam3.models.lora.targets import target_modules
 
-TERMS = ("bce", "dice", "iou", "score", "box", "semantic", "presence")
 FOUND = 0.5  # probability from which an instance counts as found
 
 
@@ -69,7 +68,8 @@ class AdapterStudent(nn.Module):
         weights: dict[str, float],
         recompute: bool,
     ):
-        """`weights` are those of TERMS; `views` counts the embeddings, of `channels` numbers; 0: none."""
+        """`weights` are those of the terms of the loss, whatever a batch has of them; `views` counts the embeddings,
+        of `channels` numbers; 0: none."""
         super().__init__()
         model.eval().requires_grad_(False)
         self.modules_adapted = target_modules(model, adapters.parts)
@@ -128,13 +128,13 @@ class AdapterStudent(nn.Module):
             feat_BDGG = trunk_features(self.model, pixels_B3SS)
         view_BC = None if self.views is None else self.views(view_B)
         found: dict[str, Tensor] = {}
-        terms: dict[str, Tensor] = {}
-        if shown is not None:
-            found, terms = self.of_shown(feat_BDGG, view_BC, shown, targets)
-        if asked is not None:
-            more, others = self.of_asked(feat_BDGG, view_BC, asked, targets)
+        # All of them on every rank, which add them up by their places.
+        terms = dict.fromkeys(self.weights, targets.weight_O.new_zeros(()))
+        parts = [] if shown is None else [self.of_shown(feat_BDGG, view_BC, shown, targets)]
+        parts += [] if asked is None else [self.of_asked(feat_BDGG, view_BC, asked, targets)]
+        for more, values in parts:
             found |= more
-            terms |= {name: terms[name] + value if name in terms else value for name, value in others.items()}
+            terms |= {name: terms[name] + value for name, value in values.items()}
         return found, terms
 
     def of_shown(

@@ -25,6 +25,10 @@ from effsam3.recipe.rules import (
 AdaptedPart = Literal["trunk", "text", "detr", "detector_mask_decoder", "tracker_mask_decoder"]
 SHOWN = ("box", "point", "mixed")  # kinds of prompts that show an object
 KINDS = (*SHOWN, "text")
+# Terms of the loss -> kinds of prompts that have them.
+TERMS = {"bce": KINDS, "dice": KINDS, "iou": SHOWN} | dict.fromkeys(
+    ("score", "box", "semantic", "presence"), ("text",)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +173,16 @@ class AdaptRecipe(AdaptingRecipe):
     def student_init(self) -> str:  # type: ignore[override]  # likewise
         """What it starts from."""
         return "zero"
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of prompts that are drawn."""
+        return [kind for kind in KINDS if getattr(self.prompts, kind) > 0]
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """Terms of the loss that these have, with their weights."""
+        return {name: getattr(self.loss, name) for name, kinds in TERMS.items() if set(kinds) & set(self.kinds)}
 
     @property
     def shows_objects(self) -> bool:

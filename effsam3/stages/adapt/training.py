@@ -35,11 +35,11 @@ from effsam3.models.image.teacher import check_features
 from effsam3.models.inference.concepts import PADDING as NO_BOX
 from effsam3.models.lora.adapter import write_adapter
 from effsam3.models.lora.heads import Asked, Shown, trunk_features
-from effsam3.models.lora.student import TERMS, Adapters, AdapterStudent, Targets, boxes_of, to_centres
+from effsam3.models.lora.student import Adapters, AdapterStudent, Targets, boxes_of, to_centres
 from effsam3.models.lora.targets import view_biases
 from effsam3.models.memory.prompts import NO_POINT, PromptStyle, draw_kind, draw_prompt
 from effsam3.models.text.tokens import PromptTokenizer
-from effsam3.stages.adapt.facts import KINDS, SHOWN, AdaptData, AdaptRecipe
+from effsam3.stages.adapt.facts import SHOWN, TERMS, AdaptData, AdaptRecipe
 from effsam3.stages.base import StageBase, keep_whole
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.checkpoint import chosen, read_weights
@@ -48,7 +48,6 @@ from effsam3.training.report import Report, table
 ADAPTER = "adapter"  # folder of a run: its adapters alone
 VIEWS = "views.weight"  # of what learns, the one tensor that is no adapter's
 LOOKED_AT = 4  # images whose features the guard sees
-FOR_TERMS = {"bce": KINDS, "dice": KINDS, "iou": SHOWN}  # kinds of prompts that a term is of; else text
 
 
 # ---- data
@@ -154,12 +153,11 @@ def make_student(recipe: AdaptRecipe, model: nn.Module, views: int) -> AdapterSt
     """Put the recipe's adapters on a whole SAM 3."""
     asked: Any = recipe.adapters
     adapters = Adapters(parts=asked.parts, rank=asked.rank, alpha=asked.alpha, dropout=asked.dropout)
-    weights = {name: getattr(recipe.loss, name) for name in TERMS}
     config: Any = model.config
     channels = config.detector_config.vision_config.fpn_hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same adapters
-        return AdapterStudent(model, adapters, views, channels, weights, recipe.train.recompute)
+        return AdapterStudent(model, adapters, views, channels, recipe.terms, recipe.train.recompute)
 
 
 def untrained(recipe: AdaptRecipe) -> AdapterStudent:
@@ -414,8 +412,8 @@ class AdaptStage(StageBase):
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         shown, asked = inputs.targets.weight_O.double().sum(), inputs.targets.weight_R.double().sum()
         counts = {"loss": shown + asked} | {
-            f"loss_{name}": shown * bool(set(kinds) & set(SHOWN)) + asked * ("text" in kinds)
-            for name, kinds in self.terms.items()
+            f"loss_{name}": shown * bool(set(TERMS[name]) & set(SHOWN)) + asked * ("text" in TERMS[name])
+            for name in self.recipe.terms
         }
         # Each term is a mean over the batch's images, of which some may be padding.
         sums = {name: found.get(name.removeprefix("loss_"), zero).double() for name in counts}
@@ -425,32 +423,23 @@ class AdaptStage(StageBase):
             fits_O = found.get(f"{name}_O", zero[None][:0])
             for kind in SHOWN:
                 of_kind[kind] = fits_O[torch.tensor([own == kind for own in inputs.kinds_O], dtype=torch.bool)]
-            for kind in self.kinds:
+            for kind in self.recipe.kinds:
                 sums[f"{name}_{kind}"] = of_kind[kind].double().sum()
                 sums[f"/{name}_{kind}"] = zero + of_kind[kind].numel()
         return sums
-
-    @property
-    def kinds(self) -> list[str]:
-        """Kinds of prompts that the recipe draws."""
-        return [kind for kind in KINDS if getattr(self.recipe.prompts, kind) > 0]
-
-    @property
-    def terms(self) -> dict[str, tuple[str, ...]]:
-        """Terms of the loss that these have, and the kinds of prompts that have them."""
-        kinds = {name: FOR_TERMS.get(name, ("text",)) for name in TERMS}
-        return {name: those for name, those in kinds.items() if set(those) & set(self.kinds)}
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Return means: of the loss and its terms over images, of IoU and Dice over all that was prompted."""
         for name in ("iou", "dice"):
             for slash in ("", "/"):
-                sums[slash + name] = sum((sums[f"{slash}{name}_{kind}"] for kind in self.kinds), torch.zeros(()))
+                sums[slash + name] = sum(
+                    (sums[f"{slash}{name}_{kind}"] for kind in self.recipe.kinds), torch.zeros(())
+                )
         names = sorted(name for name in sums if not name.startswith("/"))
         return {f"val/{name}": float(sums[name] / sums[f"/{name}"]) for name in names if sums[f"/{name}"] > 0}
 
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
-        names = ["loss", "iou", "dice", *(f"iou_{kind}" for kind in self.kinds)]
+        names = ["loss", "iou", "dice", *(f"iou_{kind}" for kind in self.recipe.kinds)]
         rows = [
             [title, *(f"{values.get(f'val/{name}', float('nan')):.4f}" for name in names)]
             for title, values in (("at the start", start), (f"adapted, step {best['step']}", best))
