@@ -72,15 +72,15 @@ def updates(weights: Mapping[str, Tensor], alpha: int, rank: int) -> dict[str, T
 
 
 def share_kept(weights: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> float:
-    """Return which share of the changes survives when the changed weights are rounded to bfloat16, 0 to 1.
+    """Return which share of the changes survives in weights that are kept in bfloat16, 0 to 1.
 
     1 - |applied - meant| / |meant|, norms over all weights: small changes mostly round to none, and now and then to a
     whole step.
     """
     lost = whole = 0.0
     for name, change in changes.items():
-        own = weights[name].float()
-        applied = (own + change).bfloat16().float() - own.bfloat16().float()
+        own = weights[name].bfloat16().float()
+        applied = (own + change).bfloat16().float() - own
         lost += float((applied - change).square().sum())
         whole += float(change.square().sum())
     return max(0.0, 1 - (lost / whole) ** 0.5) if whole else 1.0
