@@ -259,7 +259,7 @@ class StageRecipe(Recipe):
         if self.train.pictures and not self.draws:
             yield f"train.pictures: stage {self.stage} draws none while it trains; set it to 0, `evaluate` draws some"
         if (asked := self.train.monitor) is not None and asked not in self.metrics:
-            yield f"train.monitor: stage {self.stage} validates no {asked}{did_you_mean(asked, self.metrics)}"
+            yield f"train.monitor: stage {self.stage} is not judged by {asked}{did_you_mean(asked, self.metrics)}"
 
     def student_line(self) -> str:
         """Say how big the student is, for `show`."""

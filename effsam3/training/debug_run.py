@@ -6,6 +6,7 @@ from __future__ import annotations
 import resource
 import shutil
 from dataclasses import replace
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,17 @@ class Detail:
     def look(self) -> None:
         """Add up each module's gradient; called by all ranks right before a step is taken."""
         self.squares = {}
-        for name, parameter in trained(self.model):
+        parameters = trained(self.model)
+        # Below what all have in common: an adapter's parameters are inside of what wraps the model.
+        depth = len(commonprefix([name.split(".")[:-1] for name, _ in parameters]))
+        for name, parameter in parameters:
             if zero_stage(self.accelerator):
                 from deepspeed.utils import safe_get_full_grad
 
                 gradient = safe_get_full_grad(parameter)
             else:
                 gradient = parameter.grad
-            module = name.partition(".")[0]
+            module = name.split(".")[depth]
             square = 0.0 if gradient is None else gradient.double().square().sum().item()
             self.squares[module] = self.squares.get(module, 0.0) + square
 

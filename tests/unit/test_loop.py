@@ -87,7 +87,9 @@ def test_patience_follows_the_monitor(basket):
 
 
 def test_an_unknown_monitor_is_refused_with_the_recipe(basket):
-    with pytest.raises(RecipeError, match=r"train.monitor: stage counting validates no val/eror; did you mean val/e"):
+    with pytest.raises(
+        RecipeError, match=r"train.monitor: stage counting is not judged by val/eror; did you mean val/e"
+    ):
         load_recipe(basket, ["train.monitor=val/eror"])
 
 
@@ -248,3 +250,10 @@ def test_none_unless_asked(basket):
     assert not (learn(basket, *ONE, "train.steps=1") / "pictures").exists()
     with pytest.raises(RecipeError, match="train.pictures: stage image draws none while it trains; set it to 0"):
         load_recipe("smoke/image", ["train.pictures=2"])
+
+
+def test_wandb_gets_the_sheet(basket):
+    folder = learn(basket, *ONE, "train.steps=2", "train.pictures=1", "train.loggers=[wandb]")
+    sent = sorted(folder.glob("wandb/offline-run-*/files/media/images/val/pictures_*.png"))
+    assert [int(path.name.split("_")[1]) for path in sent] == [1, 2]  # from where its curves begin
+    assert Image.open(sent[-1]).size == Image.open(folder / "pictures/validation/step-000002.png").size
