@@ -32,15 +32,12 @@ class Pair:
     @property
     def mean_C(self) -> Tensor:
         """The teacher's mean per channel."""
-        return self._carried("feature_mean") if self.statistics is None else self.statistics[0]
+        return self.statistics[0] if self.statistics else trunk_of(self.student).get_buffer("feature_mean")
 
     @property
     def deviation_C(self) -> Tensor:
         """The teacher's deviation per channel."""
-        return self._carried("feature_scale") if self.statistics is None else self.statistics[1]
-
-    def _carried(self, name: str) -> Tensor:
-        return trunk_of(self.student).get_buffer(name)
+        return self.statistics[1] if self.statistics else trunk_of(self.student).get_buffer("feature_scale")
 
     @property
     def models(self) -> dict[str, Sam3TrackerVideoModel]:

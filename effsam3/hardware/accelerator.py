@@ -37,16 +37,12 @@ def refuse_missing_gpu(hardware: str) -> None:
     Raises:
         RecipeError: the hardware has GPUs, and there is none.
     """
-    if torch.cuda.is_available():
+    hidden = _launched() and no_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    if torch.cuda.is_available() or hidden or _asked_for_cpu(hardware):
         return
     if _launched():
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-        if on_cpu or no_devices(os.environ.get("CUDA_VISIBLE_DEVICES", "")):
-            return
         asked, other = "`accelerate launch` was told to use GPUs", "--config_file accelerate_configs/cpu.yaml"
     else:
-        if read_config(hardware).on_cpu:
-            return
         asked, other = f"hardware: {hardware} is for GPUs", f"hardware={twin_on_cpu(hardware)}"
     raise RecipeError(
         f"{asked}, but torch {torch.__version__} finds none here; see that nvidia-smi lists one, that this job or "
@@ -58,14 +54,17 @@ def _launched() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ  # set by every `accelerate launch`
 
 
+def _asked_for_cpu(hardware: str) -> bool:
+    told = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    return told or (not _launched() and read_config(hardware).on_cpu)
+
+
 def device_for(hardware: str) -> torch.device:
     """Return where work in this process is done: on a GPU, unless there is none or the CPU was asked for.
 
     The config that `accelerate launch` was given counts, else the recipe's.
     """
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    on_cpu = on_cpu or (not _launched() and read_config(hardware).on_cpu)
-    return torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
+    return torch.device("cuda" if torch.cuda.is_available() and not _asked_for_cpu(hardware) else "cpu")
 
 
 def make_accelerator(

@@ -70,14 +70,13 @@ class TextTeacher(nn.Module):
                 f"sam3.checkpoint: the text encoder of {folder} is a {kind!r}, a student already; the teacher must be "
                 f"SAM 3 itself (text encoder {own!r})"
             )
-        encoder, projection = read_tensors(folder, TEXT_ENCODER), read_tensors(folder, TEXT_PROJECTION)
-        named = {TEXT_ENCODER + name: tensor for name, tensor in encoder.items()}
         teacher = cls(config)
-        load_part(teacher.text_encoder, encoder).float()
-        load_part(teacher.text_projection, projection)
-        teacher.fingerprint = fingerprint(
-            named | {TEXT_PROJECTION + name: tensor for name, tensor in projection.items()}
-        )
+        named: dict[str, Tensor] = {}
+        for prefix, part in ((TEXT_ENCODER, teacher.text_encoder), (TEXT_PROJECTION, teacher.text_projection)):
+            tensors = read_tensors(folder, prefix)
+            named |= {prefix + name: tensor for name, tensor in tensors.items()}
+            load_part(part, tensors).float()
+        teacher.fingerprint = fingerprint(named)
         return teacher
 
     @property
