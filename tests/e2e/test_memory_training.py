@@ -103,7 +103,7 @@ def test_stopped_and_resumed(runs):
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == 75, printed
-    assert "resuming from step" in run(folder, *arguments, recipe=MEMORY)
+    assert "resuming from step" in run_here(folder, *arguments, recipe=MEMORY)
     assert_same(folder, "resumed", 1e-12)
     whole, resumed = (
         load_file(folder / "runs" / name / f"checkpoints/step-{STEPS:06d}/student.safetensors")

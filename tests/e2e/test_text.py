@@ -110,7 +110,7 @@ def test_killed_and_resumed_at_the_exact_sample(texts):
     for later in checkpoints.glob("*step-0000*"):  # as if the kill had come right after the first checkpoint
         if later.name != "step-000002":
             shutil.rmtree(later)
-    assert "resuming from step 2" in run(folder, *arguments, recipe=TEXT)
+    assert "resuming from step 2" in run_here(folder, *arguments, recipe=TEXT)
     same(folder, "killed", 1e-12)
 
 

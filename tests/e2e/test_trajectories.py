@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -114,7 +115,7 @@ def test_interrupted_and_resumed(shared, reference, how):
     printed, _ = process.communicate(timeout=120)
     assert process.returncode == (75 if how == signal.SIGTERM else -signal.SIGKILL), printed
     assert not (checkpoints / f"step-{STEPS:06d}").is_dir()
-    printed = run(folder, *arguments)
+    printed = run_here(folder, *arguments)
     assert "resuming from step" in printed
     assert_same(reference, metrics(folder / "runs" / name), 1e-12)
     whole, resumed = (
@@ -134,7 +135,7 @@ def test_resumes_on_other_hardware(shared, reference, saved, step, hardware):
     checkpoint = folder / "runs" / saved / f"checkpoints/step-{step:06d}"
     name = f"{saved}-{hardware}"
     arguments = (*overrides, *SHORT, f"name={name}", f"hardware={hardware}", "--resume", str(checkpoint))
-    printed = run(folder, "train", *arguments, launch=hardware != "cpu")
+    printed = (run_here if hardware == "cpu" else partial(run, launch=True))(folder, "train", *arguments)
     assert f"resuming from step {step}" in printed
     found = metrics(folder / "runs" / name)
     assert_same({number: reference[number] for number in range(step + 1, STEPS + 1)}, found, 1e-4)
