@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import reprlib
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -179,6 +180,12 @@ def areas_of(rles: list[dict]) -> np.ndarray:
 
     # One by one: pycocotools 2.0.11 counts those of a list in 8 bits, and fails from 256 on.
     return np.array([mask.area(rle) for rle in rles], np.int64)
+
+
+def text_rles(masks: Iterable[np.ndarray]) -> list[dict]:
+    """Return masks as compressed RLEs that JSON can hold."""
+    rles = rles_of(np.stack(found)) if (found := list(masks)) else []
+    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in rles]
 
 
 # ---- annotations

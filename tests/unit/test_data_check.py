@@ -14,6 +14,7 @@ from effsam3.data.problems import HURT, NOTES
 from effsam3.data.videos.checking import check_video, jumps
 from effsam3.data.videos.own_clips import OwnClips
 from effsam3.data.videos.vos import open_vos
+from effsam3.recipe.reader import load_recipe
 
 FRAMES = [f"{k:05d}.png" for k in range(5)]
 EMPTY = {"size": [H, W], "counts": [H * W]}
@@ -294,6 +295,14 @@ def test_counts_of_what_is_right(tmp_path, make, capsys):
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB")).astype(int)
     assert (np.ptp(pixels, axis=2) > 60).any(), "masks are coloured, the frames are grey"
+
+
+@pytest.mark.parametrize("make", ["folder", "coco", "image_folder", "coco_images"])
+def test_what_is_suggested_is_a_recipe(tmp_path, make):
+    globals()[make](tmp_path)
+    report = check(tmp_path)[1]
+    recipe = load_recipe(report["recipe"], [f"{key}={value}" for key, value in report["keys"].items()])
+    assert recipe.data.path == str(tmp_path) and recipe.data.objects == 2
 
 
 def test_empty_frames_are_counted(tmp_path):

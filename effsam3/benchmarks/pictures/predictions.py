@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
 from effsam3.benchmarks.pictures.drawing import CELL_WIDTH, colour_of, contact_sheet, evenly, paint, save_png
-from effsam3.data.coco import rles_of
+from effsam3.data.coco import text_rles
 from effsam3.files import write_json
 from effsam3.models.inference.concepts import Instances
 
@@ -25,7 +25,7 @@ SHADES = ((0, 0, 0), (255, 255, 255))  # of prompts with label 0 and 1
 
 def records(found: Instances) -> list[dict]:
     """Return the instances for JSON: id, text, score, box (x1, y1, x2, y2) and the mask as a COCO RLE."""
-    rles = rles_of(found.masks_OHW.numpy())
+    rles = text_rles(found.masks_OHW.numpy())
     rows = zip(found.ids, found.texts, found.scores_O.tolist(), found.boxes_O4.tolist(), rles, strict=True)
     return [
         {
@@ -33,7 +33,7 @@ def records(found: Instances) -> list[dict]:
             **({"text": text} if text else {}),
             "score": round(score, 4),
             "box": [round(value, 2) for value in box],
-            "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+            "segmentation": rle,
         }
         for number, text, score, box, rle in rows
     ]

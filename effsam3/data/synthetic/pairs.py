@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from effsam3.data.coco import rles_of
+from effsam3.data.coco import text_rles
 from effsam3.data.synthetic.images import make_scene
 from effsam3.files import atomic_file, write_json
 
@@ -33,13 +33,13 @@ def make_synthetic_pairs(folder: str | Path, num_images: int, side_px: int, seed
             Image.fromarray(as_infrared(pixels_HWC, rng)).save(file, "PNG")
         height, width = pixels_HWC.shape[:2]
         images.append({"id": number, "file_name": name, "height": height, "width": width, "view": f"{number % 2}"})
-        for mask_HW, rle in zip(masks_NHW, rles_of(masks_NHW), strict=True):
+        for mask_HW, rle in zip(masks_NHW, text_rles(masks_NHW), strict=True):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": number,
                     "category_id": 2 if mask_HW.mean() > BIG else 1,
-                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+                    "segmentation": rle,
                     "iscrowd": 0,
                 }
             )

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from effsam3.data.videos import writing
+from effsam3.data.coco import text_rles
+from effsam3.data.videos import sav
 from effsam3.data.videos.sav import FRAME_STRIDE, VIDEO_FPS
-from effsam3.data.videos.writing import text_rles
 from effsam3.files import write_bytes, write_text
 
 FEWEST_PIXELS = 12  # of an object that counts as visible; fewer are not annotated
@@ -77,7 +77,7 @@ def sav_record(name: str, masks_TNHW: np.ndarray) -> dict:
     """Return what SA-V's manual JSON holds for the masks of all frames; every fourth frame is annotated."""
     count, objects, *size = masks_TNHW.shape
     masklet = [text_rles(masks_NHW) for masks_NHW in masks_TNHW[::FRAME_STRIDE]]
-    return writing.sav_record(name, count, tuple(size), list(range(objects)), masklet, "Synthetic")
+    return sav.sav_record(name, count, tuple(size), list(range(objects)), masklet, "Synthetic")
 
 
 # ---- scenes

@@ -169,6 +169,53 @@ class SavFile(Annotations):
         return {name: content.mask(number // FRAME_STRIDE, place) for place, name in enumerate(content.objects)}
 
 
+def sav_record(
+    name: str,
+    frames: int,
+    size: tuple[int, int],
+    objects: list[int],
+    masklet: Sequence[list[dict] | None],
+    environment: str = "Own",
+) -> dict:
+    """Return what SA-V's manual JSON holds.
+
+    Args:
+        masklet: the RLEs of all objects on each frame 0, 4, 8 ...; None: it is not annotated.
+    """
+    count, (height, width) = len(objects), size
+    areas_AN = np.array([coco.areas_of(rles) if rles else [0] * count for rles in masklet])
+    shown_AN = areas_AN > 0
+    sizes_N = areas_AN.sum(0) / np.maximum(shown_AN.sum(0), 1)  # mean over the frames that show it
+    appeared_N = shown_AN.argmax(0)
+    changes = [int(np.diff(shown_A[first:]).sum()) for shown_A, first in zip(shown_AN.T, appeared_N, strict=True)]
+    return {
+        "video_id": name,
+        "video_duration": frames / VIDEO_FPS,
+        "video_frame_count": float(frames),
+        "video_height": float(height),
+        "video_width": float(width),
+        "video_resolution": float(height * width),
+        "video_environment": environment,
+        "video_split": "train",
+        "masklet": masklet,
+        "masklet_id": objects,
+        "masklet_size_rel": (sizes_N / (height * width)).tolist(),
+        "masklet_size_abs": sizes_N.tolist(),
+        "masklet_size_bucket": [_bucket(size) for size in sizes_N],
+        "masklet_visibility_changes": changes,
+        "masklet_first_appeared_frame": appeared_N.astype(float).tolist(),
+        "masklet_frame_count": [len(masklet)] * count,
+        "masklet_edited_frame_count": [0] * count,
+        "masklet_type": ["manual"] * count,
+        "masklet_stability_score": [None] * count,
+        "masklet_num": count,
+    }
+
+
+def _bucket(pixels: float) -> str:
+    return "small" if pixels < 32**2 else "medium" if pixels < 96**2 else "large"  # COCO's sizes
+
+
 def read_sav(row: dict, folder: Path) -> SavAnnotations:
     """Return the annotations of an index row. Raises UnreadableAnnotations, also when the file has changed."""
     return parse_sav(indexing.read_file(row, folder, "annotation", UnreadableAnnotations), row["key"])

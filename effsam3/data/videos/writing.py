@@ -23,17 +23,17 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image
 
-from effsam3.data.coco import MOST, areas_of, rles_of, runs_of
+from effsam3.data.coco import MOST, runs_of, text_rles
 from effsam3.data.videos.files import UnreadableVideo
 from effsam3.data.videos.mask_pngs import HIGHEST_ID
-from effsam3.data.videos.sav import FRAME_STRIDE, VIDEO_FPS
+from effsam3.data.videos.sav import FRAME_STRIDE, sav_record
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 from effsam3.files import write_json, write_text
@@ -319,64 +319,11 @@ class Tables:
             out.write(json.dumps(rest)[1:] + "\n")
 
 
-def text_rles(masks: Iterable[np.ndarray]) -> list[dict]:
-    """Return masks as compressed RLEs that JSON can hold."""
-    rles = rles_of(np.stack(found)) if (found := list(masks)) else []
-    return [{"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")} for rle in rles]
-
-
 def measured(rle: dict) -> dict:
     """Return the area of a mask in pixels and the box around it, [x, y, width, height]."""
     from pycocotools import mask
 
     return {"area": int(mask.area(rle)), "bbox": mask.toBbox(rle).tolist()}
-
-
-def sav_record(
-    name: str,
-    frames: int,
-    size: tuple[int, int],
-    objects: list[int],
-    masklet: Sequence[list[dict] | None],
-    environment: str = "Own",
-) -> dict:
-    """Return what SA-V's manual JSON holds.
-
-    Args:
-        masklet: the RLEs of all objects on each frame 0, 4, 8 ...; None: it is not annotated.
-    """
-    count, (height, width) = len(objects), size
-    areas_AN = np.array([areas_of(rles) if rles else [0] * count for rles in masklet])
-    shown_AN = areas_AN > 0
-    sizes_N = areas_AN.sum(0) / np.maximum(shown_AN.sum(0), 1)  # mean over the frames that show it
-    appeared_N = shown_AN.argmax(0)
-    changes = [int(np.diff(shown_A[first:]).sum()) for shown_A, first in zip(shown_AN.T, appeared_N, strict=True)]
-    return {
-        "video_id": name,
-        "video_duration": frames / VIDEO_FPS,
-        "video_frame_count": float(frames),
-        "video_height": float(height),
-        "video_width": float(width),
-        "video_resolution": float(height * width),
-        "video_environment": environment,
-        "video_split": "train",
-        "masklet": masklet,
-        "masklet_id": objects,
-        "masklet_size_rel": (sizes_N / (height * width)).tolist(),
-        "masklet_size_abs": sizes_N.tolist(),
-        "masklet_size_bucket": [_bucket(size) for size in sizes_N],
-        "masklet_visibility_changes": changes,
-        "masklet_first_appeared_frame": appeared_N.astype(float).tolist(),
-        "masklet_frame_count": [len(masklet)] * count,
-        "masklet_edited_frame_count": [0] * count,
-        "masklet_type": ["manual"] * count,
-        "masklet_stability_score": [None] * count,
-        "masklet_num": count,
-    }
-
-
-def _bucket(pixels: float) -> str:
-    return "small" if pixels < 32**2 else "medium" if pixels < 96**2 else "large"  # COCO's sizes
 
 
 def write_palette_png(ids_HW: np.ndarray, path: Path) -> None:
