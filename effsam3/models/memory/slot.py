@@ -9,11 +9,12 @@ from copy import deepcopy
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from effsam3.models.memory import NAME
 from effsam3.models.memory.config import EfficientTrackerConfig, MemoryConfigError
 from effsam3.models.memory.training import PARTS, PLACES
 
 TRACKER = "tracker_model."
-MEMORY = tuple(TRACKER + prefix for prefix in PARTS["memory"])
+MEMORY = tuple(TRACKER + prefix for prefix in PARTS[NAME])
 RESAMPLER = "memory_resampler."
 # The tracker config's numbers of layers -> a recipe's key of section `memory`.
 LAYERS = {"memory_attention_num_layers": "attention_layers", "memory_fuser_num_layers": "fuser_layers"}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from effsam3.losses.masks import SMOOTH, at_side, iou, mask_losses, temporal
 from effsam3.losses.memory import memory_loss
+from effsam3.models.memory import NAME
 from effsam3.models.memory.tracker import EfficientTracker
 from effsam3.models.memory.trainable import unused_of
 from effsam3.models.memory.training import ABSENT_LOGIT, MASK_BIAS, Prompts, Tracked, encode_frames, track
@@ -131,7 +132,7 @@ class TrackerStudent(nn.Module):
                 masks_NTSS,
                 prompts.some(objects_N),
                 # The teacher's memory is the expensive one: it only runs where its term has a weight.
-                teacher=self.teacher if self.training and self.scoring.weights.get("memory") else None,
+                teacher=self.teacher if self.training and self.scoring.weights.get(NAME) else None,
                 by_truth=self.training,
                 recompute=self.recompute,
             )
@@ -152,7 +153,7 @@ class TrackerStudent(nn.Module):
     def losses(self, tracked: list[Tracked], masks_NTSS: Tensor, weight_NT: Tensor) -> dict[str, Tensor]:
         """Return the named terms, weighted and summed over objects, frames and predictions."""
         scoring, zero = self.scoring, weight_NT.new_zeros(())
-        terms = {name: zero for name, weight in scoring.weights.items() if name != "memory" or weight}
+        terms = {name: zero for name, weight in scoring.weights.items() if name != NAME or weight}
         for frame in tracked:
             # Each correction is scored as well, so that the first answer and the corrected one both improve.
             for part in frame.predictions:
@@ -162,7 +163,7 @@ class TrackerStudent(nn.Module):
                     terms[name] = terms[name] + (value_N * weight_NT[part.objects_N, frame.time]).sum()
             if frame.teacher_OCGG is not None and frame.conditioned_OCGG is not None:
                 value_O = memory_loss(frame.conditioned_OCGG, frame.teacher_OCGG)
-                terms["memory"] = terms["memory"] + (value_O * weight_NT[:, frame.time]).sum()
+                terms[NAME] = terms[NAME] + (value_O * weight_NT[:, frame.time]).sum()
         if "temporal" in terms:
             terms["temporal"] = self.agreement(tracked, masks_NTSS, weight_NT)
         return terms

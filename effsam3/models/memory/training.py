@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from effsam3.models.chassis.tensors import TRUNK, read_tensors
+from effsam3.models.memory import NAME
 from effsam3.models.memory.attention import FrameMemory
 from effsam3.models.memory.prompts import FEWEST, NO_POINT, draw_clicks
 from effsam3.models.memory.tracker import EfficientTracker
@@ -30,7 +31,7 @@ MASK_SCALE, MASK_BIAS = 20.0, -10.0  # makes logits of a given mask: nearly 0 an
 
 # What can be trained -> its parameters, by the beginning of their names in the tracker.
 PARTS = {
-    "memory": (
+    NAME: (
         "memory_attention.",
         "memory_encoder.",
         "memory_resampler.",
