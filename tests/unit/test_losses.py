@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from effsam3.losses.features import agreement_sums, feature_loss, relative_error, standardise
+from effsam3.recipe.common import FeatureRecipe
 
 
 @pytest.fixture
@@ -72,6 +73,11 @@ def test_relative_error_is_1_for_zeros_and_0_for_the_target(maps):
     _, target, valid = maps
     assert relative_error(torch.zeros_like(target), target, valid) == 1
     assert relative_error(target, target, valid) == 0
+
+
+def test_what_may_choose_the_best_checkpoint_is_measured(maps):
+    sums = agreement_sums(*maps, torch.zeros(5), torch.ones(5))
+    assert FeatureRecipe.metrics.keys() < {f"val/{name}" for name in sums}
 
 
 def test_predicting_the_mean_scores_0_and_1(maps):
