@@ -2,6 +2,8 @@
 """The dataset doctor on folders and files with one fault each: it is named, with where it is and whether it hurts."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from own_videos import H, W, box, coco_video, moving, rle, square, write_frames,
 from PIL import Image
 from vos_folders import save
 
+import effsam3
 from effsam3.cli import main
 from effsam3.data.problems import HURT, NOTES
 from effsam3.data.videos.checking import check_video, jumps
@@ -16,6 +19,7 @@ from effsam3.data.videos.own_clips import OwnClips
 from effsam3.data.videos.vos import open_vos
 from effsam3.recipe.reader import load_recipe
 
+PACKAGE = Path(effsam3.__file__).parent
 FRAMES = [f"{k:05d}.png" for k in range(5)]
 EMPTY = {"size": [H, W], "counts": [H * W]}
 
@@ -269,6 +273,13 @@ def test_every_fault_is_named(tmp_path, make, reason, where, capsys):
         assert all(not clips[0, number]["unreadable"] for number in range(4))
 
 
+def test_every_note_of_a_reader_is_in_the_tables():
+    """Else the doctor would say that it hurts."""
+    files = [file for folder in ("videos", "images") for file in (PACKAGE / "data" / folder).glob("*.py")]
+    found = {reason for file in files for reason in re.findall(r'\bNote\("(\w+)"', file.read_text(encoding="utf-8"))}
+    assert len(found) > 15 and found <= (HURT | NOTES).keys()
+
+
 def test_every_reason_of_the_tables_is_tested():
     tested = {reason for _, reason, _ in CASES + IMAGE_CASES}
     assert (HURT | NOTES).keys() - tested == {"not_checked", "place_as_track", "synthetic"}
@@ -417,6 +428,8 @@ IMAGE_CASES = [
         "not_opened",
         "{root}",
     ),
+    (lambda root: coco_images(root, lambda content: content["images"][1].update(id=1)), "not_opened", "{root}"),
+    (lambda root: coco_images(root, lambda content: content["images"][1].update(width="x")), "not_opened", "{root}"),
 ]
 
 

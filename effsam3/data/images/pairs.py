@@ -9,6 +9,7 @@ Letters: H W rows and columns of an image.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from effsam3.data import coco
 from effsam3.data.images.decoding import EXTENSIONS, decode_image
 from effsam3.data.problems import Note
 from effsam3.data.unreadable import UnreadableAnnotations, UnreadableImage
+from effsam3.data.videos.json_masks import size_of
 from effsam3.data.videos.mask_pngs import VOID, read_png
 from effsam3.errors import UserError, did_you_mean
 
@@ -150,14 +152,17 @@ def _of_coco(file: Path, images: Path | None, view: str | None) -> tuple[list[Pa
         categories = {
             str(row["id"]): str(row["name"]) for row in listed if coco.mapping(row, "a category", ("id", "name"))
         }
+        # As texts: some tools write them so in one place only.
+        sizes = {str(row["id"]): size_of(row, f"image {row['id']}") for row in rows}
+        if len(sizes) < len(rows):
+            twice = Counter(str(row["id"]) for row in rows).most_common(1)[0][0]
+            raise coco.Malformed(f"two images have the id {twice}; whose the annotations are is not clear")
     except coco.Malformed as fault:
         raise UserError(f"data.path: {file}: {fault}") from fault
     if view is not None and rows and not any(view in row for row in rows):
         raise UserError(f"data.view: no image of {file} has {view!r}{did_you_mean(view, list(rows[0]))}")
     notes: list[Note] = []
-    # As texts: some tools write them so in one place only.
-    sources: dict[str, list[Source]] = {str(row["id"]): [] for row in rows}
-    sizes = {str(row["id"]): _size_of(row) for row in rows}
+    sources: dict[str, list[Source]] = {key: [] for key in sizes}
     for number, annotation in enumerate(annotations):
         where = f"{file.name}, annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
         try:
@@ -195,16 +200,10 @@ def _checked(segmentation: Any, size: tuple[int, int] | None) -> dict | None:
     """Return a mask as an RLE of this size, or of its own; None for an empty one. Raises coco.Malformed."""
     if size is None:  # some tools know no size: an RLE brings its own, a polygon does not
         own = coco.mapping(segmentation, "a polygon of an image without width and height, it", ("size",))["size"]
-        height, width = (coco.whole(side, "size") for side in coco.listed(own, "size"))
-        size = height, width
+        height, width = coco.numbers(own, "size", 2)
+        size = coco.whole(height, "height"), coco.whole(width, "width")
     rle = coco.to_rle(segmentation, *size)
     return rle if coco.runs_of(rle)[1::2].sum() else None
-
-
-def _size_of(row: dict) -> tuple[int, int] | None:
-    """(H, W) of an entry of images[]; 0 and null mean that the tool did not know."""
-    height, width = row.get("height"), row.get("width")
-    return (int(height), int(width)) if height and width else None
 
 
 def _image_file(row: dict, root: Path, images: Path | None) -> Path:

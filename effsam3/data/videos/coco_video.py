@@ -46,7 +46,8 @@ def is_coco_video(content) -> bool:
 
 def tells_of_videos(content: dict) -> bool:
     """Say whether a JSON of this form has frames of videos: a video, an order or tracks. Else it may be of images."""
-    images, annotations = ([row for row in content[key] if isinstance(row, dict)] for key in ("images", "annotations"))
+    tables = (coco.listed(content[key], key) for key in ("images", "annotations"))
+    images, annotations = ([row for row in table if isinstance(row, dict)] for table in tables)
     rows = [
         *images,
         *annotations,
