@@ -39,7 +39,7 @@ LINE = 18  # pixels of a line of text on a picture
 
 def held_out_images(recipe: AdaptRecipe) -> None:
     """Held-out images of the view that the merged model is for."""
-    if recipe.data.source == "own":
+    if recipe.data.source == "own" or Path(recipe.data.path).is_dir():  # synthetic ones may still have to be drawn
         measured(recipe)
 
 

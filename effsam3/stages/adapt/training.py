@@ -441,7 +441,7 @@ class AdaptStage(StageBase):
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
         names = ["loss", "iou", "dice", *(f"iou_{kind}" for kind in self.recipe.kinds)]
         rows = [
-            [title, *(f"{values.get(f'val/{name}', float('nan')):.4f}" for name in names)]
+            [title, *(f"{values[f'val/{name}']:.4f}" if f"val/{name}" in values else "-" for name in names)]
             for title, values in (("at the start", start), (f"adapted, step {best['step']}", best))
         ]
         return table(rows, ["held-out images", *(name.replace("_", ", ") for name in names)])
