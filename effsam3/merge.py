@@ -7,6 +7,7 @@ python scripts/merge.py recipes/release/es_rv_m_mc_s.yaml --format sam3
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -54,7 +55,7 @@ def run(recipe: Recipe) -> Path:
     rest = read_tensors(chassis)
     for part in parts:
         refuse_other_chassis(part, rest, sam3.checkpoint, sam3.revision)
-    adapted = [adapted_of(folder, recipe.merge.checkpoint) for folder in recipe.adapted()]
+    adapted = [adapted_of(folder, recipe) for folder in recipe.adapted()]
     merged = combine(config, {"chassis": rest}, parts, adapted)
     owners = owners_card(chassis, parts, [one.card() for one in adapted])
     card = owners | {
@@ -79,7 +80,7 @@ def run(recipe: Recipe) -> Path:
     origins = {part.slot: f"{part.student}, {part.origin}" for part in parts} | {"chassis": sam3.checkpoint}
     origins |= {one.name: f"changed in place, {one.origin}" for one in adapted}
     report.say(slot_table(merged, origins))
-    for note in notes:
+    for note in (*notes, *(note for one in adapted for note in one.notes)):
         report.say(note)
     report.say(
         f"\n{folder / 'merged'} holds the whole model; it reads back bit for bit. next: effsam3 evaluate {folder}"
@@ -122,12 +123,14 @@ def part_of(slot: str, folder: Path, which: str, config: PreTrainedConfig) -> Pa
     return stages.merging(slot).part_of_run(trained, features, weights, config, about | {"teacher": teacher})
 
 
-def adapted_of(folder: Path, which: str) -> Adapted:
+def adapted_of(folder: Path, asked: Recipe) -> Adapted:
     """Return the tensors that a run changed in place, or those of a folder that holds nothing else.
+
+    `asked` is the recipe that is merged: that of a release, or the run's own, whose section `merge` may have changed.
 
     Raises:
         MergeError: there is neither, it is a run of a stage that fills a slot, or it does not fit its own SAM 3.
-        CheckpointError: the run has no checkpoint `which`.
+        CheckpointError: the run has no such checkpoint.
     """
     if not (folder / "recipe.yaml").is_file():
         return read_adapted(folder)
@@ -137,7 +140,9 @@ def adapted_of(folder: Path, which: str) -> Adapted:
             f"parts.adapted: {folder} is a run of stage {trained.stage}, which changes no tensors in place; name a "
             f"run that does, or give this one to its slot (parts.{trained.stage})"
         )
-    features, weights, about = what_was_learned(trained, folder, which)
+    if folder == asked.folder:
+        trained = replace(trained, merge=asked.merge)
+    features, weights, about = what_was_learned(trained, folder, asked.merge.checkpoint)
     # On the SAM 3 that it learned on, whatever it is merged into: `adapt` compares the two.
     chassis = chassis_folder(trained.sam3.checkpoint, trained.sam3.revision)
     about["name"] = folder.name

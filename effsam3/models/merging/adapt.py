@@ -31,6 +31,7 @@ class Adapted:
         tensors: as they are now, by their names in the whole model.
         made_on: `fingerprint` of the same tensors before they were changed.
         facts: what else the model's effsam3.json records of them.
+        notes: lines worth telling when they are merged.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Adapted:
     tensors: dict[str, Tensor]
     made_on: str
     facts: dict = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def card(self) -> dict:
         """Return what effsam3.json says of them."""

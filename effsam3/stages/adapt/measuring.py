@@ -40,23 +40,23 @@ LINE = 18  # pixels of a line of text on a picture
 def held_out_images(recipe: AdaptRecipe) -> None:
     """Held-out images of the view that the merged model is for."""
     if recipe.data.source == "own" or Path(recipe.data.path).is_dir():  # synthetic ones may still have to be drawn
-        measured(recipe)
+        measured(recipe, recipe.merge.view)
 
 
 NEEDS = (held_out_images,)
 
 
-def measured(recipe: AdaptRecipe) -> tuple[list[Pair], list[str]]:
-    """Return the held-out images to measure on, and the kinds of prompts.
+def measured(recipe: AdaptRecipe, view: str | None) -> tuple[list[Pair], list[str]]:
+    """Return the held-out images to measure a model for this view on, and the kinds of prompts.
 
     Raises:
-        UserError: the run has views, and `merge.view` names none of those that are held out.
+        UserError: no held-out image has masks, or none of them the view.
     """
-    images, names = own_images(recipe), recipe.merge.view
-    pairs = [pair for pair in images.val if pair.sources and (not images.views or pair.view == names)]
+    images = own_images(recipe)
+    pairs = [pair for pair in images.val if pair.sources and (not images.views or pair.view == view)]
     if not pairs:
         raise UserError(
-            f"merge.view: {names!r} is the view of no held-out image with masks; choose from {', '.join(images.views)}"
+            f"merge.view: {view!r} is the view of no held-out image with masks; choose from {', '.join(images.views)}"
             if images.views
             else "data.path: no held-out image has masks to measure by"
         )
@@ -71,9 +71,11 @@ def measure(
     recipe: AdaptRecipe, folder: Path, chassis: Path, teacher_name: str, device: torch.device, results: Results
 ) -> None:
     """Measure `folder`/merged and what it was before, a folder that is called `teacher_name`."""
-    pairs, kinds = measured(recipe)
+    (about,) = [one for one in read_card(folder / "merged")["adapted"] if one["name"] == recipe.folder.name]
+    view = about.get("view")  # what was merged, whatever the recipe says now
+    pairs, kinds = measured(recipe, view)
     drawn: dict[str, dict[str, np.ndarray]] = {pair.name: {} for pair in pairs[: recipe.evaluate.pictures]}
-    result: dict = {"images": len(pairs), "view": recipe.merge.view}
+    result: dict = {"images": len(pairs), "view": view}
     for title, model in ((START, chassis), (ADAPTED, folder / "merged")):
         found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
         for pair, kind, fits, masks_OHW in segmented(model, pairs, kinds, recipe.data.phrase, device):
@@ -87,7 +89,6 @@ def measure(
             if fits
         }
         result["masks"] = {kind: len(fits) for kind, fits in found.items()}
-    (about,) = [one for one in read_card(folder / "merged")["adapted"] if one["name"] == recipe.folder.name]
     result["bf16_keeps"] = about.get("bf16_keeps")
     results.add("adapted_masks", result)
     by_name = {pair.name: pair for pair in pairs}
