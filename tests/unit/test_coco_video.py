@@ -364,6 +364,12 @@ def test_images_without_names_are_those_of_a_video_file(tmp_path):
     assert video.name == "walk", "no name leads out of a folder"
     with pytest.raises(UnreadableVideo, match="00000.jpg"):
         video.read([0])
+    mixed = coco_video(MASKS)
+    del mixed["images"][1]["path"]
+    (video,) = opened(tmp_path / "mixed", mixed)
+    assert abs(video.read([0]).mean() - 10) < 4
+    with pytest.raises(UnreadableVideo, match="00001.jpg"):
+        video.read([1])
     (tmp_path / "walk.mp4").write_bytes(mp4_bytes(np.zeros((5, H, W, 3), np.uint8)))
     (video,) = open_vos(file)
     assert video.frames == 5 and (video.masks(4)[2] == MASKS[4, 1]).all()
