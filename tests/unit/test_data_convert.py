@@ -295,7 +295,7 @@ def test_names_of_videos_become_folders(tmp_path):
     assert json.loads((tmp_path / "out" / "renamed.json").read_text()) == {"a: walk?": {"name": "a_walk_"}}
 
 
-def test_categories_stay_where_a_format_has_them(tmp_path, capsys):
+def test_categories_stay_in_the_format_or_next_to_it(tmp_path):
     write_davis(tmp_path / "in", {"v": [ids_map(id1=(2, 5), id2=(8, 9))]})
     convert(tmp_path / "in", tmp_path / "json", "coco_video")
     file = tmp_path / "json" / "annotations.json"
@@ -307,4 +307,6 @@ def test_categories_stay_where_a_format_has_them(tmp_path, capsys):
     for source, to in (("json", "youtube_vis"), ("youtube_vis", "coco_video")):
         assert convert(tmp_path / source, tmp_path / to, to)["v"].categories == {1: "dog", 2: "leash"}
     for to in ("davis", "sav"):
-        refused(capsys, tmp_path / "coco_video", tmp_path / to, to, "2 categories of objects are not told")
+        assert convert(tmp_path / "coco_video", tmp_path / to, to)["v"].objects == [1, 2]
+        table = json.loads((tmp_path / to / "categories.json").read_text())
+        assert table == {"v": {"1": "dog", "2": "leash"}}

@@ -45,7 +45,6 @@ LOSSES = {
     "unannotated_frames": "frames without masks are left out: every image that such a JSON lists is an annotated one",
     "unannotated_objects": "objects on a frame are not annotated there, and become absent",
     "void": "masks have void, neither object nor background: it becomes background",
-    "categories": "categories of objects are not told: this format has none",
     "off_stride": f"annotated frames are left out: SA-V annotates frames 0, {FRAME_STRIDE}, {2 * FRAME_STRIDE} ...",
 }
 
@@ -58,6 +57,7 @@ class Writer(ABC):
 
     Attributes:
         lost: how often something could not be kept, by LOSSES.
+        categories: {video's new name: {object's new id: what it is}}, where the format has no place for it.
         renamed: {video: {"name": its new name, "objects": {old id: new id}}}, where either had to change.
     """
 
@@ -68,6 +68,7 @@ class Writer(ABC):
         self.lost: Counter[str] = Counter()
         self.first: dict[str, str] = {}  # where each loss was first seen
         self.renamed: dict[str, dict] = {}
+        self.categories: dict[str, dict[int, str]] = {}
         self._names: dict[str, str] = {}  # new name: old one
 
     @abstractmethod
@@ -81,8 +82,9 @@ class Writer(ABC):
 
     def close(self) -> None:
         """Write what is about all videos."""
-        if self.renamed:
-            write_json(self.folder / "renamed.json", self.renamed)
+        for name, table in (("renamed", self.renamed), ("categories", self.categories)):
+            if table:
+                write_json(self.folder / f"{name}.json", table)
 
     def lose(self, reason: str, where: str, count: int = 1) -> None:
         """Count a loss."""
@@ -123,9 +125,10 @@ class Writer(ABC):
             yield index, visible
         self._never_seen(video, [number for number in video.objects if number not in seen])
 
-    def _lose_categories(self, video: VosVideo) -> None:
-        kinds = sorted(set(video.categories.values()) - {"object"})
-        self.lose("categories", f"{video.name}, {kinds[:1]}", len(kinds))
+    def _note_categories(self, video: VosVideo, name: str, ids: dict[int, int]) -> None:
+        """Keep what the objects are next to masks that have no place for it."""
+        if video.categories:
+            self.categories[name] = {ids[number]: category for number, category in video.categories.items()}
 
     def _never_seen(self, video: VosVideo, objects: list[int]) -> None:
         self.lose("never_visible", f"{video.name}, object {objects[:1]}", len(objects))
@@ -134,7 +137,7 @@ class Writer(ABC):
 class Davis(Writer):
     def add(self, video: VosVideo) -> dict[int, str]:
         name, ids = self._begin(video), self._ids(video, 1, HIGHEST_ID)
-        self._lose_categories(video)
+        self._note_categories(video, name, ids)
         masks_folder = self.folder / "Annotations" / name
         masks_folder.mkdir(parents=True)
         self.lose("too_many_objects", video.name, len(ids) - HIGHEST_ID)
@@ -153,7 +156,7 @@ class Sav(Writer):
 
     def add(self, video: VosVideo) -> dict[int, str]:
         name, ids = self._begin(video), self._ids(video, 0, MOST)
-        self._lose_categories(video)
+        self._note_categories(video, name, ids)
         masklet: list[list[dict] | None] = [None] * -(-video.frames // FRAME_STRIDE)
         empty = np.zeros(video.size, bool)
         for index in video.annotated:
@@ -176,16 +179,16 @@ class JsonWriter(Writer):
     def __init__(self, folder: Path):
         super().__init__(folder)
         self._tables = Tables(*self.tables)
-        self._categories: dict[str, int] = {}
+        self._category_ids: dict[str, int] = {}
 
     def close(self) -> None:
-        rows = [{"id": number, "name": name} for name, number in self._categories.items()]
+        rows = [{"id": number, "name": name} for name, number in self._category_ids.items()]
         self._tables.write(self.folder / "annotations.json", {"categories": rows})
         super().close()
 
     def _category(self, video: VosVideo, number: int) -> int:
         """Return the id of an object's category; objects of no category are of one called "object"."""
-        return self._categories.setdefault(video.categories.get(number, "object"), len(self._categories) + 1)
+        return self._category_ids.setdefault(video.categories.get(number, "object"), len(self._category_ids) + 1)
 
     def _listed(self, video: VosVideo) -> dict[int, str]:
         """Return the files of the frames that are listed, without their endings."""
