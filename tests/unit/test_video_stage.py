@@ -314,7 +314,7 @@ def test_masks_are_made_up_only_by_name(overrides, tmp_path):
         (["loss.focal=0", "loss.dice=0", "loss.bce=0", "loss.soft_iou=0"], "no mask would be learned"),
         (["data.look=outlines"], "look: outlines is one of drawn videos; set data.source=synthetic"),
         (["model.trainable=[]"], "model.trainable is empty|trainable: is empty"),
-        (["train.monitor=val/los"], "stage video validates no val/los; did you mean val/loss"),
+        (["train.monitor=val/los"], "stage video is not judged by val/los; did you mean val/loss"),
     ],
 )
 def test_keys_that_contradict_each_other(overrides, keys, message):
