@@ -11,9 +11,12 @@ is dropped. The ratio is that of CPU times (medians) in the suite `cpu`, and of 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,15 +27,21 @@ import numpy as np
 import torch
 
 from effsam3.benchmarks.speed import device_name
+from effsam3.data.synthetic.pairs import make_synthetic_pairs
 from effsam3.files import write_text
+from effsam3.hardware.budget.dry_run import DryPlace
 from effsam3.losses.masks import object_weights
+from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.find import chassis_folder
-from effsam3.models.chassis.tensors import load_part, read_config
+from effsam3.models.chassis.tensors import load_part, load_whole, read_config
+from effsam3.models.lora.heads import decode_shown, trunk_features
 from effsam3.models.memory.config import EfficientTrackerConfig
 from effsam3.models.memory.prompts import draw_prompt
 from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.training import Prompts, read_tracker_tensors
+from effsam3.recipe.reader import load_recipe
+from effsam3.stages.adapt.training import AdaptStage, own_images
 from effsam3.training.report import table
 
 Sides = dict[str, Callable[[], object]]
@@ -109,7 +118,40 @@ def video_step(device: torch.device, tiny: bool) -> Sides:
     }
 
 
-BENCHMARKS = {"video-step": Benchmark(video_step, most=0.5)}
+def lora_step(device: torch.device, tiny: bool) -> Sides:
+    """One step of training adapters, from files to weights, and only the forward and backward of the adapted model."""
+    folder, count = tempfile.mkdtemp(prefix="effsam3-benchmark-"), 1 if tiny else 4
+    make_synthetic_pairs(folder, 2 * count, side_px=192)
+    atexit.register(shutil.rmtree, folder)
+    checkpoint = "random" if device.type == "cuda" else "tiny"
+    recipe = load_recipe("smoke/lora", [f"data.path={folder}", f"sam3.checkpoint={checkpoint}", "data.held_out=0.5"])
+    place = DryPlace("bf16" if device.type == "cuda" else "fp32")
+    place.device = device
+    chassis = chassis_folder(checkpoint)
+    stage = AdaptStage(recipe, place, load_whole(model_class(read_config(chassis).model_type), chassis), [])
+    for part in (stage.student, *stage.frozen):
+        part.to(device)
+    data = own_images(recipe).batches(recipe, "train", stage.image_size)
+    images = [(position, position) for position in range(count)]
+    optimizer = torch.optim.AdamW(stage.student.train().parameters(), lr=1e-5)
+    given = stage.inputs(data.__getitems__(images))
+
+    def training() -> None:
+        stage.loss(stage.student, data.__getitems__(images))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def bare() -> None:
+        with place.autocast():
+            feat_BDGG = trunk_features(stage.model, given.pixels_B3SS)
+            total = sum(part.logits_NMLL.float().mean() for part in decode_shown(stage.model, feat_BDGG, given.shown))
+        total.backward()
+        optimizer.zero_grad()
+
+    return {"training": training, "forward and backward": bare}
+
+
+BENCHMARKS = {"video-step": Benchmark(video_step, most=0.5), "lora-step": Benchmark(lora_step, most=1.3)}
 
 
 def main() -> None:
