@@ -99,7 +99,8 @@ def record(asked: ConceptEvaluate, folder: Path, chassis: Path, place: Place) ->
         if place.process_index == 0:
             weights = fingerprint(map_tensors(source))
             journal.begin(found.folder, {"weights": weights, "absent": asked.absent})
-            journal.begin(shown.folder, {"weights": weights, "prompts": list(prompts), "masks_per_image": most})
+            if prompts:  # a text student asks for none, and must not delete the image student's
+                journal.begin(shown.folder, {"weights": weights, "prompts": list(prompts), "masks_per_image": most})
         place.wait_for_everyone()
         recording.record_found(source, images, found, place, f"concepts, {model}")
         if prompts:

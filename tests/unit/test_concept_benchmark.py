@@ -14,6 +14,7 @@ import torch
 from concept_data import HEIGHT, NAMES, WIDTH, draw_concepts, merged_with_concepts
 from PIL import Image
 from pycocotools import mask as coco_mask
+from run_folders import merged_run
 
 from effsam3 import evaluate
 from effsam3.benchmarks import journal
@@ -33,10 +34,12 @@ from effsam3.benchmarks.pictures.concepts import worst_and_median
 from effsam3.checked_files import DamagedFileError
 from effsam3.data.concepts.files import open_concepts
 from effsam3.data.concepts.pairs import ConceptObject, ConceptPair, Limits, Note, Subset
+from effsam3.data.images.index import build_index
+from effsam3.data.synthetic.images import make_synthetic_sa1b
 from effsam3.errors import RecipeError, UserError
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.inference.concepts import ConceptModel
-from effsam3.recipe.reader import load_recipe
+from effsam3.recipe.reader import dump_recipe, load_recipe
 from effsam3.stages import needs
 from effsam3.stages.needs import lacking
 
@@ -291,7 +294,32 @@ def test_evaluate_resumes_and_only_makes_what_is_missing(measured):
     after = lines(run)
     assert after[str(student.relative_to(run))][:10] == before[str(student.relative_to(run))][:10]
     assert {line for own in before.values() for line in own} <= {line for own in after.values() for line in own}
+    for made in after.values():
+        keys = [one["key"] for one in map(json.loads, made) if "failed" not in one]
+        assert len(keys) == len(set(keys)), "what was there is not made again"
     assert evaluate.run(recipe)["concepts"] == result and lines(run) == after, "there was nothing left to do"
+
+
+def test_the_parts_of_a_release_ask_for_the_same_concepts_once(tmp_path):
+    """Of an image and a text student in one model: the answers are shared, and so is the table of cgF1."""
+    folder = merged_run(tmp_path / "runs", "image", "text")
+    asked = [f"evaluate.concepts={draw_concepts(tmp_path, images=2)}", "evaluate.benchmarks=[concepts]"]
+    asked += ["evaluate.concept_pictures=0"]
+    make_synthetic_sa1b(tmp_path / "photos", 2)
+    build_index([tmp_path / "photos"], tmp_path / "photos.parquet", 0.5, workers=1, progress=False)
+    own = {"image": [f"data.index={tmp_path}/photos.parquet", "evaluate.pictures=0"], "text": []}
+    for part, more in own.items():
+        file = tmp_path / f"runs/smoke-{part}/recipe.yaml"
+        file.write_text(dump_recipe(load_recipe(file, [*asked, *more])))
+    results = evaluate.run(load_recipe(folder / "recipe.yaml"))
+    image, text = (results[f"{part}_concepts"]["subsets"]["squares"] for part in own)
+    assert image["models"] == text["models"] and "shown" in image and "shown" not in text
+    assert {name: len(made) for name, made in lines(folder).items()} == {
+        f"eval/concepts/{model}/{kind}/{kind}-0.jsonl": count
+        for model in ("student", "teacher") for kind, count in (("found", 4), ("shown", 2))
+    }  # fmt: skip
+    assert (folder / "eval/summary.md").read_text().count("| student, true presence ") == 1
+    assert (folder / "eval/text_concepts.csv").is_file()
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,19 @@ def test_only_node_0_merges_and_evaluates(started, capsys):
         assert said == [f"{verb} runs on node 0 only; this is node 1" for verb in skipped]
 
 
+def test_concepts_are_shared_by_the_processes_of_node_0(started):
+    own = ["evaluate.concepts=pairs.json", "evaluate.benchmarks=[concepts]", "hardware=multinode_ddp"]
+    assert main(["launch", RECIPE, "evaluate", *own, *FLAGS, "0"]) == 0
+    seen = accelerate_sees(started.lines[0])
+    assert (seen.num_machines, seen.num_processes) == (1, 8) and seen.multi_gpu
+    assert started.lines[0][-3:] == own
+    started.lines.clear()
+    assert main(["launch", RECIPE, "evaluate", *own, *FLAGS, "1"]) == 0
+    assert started.lines == []
+    assert main(["launch", RECIPE, "evaluate", *own[:-1], "hardware=cpu"]) == 0
+    assert "accelerate.commands.launch" not in started.lines[0]
+
+
 # ---- Slurm
 
 
