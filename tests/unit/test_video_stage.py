@@ -44,7 +44,7 @@ def overrides(tmp_path_factory):
     path = write_json(folder / "instances.json", content)
     return [
         f"data.path={path}", "data.source=videos", "data.synthetic_videos=0", "data.look=textures",
-        f"train.runs={folder}/runs", "data.frames=4", "data.reverse=0", "data.val_fraction=0.3",
+        f"train.runs={folder}/runs", "data.frames=4", "data.reverse=0", "data.held_out=0.3",
         "prompts={mask: 0.25, point: 0.25, box: 0.25, mixed: 0.25}",
     ]  # fmt: skip
 
@@ -174,7 +174,7 @@ def test_dividing_a_batch_changes_nothing(stage, batch):
     expected = gradients()
     parts = [stage.loss(student, part(batch, clip)) for clip in (1, 0)]
     (sum(one["loss"] for one in parts) / 2).backward()
-    assert whole.keys() == {"loss", *(f"loss_{name}" for name in TERMS)}
+    assert whole.keys() == {"loss", *TERMS}
     for name, value in whole.items():
         assert value.item() == pytest.approx(sum(one[name].item() for one in parts) / 2, rel=1e-4, abs=1e-6), name
     for name, tensor in gradients().items():
@@ -300,7 +300,7 @@ def test_masks_are_made_up_only_by_name(overrides, tmp_path):
     data = load_recipe(SMOKE, [*overrides, f"data.path={tmp_path}"]).data
     with pytest.raises(UserError, match=r"frames or videos without masks.*data.masks: synthetic"):
         videos_of(data)
-    (train,), (val,) = videos_of(replace(data, masks="synthetic", val_fraction=0.5))
+    (train,), (val,) = videos_of(replace(data, masks="synthetic", held_out=0.5))
     clip = OwnClips([train], 64, frames=3, objects=2)[0]
     assert clip["masks"].any() and {train.name, val.name} == {"alone0", "alone1"}
 
@@ -310,7 +310,7 @@ def test_masks_are_made_up_only_by_name(overrides, tmp_path):
     [
         (["prompts.frames=[3]", "data.frames=3"], "prompts.frames: frame 3 of clips of 3 frames"),
         (["prompts.mask=1"], "mask: mask, point, box and mixed are shares and add up to 1.75, not 1"),
-        (["data.val_fraction=1"], "val_fraction: must be above 0 and below 1"),
+        (["data.held_out=1"], "held_out: must be above 0 and below 1"),
         (["loss.focal=0", "loss.dice=0", "loss.bce=0", "loss.soft_iou=0"], "no mask would be learned"),
         (["data.look=outlines"], "look: outlines is one of drawn videos; set data.source=synthetic"),
         (["model.trainable=[]"], "model.trainable is empty|trainable: is empty"),

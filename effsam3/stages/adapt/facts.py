@@ -39,7 +39,7 @@ class AdaptData(Data):
     path: str  # a COCO JSON, or a folder with images/ and masks/; `synthetic` makes its own there
     images: str | None = None  # COCO JSON only: folder of its images; null: the JSON's own, or images/ next to it
     held_out: Annotated[float, below_one] = 0.2  # share held out, by a hash of the images' names
-    val: str | None = None  # other images to hold out, as `path`; null: `held_out` of these
+    val_path: str | None = None  # other images to hold out, as `path`; null: `held_out` of these
     # Column with the view of each image, a key of the JSON's images[] or a column of images.csv in the folder: each
     # view gets a learned embedding, added to the features that the heads read; null: none
     view: str | None = None
@@ -53,8 +53,8 @@ class AdaptData(Data):
 
     def check(self) -> Iterator[str]:
         yield from self.made_up("synthetic_images")
-        if self.val is None and self.held_out == 0:
-            yield "held_out: 0 leaves nothing to validate on; set it above 0, or name other images with data.val"
+        if self.val_path is None and self.held_out == 0:
+            yield "held_out: 0 leaves nothing to validate on; set it above 0, or name other images with data.val_path"
 
 
 @dataclass(frozen=True, kw_only=True)

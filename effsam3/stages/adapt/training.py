@@ -85,10 +85,10 @@ def own_images(recipe: AdaptRecipe) -> OwnImages:
     """
     data = recipe.data
     pairs, notes = open_pairs(data.path, data.images, data.view)
-    if data.val is None:
+    if data.val_path is None:
         parts = divide(pairs, data.held_out)
     else:
-        held_out, more = open_pairs(data.val, data.images, data.view)
+        held_out, more = open_pairs(data.val_path, data.images, data.view)
         parts, notes = {"train": pairs, "val": held_out}, notes + more
     views = sorted({pair.view for pair in parts["train"]}) if data.view is not None else []
     if unknown := [pair for pair in parts["val"] if views and pair.view not in views]:
@@ -108,7 +108,7 @@ def own_images(recipe: AdaptRecipe) -> OwnImages:
     if not usable["train"] or not usable["val"]:
         raise UserError(
             f"data.path: {len(usable['train'])} images with masks to learn from and {len(usable['val'])} held out; "
-            "both are needed (data.held_out divides them, data.val names other ones)"
+            "both are needed (data.held_out divides them, data.val_path names other ones)"
         )
     return OwnImages(usable["train"], usable["val"], views, categories, notes)
 

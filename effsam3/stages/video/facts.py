@@ -42,7 +42,7 @@ class VideoData(Data):
     val_path: str | None = None  # held-out videos: those of another place ...
     val_split: str | None = None  # ... or list, of `val_path` or of `path` ...
     # ... or else this share of `path`, by their names; of a single video, its last frames
-    val_fraction: Annotated[float, inner_share] = 0.1
+    held_out: Annotated[float, inner_share] = 0.1
     masks: Literal["given", "synthetic"] = "given"  # synthetic: shapes drawn over frames that nobody has annotated
     frames: PositiveInt = 8  # annotated frames of a clip; where a video has fewer, the last one fills up, unscored
     stride: PositiveInt = 1  # every how many annotated frames a clip takes one

@@ -66,7 +66,7 @@ def videos_of(data: VideoData) -> tuple[list[VosVideo], list[VosVideo]]:
     """
     videos = open_videos(data, data.path, data.split)
     if data.val_path is None and data.val_split is None:
-        train, val = split_videos(videos, data.val_fraction)
+        train, val = split_videos(videos, data.held_out)
     else:
         train, val = videos, open_videos(data, data.val_path or data.path, data.val_split)
     return train[: data.limit], val[: data.limit]
@@ -250,7 +250,7 @@ class VideoStage(TrackerStage):
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         inputs = self.inputs(batch)
         with self.place.autocast():
-            return named(student(*inputs))
+            return student(*inputs)
 
     def held_out_inputs(self, batch: Batch) -> ClipInputs:
         return self.inputs(batch)
