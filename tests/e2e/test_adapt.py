@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import REPOSITORY, metrics, run, run_here
 from peft import PeftModel
+from run_folders import image_run, memory_run, text_run
 from safetensors.torch import load_file
 from transformers import Sam3VideoModel
 
@@ -17,7 +18,7 @@ from effsam3 import merge
 from effsam3.errors import ChassisError, UserError
 from effsam3.hardware.budget.dry_run import cost, dry_stage
 from effsam3.models.chassis.find import chassis_folder
-from effsam3.models.chassis.tensors import read_tensors
+from effsam3.models.chassis.tensors import TRUNK, read_tensors
 from effsam3.models.merging.slots import MergeError
 from effsam3.recipe.reader import load_recipe
 from effsam3.stages.adapt.training import AdaptStage, own_images
@@ -148,3 +149,23 @@ def test_a_dry_run_knows_what_recomputing_saves():
         dry = dry_stage(load_recipe(LORA, [*EVERY, "data.objects=2", f"train.recompute={recompute}"]), 2)
         found[recompute] = cost(dry)
     assert found["true"].peak < 0.9 * found["false"].peak and found["true"].flops == found["false"].flops
+
+
+def test_a_release_of_students_is_adapted_like_sam3(tmp_path):
+    """Convolutions with BatchNorm in the trunk's place, a MobileCLIP in the text encoder's, an efficient memory."""
+    runs = tmp_path / "runs"
+    image, text = image_run(runs, student="repvit_m0_9"), text_run(runs)
+    parts = [f"parts.image={image}", f"parts.text={text}", f"parts.memory={memory_run(runs)}"]
+    merge.run(load_recipe(REPOSITORY / "recipes/smoke/release.yaml", [*parts, "name=release", f"runs={runs}"]))
+    overrides = (
+        *SHORT, *EVERY, "data.view=null", "train.steps=1", "train.eval_every=1", "optim.warmup_steps=0", "name=lora",
+        f"sam3.checkpoint={runs}/release", f"train.runs={runs}", f"data.path={tmp_path}/images",
+    )  # fmt: skip
+    for verb in ("train", "merge", "evaluate"):
+        printed = run_here(tmp_path, verb, *overrides, recipe=LORA)
+    assert "| adapted" in printed
+    before, after = (read_tensors(runs / name / "merged") for name in ("release", "lora"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    convolutions = {name for name in changed if name.startswith(TRUNK) and before[name].ndim == 4}
+    assert convolutions and all(before[name].shape[2:] == (1, 1) for name in convolutions)
+    assert [name for name in changed if "text_encoder" in name] and not [name for name in changed if "running" in name]

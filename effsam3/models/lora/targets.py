@@ -18,7 +18,9 @@ from effsam3.models.lora.parts import PARTS
 
 # Layers that no loss of the stage reaches: peft would adapt them, and their adapters would never get a gradient.
 UNUSED = (
-    "detector_model.text_encoder.text_projection",  # CLIP's own; SAM 3 has another after the encoder
+    # CLIP's own, and that of a text student; SAM 3 has another after the encoder.
+    "detector_model.text_encoder.text_projection",
+    "detector_model.text_encoder.projection",
     "tracker_model.mask_decoder.pred_obj_score_head.",  # whether an object is in the frame; prompted ones always are
 )
 TRACKER_NECK = "tracker_neck."
