@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from effsam3.benchmarks.pictures.drawing import compare
 from effsam3.data.transforms import normalise
 from effsam3.data.videos.clips import Clips
+from effsam3.errors import UserError
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.memory.student import TrackerStudent
 from effsam3.models.memory.training import Prompts
@@ -126,3 +128,19 @@ class TrackerStage(StageBase):
         pixels = normalise(batch["pixels"].to(self.device, non_blocking=True))
         masks_OTSS, clip_O = objects.masks_OTSS.to(self.device), objects.clip_O.to(self.device)
         return ClipInputs(pixels, masks_OTSS, clip_O, weight_OT.to(self.device), prompts.to(self.device))
+
+
+def refuse_zero3(accelerator: Accelerator, what: str, key: str) -> None:
+    """Refuse ZeRO-3 for modules that run as often as a rank's own prompts and objects need.
+
+    DeepSpeed compares the order of a step's modules between ranks.
+
+    Raises:
+        UserError: the hardware is ZeRO-3.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None and plugin.zero_stage == 3:
+        raise UserError(
+            f"hardware: ZeRO-3 needs the same modules in the same order on every rank, and {what} ({key}) run as each "
+            "rank's prompts and objects need them; choose zero2: what learns of a tracker is small"
+        )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from effsam3.models.memory.trainable import find_trainable
 from effsam3.models.memory.training import Decoded, Tracked
 from effsam3.models.merging.slots import MergeError
 from effsam3.recipe.reader import load_recipe
+from effsam3.stages.memory import training as memory_training
 from effsam3.stages.video.facts import TERMS
 from effsam3.stages.video.merging import adapted_of_run
 from effsam3.stages.video.training import STAGE, load_tracker, make_tracker, untrained, videos_of
@@ -156,6 +158,21 @@ def test_the_memory_encoder_learns_through_later_frames(overrides, tmp_path, bat
 def test_a_module_moves_and_its_scale_too(overrides, tmp_path):
     stage = make(overrides, tmp_path, "model.trainable=[vision_encoder.neck,memory_encoder]", "optim.vision_scale=0.5")
     assert stage.lr_scales == {"": 1.0, "vision_encoder.": 0.5} and not stage.student.trunk_frozen
+
+
+def test_zero3_is_refused_where_ranks_run_other_modules():
+    """DeepSpeed compares the order of modules between ranks, and ends the run in its second step."""
+
+    class Zero3:
+        class state:
+            deepspeed_plugin = SimpleNamespace(zero_stage=3)
+
+    with pytest.raises(UserError, match="hardware: ZeRO-3 needs the same modules.*model.trainable.*choose zero2"):
+        STAGE.from_recipe(load_recipe(SMOKE), None, Zero3())
+    memory = load_recipe(RECIPES / "smoke/memory.yaml", ["memory.trains=[memory,decoder]", "sam3.checkpoint=tiny"])
+    for recipe in (memory, load_recipe(RECIPES / "smoke/memory.yaml", ["train.objects_at_once=1"])):
+        with pytest.raises(UserError, match="ZeRO-3 .*(decoder of the tracker|objects in turns)"):
+            memory_training.STAGE.from_recipe(recipe, None, Zero3())
 
 
 # ---- clips, prompts and weights

@@ -169,18 +169,18 @@ class _Surface:
 
 
 class _Outline(_Surface):
-    """Grey inside a bright line: as grey as the background of other videos, so that only the line tells it apart."""
+    """Grey on grey inside a black line: without colour, shapes differ from what is behind them in brightness only."""
 
     def __init__(self, hue: float, rng: np.random.Generator, plain: bool = False):
         super().__init__(hue, rng, plain)
-        self.dark = np.full(3, rng.uniform(0.3, 0.5), np.float32)
-        self.bright = self.dark + np.float32(0.15)
+        self.dark = np.full(3, rng.uniform(0.2, 0.35) if plain else rng.uniform(0.55, 0.8), np.float32)
+        self.bright = self.dark + np.float32(0.12)
 
     def colours(self, v: np.ndarray, u: np.ndarray, rim: np.ndarray | None = None) -> np.ndarray:
         """Return colours as the other surfaces do."""
         found = super().colours(v, u)
         if rim is not None:
-            found[rim > 1 - LINE] = 1.0
+            found[rim > 1 - LINE] = 0.0
         return found
 
 

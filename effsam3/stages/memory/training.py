@@ -37,7 +37,7 @@ from effsam3.models.memory.training import PARTS, Prompts, read_tracker_tensors
 from effsam3.stages.base import keep_whole
 from effsam3.stages.memory.facts import MemoryData, MemoryRecipe
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.tracking import ClipInputs, TrackerStage
+from effsam3.stages.tracking import ClipInputs, TrackerStage, refuse_zero3
 from effsam3.training.report import Report, table
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn videos: they are few
@@ -146,6 +146,10 @@ class MemoryStage(TrackerStage):
     @classmethod
     def from_recipe(cls, recipe: MemoryRecipe, report: Report, accelerator: Accelerator) -> MemoryStage:
         data, train = recipe.data, recipe.train
+        if varying := {"decoder", "prompts"} & set(recipe.memory.trains):
+            refuse_zero3(accelerator, f"{' and '.join(sorted(varying))} of the tracker", "memory.trains")
+        if train.objects_at_once is not None:
+            refuse_zero3(accelerator, "objects in turns", "train.objects_at_once")
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
         # Before anything is made: a memory that does not fit fails here.
         tracker, teacher = load_trackers(recipe, folder)

@@ -35,9 +35,8 @@ from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.trainable import count_parameters, find_trainable, outermost, unused_of
 from effsam3.models.memory.training import Prompts, read_tracker_tensors
-from effsam3.stages.base import keep_whole
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.tracking import ClipInputs, TrackerStage
+from effsam3.stages.tracking import ClipInputs, TrackerStage, refuse_zero3
 from effsam3.stages.video.facts import TERMS, VideoData, VideoPrompts, VideoRecipe
 from effsam3.training.report import Report, table
 
@@ -164,13 +163,14 @@ class VideoStage(TrackerStage):
     @classmethod
     def from_recipe(cls, recipe: VideoRecipe, report: Report, accelerator: Accelerator) -> VideoStage:
         data, train = recipe.data, recipe.train
+        # Objects that appear on other frames are tracked in a pass of their own.
+        refuse_zero3(accelerator, "the modules of a tracker", "model.trainable")
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
         # Before anything is made: a module that is not there fails here.
         stage = cls(recipe, accelerator, load_tracker(folder).to(accelerator.device))
         if data.source == "synthetic":
             on_main(accelerator, partial(draw_videos, data))
         videos, held_out = videos_of(data)
-        keep_whole(stage.student, accelerator)
         shape = dict(
             image_size=stage.facts["image_size"],
             frames=data.frames,
