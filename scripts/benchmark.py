@@ -41,7 +41,8 @@ from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.training import Prompts, read_tracker_tensors
 from effsam3.recipe.reader import load_recipe
-from effsam3.stages.adapt.training import AdaptStage, own_images
+from effsam3.stages.adapt.images import own_images
+from effsam3.stages.adapt.training import AdaptStage
 from effsam3.training.report import table
 
 Sides = dict[str, Callable[[], object]]

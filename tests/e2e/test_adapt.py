@@ -21,7 +21,8 @@ from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import TRUNK, read_tensors
 from effsam3.models.merging.slots import MergeError
 from effsam3.recipe.reader import load_recipe
-from effsam3.stages.adapt.training import AdaptStage, own_images
+from effsam3.stages.adapt.images import own_images
+from effsam3.stages.adapt.training import AdaptStage
 
 LORA = REPOSITORY / "recipes/smoke/lora.yaml"
 EVERY = (

@@ -213,6 +213,16 @@ class AdaptRecipe(AdaptingRecipe):
         also = "; trunk features change for detector and tracker alike" if "trunk" in asked.parts else ""
         return f"r {asked.rank}, alpha {asked.alpha:g}, on {', '.join(asked.parts)}{also}"
 
+    def limits(self) -> list[str]:
+        if "trunk" not in self.adapters.parts:
+            return super().limits()
+        learned = "phrases" if not self.shows_objects else "points and boxes" if not self.asks_phrases else "both"
+        return [
+            *super().limits(),
+            f"`{self.name}` changed the trunk, which detector and tracker both read, by prompts of {learned} on still "
+            "images; on videos it was not measured.",
+        ]
+
     def savings(self) -> dict[str, Saving]:
         found = {} if self.train.recompute else {"train.recompute": Saving(True)}
         if self.data.objects > 1 and self.shows_objects:

@@ -31,7 +31,8 @@ from effsam3.models.lora.student import overlaps
 from effsam3.models.memory.prompts import draw_prompt
 from effsam3.models.merging.slots import read_card
 from effsam3.stages.adapt.facts import AdaptRecipe
-from effsam3.stages.adapt.training import own_images, solid
+from effsam3.stages.adapt.images import own_images
+from effsam3.stages.adapt.training import solid
 
 START, ADAPTED = "start", "adapted"
 LINE = 18  # pixels of a line of text on a picture

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +18,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from effsam3.data.images.pair_batches import PairBatches, divide
-from effsam3.data.images.pairs import Pair, open_pairs
-from effsam3.data.problems import Note
-from effsam3.data.synthetic.pairs import make_synthetic_pairs
+from effsam3.data.images.pair_batches import PairBatches
 from effsam3.data.transforms import normalise
 from effsam3.errors import UserError
-from effsam3.files import stamp
-from effsam3.hardware.accelerator import on_main
 from effsam3.losses.masks import object_weights
 from effsam3.models.chassis.classes import empty_model, model_class
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
@@ -39,7 +33,8 @@ from effsam3.models.lora.student import Adapters, AdapterStudent, Targets, boxes
 from effsam3.models.lora.targets import view_biases
 from effsam3.models.memory.prompts import NO_POINT, PromptStyle, draw_kind, draw_prompt
 from effsam3.models.text.tokens import PromptTokenizer
-from effsam3.stages.adapt.facts import SHOWN, TERMS, AdaptData, AdaptRecipe
+from effsam3.stages.adapt.facts import SHOWN, TERMS, AdaptRecipe
+from effsam3.stages.adapt.images import OwnImages, images_that_can_be_read, images_to_adapt_to, ready_images
 from effsam3.stages.base import StageBase, keep_whole
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.checkpoint import chosen, read_weights
@@ -50,103 +45,7 @@ VIEWS = "views.weight"  # of what learns, the one tensor that is no adapter's
 LOOKED_AT = 4  # images whose features the guard sees
 
 
-# ---- data
-
-
-class OwnImages(NamedTuple):
-    """The images of a recipe, and what is known of all of them."""
-
-    train: list[Pair]
-    val: list[Pair]
-    views: list[str]
-    categories: list[str]
-    notes: list[Note]
-
-    def batches(self, recipe: AdaptRecipe, split: str, image_size: int, text: float | None = None) -> PairBatches:
-        """Return the data set of a split; `text` is another share of phrases than the recipe's, with none absent."""
-        return PairBatches(
-            getattr(self, split),
-            image_size,
-            recipe.data.objects,
-            recipe.prompts.text if text is None else text,
-            recipe.prompts.absent if text is None else 0.0,
-            recipe.data.phrase,
-            self.categories,
-            self.views,
-            recipe.train.seed,
-        )
-
-
-def own_images(recipe: AdaptRecipe) -> OwnImages:
-    """Open the recipe's images, divided into those to learn from and those held out.
-
-    Raises:
-        UserError: there are none of either, or none that the prompts of the recipe can be drawn on.
-    """
-    data = recipe.data
-    pairs, notes = open_pairs(data.path, data.images, data.view)
-    if data.val_path is None:
-        parts = divide(pairs, data.held_out)
-    else:
-        held_out, more = open_pairs(data.val_path, data.images, data.view)
-        parts, notes = {"train": pairs, "val": held_out}, notes + more
-    views = sorted({pair.view for pair in parts["train"]}) if data.view is not None else []
-    if unknown := [pair for pair in parts["val"] if views and pair.view not in views]:
-        raise UserError(
-            f"data.view: {unknown[0].name} is held out with the view {unknown[0].view!r}, which no other has"
-        )
-    categories = sorted({category for pair in parts["train"] for category in pair.categories if category})
-    if recipe.asks_phrases and data.phrase is None and not categories:
-        raise UserError(
-            "prompts.text: the masks have no categories to name; give a phrase for all of them, data.phrase"
-        )
-    # An image without an object has nothing to show; asked for, it teaches that a concept is absent.
-    usable = {
-        split: [pair for pair in part if pair.sources or recipe.asks_phrases][: data.limit]
-        for split, part in parts.items()
-    }
-    if not usable["train"] or not usable["val"]:
-        raise UserError(
-            f"data.path: {len(usable['train'])} images with masks to learn from and {len(usable['val'])} held out; "
-            "both are needed (data.held_out divides them, data.val_path names other ones)"
-        )
-    return OwnImages(usable["train"], usable["val"], views, categories, notes)
-
-
-def ready_images(recipe: AdaptRecipe, accelerator: Accelerator) -> OwnImages:
-    """Open the images; for `data.source: synthetic` draw them first, once."""
-    if recipe.data.source == "synthetic":
-        on_main(accelerator, partial(_draw_images, recipe.data))
-    return own_images(recipe)
-
-
-def _draw_images(data: AdaptData) -> None:
-    root = Path(data.path)
-    made = {"images": data.synthetic_images, "side_px": data.synthetic_side_px}
-    annotations = root / "annotations.json"
-    # Not a second JSON next to it: a folder with exactly one is a data set.
-    stamp(root / "synthetic.stamp", made, "synthetic images", "data.path", real=annotations)
-    if not annotations.is_file():
-        make_synthetic_pairs(root, made["images"], made["side_px"])
-
-
-def images_to_adapt_to(recipe: AdaptRecipe) -> None:
-    """Images with masks, to learn from and held out."""
-    if recipe.data.source == "own":
-        own_images(recipe)
-
-
-def images_that_can_be_read(recipe: AdaptRecipe) -> None:
-    """Some image and its masks that can be read."""
-    if recipe.data.source == "own":
-        first = own_images(recipe).train[0]
-        first.masks(*first.image().shape[:2])
-
-
 NEEDS = (images_to_adapt_to, images_that_can_be_read)
-
-
-# ---- the model
 
 
 def make_student(recipe: AdaptRecipe, model: nn.Module, views: int) -> AdapterStudent:
