@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Sam3TrackerVideoModel
 from transformers.models.sam3_tracker_video.modeling_sam3_tracker_video import Sam3TrackerVideoInferenceSession
 
@@ -93,7 +93,8 @@ class TrackerRun:
         self.frames.hold(index, pixels.to(device, self.tracker.dtype))
         if prompts:
             self._prompt(index, prompts)
-        with self.tracker.memory_attention.register_forward_pre_hook(self._count_tokens, with_kwargs=True):
+        attention: nn.Module = self.tracker.memory_attention
+        with attention.register_forward_pre_hook(lambda _, args, named: self._count(*args, **named), with_kwargs=True):
             started = _now(device)
             outputs = [self.tracker(session, frame_idx=index) for session in self.sessions]
             seconds = _now(device) - started
@@ -135,8 +136,8 @@ class TrackerRun:
             "point_labels": labels_P[used_P][None, None].to(device),
         }
 
-    def _count_tokens(self, _, arguments: tuple, named: dict) -> None:
-        memory = named["memory"] if "memory" in named else arguments[1]
+    def _count(self, current_vision_features=None, memory=None, *_, **__) -> None:
+        """Count the tokens of what a memory attention is called with, by position or by name."""
         tokens = memory.values_ONM.shape[1] if isinstance(memory, MemoryTokens) else len(memory)
         self.most_tokens = max(self.most_tokens, tokens)
 
