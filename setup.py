@@ -59,6 +59,7 @@ setup(
         "pyyaml>=6.0",
         "regex>=2025.10.22",  # as transformers 5.20 asks, like safetensors and tokenizers
         "safetensors>=0.8",
+        "scipy>=1.11",
         "timm>=1.0.23",  # init_non_persistent_buffers, without which TinyViT cannot be loaded
         "tokenizers>=0.23.1",
         "torch>=2.6",

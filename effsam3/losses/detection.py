@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torchvision.ops import generalized_box_iou
 
@@ -34,43 +35,13 @@ def match(logits_RQ: Tensor, boxes_RQ4: Tensor, target_RN4: Tensor, valid_RN: Te
 # An operator of its own, so that a dry run, whose tensors have no contents, need not solve it.
 @torch.library.custom_op("effsam3::assign", mutates_args=())
 def _assign(cost_RQN: Tensor) -> Tensor:
-    chosen = [torch.from_numpy(cheapest(cost_QN.T)) for cost_QN in cost_RQN.cpu().double().numpy()]
-    return torch.stack(chosen).to(cost_RQN.device)
+    chosen = [linear_sum_assignment(cost_QN.T)[1] for cost_QN in cost_RQN.cpu().double().numpy()]
+    return torch.from_numpy(np.stack(chosen)).to(cost_RQN.device)
 
 
 @_assign.register_fake
 def _(cost_RQN: Tensor) -> Tensor:
     return cost_RQN.new_empty(cost_RQN.shape[0], cost_RQN.shape[2], dtype=torch.int64)
-
-
-def cheapest(cost_NQ: np.ndarray) -> np.ndarray:
-    """Return a column for each row, (N,), each column once, whose costs add up to the least; N is at most Q.
-
-    Shortest augmenting paths with potentials (Jonker and Volgenant, Computing 38, 1987): rows are added one by one,
-    and those that have a column already make room where that costs less.
-    """
-    rows, columns = cost_NQ.shape
-    row_of = np.full(columns + 1, -1)  # the last place stands for the row that is added
-    for_row, for_column = np.zeros(rows), np.zeros(columns + 1)
-    for row in range(rows):
-        row_of[-1] = row
-        place, came_from = columns, np.zeros(columns, dtype=int)
-        distance, seen = np.full(columns, np.inf), np.zeros(columns + 1, dtype=bool)
-        while row_of[place] >= 0:
-            seen[place] = True
-            here = row_of[place]
-            reduced = cost_NQ[here] - for_row[here] - for_column[:-1]
-            nearer = ~seen[:-1] & (reduced < distance)
-            distance[nearer], came_from[nearer] = reduced[nearer], place
-            place = int(np.where(seen[:-1], np.inf, distance).argmin())
-            step = distance[place]
-            # With these, what is matched costs nothing and nothing costs less: the next path starts from there.
-            for_row[row_of[seen]] += step
-            for_column[seen] -= step
-            distance[~seen[:-1]] -= step
-        while place != columns:
-            row_of[place], place = row_of[came_from[place]], came_from[place]
-    return np.array([np.flatnonzero(row_of[:-1] == row)[0] for row in range(rows)], dtype=np.int64)
 
 
 def score_loss(logits_RQ: Tensor, query_RN: Tensor, valid_RN: Tensor) -> Tensor:

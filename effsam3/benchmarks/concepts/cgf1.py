@@ -16,8 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from effsam3.benchmarks.concepts.matching import assign
+from scipy.optimize import linear_sum_assignment
 
 IOUS_T = np.linspace(0.5, 0.95, 10)  # .50, .55, ... .95
 SCORE = 0.5  # of a detection that counts, from this on
@@ -90,7 +89,7 @@ class Counts:
 def count(iou_DG: np.ndarray) -> Counts:
     """Match the detections that count with the objects, one to one, by the greatest sum of IoU."""
     detections, objects = iou_DG.shape
-    rows, columns = assign(-iou_DG)
+    rows, columns = linear_sum_assignment(-iou_DG)
     return Counts(objects, detections, iou_DG[rows, columns])
 
 
