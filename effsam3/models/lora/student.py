@@ -266,7 +266,11 @@ def recomputing(model: nn.Module) -> list[nn.Module]:
 
 
 def _register(home: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Make a parameter a module's own, under a dotted name."""
+    """Make a parameter a module's own, under a dotted name.
+
+    The modules on the way are never called. ZeRO-3 asks all ranks to call a student's modules in one order, and which
+    adapters run depends on a rank's own prompts.
+    """
     *path, last = name.split(".")
     for step in path:
         if step not in home._modules:
