@@ -384,5 +384,5 @@ class Frames(Images):
         super().__init__(video)
         self.side = side
 
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # a tensor
         return normalise(resize_image(super().__getitem__(index), self.side, "square")[0])
