@@ -34,6 +34,11 @@ class CountingData(Data):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CountingEvaluate(Section):
+    scales: PositiveInt = 1  # to weigh on
+
+
+@dataclass(frozen=True, kw_only=True)
 class CountingRecipe(StageRecipe):
     """How many apples are in a basket."""
 
@@ -51,6 +56,7 @@ class CountingRecipe(StageRecipe):
     data: CountingData
     optim: Optim
     train: Train
+    evaluate: CountingEvaluate = CountingEvaluate()
     merge: Merge = Merge()
     push: Push = Push()
 

@@ -104,5 +104,4 @@ def test_no_verb_knows_a_stage_by_its_name():
     assert naming == {
         "stages/__init__.py",
         "models/merging/slots.py",
-        "benchmarks/tracking.py",  # an argument of transformers' memory attention
     }
