@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from effsam3.recipe.common import Saving, Train
 from effsam3.recipe.rules import PositiveInt
@@ -32,9 +32,19 @@ class ClipTrain(Train):
     recompute: bool = False  # recompute activations in backward: less device memory, about a third slower
 
 
-def clip_savings(recipe: Any) -> dict[str, Saving]:
+class ClipSize(Protocol):
+    """What decides how large a clip is."""
+
+    @property
+    def frames(self) -> int: ...
+
+    @property
+    def objects(self) -> int: ...
+
+
+def clip_savings(train: ClipTrain, data: ClipSize) -> dict[str, Saving]:
     """Return values of the knobs by which a micro-batch of clips takes less memory than now."""
-    train, data, found = recipe.train, recipe.data, {}
+    found = {}
     if not train.recompute:
         found["train.recompute"] = Saving(True)
     elif train.objects_at_once != 1 and train.micro_batch_size * data.objects > 1:

@@ -21,6 +21,7 @@ from effsam3.errors import UserError
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.memory.student import TrackerStudent
 from effsam3.models.memory.training import Prompts
+from effsam3.recipe.common import StageRecipe
 from effsam3.stages.base import StageBase
 from effsam3.stages.protocol import Batch, Place, TitledPicture
 
@@ -54,9 +55,9 @@ class TrackerStage(StageBase):
     train_data: Clips
     val_data: Clips
 
-    def __init__(self, recipe, place: Place, student: TrackerStudent):
+    def __init__(self, recipe: StageRecipe, place: Place, student: TrackerStudent):
         super().__init__(recipe, place)
-        self.student, self.max_unreadable = student, recipe.data.max_unreadable
+        self.student, self.max_unreadable = student, self.recipe.data.max_unreadable
         self.student_parameters = sum(p.numel() for p in student.parameters() if p.requires_grad)
         self.frozen_parameters = parameter_count(student.tracker) - self.student_parameters
 

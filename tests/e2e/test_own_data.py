@@ -56,8 +56,9 @@ def test_the_page_from_beginning_to_end(tmp_path, monkeypatch):
             printed[words[0], "debug"] = run_here(tmp_path, verb, *words[1:], *overrides, recipe=Path(words[0]))
         else:
             rest = ["--dry-run"] if verb == "push" else []
-            printed[words[0], verb] = run(verb, *words, *overrides, *rest)
-    assert "12 videos" in printed["check", "data"] or "images and masks" in printed["check", "data"]
+            printed[words[1] if verb == "data" else words[0], verb] = run(verb, *words, *overrides, *rest)
+    assert "data/mine: DAVIS" in printed["data/mine", "data"] and "12 videos" in printed["data/mine", "data"]
+    assert "images with masks" in printed["runs/smoke-lora/data", "data"]
     assert (tmp_path / "mine.png").is_file() and (tmp_path / "runs/mine-debug").is_dir()
     for name in ("mine", "domain"):
         card = json.loads((tmp_path / f"runs/{name}/merged/effsam3.json").read_text())

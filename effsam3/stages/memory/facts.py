@@ -215,7 +215,7 @@ class MemoryRecipe(StageRecipe):
         return f"{asked.mode}: {read}, {count('dense'):,} when dense"
 
     def savings(self) -> dict[str, Saving]:
-        return clip_savings(self)
+        return clip_savings(self.train, self.data)
 
 
 RECIPE = MemoryRecipe

@@ -218,7 +218,7 @@ class VideoRecipe(AdaptingRecipe):
         return ", ".join(self.model.trainable)
 
     def savings(self) -> dict[str, Saving]:
-        return clip_savings(self)
+        return clip_savings(self.train, self.data)
 
 
 RECIPE = VideoRecipe
