@@ -1,13 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The dataset doctor on folders and files with one fault each: it is named, with where it is and whether it hurts."""
 
-import json
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
-from own_videos import H, W, box, coco_video, moving, rle, square, write_frames, write_json, youtube_vis
+from checked_data import (
+    EMPTY,
+    FRAMES,
+    IMAGE_CASES,
+    check,
+    coco,
+    coco_images,
+    davis,
+    folder,
+    image_folder,
+    segmentation,
+)
+from own_videos import H, W, box, coco_video, moving, rle, square, write_frames, youtube_vis
 from PIL import Image
 from vos_folders import save
 
@@ -20,43 +31,6 @@ from effsam3.data.videos.vos import open_vos
 from effsam3.recipe.reader import load_recipe
 
 PACKAGE = Path(effsam3.__file__).parent
-FRAMES = [f"{k:05d}.png" for k in range(5)]
-EMPTY = {"size": [H, W], "counts": [H * W]}
-
-
-def folder(root, masks_TNHW=None, names=FRAMES):
-    """A video `walk` with frames and, for each object, mask PNGs."""
-    masks_TNHW = moving() if masks_TNHW is None else masks_TNHW
-    write_frames(root / "walk/frames", names)
-    for name, masks_NHW in zip(names, masks_TNHW, strict=True):
-        for n, mask_HW in enumerate(masks_NHW, 1):
-            save(Image.fromarray(mask_HW), root / f"walk/masks/{n}" / name)
-    return root / "walk"
-
-
-def davis(root, change=None):
-    """A video `walk` with one PNG of ids for each frame."""
-    write_frames(root / "JPEGImages/walk", FRAMES)
-    for name, (one, two) in zip(FRAMES, moving(), strict=True):
-        ids_HW = (one + 2 * (two & ~one)).astype(np.uint8)
-        save(Image.fromarray(ids_HW if change is None else change(ids_HW)), root / "Annotations/walk" / name)
-    return root / "Annotations/walk"
-
-
-def coco(root, change=None, make=coco_video, masks_TNHW=None):
-    """A JSON, changed, and its frames."""
-    write_frames(root / "walk", [f"{k:05d}.jpg" for k in range(5)])
-    content = make(moving() if masks_TNHW is None else masks_TNHW)
-    if change is not None:
-        change(content)
-    write_json(root / "walk.json", content)
-    return root / "walk"
-
-
-def check(root, *options):
-    """Return the exit code and the report."""
-    code = main(["data", "check", str(root), "--json", str(root / "report.txt"), *options])
-    return code, json.loads((root / "report.txt").read_text())
 
 
 # ---- one fault each
@@ -168,11 +142,6 @@ def no_identity(root):
 
 def drop(content, fits):
     content["annotations"] = [row for row in content["annotations"] if not fits(row)]
-
-
-def segmentation(value):
-    """The last annotation has this one."""
-    return lambda content: content["annotations"][-1].update(segmentation=value)
 
 
 def json_with(change, make=coco_video):
@@ -308,9 +277,9 @@ def test_counts_of_what_is_right(tmp_path, make, capsys):
     assert (np.ptp(pixels, axis=2) > 60).any(), "masks are coloured, the frames are grey"
 
 
-@pytest.mark.parametrize("make", ["folder", "coco", "image_folder", "coco_images"])
+@pytest.mark.parametrize("make", [folder, coco, image_folder, coco_images])
 def test_what_is_suggested_is_a_recipe(tmp_path, make):
-    globals()[make](tmp_path)
+    make(tmp_path)
     report = check(tmp_path)[1]
     recipe = load_recipe(report["recipe"], [f"{key}={value}" for key, value in report["keys"].items()])
     assert recipe.data.path == str(tmp_path) and recipe.data.objects == 2
@@ -357,102 +326,3 @@ def test_a_long_video_is_read_in_parts(tmp_path, monkeypatch):
     read, sizes = type(video).read, []
     monkeypatch.setattr(type(video), "read", lambda self, some: sizes.append(len(some)) or read(self, some))
     assert not check_video(video).problems and sizes == [1, 2, 2]
-
-
-# ---- images with masks
-
-
-def image_folder(root, change=lambda masks: None):
-    """Five images with two objects in a PNG of ids; `change` gets {name: ids}."""
-    write_frames(root / "images", FRAMES)
-    masks = {
-        name: (one + 2 * (two & ~one)).astype(np.uint8) for name, (one, two) in zip(FRAMES, moving(), strict=True)
-    }
-    change(masks)
-    for name, ids_HW in masks.items():
-        save(Image.fromarray(ids_HW), root / "masks" / name)
-
-
-def coco_images(root, change=lambda content: None):
-    """Images in a COCO JSON: nothing tells of a video."""
-    write_frames(root / "images", FRAMES)
-    content = coco_video(moving())
-    for row in content["images"]:
-        del row["video_id"], row["order_in_video"]
-        row["file_name"] = row.pop("path").removeprefix("walk/").replace("jpg", "png")
-    for row in content["annotations"]:
-        del row["track_id"]
-    change(content)
-    write_json(root / "walk.json", content)
-
-
-def damaged_image(root):
-    image_folder(root)
-    (root / "images/00002.png").write_bytes(b"no image")
-
-
-def gone_image(root):
-    coco_images(root)
-    (root / "images/00002.png").unlink()
-
-
-IMAGE_CASES = [
-    (damaged_image, "corrupt", "00002"),
-    (gone_image, "missing_image", "00002.png"),
-    (
-        lambda root: image_folder(root, lambda masks: masks.update({"00001.png": masks["00001.png"][1:]})),
-        "size_mismatch",
-        "00001",
-    ),
-    (lambda root: image_folder(root, lambda masks: masks.pop("00003.png")), "no_objects", "{root}/images/00003.png"),
-    (
-        lambda root: image_folder(root, lambda masks: masks.update({"7.png": masks["00003.png"]})),
-        "no_image",
-        "{root}/masks/7.png",
-    ),
-    (
-        lambda root: image_folder(root, lambda masks: [mask.fill(0) for mask in masks.values()]),
-        "no_object",
-        "all images",
-    ),
-    (lambda root: coco_images(root, segmentation(EMPTY)), "empty_mask", "walk.json, annotation 7"),
-    (lambda root: coco_images(root, segmentation([])), "no_mask", "walk.json, annotation 7"),
-    (
-        lambda root: coco_images(root, segmentation({"size": [H, W], "counts": [3, 4]})),
-        "bad_mask",
-        "walk.json, annotation 7",
-    ),
-    (lambda root: coco_images(root, segmentation([box(2, 2, 3, 4)])), "tiny_mask", "00004.png, object 2"),
-    (
-        lambda root: coco_images(root, lambda content: content["images"][1].update(file_name="00000.png")),
-        "not_opened",
-        "{root}",
-    ),
-    (lambda root: coco_images(root, lambda content: content["images"][1].update(id=1)), "not_opened", "{root}"),
-    (lambda root: coco_images(root, lambda content: content["images"][1].update(width="x")), "not_opened", "{root}"),
-]
-
-
-@pytest.mark.parametrize(("make", "reason", "where"), IMAGE_CASES, ids=[case[1] for case in IMAGE_CASES])
-def test_every_fault_of_images_is_named(tmp_path, make, reason, where):
-    make(tmp_path)
-    code, report = check(tmp_path)
-    found = [row["where"] for row in report["problems"] if row["reason"] == reason]
-    assert found == [where.replace("{root}", str(tmp_path))], report["problems"]
-    assert code == int(reason not in NOTES)
-
-
-def test_images_are_told_from_videos(tmp_path):
-    image_folder(tmp_path / "folder")
-    coco_images(tmp_path / "json")
-    coco(tmp_path / "video")
-    for name in ("folder", "json"):
-        code, report = check(tmp_path / name, "--pictures", str(tmp_path / "sheet.png"))
-        counts = report["counts"]
-        assert (code, report["problems"], report["recipe"]) == (0, [], "adapt/lora")
-        assert (counts["images"], counts["objects"], counts["most_on_an_image"]) == (5, 8, 2)
-        assert report["keys"] == {"data.path": str(tmp_path / name), "data.objects": 2}
-        (tmp_path / "sheet.png").unlink()
-    assert counts["categories"] == {"thing": 8}
-    assert check(tmp_path / "video")[1]["recipe"] == "adapt/video_coco"
-    assert check(tmp_path / "json", "--as", "videos")[1]["counts"]["videos"] == 1
