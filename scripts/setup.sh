@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with effsam3 in it, once; a second call finds it ready:
-#   bash scripts/setup.sh [extra]        extra: `dev` for the tests; default: `all` (DeepSpeed, wandb, TensorBoard)
+#   bash scripts/setup.sh [extra]        extra: `dev` for the tests; default: `all` (DeepSpeed, wandb, TensorBoard, peft)
 # PYTHON names the interpreter to build it from (3.10 or newer; python3 by default).
 set -euo pipefail
 
