@@ -29,7 +29,8 @@ def match(logits_RQ: Tensor, boxes_RQ4: Tensor, target_RN4: Tensor, valid_RN: Te
         cost_RQN = BOX_COST * torch.cdist(boxes, target, p=1) - CLASS_COST * logits_RQ.float().sigmoid()[..., None]
         giou_RQN = torch.stack([generalized_box_iou(own, other) for own, other in zip(boxes, target, strict=True)])
         cost_RQN = torch.where(valid_RN[:, None], cost_RQN - GIOU_COST * giou_RQN, OUT_OF_REACH)
-        return _assign(cost_RQN)
+        # scipy refuses NaN with an error of its own; the loss becomes NaN all the same, and the loop knows what to do.
+        return _assign(cost_RQN.nan_to_num(OUT_OF_REACH, OUT_OF_REACH, -OUT_OF_REACH))
 
 
 # An operator of its own, so that a dry run, whose tensors have no contents, need not solve it.

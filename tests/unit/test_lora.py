@@ -319,6 +319,13 @@ def test_losses_of_phrases_are_those_of_the_matched_queries():
     assert torch.allclose(boxes_of(masks), torch.tensor([[[0.1, 0.2, 0.9, 0.5], [0.0, 0.0, 0.0, 0.0]]]))
 
 
+def test_a_detector_gone_wrong_is_left_to_the_loss():
+    boxes, there = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.5, 0.5, 1.0, 1.0]]]), torch.ones(1, 1).bool()
+    for wrong in (float("nan"), float("inf")):
+        query = match(torch.full((1, 2), wrong), boxes * wrong, boxes[:, :1], there)
+        assert query.shape == (1, 1) and not box_loss((boxes * wrong)[:, query[0]], boxes[:, :1], there).isfinite()
+
+
 def test_overlaps_by_counting():
     mask, target = torch.zeros(2, 4, 4).bool(), torch.zeros(2, 4, 4).bool()
     mask[0, :2], target[0, 1:3] = True, True

@@ -1,16 +1,21 @@
 """Images with masks of one's own: each layout read right, each fault named by its file."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from PIL import Image
 from pycocotools import mask as coco_mask
+from run_folders import RECIPES
 
 from effsam3.data.images.pair_batches import PairBatches, divide, resize_mask
 from effsam3.data.images.pairs import open_pairs, recognise
 from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.errors import UserError
+from effsam3.recipe.reader import load_recipe
+from effsam3.stages.adapt.training import AdaptStage
 
 H, W = 20, 30
 DISC = np.zeros((H, W), bool)
@@ -214,6 +219,24 @@ def test_objects_are_shown_and_phrases_asked_for_by_number(pairs):
     phrase = PairBatches(pairs, 40, objects=1, text=1.0, phrase="thing")
     batch = phrase.__getitems__([(1, 1)])
     assert batch["texts"] == ["thing"] and batch["valid"].sum() == 2
+
+
+def test_objects_without_a_name_are_shown_or_left_out(pairs):
+    nameless = [replace(pair, sources=tuple(replace(one, category="") for one in pair.sources)) for pair in pairs]
+    for text, shown in ((0.999, 2), (1.0, 0)):
+        batch = PairBatches(nameless, 40, objects=2, text=text, categories=["cell"]).__getitems__([(0, 1), (1, 2)])
+        assert batch["texts"] == [None, None] and batch["valid"].sum(1).tolist() == [shown, shown]
+
+
+def test_what_is_drawn_by_a_number_is_drawn_once(pairs):
+    """Whether an image is asked for a phrase decides neither the kind of other prompts nor the example boxes."""
+    wanted = "prompts={box: 0.25, point: 0.25, text: 0.5, exemplar: 0.5, absent: 0}"
+    recipe = load_recipe(RECIPES / "smoke/lora.yaml", [wanted, "data.phrase=thing"])
+    stage = AdaptStage.from_shapes(recipe, Accelerator(cpu=True))
+    data = PairBatches(pairs[:1], 16, objects=1, text=0.5, phrase="thing", seed=recipe.train.seed)
+    found = stage.inputs(data.__getitems__([(0, number) for number in range(300)]))
+    assert 50 < found.kinds_O.count("box") < 100 and 50 < found.kinds_O.count("point") < 100
+    assert 0.35 < (found.asked.box_labels_R1 == 1).float().mean() < 0.65
 
 
 def test_an_image_that_cannot_be_read_is_named_and_counts_nothing(pairs):

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +21,7 @@ from effsam3.errors import RecipeError, UserError
 from effsam3.losses.masks import bce, dice, soft_iou
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import fingerprint, read_config, read_tensors
+from effsam3.models.memory.prompts import draw_kind
 from effsam3.models.memory.slot import in_whole_model
 from effsam3.models.memory.trainable import find_trainable
 from effsam3.models.memory.training import Decoded, Tracked
@@ -229,6 +232,22 @@ def test_chosen_frames(overrides, tmp_path, stage):
     assert given(chosen, clips)[0][0] == [0]
 
 
+def test_kinds_of_prompts_have_nothing_to_do_with_a_clips_direction(stage):
+    clips = 400
+    batch = {
+        "valid": torch.ones(clips, 2, dtype=torch.bool),
+        "masks": torch.zeros(clips, 1, 2, 1, 1, dtype=torch.bool),
+        "numbers": list(range(clips)),
+    }
+    seed, shares = stage.recipe.train.seed, {"mask": 0.5, "box": 0.5}
+    kinds = [draw_kind(shares, rng) for rng in stage.objects(batch).generators]
+    # What `Clips` draws first: whether the clip runs backwards.
+    backwards = [np.random.default_rng([seed, number, 0]).random() < 0.5 for number in range(clips)]
+    for slot in (0, 1):
+        found = Counter(zip(backwards, kinds[slot::2], strict=True))
+        assert len(found) == 4 and min(found.values()) > clips / 8
+
+
 def test_frames_beyond_the_end_neither_count_nor_prompt(stage):
     clips = stage.val_data.__getitems__([0])
     clips["inside"][0, 2:] = False
@@ -311,6 +330,19 @@ def test_videos_are_held_out_by_name_path_or_list(overrides, tmp_path):
     assert [one.name for one in train] == [one.name for one in val] == ["walk0", "walk1", "walk2"]
 
 
+def test_what_a_list_holds_out_is_not_learned(overrides, tmp_path):
+    data = load_recipe(SMOKE, overrides).data
+    home = Path(data.path).parent
+    (home / "val.txt").write_text("walk1\nwalk3\n")
+    (home / "train.txt").write_text("walk0\nwalk1\n")
+    (home / "all.txt").write_text("walk0\nwalk1\nwalk2\nwalk3\n")
+    for split, learned in ((None, ["walk0", "walk2"]), ("train", ["walk0"])):
+        train, val = videos_of(replace(data, split=split, val_split="val"))
+        assert [one.name for one in train] == learned and [one.name for one in val] == ["walk1", "walk3"]
+    with pytest.raises(UserError, match="data.val_split: 'all' leaves no video"):
+        videos_of(replace(data, val_split="all"))
+
+
 def test_masks_are_made_up_only_by_name(overrides, tmp_path):
     for number in range(2):
         write_frames(tmp_path / f"alone{number}", [f"{k:05d}.jpg" for k in range(4)])
@@ -330,6 +362,7 @@ def test_masks_are_made_up_only_by_name(overrides, tmp_path):
         (["data.held_out=1"], "held_out: must be above 0 and below 1"),
         (["loss.focal=0", "loss.dice=0", "loss.bce=0", "loss.soft_iou=0"], "no mask would be learned"),
         (["data.look=outlines"], "look: outlines is one of drawn videos; set data.source=synthetic"),
+        (["data.masks=synthetic", "data.val_split=val"], "masks: synthetic ones are drawn over all videos"),
         (["model.trainable=[]"], "model.trainable is empty|trainable: is empty"),
         (["train.monitor=val/los"], "stage video is not judged by val/los; did you mean val/loss"),
     ],

@@ -131,8 +131,8 @@ class PairBatches(Dataset):
             return self.phrase, found
         if wants_absent and elsewhere:
             return elsewhere[rng.integers(len(elsewhere))], []
-        if not here:
-            return None, found
+        if not here:  # nothing to call them by; where nothing is shown either, they teach nothing
+            return None, found if self.text < 1 else []
         text = here[rng.integers(len(here))]
         return text, [one for one in found if one[0] == text]
 

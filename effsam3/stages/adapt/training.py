@@ -262,8 +262,7 @@ class AdaptStage(StageBase):
         )
         drawn, kinds_O = [], []
         for image, slot in zip(image_O.tolist(), slot_O.tolist(), strict=True):
-            # By the image's number, so that prompts are the same on any number of ranks and after resuming.
-            rng = np.random.default_rng([self.recipe.train.seed, batch["numbers"][image], slot])
+            rng = self._prompt_rng(batch["numbers"][image], slot)
             kinds_O.append(draw_kind(shares, rng))
             drawn.append(draw_prompt(solid(masks[image, slot]), kinds_O[-1], rng, style))
         shown = None
@@ -281,6 +280,12 @@ class AdaptStage(StageBase):
         asked = self._asked(batch, by_text_B, targets) if by_text_B.any() else None
         return Inputs(pixels, batch["views"].to(self.device), shown, asked, targets, kinds_O)
 
+    def _prompt_rng(self, number: int, slot: int = 0) -> np.random.Generator:
+        """By the image's number, so that prompts are the same on any number of ranks and after resuming."""
+        # The last number tells it from the generator of the image's sample: numpy takes a missing one for 0, and what
+        # has decided between a phrase and objects would also decide which kind of prompt shows the first of these.
+        return np.random.default_rng([self.recipe.train.seed, number, slot, 1])
+
     def _asked(self, batch: Batch, by_text_B: Tensor, targets: Targets) -> Asked:
         """Return the phrases, some of them with an example: the box of one of the true instances."""
         image_R = by_text_B.nonzero()[:, 0]
@@ -289,7 +294,7 @@ class AdaptStage(StageBase):
         boxes_RI4 = boxes_of(targets.masks_RISS).cpu()
         for row, image in enumerate(image_R.tolist()):
             there_N = batch["valid"][image].nonzero()[:, 0]
-            rng = np.random.default_rng([self.recipe.train.seed, batch["numbers"][image]])
+            rng = self._prompt_rng(batch["numbers"][image])
             if len(there_N) and rng.random() < self.recipe.prompts.exemplar:
                 boxes_R14[row, 0] = to_centres(boxes_RI4[row, there_N[rng.integers(len(there_N))]])
                 labels_R1[row] = 1

@@ -62,6 +62,8 @@ class VideoData(Data):
         yield from self.made_up("synthetic_videos")
         if self.source == "synthetic" and (self.val_path or self.val_split or self.split):
             yield "source: synthetic draws its own held-out videos; leave split, val_path and val_split null"
+        if self.masks == "synthetic" and (self.val_split or self.split):
+            yield "masks: synthetic ones are drawn over all videos of a path; leave split and val_split null"
         if self.source != "synthetic" and self.look != "textures":
             yield f"look: {self.look} is one of drawn videos; set data.source=synthetic, or leave it"
 

@@ -22,6 +22,7 @@ from effsam3.data.videos.held_out import split_videos
 from effsam3.data.videos.own_clips import OwnClips
 from effsam3.data.videos.vos import open_frames, open_vos, recognise
 from effsam3.data.videos.vos_video import VosVideo
+from effsam3.errors import UserError
 from effsam3.files import stamp
 from effsam3.hardware.accelerator import on_main
 from effsam3.losses.masks import frame_weights
@@ -61,13 +62,19 @@ def videos_of(data: VideoData) -> tuple[list[VosVideo], list[VosVideo]]:
     """Return the videos to learn from and those that are held out.
 
     Raises:
-        UserError: there are none, or in no known format.
+        UserError: there are none, or in no known format, or all of them are held out.
     """
     videos = open_videos(data, data.path, data.split)
     if data.val_path is None and data.val_split is None:
         train, val = split_videos(videos, data.held_out)
     else:
         train, val = videos, open_videos(data, data.val_path or data.path, data.val_split)
+    if data.val_path is None:
+        # Without data.split, `videos` are all of them, those on the list of held-out ones as well.
+        held_out = {video.name for video in val}
+        train = [video for video in train if video.name not in held_out]
+        if not train:
+            raise UserError(f"data.val_split: {data.val_split!r} leaves no video of {data.path} to learn from")
     return train[: data.limit], val[: data.limit]
 
 
