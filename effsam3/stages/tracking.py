@@ -49,9 +49,6 @@ class TrackerStage(StageBase):
     """A tracker that learns from clips."""
 
     files = "videos"
-    # Ends the seed of an object's prompts. numpy takes a missing number for 0, so without it the first object's kind
-    # of prompt would be drawn by the same number as its clip's direction: masks where it runs backwards, else none.
-    stream: tuple[int, ...] = (1,)
     recipe: Any
     student: TrackerStudent
     facts: dict[str, Any]  # `image_size` among them
@@ -124,7 +121,9 @@ class TrackerStage(StageBase):
         clip_O, slot_O = valid_BN.nonzero(as_tuple=True)
         # By the clip's number, so that prompts are the same on any number of ranks and after resuming.
         keys = ((batch["numbers"][clip], slot) for clip, slot in zip(clip_O.tolist(), slot_O.tolist(), strict=True))
-        generators = [np.random.default_rng([self.recipe.train.seed, *key, *self.stream]) for key in keys]
+        # The last number tells them from the generators of clips: numpy takes a missing one for 0, and the number that
+        # decides whether a clip runs backwards would also decide the kind of its first object's prompt.
+        generators = [np.random.default_rng([self.recipe.train.seed, *key, 1]) for key in keys]
         return Objects(clip_O, batch["masks"][clip_O, :, slot_O], none, generators)
 
     def inputs_of(self, batch: Batch, objects: Objects, weight_OT: Tensor, prompts: Prompts) -> ClipInputs:

@@ -128,7 +128,6 @@ NEEDS = ()  # nothing beyond what every training needs
 class MemoryStage(TrackerStage):
     """A student tracker, the teacher's, clips and prompts."""
 
-    stream = ()  # as its first runs drew, so that they resume and repeat
     recipe: MemoryRecipe
     train_data: VideoClips
     val_data: VideoClips
