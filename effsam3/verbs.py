@@ -121,7 +121,7 @@ VERBS = {
         recipe="loaded",
     ),
     "launch": Verb(
-        "run one verb, or all four in order, on the recipe's `hardware`",
+        "run one verb, or all of them in order, on the recipe's `hardware`",
         launch,
         [
             arg("--nodes", "number of machines; slurm: from the srun step", type=nodes, metavar="N"),
@@ -133,8 +133,8 @@ VERBS = {
             arg("--resume", f"for train. {RESUME}", metavar="WHAT"),
         ],
         recipe="path",
-        more=". The verb (embed, train, merge or evaluate) comes before any key=value; without it all four run in "
-        "order. docs/cluster.md explains the options for several machines.",
+        more=". The verb (embed, train, merge or evaluate) comes before any key=value; without it all of them "
+        "run in order. docs/cluster.md explains the options for several machines.",
     ),
     "push": Verb(
         "upload the merged model with its card, numbers and pictures to the Hugging Face Hub",
@@ -189,7 +189,11 @@ VERBS = {
         "new:new",
         [
             arg("name", "of the recipe and of its run's folder", metavar="NAME"),
-            arg("--stage", "image, text, memory, ...: the stage's recipe with all its comments", metavar="STAGE"),
+            arg(
+                "--stage",
+                "image, text, memory, video, adapt, release: the stage's recipe with all its comments",
+                metavar="STAGE",
+            ),
             arg("--from", "or this one, a short name of `effsam3 recipes`, as it is", dest="source", metavar="RECIPE"),
             arg("--out", "the new file; default: NAME.yaml", metavar="FILE"),
         ],

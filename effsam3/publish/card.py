@@ -52,7 +52,7 @@ def metadata(release: Release) -> dict:
         # Only an id of the Hub: a local folder's name would be a dead link there.
         if release.chassis == release.sam3.hub_id:
             values["base_model"] = release.chassis
-    return values | {"tags": ["effsam3", "sam3", "knowledge-distillation"]}
+    return values | {"tags": ["effsam3", "sam3", *(["knowledge-distillation"] if release.merged["slots"] else [])]}
 
 
 def _introduction(release: Release) -> str:

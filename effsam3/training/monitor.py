@@ -48,6 +48,11 @@ class Monitor:
         Raises:
             UserError: the number is not finite: it would compare as no improvement, to the end of the run.
         """
+        if self.name not in values:
+            raise UserError(
+                f"no held-out sample gave {self.name} at step {step}; see unreadable.jsonl, hold out more "
+                "(data.held_out), or name another number (train.monitor)"
+            )
         if not math.isfinite(values[self.name]):
             raise UserError(
                 f"the held-out metric {self.name} is {values[self.name]} at step {step}; nothing of this step was "

@@ -94,7 +94,11 @@ def measure(
     results.add("adapted_masks", result)
     by_name = {pair.name: pair for pair in pairs}
     results.pictures = [
-        draw(by_name[name], masks, folder / "pictures" / f"{Path(name).stem}.png")
+        draw(
+            by_name[name],
+            masks,
+            folder / "pictures" / f"{Path(name).with_suffix('').as_posix().strip('/').replace('/', '_')}.png",
+        )
         for name, masks in drawn.items()
         if masks
     ]

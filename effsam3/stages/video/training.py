@@ -226,7 +226,9 @@ class VideoStage(TrackerStage):
         noted = Counter(note.reason for video in (*train.videos, *val.videos) for note in video.notes)
         lines += [f"{count:,} x {reason} (see effsam3 data check)" for reason, count in noted.items()]
         break_ = "\n         "
-        return {
+        trunk = any(name.startswith("vision_encoder.backbone.") for name, _ in self.student.named_parameters())
+        note = {"note": "the trunk is the detector's, too: texts are not trained along; measure them"} if trunk else {}
+        return note | {
             "learns": break_.join(learns),
             "tracker": f"{self.config.memory_mode} memory, {memory_tokens(self.config):,} tokens for a frame to read",
             "data": break_.join(lines),
