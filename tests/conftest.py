@@ -7,6 +7,7 @@ what it was before: a test that writes there would one day read what somebody el
 
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -34,6 +35,16 @@ def _away_from_the_clone(tmp_path_factory):
     os.chdir(tmp_path_factory.mktemp("away"))
     yield
     os.chdir(REPOSITORY)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_accelerator_of_another_module():
+    """accelerate keeps one state a process: what another module of tests has made would decide the precision here."""
+    if "accelerate.state" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 @pytest.fixture(autouse=True)

@@ -153,6 +153,10 @@ WRITERS = (
 GROWS = "grows in place; what a kill has torn is left out where it is read"
 INSIDE = "gets a path inside an atomic_file or atomic_folder"
 ALLOWED = {
+    ("benchmarks.journal", "Journal.writer"): GROWS,
+    ("data.videos.writing", "Tables.write"): INSIDE,
+    ("data.videos.writing", "put_frames"): INSIDE,
+    ("data.videos.writing", "write_palette_png"): INSIDE,
     ("training.report", "Report.say"): GROWS,
     ("training.report", "Report.metrics"): GROWS,
     ("training.meters", "Unreadable.note"): GROWS,
