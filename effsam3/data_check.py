@@ -23,7 +23,7 @@ from effsam3.benchmarks.pictures.drawing import CELL_WIDTH, contact_sheet, evenl
 from effsam3.data.images import pairs
 from effsam3.data.images.checking import check_pairs
 from effsam3.data.images.pairs import Pair
-from effsam3.data.problems import Note, meaning, problems_of
+from effsam3.data.problems import Note, amount, meaning, problems_of
 from effsam3.data.unreadable import Unreadable
 from effsam3.data.videos.checking import VideoCheck, check_video
 from effsam3.data.videos.coco_video import tells_of_videos
@@ -47,7 +47,7 @@ class Report:
     counts: dict[str, Any]
     lines: list[str]  # the same in words
     problems: list[Note]
-    recipe: str  # shipped one that fits
+    recipe: str | None  # shipped one that fits; None: nothing could be read
     keys: dict[str, Any]  # for it
     panels: Iterator[Panel]
 
@@ -87,8 +87,9 @@ def run(
     print(f"{path}: {report.format}")
     print("\n".join(f"  {line}" for line in report.lines))
     print(listing(report.problems, json))
-    print(f"for a recipe (effsam3 new NAME --from {report.recipe}):")
-    print("\n".join(f"  {key}: {value}" for key, value in report.keys.items()))
+    if report.recipe is not None:
+        print(f"for a recipe (effsam3 new NAME --from {report.recipe}):")
+        print("\n".join(f"  {key}: {value}" for key, value in report.keys.items()))
     if pictures is not None:
         draw(report.panels, pictures)
     if json is not None:
@@ -115,11 +116,12 @@ def of_images(path: Path, images: Path | None, view: str | None) -> Report:
     """Read all images and their masks."""
     opened: list[Pair] = []
     problems: list[Note] = []
+    kind = pairs.recognise(path)
     try:
         opened, notes = pairs.open_pairs(path, images, view)
         problems += notes
     except UserError as fault:
-        if images is not None or view is not None:
+        if kind is None or images is not None or view is not None:
             raise
         problems += problems_of(fault, str(path), "not_opened")
     check = check_pairs(tqdm(opened, unit="image", disable=None))
@@ -136,13 +138,15 @@ def of_images(path: Path, images: Path | None, view: str | None) -> Report:
         "sizes": sizes(check.sizes.elements()),
     }
     lines = [
-        f"{check.images} images, {check.empty / max(check.images, 1):.0%} of them without an object",
-        f"{most_common(counts['sizes'])} pixels",
-        f"{check.objects} objects, at most {check.most} on an image",
-        *(f"{name}: {most_common(counts[name])}" for name in ("categories", "views") if any(counts[name])),
+        f"{amount(check.images, 'image')}, {check.empty / max(check.images, 1):.0%} of them without an object",
+        f"pixels: {most_common(counts, 'sizes')}",
+        f"{amount(check.objects, 'object')}, at most {check.most} on an image",
+        *(f"{name}: {most_common(counts, name)}" for name in ("categories", "views") if any(counts[name])),
     ]
-    about = f"images with masks: {pairs.recognise(path)}"
-    return Report(about, counts, lines, problems + check.problems, "adapt/lora", keys, image_panels(opened))
+    fits = "adapt/lora" if check.objects or check.empty else None
+    return Report(
+        f"images with masks: {kind}", counts, lines, problems + check.problems, fits, keys, image_panels(opened)
+    )
 
 
 def of_videos(path: Path, split: str | None) -> Report:
@@ -173,9 +177,10 @@ def of_videos(path: Path, split: str | None) -> Report:
     keys: dict[str, Any] = {"data.path": str(path)} | ({"data.split": split} if split else {})
     keys |= {"data.frames": min(8, round(statistics.median(lengths))) if lengths else 8}
     keys |= {"data.objects": max(1, min(most, 8))}
-    name = "adapt/video_coco" if tree.format in JSON_FORMATS else "adapt/video_frames"
-    counts = counts_of(checks)
-    return Report(FORMATS[tree.format], counts, video_lines(counts), problems, name, keys, video_panels(kept))
+    counts, fits = counts_of(checks), None
+    if any(check.most or check.empty or (check.size and not check.annotated) for check in checks):  # could be read
+        fits = "adapt/video_coco" if tree.format in JSON_FORMATS else "adapt/video_frames"
+    return Report(FORMATS[tree.format], counts, video_lines(counts), problems, fits, keys, video_panels(kept))
 
 
 def counts_of(checks: list[VideoCheck]) -> dict[str, Any]:
@@ -202,10 +207,11 @@ def video_lines(counts: dict[str, Any]) -> list[str]:
     empty = counts["empty_frames"] / max(counts["annotated_frames"], 1)
     most = counts["most_on_a_frame"]
     return [
-        f"{counts['videos']} videos of {in_words(counts['frames_of_a_video'])} frames, {counts['frames']} in all",
-        f"{most_common(counts['sizes'])} pixels{fps}",
-        f"{counts['annotated_frames']} annotated frames, {empty:.0%} of them without an object",
-        f"{counts['objects']} objects, at most {most} on a frame, {counts['object_frames']} masks",
+        f"{amount(counts['videos'], 'video')} of {in_words(counts['frames_of_a_video'])} frames, {counts['frames']} "
+        "in all",
+        f"pixels: {most_common(counts, 'sizes')}{fps}",
+        f"{amount(counts['annotated_frames'], 'annotated frame')}, {empty:.0%} of them without an object",
+        f"{amount(counts['objects'], 'object')}, at most {most} on a frame, {amount(counts['object_frames'], 'mask')}",
         f"an object is visible on {in_words(counts['frames_of_an_object'])} frames",
     ]
 
@@ -228,9 +234,11 @@ def sizes(found: Iterable[tuple[int, int]]) -> dict[str, int]:
     return dict(Counter(f"{columns} x {rows}" for rows, columns in found).most_common())
 
 
-def most_common(counted: dict[str, int]) -> str:
+def most_common(counts: dict[str, Any], kind: str) -> str:
+    """Return the first of what is counted of a kind, and how many others there are."""
+    counted = counts[kind]
     shown = [f"{name} ({count})" for name, count in list(counted.items())[:SHOWN]]
-    more = [f"{len(counted) - SHOWN} more"] if len(counted) > SHOWN else []
+    more = [f"{len(counted) - SHOWN} more {kind}"] if len(counted) > SHOWN else []
     return ", ".join(shown + more) or "0"
 
 

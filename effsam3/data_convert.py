@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from effsam3.data.problems import amount
 from effsam3.data.videos.vos import open_vos
 from effsam3.data.videos.writing import LOSSES, WRITERS, Writer, put_frames
 from effsam3.errors import UserError
@@ -50,9 +51,10 @@ def run(path: Path, to: str, out: Path, frames: str = "copy", split: str | None 
         if writer.lost and not lossy:
             advice = "Give --lossy to write the rest, or another --to"
             raise UserError(f"--to {to} cannot hold all of {path}:\n{losses(writer)}\n{advice}")
-    text = f"{count} videos with {masks} annotated frames are in {out} as {to}"
+    are = "is" if count == 1 else "are"
+    text = f"{amount(count, 'video')} with {amount(masks, 'annotated frame')} {are} in {out} as {to}"
     if writer.renamed:
-        text += f"\nnew names and ids of {len(writer.renamed)} videos: {out / 'renamed.json'}"
+        text += f"\nnew names and ids of {amount(len(writer.renamed), 'video')}: {out / 'renamed.json'}"
     return text + (f"\nlost:\n{losses(writer)}" if writer.lost else "")
 
 

@@ -33,13 +33,14 @@ HURT = {
     "order": "frames whose names count in another order than the file lists them",
     "size_mismatch": "frames or masks of another size than the others",
     "jumping_id": "objects that seem to change their ids: training learns to lose them",
-    "no_object": "videos that show no object: nothing to learn from",
+    "no_object": "no object is shown: nothing to learn from",
     "merged_objects": "several objects became one: annotations have no track_id, and share a category on one frame",
     "guessed_objects": "which object is which is a guess: annotations have neither track_id nor category_id",
     "not_checked": "videos whose masks can only be looked at when the above is mended",
-    "not_opened": "files that contradict themselves",
+    "not_opened": "files that contradict themselves, or lead to nothing",
     "no_masks": "frames without masks",
     "missing_image": "images that are not there",
+    "no_png": "masks that are not read: they are no PNGs",
     "names": "names from which the order of frames is not clear",
 }
 NOTES = {
@@ -70,6 +71,11 @@ def problems_of(error: UserError, where: str, reason: str = "names") -> list[Not
     if isinstance(error, Unreadable):
         return [Note(fault.reason, where, fault.detail) for fault in (error, *error.others)]
     return [Note(reason, where, str(error))]
+
+
+def amount(count: int, noun: str) -> str:
+    """Return a number with what it counts: 1 video, 2 videos."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def meaning(reason: str) -> str:

@@ -107,7 +107,7 @@ def test_a_resized_picture_that_poses_as_features_is_refused(runs, monkeypatch):
             return type("Output", (), {"last_hidden_state": maps.flatten(2).transpose(1, 2)})()
 
     stage = object.__new__(AdaptStage)
-    recipe = load_recipe(LORA, [*overrides, "name=x"])
+    stage.recipe = recipe = load_recipe(LORA, [*overrides, "name=x"])
     stage.train_data = own_images(recipe).batches(recipe, "train", 224)
     stage.device = torch.device("cpu")
     stage.model = Sam3VideoModel.from_pretrained(chassis_folder("tiny"))

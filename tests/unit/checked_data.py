@@ -91,7 +91,18 @@ def gone_image(root):
     (root / "images/00002.png").unlink()
 
 
+def swapped_folders(root):
+    """Photographs in masks/, their masks in images/."""
+    image_folder(root)
+    (root / "masks").rename(root / "other")
+    (root / "images").rename(root / "masks")
+    (root / "other").rename(root / "images")
+    for file in (root / "masks").iterdir():
+        file.rename(file.with_suffix(".jpg"))
+
+
 IMAGE_CASES = [
+    (swapped_folders, "no_png", "{root}/masks"),
     (damaged_image, "corrupt", "00002"),
     (gone_image, "missing_image", "00002.png"),
     (

@@ -124,5 +124,5 @@ def test_files_that_are_no_json_of_videos(tmp_path):
         open_vos(tmp_path / "torn.json")
     write_json(tmp_path / "torn.json", coco_video(MASKS))
     write_json(tmp_path / "more.json", coco_video(MASKS))
-    with pytest.raises(UserError, match="has 2 JSONs of videos; give one of them: .*more.json, .*torn.json"):
+    with pytest.raises(UserError, match="has 2 JSONs; give one of them: .*more.json, .*torn.json"):
         open_vos(tmp_path)

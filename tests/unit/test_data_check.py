@@ -271,7 +271,7 @@ def test_counts_of_what_is_right(tmp_path, make, capsys):
     assert report["keys"] == {"data.path": str(tmp_path), "data.frames": 5, "data.objects": 2}
     assert report["recipe"] == ("adapt/video_frames" if make in (folder, davis) else "adapt/video_coco")
     printed = capsys.readouterr().out
-    assert "nothing is wrong with it" in printed and "1 videos of 5 frames" in printed
+    assert "nothing is wrong with it" in printed and "1 video of 5 frames" in printed
     with Image.open(tmp_path / "sheet.png") as sheet:
         pixels = np.asarray(sheet.convert("RGB")).astype(int)
     assert (np.ptp(pixels, axis=2) > 60).any(), "masks are coloured, the frames are grey"
@@ -307,6 +307,7 @@ def test_all_problems_are_in_the_file_and_a_few_are_printed(tmp_path, capsys):
     code, report = check(tmp_path)
     assert code == 1 and [row["reason"] for row in report["problems"]].count("empty") >= 5
     printed = capsys.readouterr().out
+    assert report["recipe"] is None and "for a recipe" not in printed
     assert "00002.png" in printed and "00004.png" not in printed and "and 3 more in" in printed
 
 

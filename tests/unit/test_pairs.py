@@ -15,6 +15,7 @@ from effsam3.data.images.pairs import open_pairs, recognise
 from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.errors import UserError
 from effsam3.recipe.reader import load_recipe
+from effsam3.stages.adapt.images import images_that_can_be_read, own_images, readable, ready_images
 from effsam3.stages.adapt.training import AdaptStage
 
 H, W = 20, 30
@@ -176,6 +177,51 @@ def test_what_is_no_data_set_is_told(tmp_path):
         open_pairs(tmp_path)
     (tmp_path / "x.json").write_text("{")
     assert recognise(tmp_path) is None
+
+
+# ---- to learn from
+
+
+def test_images_none_of_which_can_be_used_are_told_of_before_training(tmp_path):
+    for name in "abcd":
+        photograph(tmp_path / f"images/{name}.png")
+        save(DISC[:9].astype(np.uint8), tmp_path / f"masks/{name}.png")
+    recipe = load_recipe(
+        RECIPES / "smoke/lora.yaml", ["data.source=own", "data.synthetic_images=0", f"data.path={tmp_path}"]
+    )
+    told = (
+        r"none of the 3 images to learn from can be used \(first: \w.png: size_mismatch: .*data check .* --as images"
+    )
+    for use in (images_that_can_be_read, lambda recipe: ready_images(recipe, Accelerator(cpu=True))):
+        with pytest.raises(UserError, match=told):
+            use(recipe)
+    learnt = own_images(recipe).train
+    save(DISC.astype(np.uint8), tmp_path / f"masks/{learnt[1].name}.png")
+    images_that_can_be_read(recipe)
+    # The guard of the teacher looks at images that can be read: blank ones would have the same features.
+    assert readable(learnt, 2, str(tmp_path)) == [1]
+
+
+def test_swapped_folders_are_told_of_by_the_stage(tmp_path):
+    photograph(tmp_path / "masks/a.jpg")
+    photograph(tmp_path / "masks/b.jpg")
+    for name in "ab":
+        save(DISC.astype(np.uint8), tmp_path / f"images/{name}.png")
+    recipe = load_recipe(
+        RECIPES / "smoke/lora.yaml",
+        [
+            "data.source=own",
+            "data.synthetic_images=0",
+            "data.phrase=x",
+            f"data.path={tmp_path}",
+            "prompts={box: 1, point: 0, text: 0, exemplar: 0, absent: 0}",
+        ],
+    )
+    with pytest.raises(UserError, match="are the two swapped"):
+        own_images(recipe)
+    for name in "ab":
+        save(DISC.astype(np.uint8), tmp_path / f"masks/{name}.png")  # pictures of masks may lie next to them
+    assert open_pairs(tmp_path)[1] == []
 
 
 # ---- batches

@@ -70,7 +70,7 @@ class PairBatches(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitems__(self, items: list[int | tuple[int, int]]) -> dict:
+    def __getitems__(self, items: Sequence[int | tuple[int, int]]) -> dict:
         """Return the images of `items`, each a (position, number) or only a position, which is its own number.
 
         The number seeds what is drawn. Images that cannot be read, and `PADDING`, come out without objects.

@@ -19,17 +19,17 @@ import numpy as np
 
 from effsam3.data import coco
 from effsam3.data.images.decoding import EXTENSIONS, decode_image
-from effsam3.data.problems import Note
+from effsam3.data.problems import Note, amount
 from effsam3.data.unreadable import UnreadableAnnotations, UnreadableImage
-from effsam3.data.videos.json_masks import size_of
+from effsam3.data.videos.json_masks import ANNOTATION_FOLDERS, FrameFinder, size_of
 from effsam3.data.videos.mask_pngs import VOID, read_png
 from effsam3.errors import UserError, did_you_mean
 
 IMAGES, MASKS, TABLE = "images", "masks", "images.csv"
 MOST_IDS = 100  # values of a grey mask; smoothed edges have more, and would become objects
 LAYOUTS = (
-    "a COCO JSON (or a folder with exactly one), or a folder with images/NAME.jpg and masks/NAME.png, or "
-    "masks/CATEGORY/NAME.png"
+    "a COCO JSON (or a folder with exactly one, there or in its annotations/), or a folder with images/NAME.jpg and "
+    "masks/NAME.png, or masks/CATEGORY/NAME.png"
 )
 
 
@@ -91,18 +91,8 @@ class Pair:
 
 def recognise(path: str | Path) -> str | None:
     """Say in words which of the layouts is at `path`, None for neither; nothing is read but a JSON."""
-    path = Path(path)
-    if (path / IMAGES).is_dir() and (path / MASKS).is_dir():
-        return "images and masks in folders"
-    file = _json_of(path)
-    if file is None:
-        return None
-    try:
-        content = coco.load_json(file.read_bytes())
-    except coco.Malformed:
-        return None
-    listed = isinstance(content, dict) and "videos" not in content and {"images", "annotations"} <= content.keys()
-    return "COCO JSON of images" if listed else None
+    found = _layout(Path(path))
+    return None if found is None else found[0]
 
 
 def open_pairs(
@@ -111,7 +101,7 @@ def open_pairs(
     """Return the images of a data set in order of their names, and what was left out or taken for granted.
 
     Args:
-        images: COCO JSON only: the folder of its images; None: the JSON's own, or `images/` next to it.
+        images: COCO JSON only: the folder of its images; None: where tools put them, see `FrameFinder`.
         view: the column of views: a key of the JSON's `images[]`, or a column of `images.csv` in the folder.
 
     Raises:
@@ -120,23 +110,33 @@ def open_pairs(
     path = Path(path)
     if not path.exists():
         raise UserError(f"data.path: there is no {path}; give {LAYOUTS}")
-    if (kind := recognise(path)) is None:
+    if (found := _layout(path)) is None:
         raise UserError(f"data.path: {path} is neither layout of images with masks; give {LAYOUTS}")
-    file = _json_of(path)
-    if kind.startswith("COCO") and file is not None:
-        pairs, notes = _of_coco(file, None if images is None else Path(images), view)
+    kind, place = found
+    if place.is_dir():
+        pairs, notes = _of_folder(place, view)
     else:
-        pairs, notes = _of_folder(path, view)
+        pairs, notes = _of_coco(place, None if images is None else Path(images), view)
     if not pairs:
         raise UserError(f"data.path: {path} ({kind}) has no image; give {LAYOUTS}")
     return sorted(pairs, key=lambda pair: pair.name), notes
 
 
-def _json_of(path: Path) -> Path | None:
-    if path.is_file():
-        return path if path.suffix == ".json" else None
-    files = sorted(path.glob("*.json"))
-    return files[0] if len(files) == 1 else None
+def _layout(path: Path) -> tuple[str, Path] | None:
+    """Return the layout in words and its folder or JSON: the path, or the only one in it or in its annotations/."""
+    if (path / IMAGES).is_dir() and (path / MASKS).is_dir():
+        return "images and masks in folders", path
+    places = [[path]] if path.is_file() else [[*(path / name).glob("*.json")] for name in ("", *ANNOTATION_FOLDERS)]
+    files = (files[0] for files in places if len(files) == 1 and files[0].suffix == ".json")
+    return next((("COCO JSON of images", file) for file in files if _is_coco(file)), None)
+
+
+def _is_coco(file: Path) -> bool:
+    try:
+        content = coco.load_json(file.read_bytes())
+    except coco.Malformed:
+        return False
+    return isinstance(content, dict) and "videos" not in content and {"images", "annotations"} <= content.keys()
 
 
 # ---- a COCO JSON
@@ -181,19 +181,27 @@ def _of_coco(file: Path, images: Path | None, view: str | None) -> tuple[list[Pa
             notes.append(Note("empty_mask", where, "left out"))
             continue
         sources[image].append(Source(categories.get(str(annotation.get("category_id")), ""), rle))
-    pairs = []
+    pairs: list[Pair] = []
+    folders = FrameFinder(file).folders if images is None else [images]
+    searched = " or ".join(map(str, folders))
+    missing = []
     for row in rows:
         name = str(row.get("file_name") or row.get("path") or row["id"])
-        place = _image_file(row, file.parent, images)
-        if not place.is_file():
-            notes.append(Note("missing_image", name, f"there is no {place}"))
+        place = _image_file(row, folders)
+        if place is None:
+            missing.append(Note("missing_image", name, f"it is not in {searched}"))
             continue
         if not sources[str(row["id"])]:
             notes.append(Note("no_objects", name, f"{file.name} has no mask of it"))
         key = str(row["id"])
         pairs.append(Pair(name, place, sizes[key], _view(row, view, name), tuple(sources[key])))
+    if missing and not pairs:
+        raise UserError(
+            f"data.path: {file} lists {amount(len(missing), 'image')}, none of which is in {searched} (first: "
+            f"{missing[0].where}); give their folder, data.images (--images of data check)"
+        )
     _refuse_one_name(pairs, file)
-    return pairs, notes
+    return pairs, notes + missing
 
 
 def _checked(segmentation: Any, size: tuple[int, int] | None) -> dict | None:
@@ -206,12 +214,11 @@ def _checked(segmentation: Any, size: tuple[int, int] | None) -> dict | None:
     return rle if coco.runs_of(rle)[1::2].sum() else None
 
 
-def _image_file(row: dict, root: Path, images: Path | None) -> Path:
+def _image_file(row: dict, folders: list[Path]) -> Path | None:
     # `path` may be the address of a task in the tool that wrote it; then the file's name is all that there is.
     names = [str(row[key]) for key in ("path", "file_name") if row.get(key)]
-    folders = [root, root / IMAGES] if images is None else [images]
-    places = [folder / name.lstrip("/") for name in names for folder in folders]
-    return next((place for place in places if place.is_file()), places[-1] if places else root / str(row["id"]))
+    places = (folder / name.lstrip("/") for name in names for folder in folders)
+    return next((place for place in places if place.is_file()), None)
 
 
 def _refuse_one_name(pairs: list[Pair], file: Path) -> None:
@@ -238,6 +245,12 @@ def _of_folder(root: Path, view: str | None) -> tuple[list[Pair], list[Note]]:
             sources[below].append(Source(category, file))
         else:
             notes.append(Note("no_image", str(file), f"there is no image {name} in {root / IMAGES}"))
+    # Only PNGs are read as masks: JPEG blurs what their values mean.
+    others = _files(root / MASKS, tuple(ending for ending in EXTENSIONS if ending != ".png"))
+    unread = [file for name, file in others.items() if sources.get(name, sources.get(name.partition("/")[2])) == []]
+    if unread:
+        detail = f"{MASKS}/ holds files named like {IMAGES}/'s: are the two swapped? Masks are PNGs ({unread[0].name})"
+        notes.append(Note("no_png", str(root / MASKS), detail))
     pairs = []
     for name, file in images.items():
         if not sources[name]:

@@ -22,9 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from effsam3.data import coco
+from effsam3.data.images.pairs import IMAGES, MASKS
 from effsam3.data.videos.coco_video import is_coco_video, read_coco_video
 from effsam3.data.videos.files import VIDEO_EXTENSIONS
 from effsam3.data.videos.frame_list import images_in
+from effsam3.data.videos.json_masks import ANNOTATION_FOLDERS
 from effsam3.data.videos.mask_pngs import ObjectFolders, PaletteFrames, folders_in
 from effsam3.data.videos.sav import KINDS, SavFile
 from effsam3.data.videos.vos_video import NoMasks, VosVideo
@@ -124,7 +126,7 @@ def recognise(path: str | Path) -> Tree:
     jsons = [tree for file in _json_files(path) if (tree := _json(file)) is not None]
     if len(jsons) > 1:
         raise UserError(
-            f"{path} has {len(jsons)} JSONs of videos; give one of them: {', '.join(str(tree.path) for tree in jsons)}"
+            f"{path} has {len(jsons)} JSONs; give one of them: {', '.join(str(tree.path) for tree in jsons)}"
         )
     if jsons:
         return jsons[0]
@@ -132,18 +134,24 @@ def recognise(path: str | Path) -> Tree:
         return Tree("folders", path)
     if any(next(path.rglob(f"*_{kind}.json"), None) for kind in KINDS):
         return Tree("sav_train", path)
+    if all((path / name).is_dir() for name in (IMAGES, MASKS)):
+        raise UserError(
+            f"{path}: these are images with masks (stage adapt reads them); stage video and data convert take videos, "
+            "whose frames are in frames/ next to masks/"
+        )
     if frame_sources(path):
         return Tree("frames", path)
     raise UserError(
         f"{path} has no known folder tree: Annotations_6fps (SA-V val and test), Annotations (DAVIS, MOSE, "
         "YouTube-VOS: the folder of one split), files *_manual.json (SA-V train), a COCO-video or YouTube-VIS JSON, "
-        "folders frames and masks, or frames"
+        "folders frames and masks, or frames. Stage adapt reads images with masks, too: images/ next to masks/, or a "
+        "COCO JSON"
     )
 
 
 def _json_files(root: Path) -> list[Path]:
     kinds = tuple(f"_{kind}.json" for kind in KINDS)
-    files = [*root.glob("*.json"), *root.glob("annotations/*.json")]
+    files = [file for name in ("", *ANNOTATION_FOLDERS) for file in (root / name).glob("*.json")]
     return sorted(file for file in files if not file.name.endswith(kinds))
 
 

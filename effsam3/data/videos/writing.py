@@ -131,7 +131,7 @@ class Writer(ABC):
             self.categories[name] = {ids[number]: category for number, category in video.categories.items()}
 
     def _never_seen(self, video: VosVideo, objects: list[int]) -> None:
-        self.lose("never_visible", f"{video.name}, object {objects[:1]}", len(objects))
+        self.lose("never_visible", f"{video.name}, object {''.join(map(str, objects[:1]))}", len(objects))
 
 
 class Davis(Writer):

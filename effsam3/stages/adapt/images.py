@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from effsam3.data.images.pair_batches import PairBatches, divide
 from effsam3.data.images.pairs import Pair, open_pairs
 from effsam3.data.problems import Note
 from effsam3.data.synthetic.pairs import make_synthetic_pairs
+from effsam3.data.unreadable import Unreadable
 from effsam3.errors import UserError
 from effsam3.files import stamp
 from effsam3.hardware.accelerator import on_main
@@ -72,9 +74,10 @@ def own_images(recipe: AdaptRecipe) -> OwnImages:
         for split, part in parts.items()
     }
     if not usable["train"] or not usable["val"]:
+        hint = "".join(f". {note.detail}" for note in notes if note.reason == "no_png")
         raise UserError(
             f"data.path: {len(usable['train'])} images with masks to learn from and {len(usable['val'])} held out; "
-            "both are needed (data.held_out divides them, data.val_path names other ones)"
+            f"both are needed (data.held_out divides them, data.val_path names other ones){hint}"
         )
     return OwnImages(usable["train"], usable["val"], views, categories, notes)
 
@@ -83,7 +86,9 @@ def ready_images(recipe: AdaptRecipe, accelerator: Accelerator) -> OwnImages:
     """Open the images; for `data.source: synthetic` draw them first, once."""
     if recipe.data.source == "synthetic":
         on_main(accelerator, partial(_draw_images, recipe.data))
-    return own_images(recipe)
+    images = own_images(recipe)
+    readable(images.train, 1, recipe.data.path)  # before a model is loaded
+    return images
 
 
 def _draw_images(data: AdaptData) -> None:
@@ -105,5 +110,29 @@ def images_to_adapt_to(recipe: AdaptRecipe) -> None:
 def images_that_can_be_read(recipe: AdaptRecipe) -> None:
     """Some image and its masks that can be read."""
     if recipe.data.source == "own":
-        first = own_images(recipe).train[0]
-        first.masks(*first.image().shape[:2])
+        readable(own_images(recipe).train, 1, recipe.data.path)
+
+
+def readable(pairs: Sequence[Pair], count: int, path: str) -> list[int]:
+    """Return the places of the first images that can be read with their masks, `count` of them where there are.
+
+    Raises:
+        UserError: there is none.
+    """
+    found: list[int] = []
+    first: Unreadable | None = None
+    for place, pair in enumerate(pairs):
+        try:
+            pair.masks(*pair.image().shape[:2])
+        except Unreadable as fault:
+            first = first or fault
+            continue
+        found.append(place)
+        if len(found) == count:
+            break
+    if first is not None and not found:
+        raise UserError(
+            f"data.path: none of the {len(pairs)} images to learn from can be used (first: {first.key}: "
+            f"{first.reason}: {first.detail}); run effsam3 data check {path} --as images"
+        )
+    return found

@@ -34,7 +34,13 @@ from effsam3.models.lora.targets import view_biases
 from effsam3.models.memory.prompts import NO_POINT, PromptStyle, draw_kind, draw_prompt
 from effsam3.models.text.tokens import PromptTokenizer
 from effsam3.stages.adapt.facts import SHOWN, TERMS, AdaptRecipe
-from effsam3.stages.adapt.images import OwnImages, images_that_can_be_read, images_to_adapt_to, ready_images
+from effsam3.stages.adapt.images import (
+    OwnImages,
+    images_that_can_be_read,
+    images_to_adapt_to,
+    readable,
+    ready_images,
+)
 from effsam3.stages.base import StageBase, keep_whole
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.checkpoint import chosen, read_weights
@@ -176,8 +182,9 @@ class AdaptStage(StageBase):
 
         Raises:
             ChassisError: its features are a resized picture, not finite, or the same for every image.
+            UserError: no image can be read; blank ones would have the same features.
         """
-        batch = self.train_data.__getitems__(list(range(min(LOOKED_AT, len(self.train_data)))))
+        batch = self.train_data.__getitems__(readable(self.train_data.pairs, LOOKED_AT, self.recipe.data.path))
         pixels_B3SS = normalise(batch["pixels"].to(self.device))
         check_features(trunk_features(self.model, pixels_B3SS), pixels_B3SS)
 
