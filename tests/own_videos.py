@@ -78,6 +78,22 @@ def coco_video(masks_TNHW, video="walk", encode=rle, **keys):
     return {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
 
 
+def walks(folder: Path, count=4) -> Path:
+    """Videos walk0, walk1 ... of five frames in one COCO-video JSON; their second object comes on the third frame."""
+    content = {"images": [], "annotations": []}
+    for number in range(count):
+        one = coco_video(moving(), f"walk{number}")
+        for kind, key in (("images", "id"), ("annotations", "image_id")):
+            content[kind] += [entry | {key: entry[key] + 100 * number} for entry in one[kind]]
+        write_frames(folder / f"walk{number}", [f"{k:05d}.jpg" for k in range(5)])
+    return write_json(folder / "instances.json", content)
+
+
+def own_videos(path: Path) -> list[str]:
+    """What makes the smoke recipe of stage video one of the videos of a path."""
+    return [f"data.path={path}", "data.source=videos", "data.synthetic_videos=0", "data.look=textures"]
+
+
 def youtube_vis(masks_TNHW, video="walk", encode=rle):
     """YouTube-VIS, with null where an object is absent."""
     height, width = masks_TNHW.shape[2:]

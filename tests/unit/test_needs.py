@@ -97,7 +97,7 @@ WRONG = {  # what is wrong: (stage, overrides, what is said)
     "chassis": ("text", ["sam3.checkpoint=./nowhere"], "merge: sam3.checkpoint: there is no folder or file ./nowhere"),
     "nothing to measure": ("image", ["evaluate.benchmarks=[masks]"], "evaluate: evaluate.benchmarks: nothing is left"),
     "phrases": ("text", ["evaluate.phrases=nowhere.txt"], "evaluate: evaluate.phrases: there is no file nowhere.txt"),
-    "videos": ("memory", ["evaluate.videos=/nowhere"], "evaluate: .*nowhere"),
+    "videos": ("memory", ["evaluate.videos=/nowhere"], "evaluate: evaluate.videos: there is no folder or file"),
     "licence file": (
         "image",
         ["push.repo=me/mine", "push.license=nowhere", "sam3.checkpoint=facebook/sam3"],
@@ -167,7 +167,7 @@ def test_every_need_can_be_lacking(recipe):
         "whole_merge": "tap=neck",
         "something_to_measure": "nothing is left",
         "phrase_list": "evaluate.phrases",
-        "videos_to_track": "evaluate: .*nowhere",
+        "videos_to_track": "evaluate: evaluate.videos",
         "licence": "SAM License",
     }
     found = {need.func.__name__ for stage in RECIPES for verb in LATER for need in needs.needs_of(recipe(stage), verb)}

@@ -255,9 +255,13 @@ def test_a_video_that_is_alone_is_divided_in_time(tmp_path):
     with pytest.raises(UserError, match="frame -1"):
         val.read([-1])
     assert OwnClips([val], SIDE, frames=3, augment=False)[0]["frames"].tolist() == [0, 1, 2]
-    video(tmp_path / "one", three(1))
-    with pytest.raises(UserError, match="two are needed"):
-        split_videos(open_vos(tmp_path / "one"), 0.5)
+    with pytest.raises(UserError, match="data.held_out: 0.1 of the 10 annotated frames of walk, .* is 1, .* 0.2 or"):
+        split_videos(open_vos(tmp_path), 0.1)
+    assert [len(part.annotated) for (part,) in split_videos(open_vos(tmp_path), 0.2)] == [8, 2]
+    assert [len(part.annotated) for (part,) in split_videos(open_vos(tmp_path), 0.99)] == [2, 8]
+    video(tmp_path / "few", three(3))
+    with pytest.raises(UserError, match="has 3 annotated frames; 4 are needed"):
+        split_videos(open_vos(tmp_path / "few"), 0.5)
 
 
 # ---- synthetic masks

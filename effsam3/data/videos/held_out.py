@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from effsam3.data.videos.files import UnreadableVideo
 from effsam3.data.videos.vos_video import Annotations, Shown, VosVideo
 from effsam3.errors import UserError
 
+SIDE = 2  # annotated frames on each side of a video that is divided: nothing is tracked on the first one
+
 
 def split_videos(
     videos: Sequence[VosVideo], val_fraction: float, seed: int = 0
@@ -21,14 +24,15 @@ def split_videos(
 
     A video's name and the seed decide, not the other videos: a new video does not move the others. Only where all
     would be on one side, one of them changes sides. A video that is alone is divided in time: the last `val_fraction`
-    of its annotated frames, one at least, are held out, and no frame is on both sides. The frames next to the cut look
-    alike, so its held-out scores flatter.
+    of its annotated frames are held out, at least two stay, and no frame is on both sides. The frames next to the cut
+    look alike, so its held-out scores flatter.
 
     Args:
         val_fraction: above 0, below 1.
 
     Raises:
-        UserError: no video, or one of fewer than two annotated frames.
+        UserError: no video, or a single one of fewer than four annotated frames, or of which fewer than two would be
+            held out.
         Unreadable: of the only video.
     """
     assert 0 < val_fraction < 1, val_fraction
@@ -45,18 +49,37 @@ def split_videos(
 
 def _in_time(video: VosVideo, val_fraction: float) -> tuple[list[VosVideo], list[VosVideo]]:
     count = len(video.annotated)
-    if count < 2:
+    if count < 2 * SIDE:
         raise UserError(
-            f"{video.name} is the only video and has {count} annotated frames; two are needed to divide it"
+            f"data.path: {video.name} is the only video and has {count} annotated frames; "
+            f"{2 * SIDE} are needed to divide it in time: annotate more of them, or give more videos"
         )
-    held = min(max(round(val_fraction * count), 1), count - 1)
+    held = min(round(val_fraction * count), count - SIDE)
+    if held < SIDE:
+        raise UserError(
+            f"data.held_out: {val_fraction:g} of the {count} annotated frames of {video.name}, the only video, is "
+            f"{held}, and tracking is only measured after the first one; set {math.ceil(100 * SIDE / count) / 100:g} "
+            "or more, or give more videos"
+        )
     cut = video.annotated[count - held]
-    return [_part(video, "train", 0, cut)], [_part(video, "val", cut, video.frames)]
+    return [PartOfVideo(video, "train", 0, cut)], [PartOfVideo(video, "val", cut, video.frames)]
 
 
-def _part(video: VosVideo, name: str, start: int, stop: int) -> VosVideo:
-    frames = PartOfFrames(video, start, stop)
-    return VosVideo(f"{video.name}_{name}", frames, PartOfMasks(video, frames.numbers))
+def describe_split(train: Sequence[VosVideo], val: Sequence[VosVideo]) -> str:
+    """Say in one line how videos were divided."""
+    if isinstance(val[0], PartOfVideo):
+        held, whole = len(val[0].annotated), len(val[0].whole.annotated)
+        return f"1 video, divided in time: its last {held} of {whole} annotated frames are held out"
+    return f"videos: {len(train):,} to learn from, {len(val):,} held out"
+
+
+class PartOfVideo(VosVideo):
+    """Frames `start` to before `stop` of the video `whole`, and their masks."""
+
+    def __init__(self, whole: VosVideo, name: str, start: int, stop: int):
+        frames = PartOfFrames(whole, start, stop)
+        super().__init__(f"{whole.name}_{name}", frames, PartOfMasks(whole, frames.numbers))
+        self.whole = whole
 
 
 class PartOfFrames:

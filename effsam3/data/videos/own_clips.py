@@ -20,6 +20,7 @@ from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 
 STARTS = 8  # drawn before a frame that shows an object is looked for one by one
+TRIED = 8  # videos, before none of them is said to be readable
 CACHE_BYTES = 256 * 2**20  # of packed masks in every data worker: 1,000 masks of 1080p
 
 
@@ -58,6 +59,29 @@ class OwnClips(Clips):
 
     def __len__(self) -> int:
         return len(self.videos)
+
+    def refuse_unreadable(self, what: str, key: str, path: str) -> None:
+        """Refuse videos, called `what`, of which none of the first few gives a clip; one that does is enough.
+
+        Args:
+            key: of the recipe, that names `path`, where they are from.
+
+        Raises:
+            UserError: none of them can be read.
+        """
+        tried = min(len(self), TRIED)
+        unreadable: list[tuple[str, str]] = []
+        for position in range(tried):
+            batch = self.__getitems__([position])
+            if batch["keys"] != [""]:
+                return
+            unreadable += batch["unreadable"]
+        name, reason = unreadable[0]
+        first = "" if tried == len(self) else "first "
+        raise UserError(
+            f"{key}: none of the {first}{tried} {what} videos can be read (first: {name}: {reason}); run "
+            f"effsam3 data check {path}"
+        )
 
     def _key(self, position: int) -> str:
         return self.videos[position].name

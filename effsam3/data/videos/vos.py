@@ -18,6 +18,8 @@ that names it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +48,25 @@ FORMATS = {
 JSON_FORMATS = {"youtube_vis": (is_youtube_vis, read_youtube_vis), "coco_video": (is_coco_video, read_coco_video)}
 
 
+class SplitError(UserError):
+    """A list of videos that is not there, or not one of these videos."""
+
+
+@contextmanager
+def named_by(path_key: str, split_key: str) -> Iterator[None]:
+    """Put the key of a recipe that named a path, or a list of its videos, before what is wrong with it.
+
+    Raises:
+        UserError: as what runs in it.
+    """
+    try:
+        yield
+    except SplitError as fault:
+        raise UserError(f"{split_key}: {fault}") from fault
+    except UserError as fault:
+        raise UserError(f"{path_key}: {fault}") from fault
+
+
 @dataclass(frozen=True)
 class Tree:
     """What `recognise` finds: `format` is a key of FORMATS, `about` a sentence; `path` a folder, JSON or video."""
@@ -66,7 +87,8 @@ def open_vos(path: str | Path, split: str | None = None) -> list[VosVideo]:
         split: a list of videos: <path>/<split>.txt, or DAVIS' ImageSets/2017/<split>.txt; None: all videos.
 
     Raises:
-        UserError: no such folder, file or list, no known format, or no video with masks.
+        SplitError: no such list, or one of other videos.
+        UserError: no such folder or file, no known format, or no video with masks.
     """
     tree = recognise(path)
     root = tree.path if tree.path.is_dir() else tree.path.parent
@@ -237,12 +259,12 @@ def _names(root: Path, split: str, videos: dict) -> list[str]:
     lists = [root / f"{split}.txt", *root.glob(f"ImageSets/*/{split}.txt"), root / "ImageSets" / f"{split}.txt"]
     file = next((path for path in lists if path.is_file()), None)
     if file is None:
-        raise UserError(f"split {split!r}: there is no {split}.txt in {root} or its ImageSets")
+        raise SplitError(f"there is no {split}.txt in {root} or its ImageSets")
     try:
         names = file.read_text(encoding="utf-8-sig").split()
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not a text in UTF-8 ({error}); write one name of a video in each line") from error
+        raise SplitError(f"{file} is not a text in UTF-8 ({error}); write one name of a video in each line") from error
     missing = [name for name in names if name not in videos]
     if missing:
-        raise UserError(f"{file} names {len(missing)} videos without masks, such as {missing[0]}")
+        raise SplitError(f"{file} names {len(missing)} videos without masks, such as {missing[0]}")
     return names

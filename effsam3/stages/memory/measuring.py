@@ -10,7 +10,7 @@ import torch
 from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.vos import add_vos, vos_tables
 from effsam3.data.videos.sav import SavFile, load_index
-from effsam3.data.videos.vos import open_vos
+from effsam3.data.videos.vos import named_by, open_vos
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.models.chassis.tensors import load_part, read_config
 from effsam3.models.inference.prompted import load_tracker
@@ -23,7 +23,8 @@ from effsam3.stages.memory.facts import MemoryRecipe
 def videos_to_track(recipe: MemoryRecipe) -> None:
     """The videos to measure on."""
     if recipe.evaluate.videos is not None:
-        open_vos(recipe.evaluate.videos, split=recipe.evaluate.split)
+        with named_by("evaluate.videos", "evaluate.split"):
+            open_vos(recipe.evaluate.videos, split=recipe.evaluate.split)
 
 
 NEEDS = (videos_to_track,)
@@ -35,7 +36,8 @@ def measure(
     """Run the recipe's benchmarks on `folder`/merged and on its teacher, a folder that is called `teacher_name`."""
     asked, data = recipe.evaluate, recipe.data
     if asked.videos is not None:
-        videos = open_vos(asked.videos, split=asked.split)
+        with named_by("evaluate.videos", "evaluate.split"):
+            videos = open_vos(asked.videos, split=asked.split)
     else:
         rows, root = load_index(Path(data.index), "val", data.limit), Path(data.index).parent
         videos = [

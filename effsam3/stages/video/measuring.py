@@ -10,7 +10,7 @@ import torch
 from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.tracking import Showing
 from effsam3.benchmarks.vos import add_vos, vos_tables
-from effsam3.data.videos.vos import open_vos
+from effsam3.data.videos.vos import named_by, open_vos
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.models.inference.prompted import load_tracker
 from effsam3.stages.video.facts import VideoRecipe
@@ -20,7 +20,10 @@ from effsam3.stages.video.training import prompt_style, videos_of
 def videos_to_measure_on(recipe: VideoRecipe) -> list[VosVideo]:
     """Return the recipe's own choice of videos, or those that training held out."""
     asked = recipe.evaluate
-    return videos_of(recipe.data)[1] if asked.videos is None else open_vos(asked.videos, split=asked.split)
+    if asked.videos is None:
+        return videos_of(recipe.data)[1]
+    with named_by("evaluate.videos", "evaluate.split"):
+        return open_vos(asked.videos, split=asked.split)
 
 
 def videos_to_track(recipe: VideoRecipe) -> None:

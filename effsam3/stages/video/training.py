@@ -18,9 +18,10 @@ from transformers import PreTrainedConfig
 
 from effsam3.data.synthetic.drawn_masks import synthetic_masks
 from effsam3.data.synthetic.videos import make_synthetic_sav
-from effsam3.data.videos.held_out import split_videos
+from effsam3.data.unreadable import Unreadable
+from effsam3.data.videos.held_out import describe_split, split_videos
 from effsam3.data.videos.own_clips import OwnClips
-from effsam3.data.videos.vos import open_frames, open_vos, recognise
+from effsam3.data.videos.vos import named_by, open_frames, open_vos, recognise
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 from effsam3.files import stamp
@@ -58,17 +59,30 @@ def open_videos(data: VideoData, path: str, split: str | None) -> list[VosVideo]
     return synthetic_masks(open_frames(path), seed=0, objects=data.objects)
 
 
+def val_source(data: VideoData) -> tuple[str, str]:
+    """Return the key that names where held-out videos are, and that path."""
+    return ("data.path", data.path) if data.val_path is None else ("data.val_path", data.val_path)
+
+
 def videos_of(data: VideoData) -> tuple[list[VosVideo], list[VosVideo]]:
     """Return the videos to learn from and those that are held out.
 
     Raises:
-        UserError: there are none, or in no known format, or all of them are held out.
+        UserError: there are none, or in no known format, or all of them are held out; it names the key.
     """
-    videos = open_videos(data, data.path, data.split)
+    with named_by("data.path", "data.split"):
+        videos = open_videos(data, data.path, data.split)
     if data.val_path is None and data.val_split is None:
-        train, val = split_videos(videos, data.held_out)
+        try:
+            train, val = split_videos(videos, data.held_out)
+        except Unreadable as fault:
+            raise UserError(
+                f"data.path: its only video cannot be read ({fault}); run effsam3 data check {data.path}"
+            ) from fault
     else:
-        train, val = videos, open_videos(data, data.val_path or data.path, data.val_split)
+        key, path = val_source(data)
+        with named_by(key, "data.val_split"):
+            train, val = videos, open_videos(data, path, data.val_split)
     if data.val_path is None:
         # Without data.split, `videos` are all of them, those on the list of held-out ones as well.
         held_out = {video.name for video in val}
@@ -91,10 +105,33 @@ def draw_videos(data: VideoData) -> None:
     make_synthetic_sav(folder, videos, frames, side_px, look=data.look)
 
 
+def clips_of(recipe: VideoRecipe, image_size: int) -> tuple[OwnClips, OwnClips]:
+    """Return clips to learn from and held-out ones, S = `image_size`.
+
+    Raises:
+        UserError: as `videos_of`, or the videos of one of them cannot be read.
+    """
+    data, train = recipe.data, recipe.train
+    videos, held_out = videos_of(data)
+    shape = dict(
+        image_size=image_size,
+        frames=data.frames,
+        objects=data.objects,
+        seed=train.seed,
+        stride=data.stride,
+        cache_bytes=data.mask_cache_mib * MIB,
+    )
+    clips = OwnClips(videos, **shape, reverse=data.reverse, augment=data.augment)
+    val_clips = OwnClips(held_out[: train.eval_samples], **shape, reverse=0.0, augment=False)
+    clips.refuse_unreadable("training", "data.path", data.path)
+    val_clips.refuse_unreadable("held-out", *val_source(data))
+    return clips, val_clips
+
+
 def videos_to_learn_from(recipe: VideoRecipe) -> None:
-    """Videos with masks, some of them to hold out."""
+    """Videos with masks that can be read, some of them to hold out."""
     if recipe.data.source != "synthetic":
-        videos_of(recipe.data)
+        clips_of(recipe, config_at_hand(recipe.sam3.checkpoint).tracker_config.image_size)
 
 
 NEEDS = (videos_to_learn_from,)
@@ -169,7 +206,7 @@ class VideoStage(TrackerStage):
 
     @classmethod
     def from_recipe(cls, recipe: VideoRecipe, report: Report, accelerator: Accelerator) -> VideoStage:
-        data, train = recipe.data, recipe.train
+        data = recipe.data
         # Objects that appear on other frames are tracked in a pass of their own.
         refuse_zero3(accelerator, "the modules of a tracker", "model.trainable")
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
@@ -177,17 +214,7 @@ class VideoStage(TrackerStage):
         stage = cls(recipe, accelerator, load_tracker(folder).to(accelerator.device))
         if data.source == "synthetic":
             on_main(accelerator, partial(draw_videos, data))
-        videos, held_out = videos_of(data)
-        shape = dict(
-            image_size=stage.facts["image_size"],
-            frames=data.frames,
-            objects=data.objects,
-            seed=train.seed,
-            stride=data.stride,
-            cache_bytes=data.mask_cache_mib * MIB,
-        )
-        stage.train_data = OwnClips(videos, **shape, reverse=data.reverse, augment=data.augment)
-        stage.val_data = OwnClips(held_out[: train.eval_samples], **shape, reverse=0.0, augment=False)
+        stage.train_data, stage.val_data = clips_of(recipe, stage.facts["image_size"])
         # What `merge` compares with the model that the changes go into: they only fit what they started from.
         names = {in_whole_model(name) for name in stage.student.state_dict()}
         before = {name: tensor for name, tensor in read_tensors(folder).items() if name in names}
@@ -219,7 +246,7 @@ class VideoStage(TrackerStage):
         about = f"{data.path}, drawn ({data.look})" if data.source == "synthetic" else recognise(data.path).about
         train, val = self.train_data, self.val_data
         lines = [
-            f"{about}; {len(train):,} videos, {len(val):,} held out; clips of {data.frames} frames, at most "
+            f"{about}; {describe_split(train.videos, val.videos)}; clips of {data.frames} frames, at most "
             f"{data.objects} objects, {self.facts['image_size']} px"
         ]
         # One line a reason: what readers repair is no secret, but there may be thousands of it.
@@ -286,7 +313,19 @@ class VideoStage(TrackerStage):
         }
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        clips = max(float(sums.pop("clips")), 1.0)
+        """Turn the sums of `validate` into means.
+
+        Raises:
+            UserError: they are sums of nothing.
+        """
+        if not sums["positions"]:
+            key, path = val_source(self.recipe.data)
+            raise UserError(
+                f"{key}: nothing was measured in the {len(self.val_data):,} held-out videos: they cannot be read "
+                f"({self.recipe.folder}/unreadable.jsonl names those), or have no frame beyond the one whose mask is "
+                f"given; run effsam3 data check {path}, or hold out others"
+            )
+        clips = float(sums.pop("clips"))
         j = super().summarise({name: sums.pop(name) for name in ("j", "positions")})
         return j | {f"val/{name}": float(value) / clips for name, value in sums.items()}
 
