@@ -38,13 +38,17 @@ def _away_from_the_clone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_accelerator_of_another_module():
-    """accelerate keeps one state a process: what another module of tests has made would decide the precision here."""
+def _nothing_of_another_module():
+    """accelerate keeps one state a process, and so do we of a request to stop: another module's would decide here."""
     if "accelerate.state" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState
 
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+    if "effsam3.stopping" in sys.modules:
+        from effsam3.stopping import STOP
+
+        STOP.asked = False
 
 
 @pytest.fixture(autouse=True)
