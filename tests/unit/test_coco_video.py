@@ -149,7 +149,8 @@ def test_masks_are_what_pycocotools_decodes(tmp_path, segmentation):
 def test_an_annotation_without_a_mask_is_unknown_not_absent(tmp_path):
     content = coco_video(MASKS)
     empty = [[], None, "gone", [[3, 4, 8, 9]], [[3, 4, 8, 9], [1, 2]]]
-    for annotation, value in zip(content["annotations"][:1] + content["annotations"][1::2], empty, strict=False):
+    chosen = content["annotations"][:1] + content["annotations"][1::2]
+    for annotation, value in zip(chosen, empty, strict=True):
         annotation |= {"segmentation": value, "bbox": [1, 2, 3, 4]}
         if value == "gone":
             del annotation["segmentation"]

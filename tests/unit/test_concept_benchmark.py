@@ -125,7 +125,7 @@ def test_what_is_recorded_is_what_prediction_finds(model, tmp_path):
             assert (mask != wanted.masks_OHW[place]).float().mean() < 1e-3
     free = found_on(model, image, pairs[:3], pooled=False)
     assert all(query["score"] >= 0.5 for one in free for query in one["queries"])
-    assert all((query["mask"] is not None) == asked.marked for one, asked in zip(free, pairs, strict=False)
+    assert all((query["mask"] is not None) == asked.marked for one, asked in zip(free, pairs[:3], strict=True)
                for query in one["queries"])  # fmt: skip
 
 
@@ -260,7 +260,7 @@ def test_evaluate_writes_numbers_tables_and_pictures(measured):
     run, _, result = measured
     subset = result["subsets"]["squares"]
     assert (subset["positives"], subset["negatives"], subset["images"]) == (5, 7, 4)
-    assert list(subset["models"])[:2] == ["teacher", "student"] and subset["mask_ap"]["teacher"]["AP"] is not None
+    assert list(subset["models"])[:2] == ["teacher", "student"] and 0 <= subset["mask_ap"]["teacher"]["AP"] <= 1
     assert subset["shown"]["box"]["masks"] == 5 and set(subset["shown"]) == {"box", "point"}
     assert json.loads((run / "eval/concepts.json").read_text())["subsets"]["squares"] == subset
     assert len((run / "eval/concepts.csv").read_text().splitlines()) == 1 + 2 * 12

@@ -241,7 +241,7 @@ class FrameFinder:
             alone: there is no other video in the JSON.
         """
         images = self.images(video, names)
-        for image, some in zip(images or (), names, strict=False):
+        for image, some in zip(images, names, strict=True) if images is not None else ():
             mine = f"{some} of video {video!r}"
             # Bare names such as 00000.jpg occur in every video: two of them must not end at one file unnoticed.
             if (other := self._taken.setdefault(image, mine)) is not mine:
