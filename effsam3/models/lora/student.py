@@ -9,23 +9,19 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models._features import FeatureDictNet
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.ops import box_convert
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from effsam3.errors import UserError
 from effsam3.losses.detection import box_loss, match, mean_of, score_loss
 from effsam3.losses.masks import at_side, bce, dice, iou
 from effsam3.models.lora.adapter import inject, lora_config
 from effsam3.models.lora.heads import Asked, Shown, decode_shown, find_asked, trunk_features
 from effsam3.models.lora.targets import target_modules
+from effsam3.models.recompute import recomputing
 
 FOUND = 0.5  # probability from which an instance counts as found
 
@@ -237,32 +233,6 @@ def overlaps(mask_NLL: Tensor, target_NLL: Tensor) -> dict[str, Tensor]:
         "iou": torch.where(alike, 1.0, both / (sizes - both).clamp(min=1)),
         "dice": torch.where(alike, 1.0, 2 * both / sizes.clamp(min=1)),
     }
-
-
-def recomputing(model: nn.Module) -> list[nn.Module]:
-    """Let the layers of a SAM 3 keep no activations, but compute them again in the backward pass; return them.
-
-    transformers refuses to (by `gradient_checkpointing_enable`, SAM 3's classes cannot), though their layers can.
-
-    Raises:
-        UserError: the trunk has no such layers.
-    """
-    layers: list[nn.Module] = []
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.gradient_checkpointing = True
-            # Not reentrant: reentrant checkpoints give no gradients where their inputs need none, as pixels.
-            layer.__dict__["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
-            layers.append(layer)
-    whole: Any = model
-    trunk = whole.detector_model.vision_encoder.backbone
-    if not any(isinstance(layer, GradientCheckpointingLayer) for layer in trunk.modules()):
-        if not isinstance(trunk.trunk, FeatureDictNet):
-            raise UserError(
-                "train.recompute: the layers of this student's trunk cannot be recomputed; set it to false"
-            )
-        trunk.trunk.set_grad_checkpointing(True)
-    return layers
 
 
 def _register(home: nn.Module, name: str, parameter: nn.Parameter) -> None:

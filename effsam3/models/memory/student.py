@@ -7,11 +7,10 @@ Letters: B clips, T frames of a clip, O objects of all clips, N some of them, S 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from effsam3.losses.masks import SMOOTH, at_side, iou, mask_losses, temporal
 from effsam3.losses.memory import memory_loss
@@ -19,6 +18,7 @@ from effsam3.models.memory import NAME
 from effsam3.models.memory.tracker import EfficientTracker
 from effsam3.models.memory.trainable import unused_of
 from effsam3.models.memory.training import ABSENT_LOGIT, MASK_BIAS, Prompts, Tracked, encode_frames, track
+from effsam3.models.trainable import TrainedParts
 
 VISION = ("vision_encoder.", "mask_decoder.conv_s0.", "mask_decoder.conv_s1.")  # what `encode_frames` runs
 
@@ -35,12 +35,8 @@ class Scoring:
     held_out: bool = False  # in eval mode, too
 
 
-class TrackerStudent(nn.Module):
-    """The trained parts of a tracker, under the tracker's own names; the frozen rest is next to it, not inside.
-
-    So checkpoints, optimizer and ZeRO only see the trained parts, though the forward runs the whole tracker. Frozen
-    parts stay in eval mode whatever mode the student is in.
-    """
+class TrackerStudent(TrainedParts):
+    """The trained parts of a tracker, under the tracker's own names; the frozen rest is next to it, not inside."""
 
     tracker: EfficientTracker
     teacher: EfficientTracker | None
@@ -57,34 +53,13 @@ class TrackerStudent(nn.Module):
     ):
         """`trained` are names of submodules and parameters of the tracker; `teacher` is one whose memory the term
         `memory` compares with, if there is that term."""
-        super().__init__()
-        tracker.eval().requires_grad_(False)
-        for name in trained:
-            _adopt(self, tracker, name)
-        unused = unused_of(tracker)
-        for name, parameter in self.named_parameters():
-            # A copy: tracker and teacher may share the same memory, that of a mapped file.
-            parameter.data = parameter.data.clone()
-            parameter.requires_grad_(not name.startswith(unused))
-        # Not attributes as torch knows them: these must not be optimised, saved or moved with the student.
-        self.__dict__["tracker"] = tracker
-        self.__dict__["teacher"] = teacher
+        super().__init__(tracker, trained, unused_of(tracker))
+        self.keep_beside(tracker=tracker, teacher=teacher)
         self.scoring = scoring
         self.trunk_batch, self.objects_at_once, self.recompute = trunk_batch, objects_at_once, recompute
         self.trunk_frozen = not any(
             parameter.requires_grad for name, parameter in self.named_parameters() if name.startswith(VISION)
         )
-
-    def __deepcopy__(self, memo: dict) -> TrackerStudent:
-        """Copy what is trained, for averaged weights; what is frozen is shared."""
-        # `deepcopy` finds these tensors in `memo` and does not copy them: an average of frozen weights is the weights.
-        for module in filter(None, (self.tracker, self.teacher)):
-            for tensor in (*module.parameters(), *module.buffers()):
-                if not tensor.requires_grad:
-                    memo[id(tensor)] = tensor
-        memo[id(self)] = copied = TrackerStudent.__new__(TrackerStudent)
-        copied.__dict__.update(deepcopy(self.__dict__, memo))
-        return copied
 
     def train(self, mode: bool = True) -> TrackerStudent:
         """Set the trained parts to train or eval mode, and the flag of tracker and teacher, but not of their modules.
@@ -189,18 +164,3 @@ def overlap(tracked: list[Tracked], masks_NTSS: Tensor) -> Tensor:
         empty_N = ~((frame.logits_OSS > 0) | masks_NTSS[:, frame.time]).flatten(1).any(1)
         values.append(torch.where(empty_N, 1.0, j_N.float()))
     return torch.stack(values, 1)
-
-
-def _adopt(student: nn.Module, tracker: nn.Module, name: str) -> None:
-    """Make a submodule or parameter of the tracker the student's own, under the same name."""
-    path, _, last = name.rpartition(".")
-    home, source = student, tracker
-    for step in path.split(".") if path else ():
-        source = source.get_submodule(step)
-        if step not in home._modules:
-            home.add_module(step, nn.Module())
-        home = home.get_submodule(step)
-    if last in source._modules:
-        home.add_module(last, source.get_submodule(last))
-    else:
-        home.register_parameter(last, source.get_parameter(last))

@@ -35,8 +35,9 @@ from effsam3.models.memory.prompts import PromptStyle, draw_kind, draw_prompt
 from effsam3.models.memory.slot import in_whole_model
 from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
-from effsam3.models.memory.trainable import count_parameters, find_trainable, outermost, unused_of
+from effsam3.models.memory.trainable import find_trainable, unused_of
 from effsam3.models.memory.training import Prompts, read_tracker_tensors
+from effsam3.models.trainable import count_parameters, outermost
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.stages.tracking import ClipInputs, TrackerStage, refuse_zero3
 from effsam3.stages.video.facts import TERMS, VideoData, VideoPrompts, VideoRecipe
