@@ -34,7 +34,8 @@ from effsam3.losses.masks import object_weights
 from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import load_whole, read_config
-from effsam3.models.lora.heads import decode_shown, trunk_features
+from effsam3.models.heads.tracker import decode_shown, tracker_levels
+from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.memory.config import EfficientTrackerConfig
 from effsam3.models.memory.prompts import draw_prompt
 from effsam3.models.memory.student import Scoring, TrackerStudent
@@ -151,7 +152,8 @@ def lora_step(device: torch.device, tiny: bool) -> Sides:
     def bare() -> None:
         with place.autocast():
             feat_BDGG = trunk_features(stage.model, given.pixels_B3SS)
-            total = sum(part.logits_NMLL.float().mean() for part in decode_shown(stage.model, feat_BDGG, given.shown))
+            levels = tracker_levels(stage.model, feat_BDGG)
+            total = sum(part.logits_NMLL.float().mean() for part in decode_shown(stage.model, levels, given.shown))
         total.backward()
         optimizer.zero_grad()
 

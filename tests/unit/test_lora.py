@@ -12,11 +12,11 @@ from effsam3.losses.detection import box_loss, match, score_loss
 from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import fingerprint, load_whole, read_config, read_tensors
+from effsam3.models.heads.detector import answer, ask, detector_levels
+from effsam3.models.heads.tracker import Shown, decode_shown, tracker_levels
+from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.image.student import StudentTrunk, student_config
-from effsam3.models.inference.concepts import PADDING, encode_geometry_always
-from effsam3.models.inference.prompted import load_tracker, prompted_masks
 from effsam3.models.lora.adapter import AdapterError, load_adapter, share_kept, updates, write_adapter
-from effsam3.models.lora.heads import Asked, Shown, decode_shown, find_asked, trunk_features
 from effsam3.models.lora.parts import PARTS
 from effsam3.models.lora.student import Adapters, AdapterStudent, Targets, boxes_of, overlaps
 from effsam3.models.lora.targets import target_modules, view_biases
@@ -67,12 +67,16 @@ def boxes_shown(image_O):
     return Shown(torch.tensor(image_O), BOXES[: len(image_O)].view(-1, 2, 2), labels)
 
 
-def asked(image_R, box=None):
-    tokens = PromptTokenizer()(["a dog"] * len(image_R), return_tensors="pt")
-    boxes, labels = torch.zeros(len(image_R), 1, 4), torch.full((len(image_R), 1), PADDING)
-    if box is not None:
-        boxes[:, 0], labels[:] = torch.tensor(box), 1
-    return Asked(torch.tensor(image_R), tokens.input_ids, tokens.attention_mask, boxes, labels)
+def asked(image_R):
+    return ask(["a dog"] * len(image_R), torch.tensor(image_R), PromptTokenizer())
+
+
+def decode(model, feat, shown, view_BC=None):
+    return list(decode_shown(model, tracker_levels(model, feat, view_BC), shown))
+
+
+def find(model, feat, asked, view_BC=None):
+    return answer(model, detector_levels(model, feat, view_BC), asked).masks_RQMM
 
 
 def inputs(pixels):
@@ -86,55 +90,6 @@ def inputs(pixels):
     )
     targets = Targets(masks, torch.tensor([0.25, 0.25]), masks[None], torch.ones(1, 2).bool(), torch.tensor([0.5]))
     return pixels, torch.tensor([0, 1]), shown, asked([1]), targets
-
-
-# ---- what it computes is what SAM 3 computes
-
-
-def test_shown_objects_get_the_masks_that_inference_gives(folder, model, pixels):
-    tracker = load_tracker(folder)
-    for image in (0, 1):
-        embeddings = tracker.get_image_embeddings(pixels[image : image + 1])
-        with torch.no_grad():
-            feat = trunk_features(model, pixels)
-            (found,) = decode_shown(model, feat, boxes_shown([image, image]))
-            point = Shown(torch.tensor([image]), BOXES[:1, None, :2], torch.ones(1, 1, dtype=torch.int32))
-            (clicked,) = decode_shown(model, feat, point)
-        for decoded, shown in ((found, (BOXES, None)), (clicked, (None, BOXES[:1, :2]))):
-            logits, iou = prompted_masks(tracker, embeddings, *shown)
-            assert torch.allclose(decoded.best(), logits, atol=1e-5)
-            assert torch.allclose(decoded.iou_NM.max(1).values, iou, atol=1e-5)
-    assert found.logits_NMLL.shape[1] == 1 and clicked.logits_NMLL.shape[1] == 3
-
-
-def test_objects_with_other_prompts_do_not_change_a_mask(model, pixels):
-    """A place that only fills up is a token for the decoder: it is cut off before."""
-    with torch.no_grad():
-        feat = trunk_features(model, pixels)
-        (alone,) = decode_shown(model, feat, Shown(torch.tensor([0]), BOXES[1:, None, :2], torch.ones(1, 1).int()))
-        points = torch.stack([BOXES[0].view(2, 2), torch.cat([BOXES[1:, :2], torch.zeros(1, 2)])])
-        labels = torch.tensor([[2, 3], [1, NO_POINT]], dtype=torch.int32)
-        both = list(decode_shown(model, feat, Shown(torch.tensor([0, 0]), points, labels)))
-    assert [part.objects_N.tolist() for part in both] == [[1], [0]]
-    assert torch.allclose(both[0].logits_NMLL, alone.logits_NMLL, atol=1e-6)
-
-
-@pytest.mark.parametrize("box", [None, [0.5, 0.4, 0.3, 0.2]])
-def test_phrases_get_what_the_detector_finds(model, pixels, box):
-    given = asked([1, 0], box)
-    with torch.no_grad():
-        found = find_asked(model, trunk_features(model, pixels), given)
-        detector = model.detector_model
-        encode_geometry_always(detector)
-        examples = {} if box is None else {"input_boxes": given.boxes_R14, "input_boxes_labels": given.box_labels_R1}
-        own = detector(
-            pixel_values=pixels[[1, 0]],
-            input_ids=given.input_ids_RT,
-            attention_mask=given.attention_mask_RT,
-            **examples,
-        )
-    for name in ("pred_masks", "pred_boxes", "pred_logits", "presence_logits", "semantic_seg"):
-        assert torch.allclose(found[name], own[name], atol=1e-5), name
 
 
 # ---- adapters
@@ -247,11 +202,11 @@ def test_peft_reads_the_folder_and_computes_what_the_merge_does(folder, model, p
     for one in (model.eval(), merged.eval(), by_peft.base_model.model, by_us.base_model.model):
         with torch.no_grad():
             feat = trunk_features(one, pixels)
-            (shown,) = decode_shown(one, feat, boxes_shown([0, 1]))
-            outputs.append((shown.logits_NMLL, find_asked(one, feat, asked([0])).pred_masks))
+            (shown,) = decode(one, feat, boxes_shown([0, 1]))
+            outputs.append((shown.logits_NMLL, find(one, feat, asked([0]))))
     plain = whole(folder)
     with torch.no_grad():
-        (before,) = decode_shown(plain, trunk_features(plain, pixels), boxes_shown([0, 1]))
+        (before,) = decode(plain, trunk_features(plain, pixels), boxes_shown([0, 1]))
     assert not torch.allclose(before.logits_NMLL, outputs[0][0], atol=1e-2)
     for other in outputs[1:]:
         for one, same in zip(outputs[0], other, strict=True):
@@ -278,17 +233,17 @@ def test_a_view_folds_exactly_into_the_ends_of_the_necks(folder, model, pixels):
     with torch.no_grad():
         view_BC = student.views.weight[[1]].expand(2, -1)
         feat = trunk_features(model, pixels)
-        (seen,) = decode_shown(model, feat, boxes_shown([0, 1]), view_BC)
-        found = find_asked(model, feat, asked([0, 1]), view_BC)
-        (plain,) = decode_shown(model, feat, boxes_shown([0, 1]))
+        (seen,) = decode(model, feat, boxes_shown([0, 1]), view_BC)
+        found = find(model, feat, asked([0, 1]), view_BC)
+        (plain,) = decode(model, feat, boxes_shown([0, 1]))
         names = list(view_biases(tracker=True, detector=True))
         for name in names:
             model.get_parameter(name).add_(view_BC[0])
-        (folded,) = decode_shown(model, feat, boxes_shown([0, 1]))
-        again = find_asked(model, feat, asked([0, 1]))
+        (folded,) = decode(model, feat, boxes_shown([0, 1]))
+        again = find(model, feat, asked([0, 1]))
     assert len(names) == 6 and not torch.allclose(plain.logits_NMLL, seen.logits_NMLL, atol=1e-4)
     assert torch.allclose(folded.logits_NMLL, seen.logits_NMLL, atol=1e-5)
-    assert torch.allclose(again.pred_masks, found.pred_masks, atol=1e-4 * float(found.pred_masks.abs().max()))
+    assert torch.allclose(again, found, atol=1e-4 * float(found.abs().max()))
 
 
 def test_how_much_of_an_update_survives_in_bfloat16():

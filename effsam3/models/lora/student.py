@@ -18,8 +18,10 @@ from torchvision.ops import box_convert
 
 from effsam3.losses.detection import box_loss, match, mean_of, score_loss
 from effsam3.losses.masks import at_side, bce, dice, iou
+from effsam3.models.heads.detector import Asked, answer, detector_levels
+from effsam3.models.heads.tracker import Shown, decode_shown, tracker_levels
+from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.lora.adapter import inject, lora_config
-from effsam3.models.lora.heads import Asked, Shown, decode_shown, find_asked, trunk_features
 from effsam3.models.lora.targets import target_modules
 from effsam3.models.recompute import recomputing
 
@@ -140,7 +142,7 @@ class AdapterStudent(nn.Module):
         zero = targets.weight_O.new_zeros(())
         terms = {name: zero for name in ("bce", "dice", "iou")}
         fits = {name: torch.zeros_like(targets.weight_O) for name in ("iou_O", "dice_O")}
-        for part in decode_shown(self.model, feat_BDGG, shown, view_BC):
+        for part in decode_shown(self.model, tracker_levels(self.model, feat_BDGG, view_BC), shown):
             weight_N = targets.weight_O[part.objects_N]
             logits, target = at_side(part.logits_NMLL, targets.masks_OSS[part.objects_N], part.logits_NMLL.shape[-1])
             bce_NM, dice_NM = bce(logits, target), dice(logits, target)
@@ -161,32 +163,34 @@ class AdapterStudent(nn.Module):
         self, feat_BDGG: Tensor, view_BC: Tensor | None, asked: Asked, targets: Targets
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return fits and terms of the instances of phrases."""
-        output: Any = find_asked(self.model, feat_BDGG, asked, view_BC)
-        valid_RI, side = targets.valid_RI, output.pred_masks.shape[-1]
+        # The detector's neck need not see the images on which objects are only shown.
+        image_N, place_R = asked.image_R.unique(return_inverse=True)
+        levels = detector_levels(self.model, feat_BDGG[image_N], None if view_BC is None else view_BC[image_N])
+        recompute = self.training and bool(self.recomputed)
+        found = answer(self.model, levels, asked._replace(image_R=place_R), recompute)
+        logits_RQ, presence_R, boxes_RQ4 = found.logits_LRQ[-1], found.presence_LR[-1], found.boxes_LRQ4[-1]
+        valid_RI, side = targets.valid_RI, found.masks_RQMM.shape[-1]
         boxes_RI4 = boxes_of(targets.masks_RISS)
-        query_RI = match(output.pred_logits, output.pred_boxes, boxes_RI4, valid_RI)
+        query_RI = match(logits_RQ, boxes_RQ4, boxes_RI4, valid_RI)
         row_R1 = torch.arange(len(query_RI), device=query_RI.device)[:, None]
-        logits_RILL, target_RILL = at_sides(output.pred_masks[row_R1, query_RI], targets.masks_RISS, side)
+        logits_RILL, target_RILL = at_sides(found.masks_RQMM[row_R1, query_RI], targets.masks_RISS, side)
         union_R1LL = (target_RILL * valid_RI[..., None, None]).amax(1, keepdim=True)
         there_R = valid_RI.any(1)
         masks = {"bce": bce(logits_RILL.flatten(0, 1)[:, None], target_RILL.flatten(0, 1)),
                  "dice": dice(logits_RILL.flatten(0, 1)[:, None], target_RILL.flatten(0, 1))}  # fmt: skip
-        semantic_R1LL, union_R1LL = at_sides(output.semantic_seg, union_R1LL, output.semantic_seg.shape[-1])
+        semantic_R1LL, union_R1LL = at_sides(found.semantic_RMM[:, None], union_R1LL, side)
         each = {
             **{name: mean_of(value[:, 0].unflatten(0, valid_RI.shape), valid_RI) for name, value in masks.items()},
             # Of an image without the concept SAM 3 only learns that it is absent: its score is a product of both.
-            "score": score_loss(output.pred_logits, query_RI, valid_RI) * there_R,
-            "box": box_loss(output.pred_boxes[row_R1, query_RI], boxes_RI4, valid_RI),
+            "score": score_loss(logits_RQ, query_RI, valid_RI) * there_R,
+            "box": box_loss(boxes_RQ4[row_R1, query_RI], boxes_RI4, valid_RI),
             "semantic": bce(semantic_R1LL, union_R1LL[:, 0])[:, 0] * there_R,
-            "presence": F.binary_cross_entropy_with_logits(
-                output.presence_logits.float()[:, 0], there_R.float(), reduction="none"
-            ),
+            "presence": F.binary_cross_entropy_with_logits(presence_R.float(), there_R.float(), reduction="none"),
         }
         terms = {name: (value_R * targets.weight_R).sum() for name, value_R in each.items()}
         if self.training:
             return {}, terms
-        scores_RQ = output.pred_logits.sigmoid() * output.presence_logits.sigmoid()
-        mask_RLL = ((output.pred_masks > 0) & (scores_RQ > FOUND)[..., None, None]).any(1)
+        mask_RLL = ((found.masks_RQMM > 0) & (found.scores_RQ > FOUND)[..., None, None]).any(1)
         true_RLL = ((target_RILL > 0.5) & valid_RI[..., None, None]).any(1)
         return {f"{name}_R": value for name, value in overlaps(mask_RLL, true_RLL).items()}, terms
 

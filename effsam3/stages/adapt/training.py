@@ -25,10 +25,11 @@ from effsam3.losses.masks import object_weights
 from effsam3.models.chassis.classes import empty_model, model_class
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.tensors import fingerprint, load_whole, read_config, read_tensors
+from effsam3.models.heads.detector import Asked, ask
+from effsam3.models.heads.tracker import Shown
+from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.image.teacher import check_features
-from effsam3.models.inference.concepts import PADDING as NO_BOX
 from effsam3.models.lora.adapter import write_adapter
-from effsam3.models.lora.heads import Asked, Shown, trunk_features
 from effsam3.models.lora.student import Adapters, AdapterStudent, Targets, boxes_of, to_centres
 from effsam3.models.lora.targets import view_biases
 from effsam3.models.memory.prompts import NO_POINT, PromptStyle, draw_kind, draw_prompt
@@ -296,18 +297,15 @@ class AdaptStage(StageBase):
     def _asked(self, batch: Batch, by_text_B: Tensor, targets: Targets) -> Asked:
         """Return the phrases, some of them with an example: the box of one of the true instances."""
         image_R = by_text_B.nonzero()[:, 0]
-        boxes_R14 = torch.zeros(len(image_R), 1, 4)
-        labels_R1 = torch.full((len(image_R), 1), NO_BOX)
+        asked = ask([batch["texts"][image] for image in image_R.tolist()], image_R, self.tokenizer)
         boxes_RI4 = boxes_of(targets.masks_RISS).cpu()
         for row, image in enumerate(image_R.tolist()):
             there_N = batch["valid"][image].nonzero()[:, 0]
             rng = self._prompt_rng(batch["numbers"][image])
             if len(there_N) and rng.random() < self.recipe.prompts.exemplar:
-                boxes_R14[row, 0] = to_centres(boxes_RI4[row, there_N[rng.integers(len(there_N))]])
-                labels_R1[row] = 1
-        tokens = self.tokenizer([batch["texts"][image] for image in image_R.tolist()], return_tensors="pt")
-        tensors = (image_R, tokens["input_ids"], tokens["attention_mask"], boxes_R14, labels_R1)
-        return Asked(*(tensor.to(self.device) for tensor in tensors))
+                asked.boxes_R14[row, 0] = to_centres(boxes_RI4[row, there_N[rng.integers(len(there_N))]])
+                asked.box_labels_R1[row] = 1
+        return Asked(*(tensor.to(self.device) for tensor in asked))
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         arguments = self.inputs(batch).arguments
