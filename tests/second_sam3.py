@@ -13,19 +13,19 @@ from functools import partial
 from pathlib import Path
 
 from effsam3.cli import main
-from effsam3.models.chassis.tiny import tiny_config, vision_config
+from effsam3.models.chassis.tiny import Shape, tiny_config, vision_config
 from effsam3.models.registry import SAM3, SAM3S, Counts, License, Sizes
 
 HUB_ID = "made-up/sam3-second"
 REVISION = "0" * 40
-SHAPE = {"image_size": 168, "trunk_width": 48, "width": 192}
+SHAPE = Shape(image_size=168, positions=84, trunk_width=48, width=192)
 
 
 def second_sam3():
     """The row; its counts are those of the model that its config describes."""
     from effsam3.models.chassis.classes import empty_model
 
-    model = empty_model(tiny_config(**SHAPE))
+    model = empty_model(tiny_config(SHAPE))
     counted = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in {
@@ -42,9 +42,9 @@ def second_sam3():
         SAM3,
         label="SAM 3 the Second",
         hub_id=HUB_ID,
-        sizes=Sizes.of(vision_config(**SHAPE)),
+        sizes=Sizes.of(vision_config(SHAPE)),
         counts=Counts(transformers_total=counted["total"], **counted),
-        config=partial(tiny_config, **SHAPE),
+        config=partial(tiny_config, SHAPE),
         license=License(name="second-license", title="Second Licence", url="https://example.org/second"),
     )
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from effsam3.errors import UserError, did_you_mean
+from effsam3.models.chassis import tiny_concepts
 from effsam3.models.chassis.tiny import full_config, tiny_config, vision_config
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ class Sam3:
     memory_frames: int  # frames that its tracker remembers of an object ...
     memory_pointers: int  # ... and object pointers
     license: License
+    # Of a made-up one: what draws weights anew where transformers' own will not do.
+    initialise: Callable[[Any], None] = lambda model: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +151,16 @@ SAM3 = Sam3(
 TINY = replace(
     SAM3, label="the tiny SAM 3", hub_id=None, sizes=Sizes.of(vision_config()), counts=None, config=tiny_config
 )
+TINY_CONCEPTS = replace(
+    TINY,
+    label="the tiny SAM 3 for concepts",
+    sizes=Sizes.of(vision_config(tiny_concepts.SHAPE)),
+    config=partial(tiny_config, tiny_concepts.SHAPE),
+    initialise=tiny_concepts.initialise,
+)
 
 # What `sam3.checkpoint` names without a file: a Hub id, or a chassis with random weights.
-SAM3S = {SAM3.hub_id: SAM3, "random": replace(SAM3, hub_id=None), "tiny": TINY}
+SAM3S = {SAM3.hub_id: SAM3, "random": replace(SAM3, hub_id=None), "tiny": TINY, "tiny_concepts": TINY_CONCEPTS}
 
 UNSUPPORTED = {
     "sam3.1": UnsupportedSam3(

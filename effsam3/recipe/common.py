@@ -32,7 +32,7 @@ Format = Literal["transformers", "sam3", "efficientsam3"]
 class Chassis(Section):
     """The SAM 3 whose parts the merged model keeps where there is no student."""
 
-    # Hub id, transformers folder, merged run folder, sam3.pt, or made up: `tiny` (few layers), `random` (full size)
+    # Hub id, transformers folder, run folder, sam3.pt, or made up: `tiny`, `tiny_concepts`, `random` (full size)
     checkpoint: str = str(SAM3.hub_id)
     revision: str | None = None  # Hub commit, branch or tag; null: the newest
 

@@ -40,6 +40,7 @@ LAYERS = [
         "models.registry",
         "models.chassis.sizes",
         "models.chassis.tiny",
+        "models.chassis.tiny_concepts",
         "models.chassis.unsupported",
         "models.image.backbones",  # asks timm, but only about a student timm/NAME
         "models.inference.prompt_options",

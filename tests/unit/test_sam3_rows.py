@@ -42,7 +42,7 @@ def count(module):
 def test_what_a_checkpoint_names():
     assert sam3_of(SAM3.hub_id) is named(SAM3.hub_id) is of_type("sam3_video") is SAM3
     assert named("some/folder") is SAM3
-    assert [name for name in SAM3S if is_made_up(name)] == ["random", "tiny"]
+    assert [name for name in SAM3S if is_made_up(name)] == ["random", "tiny", "tiny_concepts"]
     with pytest.raises(LookupError, match="a model of type 'sam2'; expected 'sam3_video'"):
         of_type("sam2")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds a SAM 3: turns whatever a recipe's `sam3.checkpoint` names into a local folder in transformers' format.
 
-A Hub id is downloaded, a sam3.pt converted, `tiny` and `random` are made from a fixed seed. Everything after this file
-reads one kind of folder.
+A Hub id is downloaded, a sam3.pt converted; `tiny`, `tiny_concepts` and `random` are made from a fixed seed.
+Everything after this file reads one kind of folder.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from effsam3.models.registry import SAM3, SAM3S, is_made_up, named
 from effsam3.tensor_files import open_safetensors
 from effsam3.training.checkpoint import WEIGHTS
 
-MADE_AS = "2"  # bump when `_make` changes, to invalidate caches
+MADE_AS = "2"  # bump when `_make`, or the `initialise` of a row, changes, to invalidate caches
 ACCEPTED = (
     "expected a folder in transformers' format, a run folder that has been merged, a sam3.pt (.pt or .pth), a Hub id "
-    f"such as {SAM3.hub_id}, `tiny` or `random`"
+    f"such as {SAM3.hub_id}, `tiny`, `tiny_concepts` or `random`"
 )
 
 
 def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
     """Return a local folder with the checkpoint in transformers' format.
 
-    `tiny` and `random` are made once, from a fixed seed, under the cache folder; a `.pt` or `.pth` file in SAM 3's
+    Made-up ones are made once, from a fixed seed, under the cache folder; a `.pt` or `.pth` file in SAM 3's
     own format is converted there once. A Hub id is downloaded. Of a run folder it is the merged model.
 
     Raises:
@@ -116,7 +116,8 @@ def _make(name: str) -> Path:
     """Write the made-up chassis `name` under the cache folder, once; several processes may ask at the same time."""
     import transformers
 
-    config = SAM3S[name].config()
+    row = SAM3S[name]
+    config = row.config()
     made_from = config.to_json_string() + transformers.__version__ + torch.__version__ + MADE_AS
     key = xxhash.xxh3_64_hexdigest(made_from.encode())
 
@@ -125,6 +126,7 @@ def _make(name: str) -> Path:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model: Any = model_class(config.model_type)(config)
+            row.initialise(model)
             # Zero or uninitialised parameters would make whatever they multiply invisible to every comparison.
             for parameter in model.parameters():
                 if not parameter.any() or not parameter.isfinite().all():
