@@ -119,14 +119,19 @@ def mask_losses(
 
 def at_side(logits_NMLL: Tensor, masks_NSS: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Bring logits (up, bilinear) and boolean masks (down, averaged) to `side` pixels for the losses."""
-    target_NSS = masks_NSS.float()
-    if target_NSS.shape[-1] != side:
-        # By area, so that a thin object fades instead of vanishing.
-        target_NSS = F.interpolate(target_NSS[:, None], (side, side), mode="area")[:, 0]
     logits = logits_NMLL.float()
     if logits.shape[-1] != side:
         logits = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
-    return logits, target_NSS
+    return logits, shrink(masks_NSS, side)
+
+
+def shrink(masks: Tensor, side: int) -> Tensor:
+    """Return masks (..., S, S) averaged to (..., side, side), float32."""
+    masks = masks.float()
+    if masks.shape[-1] == side:
+        return masks
+    # By area, so that a thin object fades instead of vanishing.
+    return F.interpolate(masks.flatten(0, -3)[:, None], (side, side), mode="area")[:, 0].unflatten(0, masks.shape[:-2])
 
 
 def object_weights(clip_N: Tensor, clips: int) -> Tensor:

@@ -52,7 +52,7 @@ class Answers(NamedTuple):
     @property
     def scores_RQ(self) -> Tensor:
         """The last layer's probabilities: of the query being an instance, times that of the phrase being there."""
-        return self.logits_LRQ[-1].sigmoid() * self.presence_LR[-1].sigmoid()[:, None]
+        return self.logits_LRQ[-1].float().sigmoid() * self.presence_LR[-1].float().sigmoid()[:, None]
 
 
 def ask(phrases: Sequence[str], image_R: Tensor, tokenizer: PromptTokenizer) -> Asked:

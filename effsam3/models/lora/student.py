@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from effsam3.losses.detection import box_loss, match, mean_of, score_loss
-from effsam3.losses.masks import at_side, bce, dice, iou
+from effsam3.losses.detection import box_distance, match, mean_of, of_queries, score_loss, union_of
+from effsam3.losses.masks import at_side, bce, dice, iou, shrink
 from effsam3.models.heads.detector import Asked, answer, detector_levels
 from effsam3.models.heads.tracker import Shown, decode_shown, tracker_levels
 from effsam3.models.heads.trunk import trunk_features
@@ -169,22 +169,19 @@ class AdapterStudent(nn.Module):
         recompute = self.training and bool(self.recomputed)
         found = answer(self.model, levels, asked._replace(image_R=place_R), recompute)
         logits_RQ, presence_R, boxes_RQ4 = found.logits_LRQ[-1], found.presence_LR[-1], found.boxes_LRQ4[-1]
-        valid_RI, side = targets.valid_RI, found.masks_RQMM.shape[-1]
-        boxes_RI4 = boxes_of(targets.masks_RISS)
+        valid_RI, boxes_RI4 = targets.valid_RI, boxes_of(targets.masks_RISS)
         query_RI = match(logits_RQ, boxes_RQ4, boxes_RI4, valid_RI)
-        row_R1 = torch.arange(len(query_RI), device=query_RI.device)[:, None]
-        logits_RILL, target_RILL = at_sides(found.masks_RQMM[row_R1, query_RI], targets.masks_RISS, side)
-        union_R1LL = (target_RILL * valid_RI[..., None, None]).amax(1, keepdim=True)
+        logits_RILL = of_queries(found.masks_RQMM, query_RI).float()
+        target_RILL = shrink(targets.masks_RISS, logits_RILL.shape[-1])
+        pair = logits_RILL.flatten(0, 1)[:, None], target_RILL.flatten(0, 1)
+        masks = {name: loss(*pair)[:, 0].unflatten(0, valid_RI.shape) for name, loss in (("bce", bce), ("dice", dice))}
         there_R = valid_RI.any(1)
-        masks = {"bce": bce(logits_RILL.flatten(0, 1)[:, None], target_RILL.flatten(0, 1)),
-                 "dice": dice(logits_RILL.flatten(0, 1)[:, None], target_RILL.flatten(0, 1))}  # fmt: skip
-        semantic_R1LL, union_R1LL = at_sides(found.semantic_RMM[:, None], union_R1LL, side)
         each = {
-            **{name: mean_of(value[:, 0].unflatten(0, valid_RI.shape), valid_RI) for name, value in masks.items()},
+            **{name: mean_of(value_RI, query_RI) for name, value_RI in masks.items()},
             # Of an image without the concept SAM 3 only learns that it is absent: its score is a product of both.
-            "score": score_loss(logits_RQ, query_RI, valid_RI) * there_R,
-            "box": box_loss(boxes_RQ4[row_R1, query_RI], boxes_RI4, valid_RI),
-            "semantic": bce(semantic_R1LL, union_R1LL[:, 0])[:, 0] * there_R,
+            "score": score_loss(logits_RQ, query_RI) * there_R,
+            "box": mean_of(box_distance(of_queries(boxes_RQ4, query_RI), boxes_RI4), query_RI),
+            "semantic": bce(found.semantic_RMM.float()[:, None], union_of(target_RILL, valid_RI))[:, 0] * there_R,
             "presence": F.binary_cross_entropy_with_logits(presence_R.float(), there_R.float(), reduction="none"),
         }
         terms = {name: (value_R * targets.weight_R).sum() for name, value_R in each.items()}
@@ -201,13 +198,6 @@ class AdapterStudent(nn.Module):
         total = torch.stack([value for name, value in terms.items() if self.weights[name]]).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
-
-
-def at_sides(logits_RILL: Tensor, masks_RISS: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """`at_side` for any number of masks of each image, (R, I, side, side) both."""
-    shape = logits_RILL.shape[:2]
-    logits, target = at_side(logits_RILL.flatten(0, 1)[:, None], masks_RISS.flatten(0, 1), side)
-    return logits[:, 0].unflatten(0, shape), target.unflatten(0, masks_RISS.shape[:2])
 
 
 def boxes_of(masks_RISS: Tensor) -> Tensor:
