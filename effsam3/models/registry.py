@@ -249,6 +249,7 @@ _EFFICIENTVIT: dict[str, Any] = {
     "source": "Cai et al., ICCV 2023, arXiv:2205.14756; Apache-2.0",
 }
 _CONVNEXT: dict[str, Any] = {"family": "ConvNeXt", "source": "timm's test model; Apache-2.0"}
+_SEPARABLE: dict[str, Any] = {"family": "separable", "source": "made up", "strides": (16,), "out_indices": (3,)}
 
 IMAGE_STUDENTS = {
     name: ImageStudent(
@@ -266,6 +267,9 @@ IMAGE_STUDENTS = {
         ("efficientvit_b2", "ES-EV-L", "efficientvit_b2", 14.98, 14_977_008, (48, 96, 192, 384), _EFFICIENTVIT),
         # For tests and the smoke recipe: no BatchNorm, so its trajectory does not depend on the micro-batch.
         ("tiny_convnext", "tiny", "test_convnext", None, 207_000, (24, 32, 48, 64), _CONVNEXT),
+        # For `tiny_concepts` with the head `linear`: 1.4 and 10.6 % of its trunk.
+        ("tiny_separable_w4", "tiny W4", "tiny_separable_w4", None, 1_848, (16,), _SEPARABLE),
+        ("tiny_separable_w16", "tiny W16", "tiny_separable_w16", None, 18_528, (64,), _SEPARABLE),
     )
 }
 # apple-amlr is Apple's licence for research purposes only.
@@ -322,6 +326,8 @@ def text_student_row(name: str) -> TextStudent:
 def head_params(head: str, channels: tuple[int, ...], width: int) -> int:
     """Count the parameters of a head on maps with `channels` (finest first) that outputs `width` channels."""
     W, D = FUSED_WIDTH, width
+    if head == "linear":
+        return (channels[-1] + 1) * width
     if head == "stride32":
         return channels[-1] * D + 2 * D + 9 * D * D + D  # 1x1, BatchNorm, 3x3
     assert head == "fused", head

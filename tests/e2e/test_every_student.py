@@ -36,8 +36,9 @@ FAMILIES = {row.family: name for name, row in IMAGE_STUDENTS.items()}
 STUDENTS = {
     f"{name}-{choice}": (stage, f"student={name}", f"{key}={choice}")
     for stage, key, choice, names in (
-        ("image", "head", "stride32", IMAGE_STUDENTS),
+        ("image", "head", "stride32", [name for name, row in IMAGE_STUDENTS.items() if row.strides[-1] == 32]),
         ("image", "head", "fused", FAMILIES.values()),
+        ("image", "head", "linear", ["tiny_separable_w4"]),
         ("text", "student_padding", "attended", TEXT_STUDENTS | TINY_TEXT_STUDENTS),
         ("text", "student_padding", "masked", TINY_TEXT_STUDENTS),
     )

@@ -42,6 +42,7 @@ LAYERS = [
         "models.chassis.tiny",
         "models.chassis.tiny_concepts",
         "models.chassis.unsupported",
+        "models.image.separable",
         "models.image.backbones",  # asks timm, but only about a student timm/NAME
         "models.inference.prompt_options",
         "models.memory.token_counts",

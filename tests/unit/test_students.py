@@ -9,16 +9,26 @@ from timm.layers import DropPath
 from timm.utils import ModelEmaV3
 from transformers import AutoModel
 
-from effsam3.models.image.student import StudentError, StudentTrunk, StudentTrunkConfig, load_timm_weights
+from effsam3.models.image.student import (
+    HEADS,
+    StudentError,
+    StudentTrunk,
+    StudentTrunkConfig,
+    load_timm_weights,
+    student_config,
+)
 from effsam3.models.image.teacher import parameter_count
-from effsam3.models.registry import IMAGE_STUDENTS, head_params
+from effsam3.models.registry import IMAGE_STUDENTS, SAM3S, head_params
 
 NINE = [name for name, row in IMAGE_STUDENTS.items() if row.published_millions is not None]
 
 
 def build(name, head="fused", width=64, image_size=224):
-    timm_name = IMAGE_STUDENTS[name].timm_name
-    return StudentTrunk(StudentTrunkConfig(timm_name=timm_name, head=head, hidden_size=width, image_size=image_size))
+    row = IMAGE_STUDENTS[name]
+    config = StudentTrunkConfig(
+        timm_name=row.timm_name, out_indices=row.out_indices, head=head, hidden_size=width, image_size=image_size
+    )
+    return StudentTrunk(config)
 
 
 def test_there_are_nine():
@@ -29,7 +39,7 @@ def test_there_are_nine():
 def test_counts_are_the_registry_rows(name):
     row = IMAGE_STUDENTS[name]
     with torch.device("meta"):
-        for head in ("fused", "stride32"):
+        for head in HEADS:
             student = build(name, head, width=1024)
             assert parameter_count(student.trunk) == row.trunk_params
             assert parameter_count(student.head) == head_params(head, row.channels, 1024)
@@ -63,6 +73,21 @@ def test_any_input_size(name, head):
     with torch.no_grad():
         for side in (168, 266):
             assert student(torch.zeros(1, 3, side, side)).last_hidden_state.shape == (1, (side // 14) ** 2, 64)
+
+
+@pytest.mark.parametrize(("name", "size"), [("tiny_separable_w4", 2_936), ("tiny_separable_w16", 22_688)])
+def test_students_of_the_tiny_concept_chassis(name, size):
+    """Smaller than 2 and 11 % of its trunk, head included; the map of stride 16 is resized to the grid last."""
+    trunk = SAM3S["tiny_concepts"].sizes
+    config = student_config(name, "linear", None, hidden_size=64, image_size=160, patch_size=20)
+    student = StudentTrunk(config).eval()
+    assert parameter_count(student) == size < 0.11 * trunk.trunk_params
+    with torch.no_grad():
+        assert student(torch.rand(2, 3, 160, 160)).last_hidden_state.shape == (2, 64, 64)
+        (feat_BCHW,) = student.trunk(torch.rand(2, 3, 128, 128))
+        weight_DC, bias_D = student.head.project.weight[..., 0, 0], student.head.project.bias
+        expected_BDGG = torch.einsum("bchw,dc->bdhw", feat_BCHW, weight_DC) + bias_D[:, None, None]
+        torch.testing.assert_close(student.head([feat_BCHW], (8, 8)), expected_BDGG, rtol=1e-4, atol=1e-5)
 
 
 def test_positions_are_row_major():

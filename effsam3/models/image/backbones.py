@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from effsam3.errors import UserError, did_you_mean
+from effsam3.models.image import separable
 from effsam3.models.registry import IMAGE_STUDENTS, SAM3, ImageStudent
 
 if TYPE_CHECKING:
@@ -63,18 +64,26 @@ def student_name(timm_name: str) -> str:
 # ---- timm's own modules
 
 
+class Architecture(NamedTuple):
+    """How a backbone is built, timm's `DefaultCfg` of its weights, and the module that it is from."""
+
+    build: Callable[..., nn.Module]
+    configs: Any
+    family: str
+
+
 @cache
-def _modules() -> dict[str, Any]:
-    """{architecture: the module of timm that defines it}."""
+def _architectures() -> dict[str, Architecture]:
+    """Return all backbones by their names, timm's and the ones of ours that are made like them."""
     import timm.models  # noqa: F401  # imports them all
 
-    return {
-        name: module
-        for path, module in sorted(sys.modules.items())
-        if path.startswith("timm.models.")
-        for name in vars(module).get("default_cfgs", ())
-        if name in vars(module)
-    }
+    found = {name: Architecture(*own, "separable") for name, own in separable.architectures().items()}
+    for path, module in sorted(sys.modules.items()):
+        if path.startswith("timm.models."):
+            for name, configs in vars(module).get("default_cfgs", {}).items():
+                if name in vars(module):
+                    found[name] = Architecture(vars(module)[name], configs, path.rpartition(".")[2])
+    return found
 
 
 def pretrained_cfg(timm_name: str) -> Any:
@@ -84,14 +93,14 @@ def pretrained_cfg(timm_name: str) -> Any:
         UserError: timm has no such architecture or weights; naming what comes nearest.
     """
     architecture, _, tag = timm_name.partition(".")
-    if architecture not in _modules():
+    if architecture not in _architectures():
         # Several, as timm's names differ in a digit or two.
-        near = difflib.get_close_matches(architecture.lower(), _modules(), n=3, cutoff=0.6)
+        near = difflib.get_close_matches(architecture.lower(), _architectures(), n=3, cutoff=0.6)
         meant = (
             f"did you mean {' or '.join(PREFIX + name for name in near)}?" if near else "timm.list_models() has all"
         )
         raise UserError(f"timm has no backbone called {architecture!r}; {meant}")
-    configs = _modules()[architecture].default_cfgs[architecture]
+    configs = _architectures()[architecture].configs
     if tag and tag not in configs.cfgs:
         raise UserError(
             f"timm has no weights {tag!r} of {architecture}{did_you_mean(tag, filter(None, configs.tags))}"
@@ -115,8 +124,7 @@ def build(timm_name: str, image_size: int, **options) -> nn.Module:
     config = pretrained_cfg(timm_name)
     if config.fixed_input_size:
         options["img_size"] = image_size
-    entry = vars(_modules()[config.architecture])[config.architecture]
-    return entry(pretrained_cfg=config, **options)
+    return _architectures()[config.architecture].build(pretrained_cfg=config, **options)
 
 
 def build_trunk(timm_name: str, image_size: int, out_indices: tuple[int, ...] | None = None) -> nn.Module:
@@ -195,7 +203,7 @@ def _measured(name: str, image_size: int) -> ImageStudent:
     return ImageStudent(
         label=config.architecture,
         timm_name=timm_name,
-        family=_modules()[config.architecture].__name__.rpartition(".")[2],
+        family=_architectures()[config.architecture].family,
         published_millions=None,
         trunk_params=sum(parameter.numel() for parameter in trunk.parameters()),
         channels=tuple(feat.shape[1] for feat in maps),

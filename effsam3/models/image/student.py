@@ -121,7 +121,23 @@ class FusedHead(nn.Module):
         return self.project(self.norm(self.fuse_grid(fused)))
 
 
-HEADS = {"fused": FusedHead, "stride32": Stride32Head}
+class LinearHead(nn.Module):
+    """1x1 on the coarsest map, then bilinear to the grid: for students that are smaller than any other head."""
+
+    def __init__(self, channels: tuple[int, ...], width: int):
+        super().__init__()
+        self.project = nn.Conv2d(channels[-1], width, 1)
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The layer that outputs the features."""
+        return self.project
+
+    def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
+        return resize_BCHW(self.project(maps[-1]), grid)
+
+
+HEADS = {"fused": FusedHead, "stride32": Stride32Head, "linear": LinearHead}
 
 
 class StudentTrunkConfig(PreTrainedConfig):

@@ -143,7 +143,8 @@ class ImageRecipe(FeatureRecipe):
     student: Annotated[str, image_student_name]
     student_image_size: Annotated[int, student_side] | None = None  # px that it sees of SAM 3's 1008; null: all
     student_init: Annotated[str, initialisation] = "imagenet"  # imagenet, random, weights file or model folder
-    head: Literal["fused", "stride32"] = "fused"  # fused: strides 8, 16, 32; stride32: upstream's
+    # fused: strides 8, 16, 32; stride32: upstream's; linear: 1x1 on the coarsest map, a demonstration's
+    head: Literal["fused", "stride32", "linear"] = "fused"
     teacher: Literal["stored", "online"] = "stored"  # stored: reads embed.to; online: runs the teacher next to it
     sam3: Sam3 = Sam3()
     data: ImageData
@@ -172,8 +173,6 @@ class ImageRecipe(FeatureRecipe):
                 f"student_image_size: {self.student_image_size} px is more than the {side} px that the SAM 3 "
                 f"{self.sam3.checkpoint} sees, and nothing would be gained; set at most {side}, or null"
             )
-        if not self.student.startswith(PREFIX):
-            return
         try:
             row = image_student(self.student, self.student_image_size or side or SAM3.sizes.image_size)
         except UserError as error:
@@ -182,6 +181,8 @@ class ImageRecipe(FeatureRecipe):
         if self.head == "stride32" and row.strides[-1] != 32:
             coarsest = f"the coarsest of {self.student} has {row.strides[-1]}"
             yield f"head: stride32 reads a map of stride 32, {coarsest}; set head=fused"
+        if not self.student.startswith(PREFIX):  # timm is not imported for the others
+            return
         if self.student_init == "imagenet" and not pretrained_cfg(row.timm_name).has_weights:
             yield f"student_init: timm has no weights of {row.timm_name}; set student_init=random, or name a file"
 
