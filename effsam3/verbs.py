@@ -213,6 +213,11 @@ VERBS = {
         "compare:compare",
         [arg("others", "further image students, of timm", nargs="*", metavar="timm/NAME"), JSON],
     ),
+    "leaderboard": Verb(
+        "join what `evaluate` has found of several runs, next to published numbers of other models",
+        "leaderboard:leaderboard",
+        [RUNS, arg("--out", "folder for leaderboard.md, .json and .png", metavar="FOLDER")],
+    ),
     "inspect": Verb(
         "tell what a checkpoint is, who fills its slots, how big its parts are; loads nothing",
         "inspect_model:inspect",

@@ -149,22 +149,34 @@ def read_progress(folder: str | Path) -> RunProgress | None:
     return RunProgress(**{name: found[name] for name in PROGRESS_FORM if name[-1] != "?"}, hardware=hardware)
 
 
-def run_folder(run: str | Path) -> Path:
-    """Return the folder of a run that is named by it or by its recipe.
+def named_folder(run: str | Path) -> Path:
+    """Return the folder of a run or a release that is named by it or by its recipe.
 
     Raises:
-        UserError: there is no such folder, or nothing has been trained in it.
+        UserError: there is no such folder.
     """
     path = Path(run)
     folder = path if path.is_dir() or not recipe_file(path).is_file() else load_recipe(path).folder
     if not folder.is_dir():
         raise UserError(f"there is no run folder {folder}; name one, such as runs/smoke-image, or the recipe of a run")
+    return folder
+
+
+def run_folder(run: str | Path) -> Path:
+    """Return the folder of a run as `named_folder` does.
+
+    Raises:
+        UserError: there is no such folder, or nothing has been trained in it.
+    """
+    folder = named_folder(run)
     if not any((folder / name).is_file() for name in (FILE, "metrics.jsonl")):
         raise UserError(f"{folder} holds no training: neither {FILE} nor metrics.jsonl is there")
     return folder
 
 
-def each_run(runs: Sequence[str], look: Callable[[Path], Found]) -> tuple[list[Found], list[str]]:
+def each_run(
+    runs: Sequence[str], look: Callable[[Path], Found], folder_of: Callable[[str], Path] = run_folder
+) -> tuple[list[Found], list[str]]:
     """Look at the folder of each run; returns what was found, and why others were left out.
 
     So `runs/*` may be asked for, where other folders lie too.
@@ -175,7 +187,7 @@ def each_run(runs: Sequence[str], look: Callable[[Path], Found]) -> tuple[list[F
     found, left_out = [], []
     for run in runs:
         try:
-            found.append(look(run_folder(run)))
+            found.append(look(folder_of(run)))
         except UserError as error:
             left_out.append(str(error))
     if not found:

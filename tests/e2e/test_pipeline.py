@@ -15,6 +15,7 @@ from commands import ENVIRONMENT, REPOSITORY, SMOKE, metrics, run_here
 from PIL import Image
 from safetensors.torch import load_file
 
+from effsam3.leaderboard import read_rows
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import TRUNK, read_tensors
 
@@ -139,6 +140,8 @@ def test_evaluation_numbers_and_pictures(pipeline):
         with Image.open(picture) as image:
             assert image.width > 800 and len(image.convert("RGB").resize((64, 64)).getcolors(4096)) > 100
     assert (run_folder / "eval/summary.md").read_text().strip() in printed
+    boxes = {row.role: row.scores["box"] for row in read_rows(run_folder) if row.board == "masks"}
+    assert boxes == {role: masks["box"][role] for role in ("teacher", "student")}
 
 
 def test_a_second_run_goes_on_where_the_first_ended(pipeline):

@@ -75,6 +75,7 @@ LAYERS = [
         "compare",
         "status",
         "plot",
+        "leaderboard",
         "launch",
     },
     {"cli", "verbs", "data_verbs", "verb"},
