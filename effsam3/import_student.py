@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb `import`: an EfficientSAM3 checkpoint becomes a model that can be evaluated, trained on and released.
+"""The verb `import`: a checkpoint of EfficientSAM3 or of SAM 3.1 becomes a model like any other.
 
 effsam3 import efficient_sam3_repvit_m.pt --sam3 CHECKPOINT
+effsam3 import sam3.1_multiplex.pt --sam3 CHECKPOINT
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import open_pickled
 from effsam3.models.chassis.tensors import fingerprint, read_config, read_tensors, to_float32
 from effsam3.models.chassis.torch_file import content_key
-from effsam3.models.chassis.unsupported import refuse_unsupported
 from effsam3.models.image.backbones import student_name
 from effsam3.models.keymaps.mobileclip import POSITIONS
 from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstream
@@ -36,7 +36,7 @@ from effsam3.training.report import provenance, table
 
 
 class ImportedError(UserError):
-    """A file without a student of EfficientSAM3, or one that lacks what a whole model needs."""
+    """A file without a student of EfficientSAM3 that is not SAM 3.1's, or that lacks what a whole model needs."""
 
 
 def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool = False) -> Path | None:
@@ -74,7 +74,7 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     print(f"\n{slot_table(merged, {owner: origin for owner, origin in origins.items() if owner in givers})}")
     if dry_run:
         return None
-    card = owners_card(chassis, parts) | {
+    card = owners_card(chassis, parts, brought(found, merged, chassis, source)) | {
         "chassis": str(source) if sam3 is None else sam3,
         "revision": None,
         "imported": str(source),
@@ -82,6 +82,8 @@ def run(path: str, to: str | None = None, sam3: str | None = None, dry_run: bool
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_model(merged, folder, card, chassis, extra)
+    if found.foreign is not None:
+        print(f"\nIts video memory is {SAM3.label}'s, not {found.chassis}'s: use it on images, or train it on videos")
     print(f"\n{folder} holds the whole model\n{next_steps(folder, parts)}")
     return folder
 
@@ -93,12 +95,10 @@ def find(tensors: Mapping[str, Tensor], source: Path) -> UpstreamFile:
     """Tell the students' tensors from the rest.
 
     Raises:
-        ImportedError: no tensor belongs to a student.
-        ChassisError: it is of a SAM 3 that cannot be built.
+        ImportedError: no tensor belongs to a student, and they are SAM 3's own.
     """
-    refuse_unsupported(tensors, str(source))
     found = divide(tensors)
-    if not found.has_student:
+    if found.foreign is None and not found.has_student:
         raise ImportedError(
             f"{source} holds no student of EfficientSAM3 among its {len(tensors)} tensors (first: "
             f"{', '.join(list(tensors)[:3])}); a sam3.pt of SAM 3 itself is used as it is, as sam3.checkpoint"
@@ -112,8 +112,9 @@ def contents(found: UpstreamFile) -> str:
     for title, tensors in (
         ("image student", found.image),
         ("text student", found.text),
-        ("the rest of SAM 3", found.rest),
+        (f"{'the rest of ' if found.has_student else ''}{found.chassis}", found.rest),
         ("left out: SAM 3's own ViT, next to the student", found.left_over),
+        (f"left out: the {found.foreign.lacks}" if found.foreign else "", found.without),
     ):
         if tensors:
             types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
@@ -189,7 +190,7 @@ def completed(
     if chassis is not None:
         rest["chassis"] = {name: tensor for name, tensor in read_tensors(chassis).items() if name not in renamed}
         extra = extras(chassis) | extra
-    refuse_incomplete(config, rest, parts, source)
+    refuse_incomplete(found, config, rest, parts, source)
     return combine(config, rest, parts), extra
 
 
@@ -203,7 +204,19 @@ def on_its_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return own
 
 
-def refuse_incomplete(config: PreTrainedConfig, rest: dict[str, dict], parts: list[Part], source: Path) -> None:
+def brought(found: UpstreamFile, merged: Merged, chassis: Path | None, source: Path) -> list[dict]:
+    """Return what effsam3.json says of the tensors of another SAM 3 that have taken the place of the chassis'."""
+    if found.foreign is None or chassis is None:
+        return []
+    names = sorted(name for name, owner in merged.owners.items() if owner == "file")
+    whole = read_tensors(chassis)
+    before = fingerprint({name: whole[name] for name in names})
+    return [{"name": found.chassis, "from": source.name, "made_on": before, "tensors": names}]
+
+
+def refuse_incomplete(
+    found: UpstreamFile, config: PreTrainedConfig, rest: dict[str, dict], parts: list[Part], source: Path
+) -> None:
     """Refuse a file that does not bring all of SAM 3 that its students leave in place, when no chassis does.
 
     Raises:
@@ -219,11 +232,13 @@ def refuse_incomplete(config: PreTrainedConfig, rest: dict[str, dict], parts: li
             f"{source} only holds students; name the SAM 3 that they belong to, such as --sam3 {SAM3.hub_id}"
         )
     places = Counter(".".join(name.split(".")[:2]) for name in missing)
+    known = "EfficientSAM3's stage 3 files are known to lack the geometry encoder"
+    if found.foreign is not None:
+        known = f"{found.chassis} has a {found.foreign.lacks} in their place, which transformers does not have"
     raise ImportedError(
         f"{source} lacks {len(missing)} tensors of SAM 3 ("
         + ", ".join(f"{place} {count}" for place, count in places.most_common(4))
-        + "; EfficientSAM3's stage 3 files are known to lack the geometry encoder); take them from the SAM 3 that it "
-        f"was made from, such as --sam3 {SAM3.hub_id}"
+        + f"; {known}); take them from the SAM 3 that it was made from, such as --sam3 {SAM3.hub_id}"
     )
 
 
@@ -233,7 +248,10 @@ def next_steps(folder: Path, parts: list[Part]) -> str:
     if folder.name == "merged":
         run = folder.parent
         lines.append(f"measure it:   effsam3 evaluate RECIPE name={run.name} train.runs={run.parent}")
+    lines.append(f"teach by it:  effsam3 launch RECIPE sam3.checkpoint={folder}")
     slots = [part.slot for part in parts]
+    if not slots:
+        return "\n".join(lines)
     lines.append(f"train it on:  effsam3 launch RECIPE student_init={folder}  (stage {' or '.join(slots)})")
     lines.append(f"release it:   effsam3 merge RECIPE {' '.join(f'parts.{slot}={folder}' for slot in slots)}")
     return "\n".join(lines)

@@ -22,10 +22,10 @@ from effsam3.errors import UserError
 from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.classes import key_map
 from effsam3.models.chassis.find import ACCEPTED, chassis_folder
+from effsam3.models.chassis.foreign import what_foreign
 from effsam3.models.chassis.pickled import open_pickled
 from effsam3.models.chassis.sam3_pt import OWN, config_of, own_card, refuse_misfit
 from effsam3.models.chassis.tensors import PICKLED, TRUNK, ChassisError, fingerprint, map_tensors, read_config
-from effsam3.models.chassis.unsupported import unsupported, what_unsupported
 from effsam3.models.image.backbones import student_name
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.keymaps.sam3 import TRUNK as SAM3_TRUNK
@@ -34,7 +34,7 @@ from effsam3.models.keymaps.upstream import image_from_upstream, text_from_upstr
 from effsam3.models.merging.efficientsam3 import UpstreamFile, divide
 from effsam3.models.merging.formats import extras
 from effsam3.models.merging.slots import SLOTS, read_card
-from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, UnsupportedSam3, is_made_up
+from effsam3.models.registry import IMAGE_STUDENTS, TEXT_STUDENTS, is_made_up
 from effsam3.models.text.student import TEXT_ENCODER, TEXT_PROJECTION
 from effsam3.tensor_files import refuse_unusable
 from effsam3.training.checkpoint import OPTIMIZER, WEIGHTS, complete, read_weights
@@ -141,12 +141,11 @@ def pickled_file(path: Path) -> dict[str, Any]:
         "other_entries": sorted(map(str, pickled.aside)),
     }
     facts = {"path": str(path), "bytes": path.stat().st_size, "found": found}
-    if (problem := what_unsupported(pickled.tensors)) and (row := unsupported(pickled.tensors)):
-        return facts | _unsupported(row, pickled.tensors) | {"problem": f"it {problem}"}
     try:
         # This project's files name their students in the card, upstream's are known by their tensors.
-        if OWN not in pickled.aside and (file := divide(pickled.tensors)).has_student:
-            return facts | _efficientsam3(file) | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
+        if OWN not in pickled.aside and ((file := divide(pickled.tensors)).has_student or file.foreign is not None):
+            told = {"problem": f"it {problem}"} if (problem := what_foreign(pickled.tensors)) else {}
+            return facts | _efficientsam3(file) | told | {"fingerprints": {"file": fingerprint(pickled.tensors)}}
         config = config_of(pickled, path)
         tensors, extra = key_map(config).to_transformers(pickled.tensors)
     except KeyMapError as error:
@@ -156,21 +155,8 @@ def pickled_file(path: Path) -> dict[str, Any]:
     return facts | {"format": "SAM 3's own format"} | adapted | _model(tensors, config, said["slots"], extra)
 
 
-def _unsupported(row: UnsupportedSam3, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return facts of the format of a SAM 3 that is recognised and not used."""
-    modules = {".".join(name.split(".")[:3]) + "." for name in tensors}
-    prefixes = {module.removesuffix("."): (module,) for module in sorted(modules)}
-    named = {f"{name}.": tensor for name, tensor in tensors.items()}
-    return {
-        "format": f"{row.label}'s own format",
-        "slots": {},
-        "parts": _parts(named, prefixes),
-        "fingerprints": {"file": fingerprint(tensors)},
-    }
-
-
 def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:
-    """Return facts of EfficientSAM3's format: a whole model, or only students."""
+    """Return facts of EfficientSAM3's format, a whole model or only students, or of a foreign SAM 3's own."""
     slots = {}
     if file.image:
         timm_name, _ = image_from_upstream(file.image)
@@ -183,7 +169,15 @@ def _efficientsam3(file: UpstreamFile) -> dict[str, Any]:
     named = {TRUNK + key: tensor for key, tensor in file.image.items()}
     named |= {TEXT_ENCODER + key: tensor for key, tensor in file.text.items()}
     named |= to_transformers(file.rest)[0] | file.left_over
-    return {"format": EFFICIENTSAM3, "slots": slots, "parts": _parts(named, PARTS | LEFT_OVER)}
+    parts = PARTS | LEFT_OVER
+    if file.foreign is None:
+        return {"format": EFFICIENTSAM3, "slots": slots, "parts": _parts(named, parts)}
+    parts |= {file.foreign.lacks: tuple(file.without)}
+    return {
+        "format": f"{file.foreign.label}'s own format",
+        "slots": slots,
+        "parts": _parts(named | file.without, parts),
+    }
 
 
 def training_checkpoint(folder: Path) -> dict[str, Any]:

@@ -199,10 +199,14 @@ VERBS = {
         ],
     ),
     "import": Verb(
-        "turn an EfficientSAM3 checkpoint into a model that can be evaluated, trained on and released",
+        "turn a checkpoint of EfficientSAM3 or SAM 3.1 into a model that can be evaluated, trained on and released",
         "import_student:run",
         [
-            arg("path", "an EfficientSAM3 .pt: image student, text student or both", metavar="PATH"),
+            arg(
+                "path",
+                "an EfficientSAM3 .pt (image student, text student or both), or sam3.1_multiplex.pt",
+                metavar="PATH",
+            ),
             arg("--to", "the new folder; default: runs/<name of the file>/merged", metavar="FOLDER"),
             arg("--sam3", "the SAM 3 that gives what the file lacks, as sam3.checkpoint", metavar="CHASSIS"),
             flag("--dry-run", "report what is in the file; write nothing"),

@@ -104,13 +104,17 @@ class Sam3:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnsupportedSam3:
-    """A SAM 3 that is recognised to be refused; it becomes a `Sam3` once its parts can be built."""
+class ForeignSam3:
+    """A SAM 3 of which transformers has only a part: `import` takes that part, and the rest from another SAM 3."""
 
     label: str
-    why: str  # the refusal, after the label
+    released: str
+    hub_id: str
+    file: str  # of its authors, on the Hub
+    lacks: str  # what transformers does not have of it
     hub_name: str  # pattern of its names on the Hub
     tensor_names: str  # pattern of tensors that no other SAM 3 has, by its authors' and by transformers' names
+    key_map: str  # models/keymaps/<key_map>.py: its names in those of SAM 3
 
 
 SAM3 = Sam3(
@@ -162,15 +166,18 @@ TINY_CONCEPTS = replace(
 # What `sam3.checkpoint` names without a file: a Hub id, or a chassis with random weights.
 SAM3S = {SAM3.hub_id: SAM3, "random": replace(SAM3, hub_id=None), "tiny": TINY, "tiny_concepts": TINY_CONCEPTS}
 
-UNSUPPORTED = {
-    "sam3.1": UnsupportedSam3(
+FOREIGN = {
+    "sam3.1": ForeignSam3(
         label="SAM 3.1",
-        why="whose video tracker (object multiplex) neither transformers nor this project has, so that nothing of it "
-        "can be loaded",
+        released="27 March 2026",
+        hub_id="facebook/sam3.1",
+        file="sam3.1_multiplex.pt",
+        lacks="video tracker (object multiplex)",
         hub_name=r"(?i)(^|/)sam-?3[._-]?1\b|sam3p1",
         # Its neck has three towers, its tracker two decoders.
         tensor_names=r"(^|\.)(interactive_convs|propagation_convs)\."
         r"|(^|\.)tracker(_model)?\.(model\.|interactive_sam_)",
+        key_map="sam31",
     ),
 }
 

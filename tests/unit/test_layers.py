@@ -41,8 +41,8 @@ LAYERS = [
         "models.chassis.sizes",
         "models.chassis.tiny",
         "models.chassis.tiny_concepts",
-        "models.chassis.unsupported",
         "models.image.separable",
+        "models.chassis.foreign",
         "models.image.backbones",  # asks timm, but only about a student timm/NAME
         "models.inference.prompt_options",
         "models.memory.token_counts",

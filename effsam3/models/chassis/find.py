@@ -18,11 +18,11 @@ from effsam3.errors import ChassisError
 from effsam3.hub import hub_errors
 from effsam3.models.chassis.cache import kept_in_cache
 from effsam3.models.chassis.classes import model_class
+from effsam3.models.chassis.foreign import refuse_foreign, refuse_foreign_id
 from effsam3.models.chassis.processor import processor
 from effsam3.models.chassis.sam3_pt import converted
 from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.chassis.tensors import AGAIN, EXTRAS_FILE, PICKLED, quiet_transformers, read_config
-from effsam3.models.chassis.unsupported import refuse_unsupported, refuse_unsupported_id
 from effsam3.models.registry import SAM3, SAM3S, is_made_up, named
 from effsam3.tensor_files import open_safetensors
 from effsam3.training.checkpoint import WEIGHTS
@@ -54,7 +54,7 @@ def chassis_folder(checkpoint: str, revision: str | None = None) -> Path:
     if path.is_file():
         if path.suffix == ".safetensors":
             with open_safetensors(path, AGAIN, ChassisError) as file:
-                refuse_unsupported(file.keys(), f"sam3.checkpoint: {path}")
+                refuse_foreign(file.keys(), f"sam3.checkpoint: {path}")
         meant = f"name its folder, {path.parent}" if (path.parent / "config.json").is_file() else ACCEPTED
         raise ChassisError(f"sam3.checkpoint: {path} is a single file of another kind; {meant}")
     # What looks like a path is never asked for on the Hub: a typo would end in a login error.
@@ -82,7 +82,7 @@ def _model_folder(folder: Path) -> Path:
     if EXTRAS_FILE not in files:
         for name in (name for name in files if name.startswith("sam3") and name.endswith(".safetensors")):
             with open_safetensors(folder / name, AGAIN, ChassisError) as file:
-                refuse_unsupported(file.keys(), f"sam3.checkpoint: {folder / name}")
+                refuse_foreign(file.keys(), f"sam3.checkpoint: {folder / name}")
     if WEIGHTS in files:
         found = (
             "is a training checkpoint: a student without the rest. Name its run folder, once `effsam3 merge` has run"
@@ -99,7 +99,7 @@ def _model_folder(folder: Path) -> Path:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
-    refuse_unsupported_id(repo_id)
+    refuse_foreign_id(repo_id)
     from huggingface_hub import snapshot_download
 
     what = f"sam3.checkpoint: {repo_id} is not a folder here and cannot be downloaded from the Hub"

@@ -26,6 +26,7 @@ from effsam3.models.chassis.cache import kept_in_cache
 from effsam3.models.chassis.card import CARD, CARD_FORM
 from effsam3.models.chassis.classes import empty_tensors, key_map
 from effsam3.models.chassis.config import config_from
+from effsam3.models.chassis.foreign import refuse_foreign
 from effsam3.models.chassis.pickled import Pickled, open_pickled
 from effsam3.models.chassis.processor import processor
 from effsam3.models.chassis.tensors import (
@@ -37,7 +38,6 @@ from effsam3.models.chassis.tensors import (
     refuse_partial,
 )
 from effsam3.models.chassis.torch_file import content_key
-from effsam3.models.chassis.unsupported import refuse_unsupported
 from effsam3.models.keymaps import KeyMapError
 from effsam3.models.registry import SAM3, of_type
 from effsam3.tensor_files import refuse_unusable
@@ -66,7 +66,7 @@ def converted(path: Path) -> Path:
 
 def _write(path: Path, folder: Path) -> None:
     pickled = open_pickled(path)
-    refuse_unsupported(pickled.tensors, f"sam3.checkpoint: {path}")
+    refuse_foreign(pickled.tensors, f"sam3.checkpoint: {path}")
     config = config_of(pickled, path)
     try:
         tensors, extra = key_map(config).to_transformers(pickled.tensors)

@@ -11,7 +11,7 @@ from zipfile import BadZipFile, ZipFile
 
 from effsam3.checked_files import mismatch, parse_json, read_text
 from effsam3.errors import UserError
-from effsam3.models.chassis.unsupported import refuse_unsupported, refuse_unsupported_id
+from effsam3.models.chassis.foreign import refuse_foreign, refuse_foreign_id
 from effsam3.models.registry import SAM3, SAM3S, Sam3, Sizes, of_type
 
 GIVE = "give a folder that transformers' `save_pretrained` wrote of the whole model, or a sam3.pt"
@@ -38,7 +38,7 @@ def sam3_of(checkpoint: str) -> Sam3:
         return SAM3S[checkpoint]
     path = Path(checkpoint)
     if not path.exists():
-        refuse_unsupported_id(checkpoint)
+        refuse_foreign_id(checkpoint)
     sources = (path / "config.json", path / "merged" / "config.json", path)
     source = next((file for file in sources if file.is_file()), None)
     if source is None:
@@ -53,7 +53,7 @@ def sam3_of(checkpoint: str) -> Sam3:
         raise UserError(
             f"sam3.checkpoint: {source} is not of a SAM 3 with its own ViT ({type(error).__name__}: {error}); {GIVE}"
         ) from error
-    refuse_unsupported(texts, f"sam3.checkpoint: {source}")
+    refuse_foreign(texts, f"sam3.checkpoint: {source}")
     if "effsam3" not in texts[:-1]:  # where a sam3.pt of this project has its config; others have the published sizes
         return SAM3
     said = texts[texts.index("effsam3") + 1]

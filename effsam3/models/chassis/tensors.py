@@ -17,7 +17,7 @@ import xxhash
 
 from effsam3.checked_files import can_be_path, read_json
 from effsam3.errors import ChassisError
-from effsam3.models.chassis.unsupported import refuse_unsupported
+from effsam3.models.chassis.foreign import refuse_foreign
 from effsam3.models.registry import SAM3, of_type
 from effsam3.tensor_files import open_safetensors, refuse_unusable, tensor_of
 
@@ -90,12 +90,12 @@ def shard_of(folder: Path) -> dict[str, Path]:
     if single.exists():
         with open_safetensors(single, AGAIN, ChassisError) as file:
             names = list(file.keys())
-        refuse_unsupported(names, f"sam3.checkpoint: {single}")
+        refuse_foreign(names, f"sam3.checkpoint: {single}")
         return dict.fromkeys(names, single)
     if not index.exists():
         raise ChassisError(f"sam3.checkpoint: {folder} has neither {SINGLE} nor {INDEX}")
     listed = read_json(index, {"weight_map": {str: str}}, AGAIN, ChassisError)["weight_map"]
-    refuse_unsupported(listed, f"sam3.checkpoint: {folder}")
+    refuse_foreign(listed, f"sam3.checkpoint: {folder}")
     if outside := [file for file in listed.values() if not can_be_path(file) or Path(file).name != file]:
         raise ChassisError(f"sam3.checkpoint: {index} names {outside[0][:80]!r}, no file of its folder; {AGAIN}")
     shards = {name: folder / file for name, file in listed.items()}

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of EfficientSAM3 holds: students, on their own or in a whole model, however it was saved."""
+"""What a file of EfficientSAM3 holds: students, on their own or in a whole model, however it was saved.
+
+The whole model may be SAM 3.1, with or without students.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 
 from torch import Tensor
 
 from effsam3.errors import UserError
+from effsam3.models.chassis.foreign import foreign
 from effsam3.models.keymaps.sam3 import TRUNK
 from effsam3.models.merging.formats import IMAGE_PREFIX, TEXT_PREFIX
+from effsam3.models.registry import SAM3, ForeignSam3
 
 # What names begin with in files that only hold students, and what a merged file has in its place.
 ALONE = (
@@ -29,19 +35,29 @@ class UpstreamFile:
     text: dict[str, Tensor] = field(default_factory=dict)
     rest: dict[str, Tensor] = field(default_factory=dict)
     left_over: dict[str, Tensor] = field(default_factory=dict)  # of SAM 3's own ViT, next to the student
+    foreign: ForeignSam3 | None = None  # the SAM 3 that the rest is of, if it is not SAM 3 itself ...
+    without: dict[str, Tensor] = field(default_factory=dict)  # ... and its modules that SAM 3 has not, by its names
 
     @property
     def has_student(self) -> bool:
         """Whether it is a file of EfficientSAM3 at all."""
         return bool(self.image or self.text)
 
+    @property
+    def chassis(self) -> str:
+        """What the SAM 3 is called that the rest is of."""
+        return self.foreign.label if self.foreign else SAM3.label
+
 
 def divide(tensors: Mapping[str, Tensor]) -> UpstreamFile:
     """Tell a file's students from the rest, by the names of its tensors."""
+    file = UpstreamFile(foreign=foreign(tensors))
+    if file.foreign is not None:
+        key_map = import_module(f"effsam3.models.keymaps.{file.foreign.key_map}")
+        tensors, file.without = key_map.to_sam3(tensors)
     tensors = in_full(tensors)
     has_image = any(name.startswith(IMAGE_PREFIX) for name in tensors)
     has_text = TEXT_PREFIX + "projector.weight" in tensors  # SAM 3's own has a `resizer`
-    file = UpstreamFile()
     for name, tensor in tensors.items():
         if name.startswith(IMAGE_PREFIX):
             file.image[name.removeprefix(IMAGE_PREFIX).removeprefix("student_trunk.")] = tensor
