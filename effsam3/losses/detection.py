@@ -133,12 +133,23 @@ def giou(boxes: Tensor, target: Tensor) -> Tensor:
 
     torchvision's has shapes that depend on contents, which a dry run does not know.
     """
-    boxes, target = boxes.float(), target.float()
+    both, union = _shared(boxes.float(), target.float())
+    low = torch.minimum(boxes[..., :2], target[..., :2]).float()
+    high = torch.maximum(boxes[..., 2:], target[..., 2:]).float()
+    hull = _area(high - low)
+    return both / union.clamp(min=EMPTY) - (hull - union) / hull.clamp(min=EMPTY)
+
+
+def box_iou(boxes: Tensor, target: Tensor) -> Tensor:
+    """Intersection over union, 0..1; (..., 4) twice to (...), broadcast."""
+    both, union = _shared(boxes.float(), target.float())
+    return both / union.clamp(min=EMPTY)
+
+
+def _shared(boxes: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     (low, high), (other_low, other_high) = boxes.split(2, -1), target.split(2, -1)
     both = _area((torch.minimum(high, other_high) - torch.maximum(low, other_low)).clamp(min=0))
-    hull = _area(torch.maximum(high, other_high) - torch.minimum(low, other_low))
-    union = _area(high - low) + _area(other_high - other_low) - both
-    return both / union.clamp(min=EMPTY) - (hull - union) / hull.clamp(min=EMPTY)
+    return both, _area(high - low) + _area(other_high - other_low) - both
 
 
 def _area(sides: Tensor) -> Tensor:
