@@ -206,7 +206,8 @@ class FeatureStage(StageBase):
 
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
         titles = {"val/cosine": "cosine", "val/cosine_centred": "centred cosine", "val/mse": "mse"}
-        titles |= {name: name.removeprefix("val/").replace("_", ", ") for name in best if "/heads" in name and name in start}
+        judged = [name for name in best if name.startswith("val/heads") and name in start]
+        titles |= {name: name.removeprefix("val/").replace("_", ", ") for name in judged}
         of_mean = dict(zip(titles, (f"{best['val/cosine_of_mean']:.4f}", "0.0000", "1.0000"), strict=False))
         rows = [
             ["student at the start", *(f"{start[name]:.4f}" for name in titles)],
