@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from effsam3 import merge
 from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.chassis.tensors import TRUNK, fingerprint, read_config, read_tensors
 from effsam3.models.image.student import StudentTrunk, student_config
 from effsam3.models.memory.slot import MEMORY, tracker_config
@@ -29,15 +30,17 @@ def image_run(
     student: str = "tiny_convnext",
     head: str = "fused",
     seen: int | None = None,
+    chassis: str = "tiny",
     **facts,
 ) -> Path:
-    """A run of stage image on the tiny chassis; `facts` replace what the provenance says of the features."""
-    asked = [f"name={name}", f"student={student}", f"head={head}", f"train.runs={runs}"]
+    """A run of stage image on a small chassis; `facts` replace what the provenance says of the features."""
+    asked = [f"name={name}", f"student={student}", f"head={head}", f"train.runs={runs}", f"sam3.checkpoint={chassis}"]
     asked += [f"student_image_size={seen or 'null'}"]
     recipe = load_recipe(RECIPES / "smoke/image.yaml", asked)
-    trunk = tiny_trunk(student, head, seen)
-    teacher = fingerprint(read_tensors(chassis_folder("tiny"), TRUNK))
-    own = {"tap": "trunk", "grid": 16, "channels": 64, "image_size": 224, "teacher": {"fingerprint": teacher}}
+    trunk, sizes = tiny_trunk(student, head, seen, chassis), sam3_of(chassis).sizes
+    teacher = fingerprint(read_tensors(chassis_folder(chassis), TRUNK))
+    own = {"tap": "trunk", "grid": sizes.grid, "channels": sizes.hidden_size, "image_size": sizes.image_size}
+    own["teacher"] = {"fingerprint": teacher}
     return _write(recipe, own | facts, trunk.state_dict())
 
 
@@ -82,10 +85,13 @@ def merged_run(runs: Path, *stages: str) -> Path:
 # ---- students
 
 
-def tiny_trunk(student: str = "tiny_convnext", head: str = "fused", seen: int | None = None) -> StudentTrunk:
-    """A student for the tiny chassis, in eval mode, with statistics of its own and BatchNorm that does something."""
+def tiny_trunk(
+    student: str = "tiny_convnext", head: str = "fused", seen: int | None = None, chassis: str = "tiny"
+) -> StudentTrunk:
+    """A student for a small chassis, in eval mode, with statistics of its own and BatchNorm that does something."""
     torch.manual_seed(0)
-    return shaken(StudentTrunk(student_config(student, head, seen, hidden_size=64, image_size=224, patch_size=14)))
+    sizes = {name: getattr(sam3_of(chassis).sizes, name) for name in ("hidden_size", "image_size", "patch_size")}
+    return shaken(StudentTrunk(student_config(student, head, seen, **sizes)))
 
 
 def tiny_text(student: str = "tiny_text_plain", padding: str = "masked"):

@@ -117,6 +117,28 @@ def mask_losses(
     }
 
 
+def distilled(logits_NMHW: Tensor, teacher_NMHW: Tensor) -> dict[str, Tensor]:
+    """Return `bce` and `dice`, (N,) each: every candidate mask against the teacher's of the same place, mean over M.
+
+    The target t are the teacher's probabilities, so where it is in doubt the student learns to be, too. Both terms are
+    0 if, and only if, the masks are equal: `bce` is that of the student less that of the teacher itself, the
+    Kullback-Leibler divergence, and `dice` has squares below the line, 1 - (2 sum(p t) + smooth) / (sum(p^2) +
+    sum(t^2) + smooth), after V-Net (Milletari et al. 2016, arXiv:1606.04797).
+    """
+    logits, teacher = logits_NMHW.float(), teacher_NMHW.float()
+    p_NMK, t_NMK = logits.sigmoid().flatten(2), teacher.sigmoid().flatten(2)
+    # The plain dice has its minimum at a sharp mask, whatever the doubt.
+    overlap, sizes = (p_NMK * t_NMK).sum(-1), p_NMK.square().sum(-1) + t_NMK.square().sum(-1)
+    own, least = (
+        F.binary_cross_entropy_with_logits(one.flatten(2), t_NMK, reduction="none").mean(-1)
+        for one in (logits, teacher)
+    )
+    return {
+        "bce": (own - least).mean(1),
+        "dice": (1 - (2 * overlap + SMOOTH) / (sizes + SMOOTH)).mean(1),
+    }
+
+
 def at_side(logits_NMLL: Tensor, masks_NSS: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Bring logits (up, bilinear) and boolean masks (down, averaged) to `side` pixels for the losses."""
     logits = logits_NMLL.float()

@@ -28,7 +28,7 @@ from effsam3.models.image.student import StudentTrunk
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.merging.slots import start_from
 from effsam3.models.text.student import StudentText
-from effsam3.recipe.common import FeatureRecipe, StageRecipe
+from effsam3.recipe.common import Data, FeatureRecipe, Sam3, StageRecipe
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.protocol import Batch, Place, TitledPicture
 from effsam3.training.report import Report, table
@@ -198,23 +198,17 @@ class FeatureStage(StageBase):
 
     @torch.no_grad()
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return self.compare(batch, self.predict(student, batch), self.target(batch))
-
-    def compare(self, batch: Batch, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Return the sums of `validate` for features of a held-out batch, the student's and the teacher's."""
-        return agreement_sums(pred, target, self.valid(batch), self.mean_C, self.deviation_C)
+        target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
+        return agreement_sums(pred, target, valid, self.mean_C, self.deviation_C)
 
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
-        titles = {"val/cosine": "cosine", "val/cosine_centred": "centred cosine", "val/mse": "mse"}
-        judged = [name for name in best if name.startswith("val/heads") and name in start]
-        titles |= {name: name.removeprefix("val/").replace("_", ", ") for name in judged}
-        of_mean = dict(zip(titles, (f"{best['val/cosine_of_mean']:.4f}", "0.0000", "1.0000"), strict=False))
+        names = ("val/cosine", "val/cosine_centred", "val/mse")
         rows = [
-            ["student at the start", *(f"{start[name]:.4f}" for name in titles)],
-            ["mean of the features", *(of_mean.get(name, "-") for name in titles)],
-            [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in titles)],
+            ["student at the start", *(f"{start[name]:.4f}" for name in names)],
+            ["mean of the features", f"{best['val/cosine_of_mean']:.4f}", "0.0000", "1.0000"],
+            [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in names)],
         ]
-        return table(rows, [f"held-out {self.unit}", *titles.values()])
+        return table(rows, [f"held-out {self.unit}", "cosine", "centred cosine", "mse"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,34 +251,49 @@ def untied_note(store: StoreReader | None) -> dict[str, str]:
 
 
 def open_store(recipe: FeatureRecipe, form: dict[str, Any], *keys: str) -> StoreReader:
-    """Open the store of the features that the recipe asks for.
+    """Open the store of the features that the recipe asks for, see `open_features`."""
+    return open_features(recipe.embed.to, recipe.stage, recipe.sam3, recipe.data, form, *keys)
 
-    Its description must have the form `form`, and the recipe's values of these `keys` of section `data`.
+
+def open_features(
+    root: str,
+    stage: str,
+    teacher: Sam3,
+    data: Data,
+    form: dict[str, Any],
+    *keys: str,
+    key: str = "embed.to",
+    section: str = "sam3",
+) -> StoreReader:
+    """Open a store of a teacher's features as a recipe of `stage` has embedded them.
+
+    Its description must have the form `form`, and the values of these `keys` in `data`. `key` and `section` are those
+    that name the store and the teacher.
 
     Raises:
         StoreError: it holds features of another stage or teacher, or made otherwise, or its manifest is damaged.
     """
-    store, embed = StoreReader(recipe.embed.to), recipe.embed.to
-    facts, stage = store.manifest.description, recipe.stage
+    store = StoreReader(root)
+    facts = store.manifest.description
     if (kind := facts.get("kind")) in stages.STAGES and kind != stage:
         raise StoreError(
-            f"embed.to: the store at {embed} holds {kind} features, the recipe's stage is {stage}; name a store that "
+            f"{key}: the store at {root} holds {kind} features, the recipe's stage is {stage}; name a store that "
             f"a recipe of stage {stage} has embedded"
         )
     if wrong := mismatch(facts, form | {"teacher": dict}):
         raise StoreError(f"{store.root}/manifest.json is damaged: its description, {wrong}; {RESTORE}")
-    for key in keys:
-        if (asked := getattr(recipe.data, key)) != facts[key]:
+    for name in keys:
+        if (asked := getattr(data, name)) != facts[name]:
             raise StoreError(
-                f"the store at {embed} was made with {key}={facts[key]}, the recipe has data.{key}={asked}; change "
-                f"data.{key}, or embed again to another embed.to"
+                f"the store at {root} was made with {name}={facts[name]}, the recipe has data.{name}={asked}; change "
+                f"data.{name}, or embed again to another {key}"
             )
-    made_by, checkpoint, fingerprint = facts["teacher"], recipe.sam3.checkpoint, recipe.sam3.fingerprint
+    made_by, checkpoint, fingerprint = facts["teacher"], teacher.checkpoint, teacher.fingerprint
     known = made_by.get("fingerprint")  # upstream's stores have none
     if known is not None and (made_by["checkpoint"] != checkpoint or fingerprint not in (None, known)):
         raise StoreError(
-            f"the store at {embed} was made by {made_by['checkpoint']} (fingerprint {known}), the recipe has "
-            f"sam3.checkpoint={checkpoint}{f' with fingerprint {fingerprint}' if fingerprint else ''}; change sam3, "
-            "or embed to another embed.to"
+            f"the store at {root} was made by {made_by['checkpoint']} (fingerprint {known}), the recipe has "
+            f"{section}.checkpoint={checkpoint}{f' with fingerprint {fingerprint}' if fingerprint else ''}; change "
+            f"{section}, or embed to another {key}"
         )
     return store

@@ -155,7 +155,6 @@ INSIDE = "gets a path inside an atomic_file or atomic_folder"
 ALLOWED = {
     ("benchmarks.journal", "Journal.writer"): GROWS,
     ("data.videos.writing", "Tables.write"): INSIDE,
-    ("data.videos.mp4", "Mp4Writer.__init__"): INSIDE,
     ("data.videos.writing", "put_frames"): INSIDE,
     ("data.videos.writing", "write_palette_png"): INSIDE,
     ("training.report", "Report.say"): GROWS,
@@ -174,7 +173,6 @@ ALLOWED = {
     ("models.chassis.sam3_pt", "_save"): INSIDE,
     ("models.chassis.find", "_make.write"): INSIDE,
     ("benchmarks.vos", "PredictionFolder.add"): INSIDE,
-    ("benchmarks.pictures.video_predictions", "Tracks.add"): "writes into a temporary folder",
     ("benchmarks.vos", "PredictionFolder.finish"): INSIDE,
 }
 

@@ -34,6 +34,7 @@ LAYERS = [
         "stages.memory.facts",
         "stages.video.facts",
         "stages.adapt.facts",
+        "stages.prompted.facts",
         "models.lora.parts",
         "stages.release.facts",
         "data.store.format",
@@ -49,7 +50,6 @@ LAYERS = [
     },
     {"auto", "models", "data", "losses", "training", "tensor_files", "hardware.accelerator"},
     {
-        "inputs",
         "predictor",
         "stages",
         "benchmarks",

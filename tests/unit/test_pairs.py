@@ -294,5 +294,5 @@ def test_an_image_that_cannot_be_read_is_named_and_counts_nothing(pairs):
 def test_thin_objects_fade_instead_of_vanishing():
     thin = np.zeros((400, 400), bool)
     thin[200] = True
-    small = resize_mask(thin, 100)
+    small = resize_mask(thin, (100, 100))
     assert small.any() and small.max() < 128 and abs(float(small.sum()) / 255 - 100 * 0.25) < 3

@@ -21,7 +21,7 @@ from effsam3.recipe.reader import (
 )
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if file.name != "base.yaml")
+RECIPES = sorted(file for file in (ROOT / "recipes").rglob("*.yaml") if not file.name.endswith("base.yaml"))
 BASE = ROOT / "recipes" / "stage1" / "image" / "base.yaml"
 SMOKE = ROOT / "recipes" / "smoke" / "image.yaml"
 CHOICES = ", ".join(stages.STAGES)

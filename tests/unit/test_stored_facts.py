@@ -21,7 +21,9 @@ def store_of(root, kind: str, **facts) -> StoreReader:
 
 
 def recipe_of(root, stage: str) -> SimpleNamespace:
-    return SimpleNamespace(stage=stage, embed=SimpleNamespace(to=str(root)), data=SimpleNamespace(resize="square"))
+    teacher = SimpleNamespace(checkpoint="tiny", fingerprint=None)
+    data = SimpleNamespace(resize="square")
+    return SimpleNamespace(stage=stage, embed=SimpleNamespace(to=str(root)), data=data, sam3=teacher)
 
 
 @pytest.mark.parametrize(("stage", "kind"), [("image", "text"), ("text", "image")])
@@ -59,7 +61,6 @@ def test_a_damaged_description_is_named_with_its_file(tmp_path):
 def test_features_made_otherwise_or_by_another_teacher(tmp_path, facts, message):
     store_of(tmp_path, "image", **{"resize": "square", "teacher": {}} | facts)
     recipe = recipe_of(tmp_path, "image")
-    recipe.sam3 = SimpleNamespace(checkpoint="tiny", fingerprint=None)
     if message is None:
         assert open_store(recipe, {"resize": str}, "resize").manifest.description["resize"] == "square"
     else:

@@ -7,7 +7,7 @@ Letters: B images of a batch, N slots for objects, S side of the square images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,17 +25,7 @@ from effsam3.data.unreadable import Unreadable
 MOST_INSTANCES = 100  # of a phrase: half of SAM 3's queries
 
 
-class Named(Protocol):
-    """An image, or whatever is held out by its name."""
-
-    @property
-    def name(self) -> str: ...
-
-
-NamedT = TypeVar("NamedT", bound=Named)
-
-
-def divide(pairs: Sequence[NamedT], held_out: float) -> dict[str, list[NamedT]]:
+def divide(pairs: Sequence[Pair], held_out: float) -> dict[str, list[Pair]]:
     """Divide images into `train` and `val`: by a hash of their names, and exactly in these shares.
 
     Data sets of one's own are small: by a threshold, as large ones are divided, a dozen images could leave none.
@@ -129,7 +119,7 @@ class PairBatches(Dataset):
         if text is None:
             chosen = rng.permutation(len(found))[: self.objects]
             found = [found[place] for place in sorted(chosen)]
-        masks = [resize_mask(mask_HW, self.image_size) for _, mask_HW in found[:MOST_INSTANCES]]
+        masks = [resize_mask(mask_HW, (self.image_size, self.image_size)) for _, mask_HW in found[:MOST_INSTANCES]]
         return resize_image(image_HW3, self.image_size, "square")[0], text, [mask for mask in masks if mask.any()]
 
     def _ask(self, found: list, rng: np.random.Generator) -> tuple[str | None, list]:
@@ -147,7 +137,13 @@ class PairBatches(Dataset):
         return text, [one for one in found if one[0] == text]
 
 
-def resize_mask(mask_HW: np.ndarray, side: int) -> Tensor:
-    """Resize a boolean mask to S x S as its image is, uint8, 0 to 255 by how much of a pixel it covers."""
+def resize_mask(mask_HW: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """Resize a boolean mask to (rows, columns) as its image is, uint8, 0 to 255 by how much of a pixel it covers."""
     mask_1HW = torch.from_numpy(mask_HW.astype(np.uint8) * 255)[None]
-    return functional.resize(mask_1HW, [side, side], antialias=True)[0]
+    return functional.resize(mask_1HW, list(size), antialias=True)[0]
+
+
+def solid(mask_HW: Tensor) -> Tensor:
+    """Return where a mask of 0 to 255 covers half of a pixel, or at all if nowhere does."""
+    half_HW = mask_HW >= 128
+    return half_HW if half_HW.any() else mask_HW > 0

@@ -61,24 +61,32 @@ def decode_shown(model: Any, levels: tuple[Tensor, ...], shown: Shown) -> Iterat
     Objects with other numbers of points are decoded apart: a point that only fills up would change the mask.
     `levels` are those of `tracker_levels`.
     """
-    tracker, (fine, middle, top) = model.tracker_model, levels
-    position_1CGG = tracker.get_image_wide_positional_embeddings()
     counts_O = (shown.labels_OP != NO_POINT).sum(1)
     for count in sorted(set(counts_O.tolist())):
         objects_N = (counts_O == count).nonzero()[:, 0]
-        image_N = shown.image_O[objects_N]
-        sparse, dense = tracker.prompt_encoder(
-            input_points=shown.points_OP2[objects_N, None, :count],
-            input_labels=shown.labels_OP[objects_N, None, :count],
-            input_boxes=None,
-            input_masks=None,
-        )
-        logits, iou, _, _ = tracker.mask_decoder(
-            image_embeddings=top[image_N],
-            image_positional_embeddings=position_1CGG.expand(len(image_N), -1, -1, -1),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=count == 1,
-            high_resolution_features=[fine[image_N], middle[image_N]],
-        )
-        yield Decoded(objects_N, logits[:, 0], iou[:, 0])
+        alike = (shown.points_OP2[objects_N, :count], shown.labels_OP[objects_N, :count])
+        yield Decoded(objects_N, *decode_alike(model, levels, Shown(shown.image_O[objects_N], *alike)))
+
+
+def decode_alike(model: Any, levels: tuple[Tensor, ...], shown: Shown) -> tuple[Tensor, Tensor]:
+    """Return mask logits (O, M, L, L) and predicted IoU (O, M) of objects that are all shown by as many points.
+
+    Each object is a prompt of its own: none sees another's points.
+    """
+    tracker, (fine, middle, top) = model.tracker_model, levels
+    position_1CGG = tracker.get_image_wide_positional_embeddings()
+    sparse, dense = tracker.prompt_encoder(
+        input_points=shown.points_OP2[:, None],
+        input_labels=shown.labels_OP[:, None],
+        input_boxes=None,
+        input_masks=None,
+    )
+    logits, iou, _, _ = tracker.mask_decoder(
+        image_embeddings=top[shown.image_O],
+        image_positional_embeddings=position_1CGG.expand(len(shown.image_O), -1, -1, -1),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=shown.labels_OP.shape[1] == 1,
+        high_resolution_features=[fine[shown.image_O], middle[shown.image_O]],
+    )
+    return logits[:, 0], iou[:, 0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts drawn from true masks: points, a loose box, the mask itself, and clicks that correct a prediction.
+"""Prompts: points, a loose box, the mask itself, drawn from true masks or from none; clicks that correct a prediction.
 
 Labels are SAM's: 1 inside, 0 outside, 2 and 3 a box's corners, -1 no point.
 
@@ -8,6 +8,7 @@ Letters: N objects, S image side in pixels, P points, K some pixels or all S * S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch import Tensor
 KINDS = ("mask", "point", "box", "mixed")  # mixed: a box and points
 NO_POINT = -1
 FEWEST = 2  # places for points of a prompt: a box's corners
+BOX_SIDES = (1 / 16, 1 / 2)  # of boxes where no object is known, in shares of the image
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,28 @@ def draw_prompt(
             points, labels = points + inside + outside, labels + [1] * len(inside) + [0] * len(outside)
     unused = max(FEWEST - len(points), 0)
     return torch.tensor(points + [(0.0, 0.0)] * unused), torch.tensor(labels + [NO_POINT] * unused, dtype=torch.int32)
+
+
+def draw_anywhere(kind: str, place: int, places: int, side: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Draw a point or a box where no object is known: points (P, 2) as x, y in pixels and labels (P,), P = 1 or 2.
+
+    The image is divided into a square grid of at least `places` cells; the point, or the box's centre, is anywhere in
+    the one of `place`. A box's sides are `BOX_SIDES` of the image, drawn in proportion: there are as many small ones.
+    """
+    columns = math.isqrt(places - 1) + 1
+    centre = (np.array([place % columns, place // columns]) + rng.random(2)) * (side / columns) - 0.5
+    if kind == "point":
+        corners, labels = centre.clip(0, side - 1)[None], [1]
+    else:
+        smallest, largest = np.log(BOX_SIDES).tolist()
+        half = np.exp(rng.uniform(smallest, largest, 2)) * side / 2
+        corners, labels = np.stack([centre - half, centre + half]).clip(0, side - 1), [2, 3]
+    return torch.tensor(corners, dtype=torch.float32), torch.tensor(labels, dtype=torch.int32)
+
+
+def rescale(points: Tensor, side: int, other: int) -> Tensor:
+    """Bring points in pixels of a square image of one side to one of another side; a pixel is where its centre is."""
+    return (points + 0.5) * (other / side) - 0.5
 
 
 def _box(mask_SS: Tensor, rng: np.random.Generator, style: PromptStyle) -> list[tuple[float, float]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from effsam3.benchmarks.pictures.drawing import paint, save_png
 from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.tables import Column, percent, result_table
-from effsam3.data.images.pair_batches import resize_mask
+from effsam3.data.images.pair_batches import resize_mask, solid
 from effsam3.data.images.pairs import Pair
 from effsam3.data.splits import split_code
 from effsam3.data.transforms import normalise, resize_image
@@ -32,7 +32,6 @@ from effsam3.models.memory.prompts import draw_prompt
 from effsam3.models.merging.slots import read_card
 from effsam3.stages.adapt.facts import AdaptRecipe
 from effsam3.stages.adapt.images import own_images
-from effsam3.stages.adapt.training import solid
 
 START, ADAPTED = "start", "adapted"
 LINE = 18  # pixels of a line of text on a picture
@@ -127,7 +126,7 @@ def segmented(
             with torch.no_grad():
                 embeddings = tracker.get_image_embeddings(pixels)
             truth_OHW = torch.from_numpy(np.stack([mask for _, mask in truths]))
-            small = [solid(resize_mask(mask, side)) for _, mask in truths]
+            small = [solid(resize_mask(mask, (side, side))) for _, mask in truths]
             for kind in (kind for kind in kinds if kind != "text"):
                 # By the image's name, so that both models are shown the same.
                 rng = np.random.default_rng([split_code(pair.name), kind == "point"])

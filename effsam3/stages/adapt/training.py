@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from effsam3.data.images.pair_batches import PairBatches
+from effsam3.data.images.pair_batches import PairBatches, solid
 from effsam3.data.transforms import normalise
 from effsam3.errors import UserError
 from effsam3.losses.masks import object_weights
@@ -354,12 +354,6 @@ class AdaptStage(StageBase):
             for title, values in (("at the start", start), (f"adapted, step {best['step']}", best))
         ]
         return table(rows, ["held-out images", *(name.replace("_", ", ") for name in names)])
-
-
-def solid(mask_SS: Tensor) -> Tensor:
-    """Return where a mask of 0 to 255 covers half of a pixel, or at all if nowhere does."""
-    half_SS = mask_SS >= 128
-    return half_SS if half_SS.any() else mask_SS > 0
 
 
 def _shares(masks_NSS: Tensor) -> Tensor:

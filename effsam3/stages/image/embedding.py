@@ -31,12 +31,12 @@ class TeacherPass:
         self.channels = self.teacher.channels
         self.max_unreadable = recipe.data.max_unreadable
         self.less_room = "embed.dtype=int8 takes half, " if recipe.embed.dtype == "float16" else ""
-        index = ready_index(recipe, accelerator)
+        index = ready_index(recipe.data, accelerator)
         # Features may be wanted of photographs that are all in one split; training will ask for both.
         present = set(load_index(index)["split"])
         tied = ties_inputs(recipe.embed.to)
         self.datasets = [
-            image_dataset(recipe, index, split, self.teacher.image_size, tied=tied)
+            image_dataset(recipe.data, index, split, self.teacher.image_size, tied=tied)
             for split in SPLITS
             if split in present
         ]

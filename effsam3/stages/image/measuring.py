@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,20 +24,23 @@ from effsam3.data.unreadable import UnreadableImage
 from effsam3.errors import UserError
 from effsam3.models.chassis.tensors import elements
 from effsam3.models.registry import is_made_up
+from effsam3.recipe.common import StageRecipe
 from effsam3.stages import concept_pairs
 from effsam3.stages.image.facts import ImageRecipe
 
 TRIED = 3  # held-out images that are opened before a training
 
 
-def measurable(recipe: ImageRecipe) -> tuple[tuple[str, ...], list[str]]:
+def measurable(recipe: StageRecipe) -> tuple[tuple[str, ...], list[str]]:
     """Return those of `evaluate.benchmarks` that the data allow, and a sentence for every other one.
 
     Raises:
         UserError: they allow none.
     """
-    asked, index = recipe.evaluate.benchmarks, recipe.data.index
-    if "masks" not in asked or any(load_index(index, "val", recipe.data.limit)["num_masks"]):
+    data: Any = recipe.data
+    evaluate: Any = recipe.evaluate
+    asked, index = evaluate.benchmarks, data.index
+    if "masks" not in asked or any(load_index(index, "val", data.limit)["num_masks"]):
         return asked, []
     sentence = (
         f"The benchmark `masks` is left out: no held-out image of {index} has annotations to prompt with and to "
@@ -48,17 +52,19 @@ def measurable(recipe: ImageRecipe) -> tuple[tuple[str, ...], list[str]]:
     return left, [sentence]
 
 
-def something_to_measure(recipe: ImageRecipe) -> str:
+def something_to_measure(recipe: StageRecipe) -> str:
     """Something that can be measured; what cannot is named."""
-    return " ".join(measurable(recipe)[1]) if Path(recipe.data.index).is_file() else ""
+    data: Any = recipe.data
+    return " ".join(measurable(recipe)[1]) if Path(data.index).is_file() else ""
 
 
-def photographs(recipe: ImageRecipe) -> None:
+def photographs(recipe: StageRecipe) -> None:
     """Held-out photographs that can be read, although the store may have their pixels."""
-    index = Path(recipe.data.index)
+    data: Any = recipe.data
+    index = Path(data.index)
     if not index.is_file():
         return
-    rows, reasons = load_index(index, "val", recipe.data.limit), []
+    rows, reasons = load_index(index, "val", data.limit), []
     for row in rows.select(range(min(TRIED, len(rows)))):
         try:
             read_image(row, index.parent)

@@ -29,7 +29,6 @@ from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import UserError
 from effsam3.files import stamp
 from effsam3.hardware.accelerator import frozen_autocast, on_main
-from effsam3.losses.agreement import agreement
 from effsam3.losses.features import feature_loss, relative_error, standardise
 from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
@@ -41,17 +40,17 @@ from effsam3.models.image.teacher import (
     Teacher,
     to_map,
 )
+from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.base import FeatureStage, open_store
-from effsam3.stages.image.facts import SOURCES, ImageRecipe, record_fields
-from effsam3.stages.image.heads import Heads
+from effsam3.stages.image.facts import SOURCES, ImageData, ImageRecipe, record_fields
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.report import Report
 
 SYNTHETIC_HELD_OUT = 0.2  # of the drawn images: they are few
 
 
-def ready_index(recipe: ImageRecipe, accelerator: Accelerator, say: Callable[[str], object] = print) -> Path:
+def ready_index(data: ImageData, accelerator: Accelerator, say: Callable[[str], object] = print) -> Path:
     """Return the index's path; for `data.source: folder` make it first, for `synthetic` the images, too, once.
 
     `say` prints news of a folder of photographs: what the index skipped, what has changed since.
@@ -59,19 +58,19 @@ def ready_index(recipe: ImageRecipe, accelerator: Accelerator, say: Callable[[st
     Raises:
         UserError: an index of something else is there already, or synthetic images of another number or size.
     """
-    on_main(accelerator, partial(_make_index, recipe, say))
-    return Path(recipe.data.index)
+    on_main(accelerator, partial(_make_index, data, say))
+    return Path(data.index)
 
 
-def _make_index(recipe: ImageRecipe, say: Callable[[str], object]) -> None:
+def _make_index(data: ImageData, say: Callable[[str], object]) -> None:
     from effsam3.data.images.index import build_index
 
-    index = Path(recipe.data.index)
-    if recipe.data.source == "folder":
-        if news := ready_photographs(str(recipe.data.folder), index, recipe.data.held_out):
+    index = Path(data.index)
+    if data.source == "folder":
+        if news := ready_photographs(str(data.folder), index, data.held_out):
             say(news)
-    if recipe.data.source == "synthetic":
-        made = {"images": recipe.data.synthetic_images, "side_px": recipe.data.synthetic_side_px}
+    if data.source == "synthetic":
+        made = {"images": data.synthetic_images, "side_px": data.synthetic_side_px}
         stamp(index.parent / "synthetic.json", made, "synthetic images", "data.index", real=index)
         if not index.is_file():
             make_synthetic_sa1b(index.parent / "images", made["images"], side_px=made["side_px"])
@@ -79,7 +78,7 @@ def _make_index(recipe: ImageRecipe, say: Callable[[str], object]) -> None:
 
 
 def image_dataset(
-    recipe: ImageRecipe,
+    data: ImageData,
     index: Path,
     split: str,
     image_size: int,
@@ -88,13 +87,33 @@ def image_dataset(
     tied: bool = True,
 ) -> ImageFeatures:
     """The first `data.limit` (at most `most`) images of one split, without those that the teacher pass skipped."""
-    limits = [limit for limit in (recipe.data.limit, most) if limit is not None]
+    limits = [limit for limit in (data.limit, most) if limit is not None]
     rows = load_index(index, split, min(limits, default=None))
     if store is not None and store.manifest.skipped:
         skipped = {entry["key"] for entry in store.manifest.skipped}
         keys = store_keys(rows, store.manifest.ties_inputs)
         rows = rows.select([position for position, key in enumerate(keys) if key not in skipped])
-    return ImageFeatures(rows, index.parent, image_size, recipe.data.resize, store, tied)
+    return ImageFeatures(rows, index.parent, image_size, data.resize, store, tied)
+
+
+def both_datasets(
+    recipe: StageRecipe, index: Path, image_size: int, store: StoreReader | None
+) -> tuple[ImageFeatures, ImageFeatures]:
+    """Return the images to learn from and those held out, of a recipe whose data are `ImageData`.
+
+    Raises:
+        UserError: there are none of either.
+    """
+    data: Any = recipe.data
+    train_data = image_dataset(data, index, "train", image_size, store)
+    # Limited, because validation runs every few minutes and its error is small after some hundred images.
+    val_data = image_dataset(data, index, "val", image_size, store, most=recipe.train.eval_samples)
+    if not len(train_data) or not len(val_data):
+        raise UserError(
+            f"data.index: {index} has {len(train_data)} training and {len(val_data)} held-out images; "
+            f"both are needed ({SOURCES[data.source].divided_by} divides them)"
+        )
+    return train_data, val_data
 
 
 # What a store must record of its features before a student learns from them.
@@ -128,9 +147,9 @@ def untrained(recipe: ImageRecipe) -> StudentTrunk:
     return make_student(recipe, recipe.channels, facts.image_size, facts.patch_size)
 
 
-def both_splits(recipe: ImageRecipe) -> None:
+def both_splits(recipe: StageRecipe) -> None:
     """Images to learn from and images held out; an index that is still to be made will have both."""
-    data = recipe.data
+    data: Any = recipe.data
     if data.source == "folder" and not Path(data.index).is_file() and not Path(str(data.folder)).is_dir():
         raise UserError(f"data.folder: there is no folder {data.folder}")
     if data.source == "sa1b" or Path(data.index).is_file():
@@ -139,8 +158,8 @@ def both_splits(recipe: ImageRecipe) -> None:
 
 
 def whole_maps(recipe: ImageRecipe) -> None:
-    """Features that neck and heads can read, where they are to."""
-    own = sam3_of(recipe.sam3.checkpoint).sizes.grid if recipe.loss.neck or recipe.asks_heads else 0
+    """Features that `loss.neck` can be computed of."""
+    own = sam3_of(recipe.sam3.checkpoint).sizes.grid if recipe.loss.neck else 0
     refuse_partial_maps(recipe, recipe.embed.tap, recipe.embed.grid or own)
 
 
@@ -148,18 +167,15 @@ NEEDS = (both_splits, whole_maps)
 
 
 def refuse_partial_maps(recipe: ImageRecipe, tap: str, grid: int) -> None:
-    """Refuse features that neck and heads cannot read, where the loss or validation looks at what they make of them.
+    """Refuse features that the neck cannot read, where the loss looks at what it makes of them.
 
     Raises:
         UserError: they are not the trunk's, or not on its own grid.
     """
-    asking = {"loss.neck": recipe.loss.neck > 0, "train.monitor": recipe.asks_heads}
-    keys = [key for key, asks in asking.items() if asks]
-    if keys and (tap != "trunk" or grid != sam3_of(recipe.sam3.checkpoint).sizes.grid):
-        off = {"loss.neck": "loss.neck=0", "train.monitor": f"train.monitor={recipe.metric}"}
+    if recipe.loss.neck and (tap != "trunk" or grid != sam3_of(recipe.sam3.checkpoint).sizes.grid):
         raise UserError(
-            f"{keys[0]} compares what SAM 3's neck makes of whole trunk maps; these are {tap} features on a "
-            f"{grid}x{grid} grid. Save features with embed.tap=trunk and without embed.grid, or set {off[keys[0]]}"
+            f"loss.neck compares what SAM 3's neck makes of whole trunk maps; these are {tap} features on a "
+            f"{grid}x{grid} grid. Save features with embed.tap=trunk and without embed.grid, or set loss.neck=0"
         )
 
 
@@ -180,16 +196,15 @@ class ImageStage(FeatureStage):
         student: StudentTrunk,
         teacher: Teacher | None,
         neck: Neck | None,
-        heads: Heads | None,
     ):
-        """`neck` is what `loss.neck` looks through, `heads` what validation does; None: neither does."""
+        """`neck` is what `loss.neck` looks through, None without that term."""
         super().__init__(recipe, place, facts, student, teacher)
-        self.neck, self.heads = neck, heads
+        self.neck = neck
         self.max_unreadable = recipe.data.max_unreadable
 
     @classmethod
     def from_recipe(cls, recipe: ImageRecipe, report: Report, accelerator: Accelerator) -> ImageStage:
-        index = ready_index(recipe, accelerator, report.say)
+        index = ready_index(recipe.data, accelerator, report.say)
         teacher, store = None, None
         if recipe.teacher == "online":
             teacher = make_teacher(recipe, accelerator)
@@ -205,25 +220,15 @@ class ImageStage(FeatureStage):
             store = open_store(recipe, FACTS, "resize")
             facts = store.manifest.description
         side = facts["image_size"]
-        train_data = image_dataset(recipe, index, "train", side, store)
-        # Limited, because validation runs every few minutes and its error is small after some hundred images.
-        val_data = image_dataset(recipe, index, "val", side, store, most=recipe.train.eval_samples)
-        if not len(train_data) or not len(val_data):
-            raise UserError(
-                f"data.index: {index} has {len(train_data)} training and {len(val_data)} held-out images; "
-                f"both are needed ({SOURCES[recipe.data.source].divided_by} divides them)"
-            )
-        neck, heads = None, None
-        refuse_partial_maps(recipe, facts["tap"], facts["grid"])
-        if recipe.asks_heads:
-            heads = Heads.from_recipe(recipe, val_data)
-            heads.model.to(accelerator.device)
+        train_data, val_data = both_datasets(recipe, index, side, store)
+        neck = None
         if recipe.loss.neck:
+            refuse_partial_maps(recipe, facts["tap"], facts["grid"])
             neck = Neck.from_folder(chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision))
             # Only the part of SAM 3 after the trunk: the loss looks at features as the detector will see them.
             neck = neck.to(accelerator.device)
         student = make_student(recipe, facts["channels"], side, sam3_of(recipe.sam3.checkpoint).sizes.patch_size)
-        stage = cls(recipe, accelerator, facts, student, teacher, neck, heads)
+        stage = cls(recipe, accelerator, facts, student, teacher, neck)
         stage.train_data, stage.val_data = train_data, val_data
         stage.begin(store, report, accelerator)
         return stage
@@ -242,8 +247,7 @@ class ImageStage(FeatureStage):
             config = config_at_hand(recipe.sam3.checkpoint).detector_config.vision_config
             teacher = Teacher(config, recipe.embed.tap, recipe.embed.grid) if recipe.teacher == "online" else None
             neck = Neck(config) if recipe.loss.neck else None
-        heads = Heads.from_shapes(recipe) if recipe.asks_heads else None
-        return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher, neck, heads)
+        return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher, neck)
 
     def example(self, samples: int) -> Batch:
         """Return a micro-batch of `samples` images without contents."""
@@ -257,8 +261,7 @@ class ImageStage(FeatureStage):
 
     @property
     def frozen(self) -> list[nn.Module]:
-        more = [self.neck, None if self.heads is None else self.heads.model]
-        return super().frozen + [module for module in more if module is not None]
+        return super().frozen + ([] if self.neck is None else [self.neck])
 
     def samples(self, batch: Batch) -> list[str]:
         return [self.train_data.keys[position] for position in batch["positions"].tolist()]
@@ -283,8 +286,6 @@ class ImageStage(FeatureStage):
             "data": f"{self.recipe.data.index}  {len(self.train_data):,} images, {len(self.val_data):,} held out, "
             f"{self.facts['image_size']} px {self.facts['resize']}",
         }
-        if self.heads is not None:
-            lines["judged"] = self.heads.describe()
         return lines | self.notes
 
     def valid(self, batch: Batch) -> Tensor:
@@ -312,17 +313,6 @@ class ImageStage(FeatureStage):
             feat_BND = student(self.pixels(batch)).last_hidden_state
         # A store may hold a coarser grid than the student's, to save space.
         return resize_BCHW(to_map(feat_BND), (self.facts["grid"],) * 2)
-
-    def compare(self, batch: Batch, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
-        through_heads = {} if self.heads is None else self.heads.sums(batch, pred, target)
-        return super().compare(batch, pred, target) | through_heads
-
-    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        if self.heads is None:
-            return super().summarise(sums)
-        through_heads = {name: sums.pop(name) for name in list(sums) if name.startswith("heads_")}
-        judged = {f"val/{name}": value for name, value in agreement(through_heads).items()}
-        return judged | super().summarise(sums)
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         weights = self.recipe.loss
