@@ -17,6 +17,8 @@ DATA = {"effsam3.recipes": "recipes", "effsam3.accelerate_configs": "accelerate_
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.17.2"],  # torch_autocast
     "lora": ["peft>=0.18"],
+    "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
+    "openvino": ["openvino>=2025.2"],
     "tensorboard": ["tensorboard>=2.16.2"],  # older 2.16 ask for TensorFlow, the first for its nightly builds
     "wandb": ["wandb>=0.18"],
 }

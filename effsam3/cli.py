@@ -15,9 +15,6 @@ from effsam3.verbs import VERBS
 
 SAVING = ("embed", "train")  # verbs that finish and keep what they are at when they are asked to stop
 FULL_DISK = "; make room, the same command resumes from what is saved"
-KEPT = {  # words that are not verbs, and why
-    "export": "export is kept for devices and does nothing yet; `effsam3 embed` saves the teacher's embeddings",
-}
 
 
 def main(argv: Sequence[str] | None = None, verb: str | None = None) -> int:
@@ -86,8 +83,6 @@ def usage(word: str) -> str:
 
 
 def _unknown(first: str, word: str) -> str:
-    if not first and word in KEPT:
-        return KEPT[word]
     choices = [verb.removeprefix(f"{first} ") for verb in below(first)]
     choices += [] if first else sorted({verb.split()[0] for verb in choices} - set(choices))
     return f"no verb is called {f'{first} {word}'.strip()!r}{did_you_mean(word, choices)}"

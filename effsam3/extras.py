@@ -26,8 +26,14 @@ def refuse_missing_extras(recipe: Recipe, verbs: Sequence[str], processes: int =
         asked |= dict.fromkeys(recipe.packages, f"stage: {recipe.stage}")
         extras |= recipe.packages
     for package, key in asked.items():
-        if find_spec(package) is None:
-            raise UserError(
-                f"{key} needs {package}, which is not installed: pip install "
-                f'"effsam3[{extras.get(package, package)}]", or change the key'
-            )
+        refuse_missing(package, key, extras.get(package, package), ", or change the key")
+
+
+def refuse_missing(package: str, key: str, extra: str, or_else: str = "") -> None:
+    """Refuse what a package is missing for.
+
+    Raises:
+        UserError: the command that installs it.
+    """
+    if find_spec(package) is None:
+        raise UserError(f'{key} needs {package}, which is not installed: pip install "effsam3[{extra}]"{or_else}')

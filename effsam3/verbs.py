@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from effsam3.recipe.common import Recipe
 
 
+RUNTIMES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # of `export`, and their extras: what each needs
+
+
 def nodes(text: str) -> int | str:
     """Parse --nodes for argparse: a number above 0, or slurm."""
     if text != "slurm" and not text.isdecimal():
@@ -58,6 +61,17 @@ def predict(model: str, source: str, out: str | None, **prompts: Any) -> None:
     from effsam3 import predict as verb
 
     verb.run(model, source, asked, out)
+
+
+def export(model: str, to: str, out: str | None) -> None:
+    """Check what need not wait for torch, and export."""
+    from effsam3.extras import refuse_missing
+
+    for package in RUNTIMES[to]:
+        refuse_missing(package, f"--to {to}", to)
+    from effsam3 import export as verb
+
+    verb.run(model, to, out)
 
 
 # ---- arguments that several verbs have
@@ -181,6 +195,15 @@ VERBS = {
             arg("--mask", "objects on a video's first frame, one per value above 0", metavar="PNG"),
             arg("--threshold", "of --text; default: 0.5, in a video 0.7", type=float, metavar="SCORE"),
             arg("--out", "default: predictions/<name of INPUT>", metavar="FOLDER"),
+        ],
+    ),
+    "export": Verb(
+        "write a model as files for other runtimes, each compared with PyTorch",
+        export,
+        [
+            arg("model", "merged or run folder, checkpoint, Hub id, tiny", metavar="MODEL"),
+            arg("--to", "the runtime (default onnx)", choices=tuple(RUNTIMES), default="onnx"),
+            arg("--out", "default: exports/<name of MODEL>-<runtime>", metavar="FOLDER"),
         ],
     ),
     "recipes": Verb("list the recipes that come with effsam3, by their short names", "shipped:listing"),

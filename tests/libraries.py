@@ -4,7 +4,14 @@
 import sysconfig
 from pathlib import Path
 
-EXTRAS = {"deepspeed": "deepspeed", "lora": "peft", "tensorboard": "tensorboard", "wandb": "wandb"}  # extra: package
+EXTRAS = {  # extra: package
+    "deepspeed": "deepspeed",
+    "lora": "peft",
+    "onnx": "onnx",
+    "openvino": "openvino",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
 NOT_LINKED = (*EXTRAS.values(), "effsam3", "__editable__")
 
 

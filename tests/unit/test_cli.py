@@ -195,12 +195,6 @@ def test_verbs_of_two_words(capsys):
     assert capsys.readouterr().err == "error: no verb is called 'idnex'; did you mean index?\n"
 
 
-def test_export_is_kept_for_devices(capsys):
-    assert main(["export", SMOKE]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "kept for devices" in said and "`effsam3 embed`" in said
-
-
 @pytest.mark.parametrize("verb", ["train", "merge", "evaluate"])
 def test_recipe_verbs_get_the_overridden_recipe(verb, verb_called):
     calls = verb_called(verb)

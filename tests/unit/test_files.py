@@ -172,6 +172,7 @@ ALLOWED = {
     ("models.chassis.sam3_pt", "_write"): INSIDE,
     ("models.chassis.sam3_pt", "_save"): INSIDE,
     ("models.chassis.find", "_make.write"): INSIDE,
+    ("models.exporting.onnx_files", "write_onnx"): INSIDE,
     ("benchmarks.vos", "PredictionFolder.add"): INSIDE,
     ("benchmarks.vos", "PredictionFolder.finish"): INSIDE,
 }

@@ -66,6 +66,7 @@ LAYERS = [
         "merge",
         "evaluate",
         "predict",
+        "export",
         "push",
         "data_check",
         "data_convert",

@@ -36,9 +36,18 @@ def resize_BCHW(feat_BCHW: Tensor, size: tuple[int, int]) -> Tensor:
         return feat_BCHW
     if size[0] >= feat_BCHW.shape[-2]:
         return F.interpolate(feat_BCHW, size, mode="bilinear", align_corners=False)
+    if torch.onnx.is_in_onnx_export():
+        # Not all runtimes antialias, nor say that they do not (OpenVINO 2026); a resize is linear in rows and columns.
+        return _resizing_of(size[0], feat_BCHW.shape[-2]) @ feat_BCHW @ _resizing_of(size[1], feat_BCHW.shape[-1]).T
     # In float32: torch's antialiased kernel knows no bfloat16 on the CPU.
     resized = F.interpolate(feat_BCHW.float(), size, mode="bilinear", align_corners=False, antialias=True)
     return resized.to(feat_BCHW.dtype)
+
+
+def _resizing_of(to: int, side: int) -> Tensor:
+    """Return the matrix (to, side) that an antialiased resize multiplies columns with."""
+    one = torch.eye(side)[None, None]
+    return F.interpolate(one, (to, side), mode="bilinear", align_corners=False, antialias=True)[0, 0]
 
 
 class LayerNorm2d(nn.LayerNorm):

@@ -78,8 +78,8 @@ class MemoryCrossAttention(Sam3TrackerVideoRoPEAttention):
         query = rotate(heads(self.q_proj(query_ONC)), query_rope)
         key = rotate(heads(self.k_proj(keys_ONM)), memory_rope)
         value = heads(self.v_proj(memory.values_ONM))
-        # Without a bias, PyTorch can choose its flash kernel, which takes no mask.
-        bias = None if memory.bias_N is None else memory.bias_N.to(query.dtype).expand(len(query), 1, 1, -1)
+        # Without a bias, PyTorch can choose its flash kernel, which takes no mask. (An export would fix len(query).)
+        bias = None if memory.bias_N is None else memory.bias_N.to(query.dtype).expand(query.shape[0], 1, 1, -1)
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, dropout_p=self.dropout_p if self.training else 0.0, scale=self.scaling
         )

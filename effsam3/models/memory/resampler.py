@@ -57,9 +57,9 @@ class ResamplerAttention(nn.Module):
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, query_BQM: Tensor, key_BNM: Tensor, value_BNM: Tensor) -> Tensor:
-        return self.o_proj(
-            F.scaled_dot_product_attention(self.q_proj(query_BQM), self.k_proj(key_BNM), self.v_proj(value_BNM))
-        )
+        # With an axis of heads, though there is one: exporters know no other attention.
+        query, key, value = self.q_proj(query_BQM), self.k_proj(key_BNM), self.v_proj(value_BNM)
+        return self.o_proj(F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0])
 
 
 class ResamplerFeedForward(nn.Module):

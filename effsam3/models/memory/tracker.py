@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 
 import torch
@@ -132,57 +132,92 @@ class EfficientTracker(Sam3TrackerVideoModel):
         frames: list[tuple[int, FrameMemory]],
         pointers: list[tuple[int, Tensor]],
         video_frames: int | None,
-        top_OCGG: Tensor,
+        like: Tensor,
     ) -> MemoryTokens:
-        """Lay the bank out as tokens: maps first, then latents, then pointers."""
-        config, device = self.config, top_OCGG.device
+        """Lay the bank out as tokens; of each frame what its mode reads."""
+        config = self.config
+        # Offset 0 is a conditioning frame, so prompted frames always count as recent.
+        hot = [config.memory_mode != "hybrid" or offset <= config.memory_hot_frames for offset, _ in frames]
+        maps, latents = [], []
+        for (offset, memory), is_hot in zip(frames, hot, strict=True):
+            if memory.map_ONM is not None and is_hot:
+                maps.append((offset, memory.map_ONM))
+            else:
+                assert memory.latents_OLM is not None  # a frame keeps at least one of the two
+                latents.append((offset, memory.latents_OLM))
+        longest = config.max_object_pointers_in_encoder
+        # A short video must spread its distances over the same range as a long one, as SAM 3 was trained.
+        longest = longest if video_frames is None else min(video_frames, longest)
+        seen = _stacked(pointers, like)
+        if seen is not None:
+            seen = seen[0], seen[1] / max(longest - 1, 1)
+        return self.tokens(_stacked(maps, like), _stacked(latents, like), seen)
+
+    def tokens(
+        self,
+        maps: tuple[Tensor, Tensor] | None,
+        latents: tuple[Tensor, Tensor] | None,
+        pointers: tuple[Tensor, Tensor] | None,
+    ) -> MemoryTokens:
+        """Lay a memory out as tokens: maps first, then latents, then pointers; None for what there is not.
+
+        Args:
+            maps: tokens (O, F, N, M) of F frames' maps, and the frames' offsets (F,).
+            latents: latents (O, F, L, M) of others, and their offsets.
+            pointers: object pointers (O, P, C), and their distances (P,) as shares of the longest.
+        """
+        config = self.config
+        device = self.memory_temporal_positional_encoding.device
         # What is constant over frames is brought to tokens exactly as the features were.
         constant_CGG = torch.cat([self._grid_encoding(device), coordinates(config.grid, device)])
-        map_NC, latents_LC = self._map_tokens(constant_CGG[None])[0], self.memory_resampler.place(constant_CGG)
-        # A pooled token replaces pool x pool cells: ln of their number gives it the attention that they would have
-        # drawn.
-        map_bias_N = map_NC.new_full((len(map_NC),), 2 * math.log(config.pool))
-        latents_bias_L = self.memory_resampler.log_multiplicity()
-
-        maps, latents = [], []
-        for offset, memory in frames:
-            temporal_M = self.memory_temporal_positional_encoding[offset - 1].flatten()
-            # Offset 0 is a conditioning frame, so prompted frames always count as recent.
-            hot = config.memory_mode != "hybrid" or offset <= config.memory_hot_frames
-            if memory.map_ONM is not None and hot:
-                # The last two channels are the coordinates, which must not receive the temporal encoding.
-                maps.append((memory.map_ONM, map_NC[:, :-2] + temporal_M, map_NC[:, -2:], map_bias_N))
-            else:
-                encoding_LM = latents_LC[:, :-2] + temporal_M
-                latents.append((memory.latents_OLM, encoding_LM, latents_LC[:, -2:], latents_bias_L))
-        last = [self._pointer_tokens(pointers, video_frames)] if pointers else []
-
-        values, encodings, positions, biases = zip(*maps, *latents, *last, strict=True)
+        parts = []
+        if maps is not None:
+            map_NC = self._map_tokens(constant_CGG[None])[0]
+            # A pooled token replaces pool x pool cells: ln of their number gives it the attention that they would
+            # have drawn.
+            parts.append(self._frame_tokens(*maps, map_NC, map_NC.new_full((len(map_NC),), 2 * math.log(config.pool))))
+        if latents is not None:
+            place_LC = self.memory_resampler.place(constant_CGG)
+            parts.append(self._frame_tokens(*latents, place_LC, self.memory_resampler.log_multiplicity()))
+        if pointers is not None:
+            parts.append(self._pointer_tokens(*pointers))
+        values, encodings, positions, biases = zip(*parts, strict=True)
         return MemoryTokens(
-            torch.cat([tokens_ONM.to(top_OCGG.dtype) for tokens_ONM in values], 1),
+            torch.cat(values, 1),
             torch.cat(encodings),
             torch.cat(positions),
             # None where all biases are zero, because attention without a mask can use faster kernels.
-            torch.cat(biases) if latents or (maps and config.pool > 1) else None,
+            torch.cat(biases) if latents is not None or (maps is not None and config.pool > 1) else None,
         )
 
-    def _pointer_tokens(self, pointers: list[tuple[int, Tensor]], video_frames: int | None) -> tuple[Tensor, ...]:
-        """Cut every pointer into tokens of M channels: values, encodings, positions and biases."""
-        pointer_OPC = torch.stack([pointer_OC for _, pointer_OC in pointers], 1)
-        value_OPM = pointer_OPC.unflatten(2, (-1, self.mem_dim)).flatten(1, 2)
-        longest = self.config.max_object_pointers_in_encoder
-        # A short video must spread its distances over the same range as a long one, as SAM 3 was trained.
-        longest = longest if video_frames is None else min(video_frames, longest)
-        distance_P = torch.tensor([distance for distance, _ in pointers], device=pointer_OPC.device)
-        sine_PC = get_1d_sine_pe(distance_P / max(longest - 1, 1), dim=self.hidden_dim)
-        encoding_PM = self.temporal_positional_encoding_projection_layer(sine_PC.to(pointer_OPC.dtype)).float()
-        encoding_PM = encoding_PM.repeat_interleave(value_OPM.shape[1] // len(pointers), 0)
+    def _frame_tokens(
+        self, kept_OFNM: Tensor, offset_F: Tensor, constant_NC: Tensor, bias_N: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Lay frames out one after the other: values, encodings, positions and biases."""
+        # An offset of 0, a conditioning frame's, has the last encoding.
+        temporal_FM = self.memory_temporal_positional_encoding[(offset_F - 1) % self.num_maskmem].flatten(1)
+        # The last two channels are the coordinates, which must not receive the temporal encoding.
+        encoding_FNM = constant_NC[:, :-2] + temporal_FM[:, None]
+        place_FNX = constant_NC[:, -2:].expand(offset_F.shape[0], -1, -1)
         return (
-            value_OPM,
+            kept_OFNM.flatten(1, 2),
+            encoding_FNM.flatten(0, 1),
+            place_FNX.flatten(0, 1),
+            bias_N.expand(offset_F.shape[0], -1).flatten(),
+        )
+
+    def _pointer_tokens(self, pointer_OPC: Tensor, distance_P: Tensor) -> tuple[Tensor, ...]:
+        """Cut every pointer into tokens of M channels: values, encodings, positions and biases."""
+        value_OPTM = pointer_OPC.unflatten(2, (-1, self.mem_dim))
+        sine_PC = get_1d_sine_pe(distance_P, dim=self.hidden_dim)
+        encoding_PM = self.temporal_positional_encoding_projection_layer(sine_PC.to(pointer_OPC.dtype)).float()
+        encoding_PM = encoding_PM.repeat_interleave(value_OPTM.shape[2], 0)
+        return (
+            value_OPTM.flatten(1, 2),
             encoding_PM,
             # A pointer belongs to no place: position (0, 0) leaves it unrotated.
-            encoding_PM.new_zeros(len(encoding_PM), 2),
-            encoding_PM.new_zeros(len(encoding_PM)),
+            torch.zeros_like(encoding_PM[:, :2]),
+            torch.zeros_like(encoding_PM[:, 0]),
         )
 
     # ---- what transformers' sessions call
@@ -254,6 +289,14 @@ class EfficientTracker(Sam3TrackerVideoModel):
         output = super().forward(inference_session, *args, **kwargs)
         forget(inference_session, output.frame_idx, self.config)
         return output
+
+
+def _stacked(some: Sequence[tuple[int, Tensor]], like: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return tensors (O, ...) as one (O, F, ...) of the type of `like`, and their numbers (F,); None of none."""
+    if not some:
+        return None
+    numbers, tensors = zip(*some, strict=True)
+    return torch.stack(tensors, 1).to(like.dtype), torch.tensor(numbers, device=like.device)
 
 
 def in_mode(tracker: EfficientTracker, mode: str) -> EfficientTracker:

@@ -37,7 +37,8 @@ PROCESSOR_LENGTH = SAM3.context_length  # to which transformers' SAM 3 processor
 # As in CLIP, with open_clip's names of the two special tokens: written out in a text, they are those tokens.
 _SPECIAL = {"<start_of_text>": [START_ID], "<end_of_text>": [END_ID]}
 _FIRST = "|".join(_SPECIAL) + "|'s|'t|'re|'ve|'m|'ll|'d|"
-_words_of = regex.compile(_FIRST + r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE).findall
+WORDS = _FIRST + r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # of lower-case text
+_words_of = regex.compile(WORDS, regex.IGNORECASE).findall
 # The same on what `clean` leaves of ASCII, which is lower-case; Python's own engine is twice as fast.
 _words_of_ascii = re.compile(_FIRST + r"[a-z]+|[0-9]|[^\sa-z0-9]+").findall
 # Printable ASCII without `&`, and line breaks: what neither ftfy nor html.unescape would change but for line breaks,
