@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +24,8 @@ from torchvision.ops import box_convert
 from transformers import PreTrainedModel, Sam3TrackerVideoModel
 
 from effsam3.data.coco import rles_of
-from effsam3.data.images.decoding import decode_image
 from effsam3.data.transforms import normalise, resize_image
-from effsam3.data.videos.files import VIDEO_EXTENSIONS, open_video
+from effsam3.inputs import Frames, read_image, read_video
 from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.pickled import PickledError
@@ -35,7 +33,7 @@ from effsam3.models.chassis.tensors import ChassisError
 from effsam3.models.inference import concepts
 from effsam3.models.inference.concepts import ConceptModel, Instances
 from effsam3.models.inference.prompt_options import Asked, PredictError, labelled
-from effsam3.models.inference.prompted import Prompts, load_tracker, shown_masks, tracked_masks
+from effsam3.models.inference.prompted import Prompts, load_tracker, shown_masks, tracked_masks, tracker_within
 from effsam3.models.merging.slots import first_chassis, read_card
 from effsam3.models.registry import is_made_up
 from effsam3.models.text.tokens import TextTooLong, Tokenizer
@@ -70,23 +68,26 @@ class Predictor:
 
         Args:
             model, revision: as for `load_model`.
-            device: None: a GPU, where there is one.
+            device: such as cuda, cuda:1, mps or cpu; None: a GPU of NVIDIA's, AMD's or Apple's, where there is one.
 
         Raises:
-            PredictError: there is no such model.
+            PredictError: there is no such model, or no such device.
         """
         self.folder = model_folder(str(model), revision)
         self.made_up = made_up(str(model), self.folder)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = usable_device(device)
 
     @cached_property
     def concepts(self) -> ConceptModel:
-        """The model that texts need."""
+        """The model that texts need; it holds all that boxes, points and masks need, too."""
+        self.__dict__.pop("tracker", None)  # one that was loaded alone
         return ConceptModel(self.folder, self.device)
 
     @cached_property
     def tracker(self) -> Sam3TrackerVideoModel:
-        """The model that boxes, points and masks need."""
+        """The model that boxes, points and masks need: a part of the other one, where that is loaded."""
+        if "concepts" in self.__dict__:
+            return tracker_within(self.concepts.model)
         return torch.nn.Module.to(load_tracker(self.folder), self.device)
 
     def image(
@@ -130,7 +131,7 @@ class Predictor:
 
     def video(
         self,
-        video: str | Path,
+        video: str | Path | int,
         text: str | Sequence[str] = (),
         box: Sequence = (),
         point: Sequence = (),
@@ -140,7 +141,7 @@ class Predictor:
         """Find and track instances through a video; yields (number of the frame, instances) frame by frame.
 
         Args:
-            video: a file, or a folder of frames.
+            video: a file, a folder of frames, or the number of a webcam.
             text: as for `image`.
             box, point: as for `image`: objects on the first frame.
             mask: a PNG of the first frame's size in which every value above 0 is one object.
@@ -153,7 +154,7 @@ class Predictor:
         opened = read_video(video)
         asked = Asked(_list(text), _rows(box, 4), _rows(point, 2), None if mask is None else Path(mask), threshold)
         refuse_misfit(asked, True, tuple(opened.size))
-        return self.on_video(opened, asked)
+        return ((index, found) for index, found, _, _ in self.on_video(opened, asked))
 
     def on_image(self, image_HW3: np.ndarray, asked: Asked) -> Iterator[Instances]:
         """Yield the instances of each text, or once the objects that are shown; of prompts that fit the image."""
@@ -169,45 +170,42 @@ class Predictor:
         for text in asked.texts:
             yield self.concepts.find(vision, size, text, boxes, positive, threshold)
 
-    def on_video(self, video, asked: Asked) -> Iterator[tuple[int, Instances]]:
-        """Yield (frame, instances) of the texts, or of what is shown on the first frame."""
+    def on_video(
+        self, video, asked: Asked, most: int | None = None
+    ) -> Iterator[tuple[int, Instances, np.ndarray, float]]:
+        """Yield (frame, instances, image_HW3, seconds) of the texts, or of what is shown on the first frame.
+
+        `most`: frames that are read; None: all.
+        """
         size = tuple(video.size)
+        found: Iterator[tuple[int, Instances]]
         if asked.texts:
-            frames = Frames(video, self.concepts.model.config.tracker_config.image_size)
-            return self.concepts.follow(frames, size, list(asked.texts), asked.threshold)
-        prompts = shown(asked, size)
-        frames = Frames(video, self.tracker.config.image_size)
-        tracked = tracked_masks(self.tracker, frames, size, prompts)
-        return ((index, of_prompts(masks, scores)) for index, masks, scores in tracked)
+            frames = Frames(video, self.concepts.model.config.tracker_config.image_size, most)
+            found = self.concepts.follow(frames, size, list(asked.texts), asked.threshold)
+        else:
+            frames = Frames(video, self.tracker.config.image_size, most)
+            tracked = tracked_masks(self.tracker, frames, size, shown(asked, size))
+            found = ((index, of_prompts(masks_OHW, scores_O)) for index, masks_OHW, scores_O in tracked)
+        return ((index, instances, *frames.take(index)) for index, instances in found)
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """Read an image, uint8 RGB (H, W, 3).
-
-    Raises:
-        PredictError: there is none. UserError: it cannot be decoded.
-    """
-    return decode_image(_existing(path).read_bytes(), key=str(path))[0]
-
-
-def read_video(path: str | Path):
-    """Open a video or a folder of frames.
+def usable_device(device: torch.device | str | None = None) -> torch.device:
+    """Return a device, or the best one that is there: CUDA (or ROCm), Apple's MPS, the CPU.
 
     Raises:
-        PredictError: there is none. UserError: it cannot be decoded.
+        PredictError: there is no such device.
     """
-    return open_video(_existing(path))
-
-
-def is_video(path: str | Path) -> bool:
-    """Return whether a path is to be read as a video: a folder, or a file with a video's ending."""
-    return Path(path).is_dir() or Path(path).suffix.lower() in VIDEO_EXTENSIONS
-
-
-def _existing(path: str | Path) -> Path:
-    if not Path(path).exists():
-        raise PredictError(f"INPUT: there is no {path}; expected an image, a video or a folder of frames")
-    return Path(path)
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device is None:
+        return torch.device(next(name for name, is_there in there.items() if is_there))
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise PredictError(f"--device {device}: expected one of {', '.join(there)}, such as cuda:1") from error
+    if not there.get(chosen.type, True) or chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        usable = ", ".join(name for name, is_there in there.items() if is_there)
+        raise PredictError(f"--device {device} is not there; this machine has {usable}")
+    return chosen
 
 
 # ---- prompts
@@ -355,34 +353,3 @@ def of_prompts(masks_OHW: Tensor, scores_O: Tensor) -> Instances:
     rles = rles_of(masks_OHW.numpy())
     boxes_O4 = box_convert(torch.from_numpy(coco_mask.toBbox(rles)), "xywh", "xyxy")
     return Instances(masks_OHW, boxes_O4, scores_O, list(range(1, len(masks_OHW) + 1)), [""] * len(masks_OHW))
-
-
-class Images(Sequence[Any]):
-    """A video's frames, uint8 RGB (H, W, 3), decoded when they are asked for."""
-
-    def __init__(self, video):
-        self.video = video
-
-    def __len__(self) -> int:
-        return self.video.frames
-
-    def __getitem__(self, index: int) -> Any:  # type: ignore[override]  # one at a time, no slices
-        image_HW3 = np.ascontiguousarray(self.video.read([index])[0].transpose(1, 2, 0))
-        if image_HW3.shape[:2] != tuple(self.video.size):
-            height, width = image_HW3.shape[:2]
-            raise PredictError(
-                f"INPUT: frame {index} is {width}x{height} px, the first {self.video.size[1]}x{self.video.size[0]}; "
-                "the frames of a video have one size"
-            )
-        return image_HW3
-
-
-class Frames(Images):
-    """The same as the model takes them: normalised pixels (3, S, S)."""
-
-    def __init__(self, video, side: int):
-        super().__init__(video)
-        self.side = side
-
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]  # a tensor
-        return normalise(resize_image(super().__getitem__(index), self.side, "square")[0])

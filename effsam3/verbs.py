@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentTypeError
 from typing import TYPE_CHECKING, Any
 
@@ -52,15 +53,25 @@ def status(runs: list[str], watch: int | None, as_json: bool) -> str | None:
     return None
 
 
-def predict(model: str, source: str, out: str | None, **prompts: Any) -> None:
+def predict(
+    model: str,
+    sources: list[str],
+    out: str | None,
+    device: str | None,
+    images: bool,
+    frames: int | None,
+    **prompts: Any,
+) -> None:
     """Check the prompts, which need not wait for torch, and predict."""
     from effsam3.models.inference.prompt_options import parse, refuse_swapped
 
     asked = parse(**prompts)
-    refuse_swapped(model, source)
+    for source in sources:
+        refuse_swapped(model, source)
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Apple's GPUs lack runs on the CPU
     from effsam3 import predict as verb
 
-    verb.run(model, source, asked, out)
+    verb.run(model, sources, asked, out, device, images, frames)
 
 
 def export(model: str, to: str, out: str | None) -> None:
@@ -172,11 +183,16 @@ VERBS = {
         ],
     ),
     "predict": Verb(
-        "find or track things on an image or in a video by text, boxes or points",
+        "find or track things on images or in videos by text, boxes or points",
         predict,
         [
             arg("model", "merged or run folder, checkpoint, Hub id, tiny", metavar="MODEL"),
-            arg("source", "an image, a video or a folder of frames", metavar="INPUT"),
+            arg(
+                "sources",
+                'images, videos, folders of frames or of videos, patterns ("*.jpg"), or the number of a webcam',
+                metavar="INPUT",
+                nargs="+",
+            ),
             arg("--text", "find all instances of this; may be repeated", dest="texts", metavar="TEXT", **MANY),
             arg(
                 "--box",
@@ -195,6 +211,9 @@ VERBS = {
             arg("--mask", "objects on a video's first frame, one per value above 0", metavar="PNG"),
             arg("--threshold", "of --text; default: 0.5, in a video 0.7", type=float, metavar="SCORE"),
             arg("--out", "default: predictions/<name of INPUT>", metavar="FOLDER"),
+            arg("--device", "such as cuda:1, mps or cpu; default: a GPU, where there is one", metavar="DEVICE"),
+            flag("--images", "the images of a folder are images of their own, not the frames of a video"),
+            arg("--frames", "of a video or webcam, stop after so many", type=count, metavar="N"),
         ],
     ),
     "export": Verb(

@@ -198,17 +198,23 @@ class FeatureStage(StageBase):
 
     @torch.no_grad()
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        target, pred, valid = self.target(batch), self.predict(student, batch), self.valid(batch)
-        return agreement_sums(pred, target, valid, self.mean_C, self.deviation_C)
+        return self.compare(batch, self.predict(student, batch), self.target(batch))
+
+    def compare(self, batch: Batch, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Return the sums of `validate` for features of a held-out batch, the student's and the teacher's."""
+        return agreement_sums(pred, target, self.valid(batch), self.mean_C, self.deviation_C)
 
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
-        names = ("val/cosine", "val/cosine_centred", "val/mse")
+        titles = {"val/cosine": "cosine", "val/cosine_centred": "centred cosine", "val/mse": "mse"}
+        judged = [name for name in best if name.startswith("val/heads") and name in start]
+        titles |= {name: name.removeprefix("val/").replace("_", ", ") for name in judged}
+        of_mean = dict(zip(titles, (f"{best['val/cosine_of_mean']:.4f}", "0.0000", "1.0000"), strict=False))
         rows = [
-            ["student at the start", *(f"{start[name]:.4f}" for name in names)],
-            ["mean of the features", f"{best['val/cosine_of_mean']:.4f}", "0.0000", "1.0000"],
-            [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in names)],
+            ["student at the start", *(f"{start[name]:.4f}" for name in titles)],
+            ["mean of the features", *(of_mean.get(name, "-") for name in titles)],
+            [f"student, step {best['step']}", *(f"{best[name]:.4f}" for name in titles)],
         ]
-        return table(rows, [f"held-out {self.unit}", "cosine", "centred cosine", "mse"])
+        return table(rows, [f"held-out {self.unit}", *titles.values()])
 
 
 @dataclass(frozen=True, kw_only=True)

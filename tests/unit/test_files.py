@@ -155,6 +155,7 @@ INSIDE = "gets a path inside an atomic_file or atomic_folder"
 ALLOWED = {
     ("benchmarks.journal", "Journal.writer"): GROWS,
     ("data.videos.writing", "Tables.write"): INSIDE,
+    ("data.videos.mp4", "Mp4Writer.__init__"): INSIDE,
     ("data.videos.writing", "put_frames"): INSIDE,
     ("data.videos.writing", "write_palette_png"): INSIDE,
     ("training.report", "Report.say"): GROWS,
@@ -174,6 +175,7 @@ ALLOWED = {
     ("models.chassis.find", "_make.write"): INSIDE,
     ("models.exporting.onnx_files", "write_onnx"): INSIDE,
     ("benchmarks.vos", "PredictionFolder.add"): INSIDE,
+    ("benchmarks.pictures.video_predictions", "Tracks.add"): "writes into a temporary folder",
     ("benchmarks.vos", "PredictionFolder.finish"): INSIDE,
 }
 

@@ -50,6 +50,7 @@ LAYERS = [
     },
     {"auto", "models", "data", "losses", "training", "tensor_files", "hardware.accelerator"},
     {
+        "inputs",
         "predictor",
         "stages",
         "benchmarks",

@@ -71,6 +71,11 @@ WRONG = {  # what is wrong: (stage, overrides, what is said)
     "image weights": ("image", ["student_init=nowhere.pth"], "train: student_init: nowhere.pth cannot be read"),
     "a model to start from": ("text", ["student_init=runs/nowhere"], "train: there is no model in runs/nowhere"),
     "maps for the neck": ("image", ["loss.neck=1", "embed.grid=8"], "train: loss.neck compares .* 8x8 grid"),
+    "maps for the heads": (
+        "image",
+        ["train.monitor=val/heads", "embed.grid=8"],
+        "train: train.monitor compares .* 8x8 grid",
+    ),
     "checkpoint": ("image", ["merge.checkpoint=step-000123"], "merge: merge.checkpoint: no checkpoint will be called"),
     "late checkpoint": ("text", ["merge.checkpoint=step-000300"], "merge: .* the last step 200"),
     "dropped checkpoint": (

@@ -18,14 +18,14 @@ from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
 from transformers import Sam3TrackerModel, Sam3TrackerProcessor, Sam3TrackerVideoProcessor
 
-from effsam3.benchmarks.pictures.predictions import SHOWN
+from effsam3.benchmarks.pictures.video_predictions import SHOWN
 from effsam3.cli import main
 from effsam3.data.synthetic.videos import mp4_bytes
 from effsam3.data.videos.files import open_video
 from effsam3.inspect_model import examine
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.inference.prompted import Prompts, load_tracker, shown_masks, tracked_masks
-from effsam3.predict import Images, summarise
+from effsam3.predict import Summary
 
 HEIGHT, WIDTH = 90, 120
 BOXES = torch.tensor([[20.0, 30, 100, 85], [5, 60, 50, 88]])
@@ -194,7 +194,7 @@ def test_a_trimmed_video_has_the_frames_that_are_shown(model, inputs):
     trim("whole.mp4", "clip.mp4", Fraction(5, 24))  # 8 are in the file
     found = predict(model, "clip.mp4", "--box", "20,10,60,50")
     assert [row["frame"] for row in found["frames"]] == [0, 1, 2]
-    assert shown(np.stack([Images(open_video("clip.mp4"))[k].transpose(2, 0, 1) for k in range(3)])) == [5, 6, 7]
+    assert shown(open_video("clip.mp4").read(range(3))) == [5, 6, 7]
 
 
 def test_a_video_by_a_mask_and_by_a_text(model, inputs):
@@ -337,7 +337,7 @@ def test_nothing_found_tells_the_best_score(model, inputs, capsys):
     for source, default in (("photo.png", "0.5"), ("clip", "0.7")):
         predict(model, source, "--text", "a dog")
         told = capsys.readouterr().out
-        score = float(re.search(r"^0 instances.*: the best score is (0\.\d+), --threshold (\S+) asks", told)[1])
+        score = float(re.search(r"(?m)^0 instances.*: the best score is (0\.\d+), --threshold (\S+) asks", told)[1])
         assert f"--threshold {default} asks for more" in told
         found = predict(model, source, "--text", "a dog", "--threshold", str(max(0, score - 0.002)))
         instances = found.get("instances", found.get("frames", [{}])[0].get("instances"))
@@ -350,12 +350,15 @@ def test_an_empty_track_is_no_instance():
     full, empty = ({**size, "counts": coco_mask.encode(np.full((2, 2), on, np.uint8, "F"))["counts"]} for on in (1, 0))
 
     def told(*masks):
-        return summarise({t: [{"id": i, "segmentation": m} for i, m in enumerate(row)] for t, row in enumerate(masks)})
+        summary = Summary()
+        for row in masks:
+            summary.add("clip", [{"id": number, "segmentation": mask} for number, mask in enumerate(row)])
+        return summary.text()
 
     assert told([empty], [empty]) == "0 instances in 2 frames (1 more has no pixel in any frame)"
     assert told([empty, full], [full, empty]) == "2 instances in 2 frames"
     assert told([empty, full, empty]) == "1 instance (2 more have no pixel in any frame)"
-    assert summarise({0: []}, (0.31, 0.5)) == "0 instances: the best score is 0.310, --threshold 0.5 asks for more"
+    assert Summary().text((0.31, 0.5)) == "0 instances: the best score is 0.310, --threshold 0.5 asks for more"
 
 
 def test_swapped_arguments_are_told(model, inputs, capsys):

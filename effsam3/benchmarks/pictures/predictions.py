@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the verb `predict` writes: instances as records, masks as PNG, and a picture to look at.
+"""What the verb `predict` writes of images: instances as records, masks as PNG, and a picture to look at.
 
 Letters: O instances, H W rows and columns of the original image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 
-from effsam3.benchmarks.pictures.drawing import CELL_WIDTH, colour_of, contact_sheet, evenly, paint, save_png
+from effsam3.benchmarks.pictures.drawing import colour_of, paint, save_png
 from effsam3.data.coco import text_rles
-from effsam3.files import write_json
+from effsam3.data.videos.writing import Tables, measured
+from effsam3.files import atomic_file, write_json
 from effsam3.models.inference.concepts import Instances
 
-SHOWN = 12  # frames on a video's contact sheet
 OVERLAY_WIDTH = 900  # assumed display width; sets label size
+JSONS = ("predictions.json", "coco.json", "youtube_vis.json")
 SHADES = ((0, 0, 0), (255, 255, 255))  # of prompts with label 0 and 1
 
 
@@ -41,7 +42,7 @@ def records(found: Instances) -> list[dict]:
 
 def write_image(folder: Path, about: dict, image_HW3: np.ndarray, instances: list[dict]) -> None:
     """Write predictions.json, overlay.png and a mask (0 and 255) for every instance."""
-    _clear(folder)
+    clear(folder)
     for instance in instances:
         instance["mask"] = f"mask_{instance['id']:03d}.png"
         save_png(Image.fromarray(coco_mask.decode(instance["segmentation"]) * 255), folder / instance["mask"])
@@ -49,24 +50,46 @@ def write_image(folder: Path, about: dict, image_HW3: np.ndarray, instances: lis
     write_json(folder / "predictions.json", about | {"instances": instances})
 
 
-def write_video(folder: Path, about: dict, frames: Mapping[int, list[dict]], images: Sequence[np.ndarray]) -> None:
-    """Write predictions.json and a contact sheet, overlay.png; `images` gives a frame, uint8 RGB, by its index."""
-    _clear(folder)
-    rows = [{"frame": index, "instances": instances} for index, instances in frames.items()]
-    write_json(folder / "predictions.json", about | {"frames": rows})
-    # The prompts belong to the first frame and are drawn there only.
-    first, *_ = chosen = evenly(sorted(frames), SHOWN)
-    pictures = [
-        (f"frame {index}", draw(images[index], frames[index], CELL_WIDTH, about["prompts"] if index == first else {}))
-        for index in chosen
-    ]
-    save_png(contact_sheet(pictures), folder / "overlay.png")
-
-
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
     """Remove what an earlier run has written: its masks may be more."""
-    for old in (*folder.glob("mask_*.png"), folder / "overlay.png", folder / "predictions.json"):
-        old.unlink(missing_ok=True)
+    for name in ("mask_*.png", "masks/*.png", "overlay.png", "tracked.mp4", *JSONS):
+        for old in folder.glob(name):
+            old.unlink()
+
+
+class Categories:
+    """Numbers, from 1, of the texts that were asked for; what was shown by boxes or points is an "object"."""
+
+    def __init__(self):
+        self._numbers: dict[str, int] = {}
+
+    def of(self, text: str) -> int:
+        """Return the number of a text."""
+        return self._numbers.setdefault(text or "object", len(self._numbers) + 1)
+
+    def rows(self) -> dict:
+        """Return the table `categories` of COCO's JSON."""
+        return {"categories": [{"id": number, "name": text} for text, number in self._numbers.items()]}
+
+
+class CocoPredictions:
+    """Instances on images as COCO's JSON, each with its score: pycocotools' `COCO` reads it, `loadRes` its list."""
+
+    def __init__(self):
+        self._tables, self._categories = Tables("images", "annotations"), Categories()
+
+    def add(self, source: str, size: tuple[int, int], instances: list[dict]) -> None:
+        """Add an image of (H, W) pixels and its records."""
+        image = self._tables.add("images", file_name=source, width=size[1], height=size[0])
+        for one in instances:
+            about = {"category_id": self._categories.of(one.get("text", "")), "score": one["score"], "iscrowd": 0}
+            rle = one["segmentation"]
+            self._tables.add("annotations", image_id=image, **about, segmentation=rle, **measured(rle))
+
+    def write(self, path: Path) -> None:
+        """Write the file, once."""
+        with atomic_file(path) as partial:
+            self._tables.write(partial, self._categories.rows())
 
 
 def draw(image_HW3: np.ndarray, instances: list[dict], width: int, prompts: Mapping) -> Image.Image:

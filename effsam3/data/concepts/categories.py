@@ -13,6 +13,7 @@ from effsam3.data import coco
 from effsam3.data.concepts.pairs import (
     ConceptPair,
     Limits,
+    LookedFor,
     Note,
     chosen,
     file_of,
@@ -46,30 +47,26 @@ def phrases(content: dict, name: str, limits: Limits, notes: list[Note]) -> dict
 
 def read_categories(
     path: Path, content: dict, asked: dict[int, str], limits: Limits, notes: list[Note]
-) -> list[ConceptPair]:
-    """Return the pairs of every image with the categories `asked` {number: phrase}.
+) -> tuple[list[ConceptPair], LookedFor]:
+    """Return the pairs of every image with the categories `asked` {number: phrase}, and what was looked for.
 
     What cannot be used is left out, or repaired, and named in `notes`.
     """
     federated = is_federated(content)
-    images = _images(path, content, notes)
+    images = images_of(path, content, notes)
     annotations = _by_pair(path, content, images, asked, notes)
-    used = {category for _, category in annotations}
-    if unused := [phrase for number, phrase in asked.items() if number not in used and not federated]:
+    looked = _looked_for(content, images, annotations, asked, federated)
+    if unused := [phrase for number, phrase in asked.items() if number not in looked.used and not federated]:
         # Tools write names of groups as categories, too: nobody has looked for them.
         notes.append(Note("no_annotations", path.name, f"not asked for, as nothing is marked: {', '.join(unused)}"))
     candidates = []
-    for number, image in images.items():
-        present = [category for category in asked if (number, category) in annotations]
-        if federated:
-            absent = [one for one in image.get(LVIS_KEYS[0], ()) if one in asked and one not in present]
-        else:
-            absent = [category for category in asked if category in used and category not in present]
+    for number in images:
+        present, absent = sorted(looked.marked.get(number, ())), sorted(looked.absent(number))
+        if not present and not absent:
+            notes.append(Note("no_pairs", f"{path.name}, image {number}", "no category was looked for on it"))
         if limits.absent is not None:
             places = {f"{number}:{category}": category for category in absent}
             absent = [places[key] for key in chosen(places, limits.absent)]
-        if not present and not absent:
-            notes.append(Note("no_pairs", f"{path.name}, image {number}", "no category was looked for on it"))
         candidates += [(number, category) for category in sorted([*present, *absent])]
 
     def build(candidate: tuple[int, int]) -> ConceptPair | None:
@@ -83,10 +80,33 @@ def read_categories(
             notes.append(Note(fault.reason or "bad_entry", where, str(fault)))
             return None
 
-    return take(candidates, lambda candidate: images[candidate[0]]["file_name"], build, limits)
+    return take(candidates, lambda candidate: images[candidate[0]]["file_name"], build, limits), looked
 
 
-def _images(path: Path, content: dict, notes: list[Note]) -> dict[int, dict]:
+def _looked_for(
+    content: dict, images: dict[int, dict], annotations: dict, asked: dict[int, str], federated: bool
+) -> LookedFor:
+    marked: dict[int, set[int]] = {}
+    for number, category in annotations:
+        marked.setdefault(number, set()).add(category)
+    verified = {number: frozenset(image[LVIS_KEYS[0]]) & asked.keys() for number, image in images.items()}
+    families = {
+        category["id"]: category["supercategory"]
+        for category in content["categories"]
+        if isinstance(category, dict)
+        and category.get("id") in asked
+        and isinstance(category.get("supercategory"), str)
+    }
+    return LookedFor(
+        {number: (image["file_name"], (image["height"], image["width"])) for number, image in images.items()},
+        {number: frozenset(found) for number, found in marked.items()},
+        frozenset(category for _, category in annotations),
+        verified if federated else None,
+        families,
+    )
+
+
+def images_of(path: Path, content: dict, notes: list[Note]) -> dict[int, dict]:
     """Return the images by their id, with sizes and relative `file_name`, which LVIS leaves to the address."""
     found: dict[int, dict] = {}
     for place, image in enumerate(coco.listed(content["images"], "images")):

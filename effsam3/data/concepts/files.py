@@ -9,6 +9,7 @@ from pathlib import Path
 
 from effsam3.data import coco
 from effsam3.data.concepts.categories import is_federated, phrases, read_categories
+from effsam3.data.concepts.expressions import is_expressions, read_expressions
 from effsam3.data.concepts.pairs import Limits, Subset
 from effsam3.data.concepts.saco import is_saco, read_saco
 from effsam3.data.problems import Note
@@ -17,8 +18,8 @@ from effsam3.errors import UserError
 # SA-Co Gold: gold_crowded_merged_a_release_test.json, and the same with b and c
 ANNOTATOR = re.compile(r"(?P<subset>.+)_merged_(?P<who>[abc])_(?P<rest>.+)\.json")
 EXPECTED = (
-    "expected is JSON of SA-Co Gold or Silver (images with text_input, annotations), or of COCO or LVIS (images, "
-    "annotations, categories)"
+    "expected is JSON of SA-Co Gold or Silver (images with text_input, annotations), of COCO or LVIS (images, "
+    "annotations, categories), or of RefCOCO (images, annotations, refs)"
 )
 
 
@@ -56,10 +57,12 @@ def _subset(name: str, files: list[Path], folders: list[Path], limits: Limits, k
             if others := [file.name for file, other in contents if not is_saco(other)]:
                 raise coco.Malformed(f"{', '.join(others)} is of another format")
             subset.pairs = read_saco(contents, limits, notes)
+        elif is_expressions(content):
+            subset.pairs = read_expressions(path, content, limits, notes)
         else:
             subset.federated = is_federated(content)
             subset.categories = phrases(content, path.name, limits, notes)
-            subset.pairs = read_categories(path, content, subset.categories, limits, notes)
+            subset.pairs, subset.looked = read_categories(path, content, subset.categories, limits, notes)
     except coco.Malformed as fault:
         raise UserError(f"{key}: {path}: {fault}; {EXPECTED}") from fault
     if not subset.pairs:
@@ -93,7 +96,10 @@ def _content(path: Path, key: str) -> dict:
         content = coco.mapping(coco.load_json(path.read_bytes()), "the file")
         if "video_np_pairs" in content:
             raise coco.Malformed("it annotates videos (SA-Co VEval), and this benchmark looks at images")
-        wanted = ("images",) if is_saco(content) else ("images", "annotations", "categories")
+        if is_saco(content):
+            wanted: tuple[str, ...] = ("images",)
+        else:
+            wanted = ("images", "annotations", "refs" if is_expressions(content) else "categories")
         for name in wanted:
             coco.listed(coco.mapping(content, "the file", wanted)[name], name)
     except OSError as fault:

@@ -66,6 +66,30 @@ class ConceptPair:
         return any(self.annotators)
 
 
+@dataclass(frozen=True)
+class LookedFor:
+    """Which categories annotators looked for on every image: those that they did not mark are not there.
+
+    Attributes:
+        images: {id: (file_name, (H, W))} of all images.
+        marked: {image: categories with an annotation, usable or not}.
+        used: categories that are marked anywhere.
+        verified: {image: categories that were looked for}; None: all `used` ones, on every image.
+        families: {category: what its `supercategory` is}, where the file says so.
+    """
+
+    images: dict[int, tuple[str, tuple[int, int]]]
+    marked: dict[int, frozenset[int]]
+    used: frozenset[int]
+    verified: dict[int, frozenset[int]] | None
+    families: dict[int, str]
+
+    def absent(self, image: int) -> frozenset[int]:
+        """Return the categories that an image does not show."""
+        looked = self.used if self.verified is None else self.verified[image]
+        return looked - self.marked.get(image, frozenset())
+
+
 @dataclass
 class Subset:
     """Pairs of one file, or of the files of several annotators.
@@ -80,6 +104,7 @@ class Subset:
     notes: list[Note] = field(default_factory=list)
     categories: dict[int, str] | None = None
     federated: bool = False
+    looked: LookedFor | None = None  # with `categories`
 
     def images(self) -> dict[str, list[ConceptPair]]:
         """Return the pairs by their image, in order."""

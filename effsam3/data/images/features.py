@@ -7,6 +7,7 @@ Letters: B images of a batch, C channels, G grid rows and columns, S image side 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,20 +73,31 @@ class ImageFeatures(Dataset):
             # Size zero: the valid mask then leaves the whole image out.
             batch["sizes"][batch["positions"] == PADDING] = 0
             return batch
-        side = self.image_size
-        batch["pixels"] = new_batch(len(positions), 3, side, side, dtype=torch.uint8).zero_()
-        batch["sizes"] = torch.zeros(len(positions), 2, dtype=torch.int64)
-        for place, position in enumerate(positions):
-            if position == PADDING:
-                continue
-            try:
-                image_HW3 = read_image(self.index[position], self.folder)
-            except UnreadableImage as error:
-                batch["unreadable"].append((error.key, f"{error.reason}: {error.detail}"))
-                continue
-            batch["pixels"][place], size = resize_image(image_HW3, side, self.resize)
-            batch["sizes"][place] = torch.tensor(size)
-        return batch
+        return batch | read_batch(positions, self.read, self.image_size, self.resize)
+
+    def read(self, position: int) -> np.ndarray:
+        """Read an image, uint8 RGB (H, W, 3); raises UnreadableImage."""
+        return read_image(self.index[position], self.folder)
+
+
+def read_batch(
+    positions: Sequence[int], read: Callable[[int], np.ndarray], image_size: int, resize: Resize
+) -> dict[str, Any]:
+    """Return `positions`, `pixels`, `sizes` and `unreadable` of a batch, as `ImageFeatures` has them."""
+    batch: dict[str, Any] = {"positions": torch.tensor(positions), "unreadable": []}
+    batch["pixels"] = new_batch(len(positions), 3, image_size, image_size, dtype=torch.uint8).zero_()
+    batch["sizes"] = torch.zeros(len(positions), 2, dtype=torch.int64)
+    for place, position in enumerate(positions):
+        if position == PADDING:
+            continue
+        try:
+            image_HW3 = read(position)
+        except UnreadableImage as error:
+            batch["unreadable"].append((error.key, f"{error.reason}: {error.detail}"))
+            continue
+        batch["pixels"][place], size = resize_image(image_HW3, image_size, resize)
+        batch["sizes"][place] = torch.tensor(size)
+    return batch
 
 
 def store_keys(index, tied: bool) -> list[str]:

@@ -7,7 +7,7 @@ Letters: B images of a batch, N slots for objects, S side of the square images.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,17 @@ from effsam3.data.unreadable import Unreadable
 MOST_INSTANCES = 100  # of a phrase: half of SAM 3's queries
 
 
-def divide(pairs: Sequence[Pair], held_out: float) -> dict[str, list[Pair]]:
+class Named(Protocol):
+    """An image, or whatever is held out by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+NamedT = TypeVar("NamedT", bound=Named)
+
+
+def divide(pairs: Sequence[NamedT], held_out: float) -> dict[str, list[NamedT]]:
     """Divide images into `train` and `val`: by a hash of their names, and exactly in these shares.
 
     Data sets of one's own are small: by a threshold, as large ones are divided, a dozen images could leave none.

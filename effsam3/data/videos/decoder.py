@@ -30,6 +30,7 @@ from effsam3.data.unreadable import Unreadable
 from effsam3.data.videos.declared_length import declared_bytes
 
 TABLES = 128  # of the files read last, kept by each process; 16 bytes a frame
+FPS = 24  # of pictures without times, such as images in a folder
 KEYS_TRIED = 2  # before a frame is looked for from the beginning of the file
 
 
@@ -158,6 +159,13 @@ class Decoder:
         if self._shown is None or self._shown[0] != index:
             self._shown = index, self._find(index)
         return self._shown[1]
+
+    def time_s(self, index: int) -> float:
+        """Return when a frame is shown, in seconds from the first one."""
+        times_T, base = self.table.times_T, self._source.stream.time_base
+        if times_T is None or base is None:
+            return index / FPS
+        return float((times_T[index] - times_T[0]) * base)
 
     def _find(self, index: int) -> np.ndarray:
         fault = None

@@ -81,6 +81,10 @@ class VideoFile:
     def size(self) -> tuple[int, int]:
         return self.read([0]).shape[2:]
 
+    def time_s(self, index: int) -> float:
+        """Return when a frame is shown, in seconds from the first one."""
+        return self._decoder.time_s(index)
+
     def read(self, indexes: Iterable[int]) -> np.ndarray:
         """Return frames as uint8 RGB (T, 3, H, W), in the order asked for.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from effsam3.data.images.decoding import EXTENSIONS, decode_image
 from effsam3.data.unreadable import Unreadable
-from effsam3.data.videos.decoder import UnreadableVideo
+from effsam3.data.videos.decoder import FPS, UnreadableVideo
 
 
 class FrameList:
@@ -64,6 +64,10 @@ class FrameList:
                 raise UnreadableVideo(self.name, "size_mismatch", sizes)
             images.append(image_HW3)
         return np.stack(images).transpose(0, 3, 1, 2)
+
+    def time_s(self, index: int) -> float:
+        """Return when a frame is shown where nothing tells: at FPS frames a second."""
+        return index / FPS
 
     def close(self) -> None:
         """Files are only open while they are read."""

@@ -142,11 +142,10 @@ class Davis(Writer):
         masks_folder.mkdir(parents=True)
         self.lose("too_many_objects", video.name, len(ids) - HIGHEST_ID)
         for index, masks in self._annotated(video):
-            ids_HW = np.zeros(video.size, np.uint8)
-            areas = {number: int(mask.sum()) for number, mask in masks.items() if ids[number] <= HIGHEST_ID}
-            for number in sorted(areas, key=areas.__getitem__, reverse=True):  # a part lies over the whole
-                ids_HW[masks[number]] = ids[number]
-            self.lose("overlap", f"{video.name}, frame {index}", int(sum(areas.values()) > np.count_nonzero(ids_HW)))
+            kept = {ids[number]: mask for number, mask in masks.items() if ids[number] <= HIGHEST_ID}
+            ids_HW = map_of_ids(kept, video.size)
+            areas = sum(int(mask.sum()) for mask in kept.values())
+            self.lose("overlap", f"{video.name}, frame {index}", int(areas > np.count_nonzero(ids_HW)))
             write_palette_png(ids_HW, masks_folder / f"{video.frame_names[index]}.png")
         return {index: f"JPEGImages/{name}/{file}" for index, file in enumerate(video.frame_names)}
 
@@ -327,6 +326,15 @@ def measured(rle: dict) -> dict:
     from pycocotools import mask
 
     return {"area": int(mask.area(rle)), "bbox": mask.toBbox(rle).tolist()}
+
+
+def map_of_ids(masks: dict[int, np.ndarray], size: tuple[int, int]) -> np.ndarray:
+    """Return the id, 1 to 255, of each pixel (H, W), uint8, 0 where there is none; of two the smaller object's."""
+    ids_HW = np.zeros(size, np.uint8)
+    areas = {number: int(mask.sum()) for number, mask in masks.items()}
+    for number in sorted(areas, key=areas.__getitem__, reverse=True):  # a part lies over the whole
+        ids_HW[masks[number]] = number
+    return ids_HW
 
 
 def write_palette_png(ids_HW: np.ndarray, path: Path) -> None:

@@ -26,6 +26,7 @@ from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.processor import processor
 from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.inference.prompted import at_full_size, refuse_nan
+from effsam3.models.memory.session import forget_as_it_tracks
 from effsam3.models.text.tokens import PromptTokenizer
 
 PADDING = -10  # the label with which transformers' SAM 3 marks boxes that only fill up a batch
@@ -36,7 +37,7 @@ ANY_CONCEPT = "visual"  # SAM 3's text for example boxes without one
 class Instances:
     """Instances on one image, on the CPU: `masks_OHW` bool, `boxes_O4` x1, y1, x2, y2 in pixels, `scores_O` 0..1.
 
-    `ids` tell instances apart across the frames of a video; on an image they count from 1. `texts` are the prompts.
+    `ids` tell instances apart, across the frames of a video, too; they count from 1. `texts` are the prompts.
     """
 
     masks_OHW: Tensor
@@ -86,6 +87,7 @@ class ConceptModel:
             ChassisError: the folder lacks tensors or holds others, or some that are not finite.
         """
         self.model = torch.nn.Module.to(load_model(Path(folder)), device)
+        forget_as_it_tracks(self.model.tracker_model)
         self.processor = processor(self.model.config)
         self.processor.tokenizer = PromptTokenizer()
         self.best_score = 0.0  # of all candidates so far, however low
@@ -199,15 +201,15 @@ class ConceptModel:
         self.processor.add_text_prompt(session, texts)
         for output in model.propagate_in_video_iterator(session):
             found = self.processor.postprocess_outputs(session, output)
-            ids = found["object_ids"].tolist()
-            text_of = {number: text for text, numbers in found["prompt_to_obj_ids"].items() for number in numbers}
+            numbers = found["object_ids"].tolist()
+            text_of = {number: text for text, own in found["prompt_to_obj_ids"].items() for number in own}
             yield (
                 output.frame_idx,
                 Instances(
                     masks_OHW=found["masks"].cpu(),
                     boxes_O4=found["boxes"].cpu(),
                     scores_O=found["scores"].cpu(),
-                    ids=ids,
-                    texts=[text_of[number] for number in ids],
+                    ids=[number + 1 for number in numbers],  # transformers counts from 0, palettes' background
+                    texts=[text_of[number] for number in numbers],
                 ),
             )

@@ -15,11 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Sam3ImageProcessor, Sam3TrackerVideoModel, Sam3TrackerVideoProcessor
+from transformers import (
+    AutoModel,
+    PreTrainedModel,
+    Sam3ImageProcessor,
+    Sam3TrackerVideoModel,
+    Sam3TrackerVideoProcessor,
+)
 from transformers.models.sam2_video.video_processing_sam2_video import Sam2VideoVideoProcessor
 
 from effsam3.errors import ChassisError
 from effsam3.models.chassis.tensors import load_whole, read_config
+from effsam3.models.memory.session import forget_as_it_tracks
 from effsam3.models.memory.tracker import EfficientTracker
 
 # model_type of a release's tracker_config -> class
@@ -56,10 +63,28 @@ class Prompts:
 def load_tracker(folder: Path) -> Sam3TrackerVideoModel:
     """Load the tracker of a chassis or merged folder with its trunk, float32, frozen, in eval mode.
 
+    Its sessions do not grow with the video, see `effsam3.models.memory.session`.
+
     Raises:
         ChassisError: the folder lacks tensors or holds others, or some that are not finite.
     """
-    return load_whole(TRACKERS[read_config(folder).tracker_config.model_type], folder)
+    tracker = load_whole(TRACKERS[read_config(folder).tracker_config.model_type], folder)
+    forget_as_it_tracks(tracker)
+    return tracker
+
+
+def tracker_within(model: PreTrainedModel) -> Sam3TrackerVideoModel:
+    """Return the tracker of a whole `Sam3VideoModel` as `load_tracker` does, but of the model's own weights.
+
+    Inside the whole model it is handed the trunk's features; here it gets the trunk as well, which nothing copies.
+    """
+    whole: Any = model
+    tracker = whole.tracker_model
+    with torch.device("meta"):
+        encoder: Any = AutoModel.from_config(tracker.config.vision_config)
+    encoder.backbone, encoder.neck = whole.detector_model.vision_encoder.backbone, whole.tracker_neck
+    tracker.vision_encoder = encoder.eval()
+    return tracker
 
 
 def trunk_of(tracker: Sam3TrackerVideoModel) -> torch.nn.Module:

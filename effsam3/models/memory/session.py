@@ -1,12 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory bank of a session, kept from growing with the video.
 
-transformers keeps every frame's memory and full-size masks for ever, though a frame reads only a few of them.
+transformers keeps every frame's memory and full-size masks for ever, though a frame reads only a few of them. An
+`EfficientTracker` forgets by itself; `forget_as_it_tracks` makes SAM 3's own tracker do so.
 """
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from effsam3.models.memory.config import EfficientTrackerConfig
+
+
+def forget_as_it_tracks(tracker: nn.Module) -> None:
+    """Have a `Sam3TrackerVideoModel` forget after every frame; what it predicts stays the same."""
+    if not isinstance(tracker.config, EfficientTrackerConfig):
+        tracker.register_forward_hook(_forget_after, with_kwargs=True)
+
+
+def _forget_after(tracker, arguments: tuple, named: dict, output) -> None:
+    session = arguments[0] if arguments else named["inference_session"]
+    forget(session, output.frame_idx, tracker.config)
 
 
 def forget(session, frame: int, config) -> None:
@@ -41,8 +55,9 @@ def _forget_tracked(outputs: dict[int, dict], frame: int, anchors: set[int], con
             output.pop("maskmem_pos_enc", None)
         if "maskmem_features" in output:
             # Only recent frames are read as maps; of the others the latents are enough, a tenth of the bytes.
-            hot = abs(index - frame) <= config.memory_hot_frames or not config.keeps_latents
-            output["maskmem_features"] = _own(output["maskmem_features"] if hot else _cold(output, config))
+            keeps_latents = isinstance(config, EfficientTrackerConfig) and config.keeps_latents
+            cold = keeps_latents and abs(index - frame) > config.memory_hot_frames
+            output["maskmem_features"] = _own(_cold(output, config) if cold else output["maskmem_features"])
 
 
 def _forget_conditioning(outputs: dict[int, dict], frame: int, inputs: set[int], config) -> None:

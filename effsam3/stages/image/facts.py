@@ -107,6 +107,27 @@ class ImageLoss(Section):
             yield "mse: all weights (mse, cosine, neck) are 0; nothing would be learned"
 
 
+# Asked of held-out images: things that many photographs show, and some that few do.
+COMMON_NOUNS = (
+    "person", "face", "hand", "car", "wheel", "window", "door", "building", "tree", "plant", "flower", "sky", "grass",
+    "water", "animal", "dog", "bird", "chair", "table", "bottle", "bag", "shoe", "sign", "light",
+)  # fmt: skip
+HEADS = "val/heads"  # what SAM 3's heads make of the student, next to the teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validate(Section):
+    """What SAM 3's heads are asked on held-out images, where `train.monitor` is val/heads or a part of it."""
+
+    phrases: Annotated[tuple[str, ...], at_least_one, each_once] = COMMON_NOUNS  # in turn, an image is asked for some
+    phrases_per_image: PositiveInt = 2  # that many
+    boxes_per_image: PositiveInt = 8  # of its largest annotated masks; of a grid, where there are none
+
+    def check(self) -> Iterator[str]:
+        if not all(phrase.strip() for phrase in self.phrases):
+            yield "phrases: one of them is empty; leave it out"
+
+
 Benchmark = Literal["fidelity", "masks", "speed", "concepts"]
 Prompt = Literal["box", "point"]
 
@@ -136,6 +157,11 @@ class ImageRecipe(FeatureRecipe):
     data_names = {source: row.label for source, row in SOURCES.items()}
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck")
 
+    metrics = FeatureRecipe.metrics | {
+        HEADS: "higher",
+        **{f"{HEADS}_{part}": "higher" for part in ("masks", "presence", "queries")},
+    }
+
     stage: Literal["image"]  # the folder of effsam3/stages that reads this recipe
     name: FileName  # name of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
@@ -152,6 +178,7 @@ class ImageRecipe(FeatureRecipe):
     loss: ImageLoss = ImageLoss()
     optim: Optim
     train: Train
+    validate: Validate = Validate()
     evaluate: ImageEvaluate = ImageEvaluate()
     merge: Merge = Merge()
     push: Push = Push()
@@ -160,6 +187,11 @@ class ImageRecipe(FeatureRecipe):
         yield from super().check()
         if self.loss.neck > 0 and self.embed.tap == "neck":
             yield f"loss.neck: {self.loss.neck} needs the trunk's output, but embed.tap is neck; set one of them back"
+        if self.asks_heads and self.embed.tap == "neck":
+            yield (
+                f"train.monitor: {self.train.monitor} needs the trunk's output, but embed.tap is neck; set embed.tap="
+                f"trunk, or train.monitor={self.metric}"
+            )
         yield from self._student_fits()
 
     def _student_fits(self) -> Iterator[str]:
@@ -185,6 +217,11 @@ class ImageRecipe(FeatureRecipe):
             return
         if self.student_init == "imagenet" and not pretrained_cfg(row.timm_name).has_weights:
             yield f"student_init: timm has no weights of {row.timm_name}; set student_init=random, or name a file"
+
+    @property
+    def asks_heads(self) -> bool:
+        """Whether validation looks through SAM 3's heads."""
+        return (self.train.monitor or "").startswith(HEADS)
 
     @property
     def channels(self) -> int:

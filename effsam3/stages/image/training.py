@@ -29,6 +29,7 @@ from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import UserError
 from effsam3.files import stamp
 from effsam3.hardware.accelerator import frozen_autocast, on_main
+from effsam3.losses.agreement import agreement
 from effsam3.losses.features import feature_loss, relative_error, standardise
 from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
@@ -44,6 +45,7 @@ from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.base import FeatureStage, open_store
 from effsam3.stages.image.facts import SOURCES, ImageData, ImageRecipe, record_fields
+from effsam3.stages.image.heads import Heads
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.report import Report
 
@@ -158,8 +160,8 @@ def both_splits(recipe: StageRecipe) -> None:
 
 
 def whole_maps(recipe: ImageRecipe) -> None:
-    """Features that `loss.neck` can be computed of."""
-    own = sam3_of(recipe.sam3.checkpoint).sizes.grid if recipe.loss.neck else 0
+    """Features that neck and heads can read, where they are to."""
+    own = sam3_of(recipe.sam3.checkpoint).sizes.grid if recipe.loss.neck or recipe.asks_heads else 0
     refuse_partial_maps(recipe, recipe.embed.tap, recipe.embed.grid or own)
 
 
@@ -167,15 +169,18 @@ NEEDS = (both_splits, whole_maps)
 
 
 def refuse_partial_maps(recipe: ImageRecipe, tap: str, grid: int) -> None:
-    """Refuse features that the neck cannot read, where the loss looks at what it makes of them.
+    """Refuse features that neck and heads cannot read, where the loss or validation looks at what they make of them.
 
     Raises:
         UserError: they are not the trunk's, or not on its own grid.
     """
-    if recipe.loss.neck and (tap != "trunk" or grid != sam3_of(recipe.sam3.checkpoint).sizes.grid):
+    asking = {"loss.neck": recipe.loss.neck > 0, "train.monitor": recipe.asks_heads}
+    keys = [key for key, asks in asking.items() if asks]
+    if keys and (tap != "trunk" or grid != sam3_of(recipe.sam3.checkpoint).sizes.grid):
+        off = {"loss.neck": "loss.neck=0", "train.monitor": f"train.monitor={recipe.metric}"}
         raise UserError(
-            f"loss.neck compares what SAM 3's neck makes of whole trunk maps; these are {tap} features on a "
-            f"{grid}x{grid} grid. Save features with embed.tap=trunk and without embed.grid, or set loss.neck=0"
+            f"{keys[0]} compares what SAM 3's neck makes of whole trunk maps; these are {tap} features on a "
+            f"{grid}x{grid} grid. Save features with embed.tap=trunk and without embed.grid, or set {off[keys[0]]}"
         )
 
 
@@ -196,10 +201,11 @@ class ImageStage(FeatureStage):
         student: StudentTrunk,
         teacher: Teacher | None,
         neck: Neck | None,
+        heads: Heads | None,
     ):
-        """`neck` is what `loss.neck` looks through, None without that term."""
+        """`neck` is what `loss.neck` looks through, `heads` what validation does; None: neither does."""
         super().__init__(recipe, place, facts, student, teacher)
-        self.neck = neck
+        self.neck, self.heads = neck, heads
         self.max_unreadable = recipe.data.max_unreadable
 
     @classmethod
@@ -221,14 +227,17 @@ class ImageStage(FeatureStage):
             facts = store.manifest.description
         side = facts["image_size"]
         train_data, val_data = both_datasets(recipe, index, side, store)
-        neck = None
+        neck, heads = None, None
+        refuse_partial_maps(recipe, facts["tap"], facts["grid"])
+        if recipe.asks_heads:
+            heads = Heads.from_recipe(recipe, val_data)
+            heads.model.to(accelerator.device)
         if recipe.loss.neck:
-            refuse_partial_maps(recipe, facts["tap"], facts["grid"])
             neck = Neck.from_folder(chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision))
             # Only the part of SAM 3 after the trunk: the loss looks at features as the detector will see them.
             neck = neck.to(accelerator.device)
         student = make_student(recipe, facts["channels"], side, sam3_of(recipe.sam3.checkpoint).sizes.patch_size)
-        stage = cls(recipe, accelerator, facts, student, teacher, neck)
+        stage = cls(recipe, accelerator, facts, student, teacher, neck, heads)
         stage.train_data, stage.val_data = train_data, val_data
         stage.begin(store, report, accelerator)
         return stage
@@ -247,7 +256,8 @@ class ImageStage(FeatureStage):
             config = config_at_hand(recipe.sam3.checkpoint).detector_config.vision_config
             teacher = Teacher(config, recipe.embed.tap, recipe.embed.grid) if recipe.teacher == "online" else None
             neck = Neck(config) if recipe.loss.neck else None
-        return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher, neck)
+        heads = Heads.from_shapes(recipe) if recipe.asks_heads else None
+        return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher, neck, heads)
 
     def example(self, samples: int) -> Batch:
         """Return a micro-batch of `samples` images without contents."""
@@ -261,7 +271,8 @@ class ImageStage(FeatureStage):
 
     @property
     def frozen(self) -> list[nn.Module]:
-        return super().frozen + ([] if self.neck is None else [self.neck])
+        more = [self.neck, None if self.heads is None else self.heads.model]
+        return super().frozen + [module for module in more if module is not None]
 
     def samples(self, batch: Batch) -> list[str]:
         return [self.train_data.keys[position] for position in batch["positions"].tolist()]
@@ -286,6 +297,8 @@ class ImageStage(FeatureStage):
             "data": f"{self.recipe.data.index}  {len(self.train_data):,} images, {len(self.val_data):,} held out, "
             f"{self.facts['image_size']} px {self.facts['resize']}",
         }
+        if self.heads is not None:
+            lines["judged"] = self.heads.describe()
         return lines | self.notes
 
     def valid(self, batch: Batch) -> Tensor:
@@ -313,6 +326,17 @@ class ImageStage(FeatureStage):
             feat_BND = student(self.pixels(batch)).last_hidden_state
         # A store may hold a coarser grid than the student's, to save space.
         return resize_BCHW(to_map(feat_BND), (self.facts["grid"],) * 2)
+
+    def compare(self, batch: Batch, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
+        through_heads = {} if self.heads is None else self.heads.sums(batch, pred, target)
+        return super().compare(batch, pred, target) | through_heads
+
+    def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
+        if self.heads is None:
+            return super().summarise(sums)
+        through_heads = {name: sums.pop(name) for name in list(sums) if name.startswith("heads_")}
+        judged = {f"val/{name}": value for name, value in agreement(through_heads).items()}
+        return judged | super().summarise(sums)
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         weights = self.recipe.loss
