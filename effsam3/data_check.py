@@ -20,8 +20,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from effsam3.benchmarks.pictures.drawing import CELL_WIDTH, contact_sheet, evenly, paint, save_png
+from effsam3.data.concepts.files import looks_like_concepts
+from effsam3.data.concepts.training import instances_of, open_asked
 from effsam3.data.images import pairs
 from effsam3.data.images.checking import check_pairs
+from effsam3.data.images.pair_batches import MOST_INSTANCES
 from effsam3.data.images.pairs import Pair
 from effsam3.data.problems import Note, amount, meaning, problems_of
 from effsam3.data.unreadable import Unreadable
@@ -31,6 +34,7 @@ from effsam3.data.videos.vos import FORMATS, JSON_FORMATS, open_frames, open_vos
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 from effsam3.files import refuse_unwritable, write_json
+from effsam3.models.text.tokens import Tokenizer
 
 SHOWN = 3  # of each kind of problem
 SHEET_VIDEOS, SHEET_FRAMES = 12, 4  # on the contact sheet, whose rows have four pictures
@@ -65,7 +69,7 @@ def run(
 
     Args:
         path: what `data.path` of a recipe may be.
-        kind: videos or images; None: what it looks like.
+        kind: videos, images or concepts; None: what it looks like.
         split: only the videos of this list.
         images, view: as `data.images` and `data.view` of a recipe.
         pictures: a PNG to draw.
@@ -80,7 +84,10 @@ def run(
     for file, option in ((pictures, "--pictures"), (json, "--json")):
         if file is not None:
             refuse_unwritable(file.parent, option)
-    if (kind or ("images" if looks_like_images(path) else "videos")) == "images":
+    kind = kind or recognised(path)
+    if kind == "concepts":
+        report = of_concepts(path, images)
+    elif kind == "images":
         report = of_images(path, images, view)
     else:
         report = of_videos(path, split)
@@ -98,6 +105,13 @@ def run(
         json.parent.mkdir(parents=True, exist_ok=True)
         write_json(json, {**about, "problems": rows, "recipe": report.recipe, "keys": report.keys})
     return int(any(problem.hurts for problem in report.problems))
+
+
+def recognised(path: Path) -> str:
+    """Return what data look like: concepts (only if they have phrases, as COCO's may be either), images or videos."""
+    if looks_like_concepts(path):
+        return "concepts"
+    return "images" if looks_like_images(path) else "videos"
 
 
 def looks_like_images(path: Path) -> bool:
@@ -147,6 +161,33 @@ def of_images(path: Path, images: Path | None, view: str | None) -> Report:
     return Report(
         f"images with masks: {kind}", counts, lines, problems + check.problems, fits, keys, image_panels(opened)
     )
+
+
+def of_concepts(path: Path, folder: Path | None) -> Report:
+    """Read all phrases as stage concepts does, and look for the images."""
+    folders = [] if folder is None else [folder]
+    opened, problems = open_asked(path, folders, Tokenizer().why_not, MOST_INSTANCES, "data.path")
+    for image in tqdm(opened, unit="image", disable=None):
+        try:
+            image.subset.read_image(image.name, image.size)
+        except Unreadable as fault:
+            problems += problems_of(fault, image.name)
+    present = [pair for image in opened for pair in image.present]
+    counts: dict[str, Any] = {
+        "images": len(opened),
+        "phrases_there": len(present),
+        "phrases_absent": sum(len(image.absent) for image in opened),
+        "different_phrases": len({pair.phrase for pair in present}),
+        "instances": sum(len(instances_of(pair)) for pair in present),
+        "sizes": sizes(image.size for image in opened),
+    }
+    lines = [
+        f"{amount(counts['images'], 'image')}; pixels: {most_common(counts, 'sizes')}",
+        f"{counts['phrases_there']} phrases that are there ({counts['different_phrases']} different ones, "
+        f"{counts['instances']} instances), {counts['phrases_absent']} that were looked for and are not",
+    ]
+    keys: dict[str, Any] = {"data.path": str(path)} | ({"data.images": f"[{folder}]"} if folder else {})
+    return Report("images with annotated phrases", counts, lines, problems, None, keys, iter(()))
 
 
 def of_videos(path: Path, split: str | None) -> Report:

@@ -63,11 +63,13 @@ RESUMES = "The same command resumes after an interruption."
 
 DATA_VERBS = {
     "data check": Verb(
-        "recognise videos or images with masks, count them, and list all that is wrong with them",
+        "recognise videos, images with masks or annotated phrases, count them, and list all that is wrong with them",
         "data_check:run",
         [
             VIDEOS,
-            arg("--as", "what a COCO JSON does not always tell", dest="kind", choices=("videos", "images")),
+            arg(
+                "--as", "what a COCO JSON does not always tell", dest="kind", choices=("videos", "images", "concepts")
+            ),
             SPLIT,
             arg("--images", "as data.images: the folder of the images of a COCO JSON", type=Path, metavar="FOLDER"),
             arg("--view", "as data.view: the column of the images' views", metavar="COLUMN"),

@@ -42,6 +42,13 @@ HURT = {
     "missing_image": "images that are not there",
     "no_png": "masks that are not read: they are no PNGs",
     "names": "names from which the order of frames is not clear",
+    "no_phrase": "phrases that are empty, and left out",
+    "bad_phrase": "phrases of more tokens than SAM 3 reads: left out",
+    "other_phrase": "pairs whose annotators were asked for different phrases: left out",
+    "many_objects": "phrases with more instances than can be found: not learned from",
+    "bad_name": "images whose names are no paths below the folder: left out",
+    "id_twice": "entries with the id of another: left out",
+    "bad_entry": "entries without what they must have: left out",
 }
 NOTES = {
     "never_visible": "objects that no annotated frame shows",
@@ -62,6 +69,15 @@ NOTES = {
     "no_size": "images without a size in the file: taken from the frames",
     "binary": "masks of 0 and 255 only: one object",
     "synthetic": "shapes drawn over the frames",
+    "no_box": "instances without a box: it is made from the mask",
+    "bad_box": "boxes outside of their image, or elsewhere than their mask: the mask's own are taken",
+    "annotator_missing": "pairs without all three annotators: those that are there count",
+    "no_pairs": "images without a phrase that can be asked",
+    "no_annotations": "categories that are never marked: not asked for",
+    "no_such_pair": "annotations of pairs that are not listed: left out",
+    "no_such_image": "annotations of images that are not listed: left out",
+    "no_such_category": "annotations of categories that are not listed: left out",
+    "no_such_annotation": "expressions of annotations that are not listed: left out",
     "void": "masks with a value for void: taken as background",
 }
 

@@ -24,7 +24,7 @@ from effsam3.data.concepts.pairs import Limits, Subset
 from effsam3.data.unreadable import UnreadableImage
 from effsam3.errors import UserError
 from effsam3.models.chassis.tensors import fingerprint, map_tensors, read_config
-from effsam3.models.text.tokens import TextTooLong, Tokenizer
+from effsam3.models.text.tokens import Tokenizer
 from effsam3.recipe.concepts import ConceptEvaluate
 
 KEY = "evaluate.concepts"
@@ -49,17 +49,8 @@ def subsets_of(asked: ConceptEvaluate, objects: int | None = None) -> list[Subse
     Raises:
         UserError: a file is missing or is none of the known formats.
     """
-    tokenizer = Tokenizer()
-
-    def refuse(phrase: str) -> str:
-        try:
-            tokenizer.tokenize_whole([phrase])
-        except TextTooLong as error:
-            return str(error)
-        return ""
-
     assert asked.concepts is not None  # the recipe's rules see to it
-    limits = Limits(refuse=refuse, objects=objects, pairs=asked.max_pairs, absent=asked.absent)
+    limits = Limits(refuse=Tokenizer().why_not, objects=objects, pairs=asked.max_pairs, absent=asked.absent)
     return open_concepts(Path(asked.concepts), [Path(folder) for folder in asked.concept_images], limits, KEY)
 
 

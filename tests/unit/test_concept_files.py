@@ -13,7 +13,7 @@ from effsam3.data.concepts.files import open_concepts
 from effsam3.data.concepts.pairs import Limits
 from effsam3.data.unreadable import UnreadableImage
 from effsam3.errors import UserError
-from effsam3.models.text.tokens import TextTooLong, Tokenizer
+from effsam3.models.text.tokens import Tokenizer
 
 SIZE = (20, 30)
 
@@ -54,12 +54,7 @@ def read(folder, name="silver.json", **limits):
     return subset
 
 
-def refuse(phrase: str) -> str:
-    try:
-        Tokenizer().tokenize_whole([phrase])
-    except TextTooLong as error:
-        return str(error)
-    return ""
+refuse = Tokenizer().why_not
 
 
 def test_saco_pairs(tmp_path):

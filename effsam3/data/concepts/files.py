@@ -46,6 +46,18 @@ def open_concepts(path: Path, folders: Sequence[Path], limits: Limits, key: str)
     return [_subset(name, group, list(folders) or [parent], limits, key) for (parent, name), group in groups.items()]
 
 
+def looks_like_concepts(path: Path) -> bool:
+    """Return whether a file, or the first of a folder, is JSON with phrases: SA-Co's or RefCOCO's."""
+    file = min(path.glob("*.json"), default=path) if path.is_dir() else path
+    if file.suffix != ".json" or not file.is_file():
+        return False
+    try:
+        content = coco.load_json(file.read_bytes())
+    except coco.Malformed:
+        return False
+    return isinstance(content, dict) and (is_saco(content) or is_expressions(content))
+
+
 def _subset(name: str, files: list[Path], folders: list[Path], limits: Limits, key: str) -> Subset:
     notes: list[Note] = []
     files = _annotators(files, notes)

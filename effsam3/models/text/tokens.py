@@ -126,6 +126,14 @@ class Tokenizer:
             rows.append([START_ID, *[index for word in words for index in known[word]][:most], END_ID])
         return rows
 
+    def why_not(self, text: str) -> str:
+        """Return why SAM 3 cannot read a prompt whole, "" if it can."""
+        try:
+            self.tokenize_whole([text])
+        except TextTooLong as error:
+            return str(error)
+        return ""
+
     def tokenize_whole(self, texts: list[str], context_length: int = PROCESSOR_LENGTH) -> list[list[int]]:
         """Return each text's ids, start and end token included, of texts that need no cutting.
 
