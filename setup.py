@@ -13,12 +13,13 @@ PACKAGE = Path(__file__).parent / "effsam3"
 VERSION = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8"))[1]
 # Folders next to the package in a clone and inside it in a wheel; effsam3/shipped.py finds them in both.
 DATA = {"effsam3.recipes": "recipes", "effsam3.accelerate_configs": "accelerate_configs"}
+ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 # What a run needs only if its recipe asks for it; effsam3/extras.py says so where it is missing.
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.17.2"],  # torch_autocast
     "lora": ["peft>=0.18"],
-    "onnx": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
-    "openvino": ["openvino>=2025.2"],
+    "onnx": ONNX,
+    "openvino": [*ONNX, "openvino>=2025.2"],
     "tensorboard": ["tensorboard>=2.16.2"],  # older 2.16 ask for TensorFlow, the first for its nightly builds
     "wandb": ["wandb>=0.18"],
 }

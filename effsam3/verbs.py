@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from effsam3.recipe.common import Recipe
 
 
-RUNTIMES = {"onnx": ("onnx", "onnxscript", "onnxruntime")}  # of `export`, and their extras: what each needs
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+RUNTIMES = {"onnx": ONNX, "openvino": (*ONNX, "openvino")}  # of `export`, named like their extras: what each needs
 
 
 def nodes(text: str) -> int | str:
@@ -74,7 +75,7 @@ def predict(
     verb.run(model, sources, asked, out, device, images, frames)
 
 
-def export(model: str, to: str, out: str | None) -> None:
+def export(model: str, to: str, **options: Any) -> None:
     """Check what need not wait for torch, and export."""
     from effsam3.extras import refuse_missing
 
@@ -82,7 +83,7 @@ def export(model: str, to: str, out: str | None) -> None:
         refuse_missing(package, f"--to {to}", to)
     from effsam3 import export as verb
 
-    verb.run(model, to, out)
+    verb.run(model, to, **options)
 
 
 # ---- arguments that several verbs have
@@ -222,7 +223,18 @@ VERBS = {
         [
             arg("model", "merged or run folder, checkpoint, Hub id, tiny", metavar="MODEL"),
             arg("--to", "the runtime (default onnx)", choices=tuple(RUNTIMES), default="onnx"),
-            arg("--out", "default: exports/<name of MODEL>-<runtime>", metavar="FOLDER"),
+            arg(
+                "--precision",
+                "fp32 (the default), fp16 or, of onnx's convolutions, int8",
+                choices=("fp32", "fp16", "int8"),
+                default="fp32",
+            ),
+            arg(
+                "--calibrate",
+                "images: int8 takes its ranges from them; of any precision the masks on them are compared",
+                metavar="FOLDER",
+            ),
+            arg("--out", "default: exports/<name of MODEL>-<runtime>[-<precision>]", metavar="FOLDER"),
         ],
     ),
     "recipes": Verb("list the recipes that come with effsam3, by their short names", "shipped:listing"),

@@ -9,12 +9,15 @@ from lively_trackers import SIDE, efficient, lively_tracker, moving_video, train
 from torch import nn
 from transformers.models.sam3_lite_text.modeling_sam3_lite_text import Sam3LiteTextTextModel
 
+from effsam3.cli import main
 from effsam3.models.chassis.find import chassis_folder
-from effsam3.models.exporting.flow import SECOND, TRACED, Example, run_part
+from effsam3.models.exporting.flow import SECOND, TRACED, Example, flow, run_part
 from effsam3.models.exporting.fold import fold, norms
 from effsam3.models.exporting.memory_parts import ABSENT, memory_parts
 from effsam3.models.exporting.onnx_files import ExportError, OnnxPart, differences, refuse_difference, write_onnx
+from effsam3.models.exporting.openvino_files import OpenVinoPart, write_openvino
 from effsam3.models.exporting.parts import MaskDecoder, Part, TrackerNeck, Trunk, parts_of
+from effsam3.models.exporting.precision import agreement, inputs_of, to_fp16, to_int8
 from effsam3.models.exporting.tokenizer import portable_tokenizer
 from effsam3.models.image.student import StudentTrunk, StudentTrunkConfig
 from effsam3.models.inference.concepts import ConceptModel, load_model
@@ -229,6 +232,76 @@ def test_a_file_is_compared_with_pytorch(tmp_path):
         differences(second, file(example.inputs))
     with pytest.raises(ExportError, match="no numbers"):
         differences(example, {"features": example.outputs["features"] / 0})
+
+
+@pytest.fixture(scope="module")
+def neck(model):
+    """A convolutional part with its neighbours, an example of it, and images."""
+    parts = parts_of(model)[:2]
+    images = [torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in range(2)]
+    return parts, list(flow(parts, SECOND))[1], images
+
+
+def test_fewer_bits_are_nearly_the_same(neck, tmp_path):
+    parts, example, images = neck
+    path = tmp_path / "detector_neck.onnx"
+    write_onnx(example, path)
+    full, size = differences(example, OnnxPart(path)(example.inputs)), path.stat().st_size
+    half = tmp_path / "half.onnx"
+    half.write_bytes(path.read_bytes())
+    to_fp16(half)
+    at_half = differences(example, OnnxPart(half)(example.inputs))
+    given = inputs_of(example.part, parts, images)
+    assert torch.equal(given[1]["features"], run_part(parts[0], [images[1]])[0])
+    to_int8(example.part, path, given)
+    at_int8 = differences(example, OnnxPart(path)(example.inputs))
+    assert half.stat().st_size < 0.6 * size and path.stat().st_size < 0.4 * size
+    for name in example.outputs:
+        assert full[name] < 1e-5 < at_half[name] < 5e-3 < at_int8[name] < 0.2, name
+
+
+def test_openvino_computes_the_same(neck, tmp_path):
+    _, example, _ = neck
+    write_onnx(example, tmp_path / "neck.onnx")
+    write_openvino(tmp_path / "neck.onnx", tmp_path / "neck.xml", half=False)
+    (tmp_path / "neck.onnx").unlink()
+    found = OpenVinoPart(tmp_path / "neck.xml")(example.inputs)
+    assert max(differences(example, found).values()) < 1e-4
+
+
+def test_agreement_counts_masks():
+    images = [torch.zeros(1, 3, 30, 30)]
+
+    def run(name, known, shift=0):
+        if name != "mask_decoder":
+            return known
+        # A mask is its box, as drawn in pixels; of the four candidates the third is best.
+        masks = torch.full((1, 9, 4, 30, 30), -1.0)
+        for number, ((x1, y1), (x2, y2)) in enumerate(known["points"][0].int().tolist()):
+            masks[0, number, 2, y1:y2, x1 + shift : x2 + shift] = 1
+        return {"masks": masks, "best": torch.full((1, 9), 2)}
+
+    assert agreement(run, run, images) == {"mean_iou": 1.0, "lowest_iou": 1.0, "masks": 9}
+    found = agreement(run, lambda name, known: run(name, known, 2), images)
+    # Of ten columns eight are shared by twelve; at the right end the image cuts two off: eight of ten.
+    assert found["mean_iou"] == pytest.approx((6 * 8 / 12 + 3 * 8 / 10) / 9) and found["lowest_iou"] == pytest.approx(
+        8 / 12
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--precision", "int8"], "--precision int8 needs images to take its ranges from: --calibrate FOLDER"),
+        (["--precision", "int8", "--to", "openvino", "--calibrate", "."], "--precision int8 is for --to onnx"),
+        (["--calibrate", "."], "--calibrate .: no image"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "tiny", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def example_of(part, lengths):

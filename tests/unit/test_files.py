@@ -174,6 +174,7 @@ ALLOWED = {
     ("models.chassis.sam3_pt", "_save"): INSIDE,
     ("models.chassis.find", "_make.write"): INSIDE,
     ("models.exporting.onnx_files", "write_onnx"): INSIDE,
+    ("models.exporting.precision", "to_fp16"): INSIDE,
     ("benchmarks.vos", "PredictionFolder.add"): INSIDE,
     ("benchmarks.pictures.video_predictions", "Tracks.add"): "writes into a temporary folder",
     ("benchmarks.vos", "PredictionFolder.finish"): INSIDE,

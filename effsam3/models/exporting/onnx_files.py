@@ -55,7 +55,7 @@ def write_onnx(example: Example, path: Path) -> None:
     dims = {axis: torch.export.Dim(axis, min=1) for name in part.inputs for axis in part.dynamic(name).values()}
     shapes = tuple({place: dims[axis] for place, axis in part.dynamic(name).items()} for name in part.inputs)
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 _Positional(part.module).eval(),
                 tuple(example.inputs.values()),
@@ -138,9 +138,9 @@ def refuse_difference(part: str, shares: Mapping[str, float]) -> None:
 
 
 @contextmanager
-def _quiet():
+def quiet():
     """Keep the exporter's progress and its warnings of its own making to itself."""
-    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "root")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(logging.ERROR)
