@@ -16,7 +16,7 @@ from effsam3.models.merging.slots import read_card
 from effsam3.models.registry import is_made_up
 from effsam3.publish.release import unmeasured
 from effsam3.recipe.common import AdaptingRecipe, Recipe
-from effsam3.recipe.concepts import ConceptEvaluate
+from effsam3.recipe.concepts import asked_concepts
 from effsam3.stages import concept_pairs
 from effsam3.training.report import Report, provenance
 
@@ -60,8 +60,8 @@ def run(recipe: Recipe) -> dict:
     if accelerator is not None:
         # What several processes share is what the models answer to annotated concepts; the first one goes on alone.
         for own in asked.values():
-            if isinstance(own.evaluate, ConceptEvaluate) and own.evaluate.measures_concepts:
-                concept_pairs.record(own.evaluate, folder, chassis, accelerator)
+            if (concepts := asked_concepts(own)) is not None:
+                concept_pairs.record(concepts, folder, concept_pairs.teacher_of(own, chassis), accelerator)
         accelerator.end_training()
         if not report.is_main:
             return {}

@@ -31,14 +31,14 @@ def teacher_loss(
         most: masks of a phrase that are taught, those of the highest scores: they are most of the memory.
 
     Returns:
-        Scalars, not weighted. The layers' means: `presence`, BCE; `class`, BCE of the queries' logits, summed over
+        Scalars, not weighted. The layers' means: `presence`, BCE; `score`, BCE of the queries' logits, summed over
         queries, times the teacher's presence; `box`, L1 of centre, width and height, and `giou`, 1 - GIoU, both summed
         over queries with the weights s. Of the last layer: `bce` and `dice` of masks, summed over queries with the
         weights s; `semantic`, BCE of all instances in one mask.
     """
     score_RQ = teacher.scores_RQ
     presence_LR = _bce(student.presence_LR, teacher.presence_LR)
-    class_LRQ = _bce(student.logits_LRQ, teacher.logits_LRQ)
+    score_LRQ = _bce(student.logits_LRQ, teacher.logits_LRQ)
     boxes = student.boxes_LRQ4.float(), teacher.boxes_LRQ4.float()
     # A fixed number of queries, so that no shape depends on what the teacher finds.
     score_RF, query_RF = score_RQ.topk(min(most, score_RQ.shape[1]), dim=1)
@@ -51,7 +51,7 @@ def teacher_loss(
     }
     each_R = {
         "presence": presence_LR.mean(0),
-        "class": class_LRQ.sum(2).mean(0) * teacher.presence_LR[-1].float().sigmoid(),
+        "score": score_LRQ.sum(2).mean(0) * teacher.presence_LR[-1].float().sigmoid(),
         "box": (box_distance(*boxes) * score_RQ).sum(2).mean(0),
         "giou": ((1 - giou(*boxes)) * score_RQ).sum(2).mean(0),
         **masks,

@@ -82,7 +82,7 @@ def annotated_loss(answers: Answers, instances: Instances, annotated_R: Tensor) 
 
     Returns:
         Scalars, not weighted. Of every layer, with a matching of its own, summed: `box`, L1 of centre, width and
-        height; `giou`, 1 - GIoU; `class`, of phrases that are there, 2 BCE(p, 1) of the matched queries and
+        height; `giou`, 1 - GIoU; `score`, of phrases that are there, 2 BCE(p, 1) of the matched queries and
         p^2 BCE(p, 0) of the others. `presence`, BCE, the layers' mean. Of the last layer: `focal` and `dice` of the
         matched masks; `semantic`, BCE against all instances in one mask, and of phrases that are there dice, too.
     """
@@ -106,7 +106,7 @@ def annotated_loss(answers: Answers, instances: Instances, annotated_R: Tensor) 
     of_layers = {
         "box": _sum_of(box_distance(of_queries(boxes_KQ4, query_KN), target_KN4), query_KN),
         "giou": _sum_of(1 - giou(of_queries(boxes_KQ4, query_KN), target_KN4), query_KN),
-        "class": _class_loss(logits_KQ, query_KN),
+        "score": _found_loss(logits_KQ, query_KN),
     }
     each_R = {
         **{name: value_K.unflatten(0, (layers, phrases)).sum(0) * there_R for name, value_K in of_layers.items()},
@@ -173,7 +173,7 @@ def mean_of(values_RN: Tensor, query_RN: Tensor) -> Tensor:
     return _sum_of(values_RN, query_RN) / (query_RN >= 0).sum(1).clamp(min=1)
 
 
-def _class_loss(logits_KQ: Tensor, query_KN: Tensor) -> Tensor:
+def _found_loss(logits_KQ: Tensor, query_KN: Tensor) -> Tensor:
     """Sum over queries, (K,). p^2 (with its gradient) mutes what is right already: most queries find nothing."""
     found_KQ = _given(logits_KQ, query_KN)
     bce_KQ = F.binary_cross_entropy_with_logits(logits_KQ, found_KQ, reduction="none")

@@ -14,10 +14,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from effsam3.errors import UserError
 
 
-def recomputing(model: nn.Module) -> list[nn.Module]:
-    """Let the layers of a SAM 3 keep no activations, but compute them again in the backward pass; return them.
+def recomputing(model: nn.Module, trunk: Any) -> list[nn.Module]:
+    """Let the layers of a SAM 3, or of a part of it, keep no activations, but compute them again in the backward pass.
 
     transformers refuses to (by `gradient_checkpointing_enable`, SAM 3's classes cannot), though their layers can.
+
+    Args:
+        trunk: of the model.
+
+    Returns:
+        The layers: they compute again where their flag `training` is set.
 
     Raises:
         UserError: the trunk has no such layers.
@@ -29,8 +35,6 @@ def recomputing(model: nn.Module) -> list[nn.Module]:
             # Not reentrant: reentrant checkpoints give no gradients where their inputs need none, as pixels.
             layer.__dict__["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
             layers.append(layer)
-    whole: Any = model
-    trunk = whole.detector_model.vision_encoder.backbone
     if not any(isinstance(layer, GradientCheckpointingLayer) for layer in trunk.modules()):
         if not isinstance(trunk.trunk, FeatureDictNet):
             raise UserError(

@@ -4,10 +4,10 @@ module, which is optimised, saved and merged, and nothing else."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 
-from torch import nn
+from torch import Tensor, nn
 
 from effsam3.errors import UserError, did_you_mean
 
@@ -62,10 +62,10 @@ def outermost(names: Sequence[str]) -> list[str]:
     return [name for name in once if not name.startswith(tuple(f"{other}." for other in once))]
 
 
-def count_parameters(model: nn.Module, places: Sequence[str]) -> int:
+def count_parameters(parameters: Mapping[str, Tensor], places: Sequence[str]) -> int:
     """Return how many numbers these submodules and parameters hold."""
     starts = tuple(f"{place}." for place in places)
-    return sum(one.numel() for name, one in model.named_parameters() if f"{name}.".startswith(starts))
+    return sum(one.numel() for name, one in parameters.items() if f"{name}.".startswith(starts))
 
 
 class TrainedParts(nn.Module):

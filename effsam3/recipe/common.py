@@ -261,6 +261,11 @@ class StageRecipe(Recipe):
         if (asked := self.train.monitor) is not None and asked not in self.metrics:
             yield f"train.monitor: stage {self.stage} is not judged by {asked}{did_you_mean(asked, self.metrics)}"
 
+    @property
+    def teacher_of_concepts(self) -> Chassis | None:
+        """The SAM 3 next to whose answers the benchmark concepts has the student's; None: what it is merged into."""
+        return None
+
     def student_line(self) -> str:
         """Say how big the student is, for `show`."""
         raise NotImplementedError

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
-from effsam3.recipe.common import Recipe
+from effsam3.recipe.common import Data, Recipe, StageRecipe
 from effsam3.recipe.rules import NonNegativeInt, PositiveInt, Section, each_once
 
 
@@ -28,6 +28,10 @@ class ConceptEvaluate(Section):
         """Whether the benchmark `concepts` is to be run."""
         return "concepts" in self.benchmarks
 
+    def on(self, data: Data) -> ConceptEvaluate:
+        """Return this with what the recipe's section `data` gives where nothing is named; here, nothing does."""
+        return self
+
     def shown(self) -> tuple[tuple[str, ...], int]:
         """Return by which prompts objects are shown to the tracker, too, and how many of an image at most."""
         return (), 0
@@ -41,5 +45,10 @@ class ConceptEvaluate(Section):
 
 def measures_concepts(recipe: Recipe) -> bool:
     """Return whether `evaluate` runs the benchmark `concepts` for a recipe, or for a part of a release."""
-    asked = [own.evaluate for own in recipe.learned().values()]
-    return any(isinstance(one, ConceptEvaluate) and one.measures_concepts for one in asked)
+    return any(asked_concepts(own) is not None for own in recipe.learned().values())
+
+
+def asked_concepts(recipe: StageRecipe) -> ConceptEvaluate | None:
+    """Return what a recipe measures of concepts; None: nothing."""
+    asked = recipe.evaluate
+    return asked.on(recipe.data) if isinstance(asked, ConceptEvaluate) and asked.measures_concepts else None

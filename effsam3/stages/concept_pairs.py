@@ -23,8 +23,10 @@ from effsam3.data.concepts.files import open_concepts
 from effsam3.data.concepts.pairs import Limits, Subset
 from effsam3.data.unreadable import UnreadableImage
 from effsam3.errors import UserError
+from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import fingerprint, map_tensors, read_config
 from effsam3.models.text.tokens import Tokenizer
+from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.concepts import ConceptEvaluate
 
 KEY = "evaluate.concepts"
@@ -80,6 +82,12 @@ def annotated_concepts(asked: ConceptEvaluate) -> str:
             counted = ", ".join(f"{count} {reason}" for reason, count in subset.reasons().items())
             remarks.append(f"{KEY}: {subset.name} has {counted}; such as {subset.notes[0].where}.")
     return " ".join(remarks)
+
+
+def teacher_of(recipe: StageRecipe, chassis: Path) -> Path:
+    """Return the folder of the model next to which a recipe's student stands; `chassis` is what it is merged into."""
+    own = recipe.teacher_of_concepts
+    return chassis if own is None else chassis_folder(own.checkpoint, own.revision)
 
 
 def record(asked: ConceptEvaluate, folder: Path, chassis: Path, place: Place) -> None:

@@ -104,7 +104,7 @@ def numbers(values):
 def expected_of_annotations(found, given):
     found, terms = (
         numbers(found),
-        dict.fromkeys(("box", "giou", "class", "presence", "focal", "dice", "semantic"), 0.0),
+        dict.fromkeys(("box", "giou", "score", "presence", "focal", "dice", "semantic"), 0.0),
     )
     for phrase, count in enumerate(COUNTS):
         target, masks = (value[phrase, :count].double().numpy() for value in given[:2])
@@ -122,7 +122,7 @@ def expected_of_annotations(found, given):
                     terms["dice"] += dice_of(found.masks_RQMM[phrase, query], masks[instance])
             for query in range(QUERIES):
                 x = logits[query]
-                terms["class"] += 2 * bce_of(x, 1) if query in way else sigmoid(x) ** 2 * bce_of(x, 0)
+                terms["score"] += 2 * bce_of(x, 1) if query in way else sigmoid(x) ** 2 * bce_of(x, 0)
         union = masks.max(0) if count else np.zeros((SIDE, SIDE))
         terms["semantic"] += bce_of(found.semantic_RMM[phrase], union).mean()
         terms["semantic"] += dice_of(found.semantic_RMM[phrase], union) if count else 0
@@ -131,7 +131,7 @@ def expected_of_annotations(found, given):
 
 def expected_of_teacher(student, teacher, found):
     own, other = numbers(student), numbers(teacher)
-    names = ("presence", "class", "box", "giou", "bce", "dice", "semantic")
+    names = ("presence", "score", "box", "giou", "bce", "dice", "semantic")
     terms = dict.fromkeys(names, 0.0)
     for phrase in range(PHRASES):
         there = sigmoid(other.presence_LR[-1, phrase])
@@ -143,7 +143,7 @@ def expected_of_teacher(student, teacher, found):
             for layer in range(LAYERS):
                 place = (layer, phrase, query)
                 logit = sigmoid(other.logits_LRQ[place])
-                terms["class"] += bce_of(own.logits_LRQ[place], logit) * there / LAYERS
+                terms["score"] += bce_of(own.logits_LRQ[place], logit) * there / LAYERS
                 terms["box"] += score * l1_of(own.boxes_LRQ4[place], other.boxes_LRQ4[place]) / LAYERS
                 terms["giou"] += score * (1 - giou_of(own.boxes_LRQ4[place], other.boxes_LRQ4[place])) / LAYERS
             if score > found:
@@ -246,7 +246,7 @@ def test_a_batch_without_instances_still_reaches_every_output(given, places):
 
 def test_gradients_point_to_the_truth(given):
     found = learning(answers())
-    annotated_loss(found, given, EVERY)["class"].backward()
+    annotated_loss(found, given, EVERY)["score"].backward()
     query = match(found.logits_LRQ[-1], found.boxes_LRQ4[-1], given.boxes_RN4, given.valid_RN)
     raised = torch.zeros(PHRASES, QUERIES).bool()
     for phrase, own in enumerate(query.tolist()):

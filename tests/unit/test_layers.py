@@ -35,6 +35,7 @@ LAYERS = [
         "stages.video.facts",
         "stages.adapt.facts",
         "stages.prompted.facts",
+        "stages.concepts.facts",
         "models.lora.parts",
         "stages.release.facts",
         "data.store.format",

@@ -86,7 +86,7 @@ class PromptedStudent(TrainedParts):
         super().__init__(model, trained, UNUSED)
         self.keep_beside(model=model, teacher=teacher.eval().requires_grad_(False))
         self.weights, self.rounds, self.recompute = dict(weights), rounds, recompute
-        self.recomputed = recomputing(model) if recompute else []
+        self.recomputed = recomputing(model, self.model.detector_model.vision_encoder.backbone) if recompute else []
 
     def train(self, mode: bool = True) -> PromptedStudent:
         """Set the mode of what learns, without BatchNorm, and whether activations are computed again."""

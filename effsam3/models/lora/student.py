@@ -81,7 +81,7 @@ class AdapterStudent(nn.Module):
         self.weights = dict(weights)
         self.trunk_learns = "trunk" in adapters.parts
         self.dropouts = [layer for name, layer in model.named_modules() if ".lora_dropout." in name]
-        self.recomputed = recomputing(model) if recompute else []
+        self.recomputed = recomputing(model, self.model.detector_model.vision_encoder.backbone) if recompute else []
 
     def __deepcopy__(self, memo: dict) -> AdapterStudent:
         """Copy what learns, for averaged weights; what is frozen is shared."""

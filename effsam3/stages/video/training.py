@@ -199,7 +199,8 @@ class VideoStage(TrackerStage):
 
     def __init__(self, recipe: VideoRecipe, place: Place, tracker: EfficientTracker):
         self.found = find_trainable(tracker, recipe.model.trainable)
-        counts = {name: count_parameters(tracker, places) for name, places in self.found.items()}
+        parameters = dict(tracker.named_parameters())
+        counts = {name: count_parameters(parameters, places) for name, places in self.found.items()}
         super().__init__(recipe, place, make_student(recipe, tracker))
         self.counts, self.config = counts, tracker.config
         self.lr_scales = {"": 1.0, "vision_encoder.": recipe.optim.vision_scale}

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes of the stage concepts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from effsam3.recipe.common import AdaptingRecipe, Chassis, Data, Merge, Optim, Saving, Train
+from effsam3.recipe.concepts import ConceptEvaluate
+from effsam3.recipe.push import Push
+from effsam3.recipe.rules import (
+    FileName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    at_least_one,
+    below_one,
+    each_once,
+    share,
+)
+
+TRAIN, HELD_OUT = "train.json", "held_out.json"  # what the source synthetic draws into `data.path`
+SOURCES = ("annotations", "teacher", "features")  # of truth, in `loss`
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptTeacher(Chassis):
+    """The SAM 3 whose answers are learned, and whose row stands next to the student's in the benchmark."""
+
+    fingerprint: str | None = None  # of its trunk's weights, as `inspect` and a store's manifest have it; null: any
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptData(Data):
+    """Images, the phrases that are asked of them, and which images are held out."""
+
+    source: Literal["concepts", "synthetic"]  # synthetic: drawn shapes, never used unless asked for here
+    # JSON of SA-Co, COCO, LVIS or RefCOCO, or a folder of them; `synthetic` draws its own in this folder
+    path: str
+    images: Annotated[tuple[str, ...], each_once] = ()  # folders of their images; []: where the JSON is
+    val_path: str | None = None  # other pairs to hold out, as `path`; null: `held_out` of these
+    held_out: Annotated[float, below_one] = 0.05  # share of the images held out, by a hash of their names
+    phrases: PositiveInt = 4  # asked of an image at once; they share its features
+    negatives: Annotated[float, share] = 0.5  # share of the phrases that are not there
+    hard: Annotated[float, share] = 0.5  # share of these that are like one that is there; the others are any image's
+    objects: PositiveInt = 40  # instances of a phrase, at most; phrases with more are left out
+    synthetic_images: NonNegativeInt = 0  # how many to draw to learn from; source synthetic only
+    synthetic_held_out: NonNegativeInt = 60  # ... and held out
+    synthetic_side_px: PositiveInt = 160  # side of a drawn image
+    limit: PositiveInt | None = None  # use only the first N images of each split; null: all
+    workers: NonNegativeInt = 8  # data loader processes per rank; 0: load in the main process
+    max_unreadable: NonNegativeInt = 100  # stop after more unreadable images than this in one run
+
+    def check(self) -> Iterator[str]:
+        yield from self.made_up("synthetic_images")
+        if self.source == "synthetic" and (self.images or self.val_path):
+            yield "source: synthetic draws its own images and held-out ones; leave images and val_path out"
+        if self.source != "synthetic" and self.val_path is None and self.held_out == 0:
+            yield "held_out: 0 leaves nothing to validate on; set it above 0, or name other pairs with data.val_path"
+
+    @property
+    def learned(self) -> str:
+        """The file or folder of the pairs to learn from."""
+        return str(Path(self.path) / TRAIN) if self.source == "synthetic" else self.path
+
+    @property
+    def validated(self) -> str | None:
+        """The same of those that are held out; None where they are a share of the former."""
+        return str(Path(self.path) / HELD_OUT) if self.source == "synthetic" else self.val_path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptModel(Section):
+    """What of the detector learns."""
+
+    # Names of its submodules and parameters, such as vision_encoder.backbone, vision_encoder.neck, text_encoder or
+    # detr_decoder: where nothing is called so from the detector on, all that ends in it; `all`: all of it
+    trainable: Annotated[tuple[str, ...], at_least_one, each_once] = ("vision_encoder.backbone",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatedTerms(Section):
+    """Weights of the terms of `annotations`; effsam3/losses/detection.py has the formulas."""
+
+    box: NonNegativeFloat = 5.0  # L1 of the boxes, of every layer of the decoder
+    giou: NonNegativeFloat = 2.0  # 1 - GIoU of the boxes, likewise
+    score: NonNegativeFloat = 1.0  # of the queries, likewise: whether each has an instance, where there are some
+    presence: NonNegativeFloat = 4.0  # whether the phrase is there at all
+    focal: NonNegativeFloat = 20.0  # focal loss of the masks
+    dice: NonNegativeFloat = 3.0  # dice loss of the masks
+    semantic: NonNegativeFloat = 1.0  # of the mask of all instances together
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaughtTerms(Section):
+    """Weights of the terms of `teacher`; effsam3/losses/answers.py has the formulas."""
+
+    presence: NonNegativeFloat = 2.0  # the teacher's probability of the phrase being there
+    score: NonNegativeFloat = 1.0  # ... of each query having an instance
+    box: NonNegativeFloat = 5.0  # L1 of the boxes of queries that found something
+    giou: NonNegativeFloat = 2.0  # 1 - GIoU of these
+    bce: NonNegativeFloat = 5.0  # binary cross entropy of their masks
+    dice: NonNegativeFloat = 2.0  # dice loss of their masks
+    semantic: NonNegativeFloat = 1.0  # of the mask of all instances together
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptLoss(Section):
+    """Weights of the sources of truth, and of each one's terms. All are logged."""
+
+    annotations: NonNegativeFloat = 0.0  # what annotators have marked
+    teacher: NonNegativeFloat = 1.0  # what the teacher answers to the same phrases; needs no annotations
+    features: NonNegativeFloat = 0.0  # the teacher's trunk features: keeps the trunk usable for the tracker
+    annotated: AnnotatedTerms = AnnotatedTerms()
+    taught: TaughtTerms = TaughtTerms()
+
+    def check(self) -> Iterator[str]:
+        if not any(getattr(self, name) for name in SOURCES):
+            yield f"annotations: {', '.join(SOURCES)} are all 0; nothing would be learned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptOptim(Optim):
+    """AdamW; trunk, neck and text encoder may move more slowly than the heads."""
+
+    vision_scale: PositiveFloat = 1.0  # learning rate of `vision_encoder`, as a multiple of `lr`
+    text_scale: PositiveFloat = 1.0  # ... of `text_encoder` and `text_projection`
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptTrain(Train):
+    """The loop; samples are images, each with `data.phrases` phrases."""
+
+    recompute: bool = False  # recompute activations in backward: less device memory, about a third slower
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptsEvaluate(ConceptEvaluate):
+    """What the merged model is measured on: the benchmark concepts, next to the teacher, or to what it started from.
+
+    Where `concepts` is null, on the pairs that the data hold out by name (`data.val_path`, or the drawn ones).
+    """
+
+    benchmarks: Annotated[tuple[Literal["concepts"], ...], at_least_one, each_once] = ("concepts",)
+
+    def check(self) -> Iterator[str]:
+        yield from ()
+
+    def on(self, data: Data) -> ConceptsEvaluate:
+        assert isinstance(data, ConceptData)
+        return self if self.concepts else replace(self, concepts=data.validated, concept_images=data.images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConceptsRecipe(AdaptingRecipe):
+    """Concepts: parts of a detector learn through its heads, from annotated phrases, a teacher's answers, or both."""
+
+    starter = "concepts/concepts_es_rv_m"
+    why_no_more = "the teacher answers next to the student, because phrases differ in every step; continue with train"
+    replaces = "detector's weights, in place"
+    metric = "val/cgF1"
+    metrics = {
+        "val/cgF1": "higher",
+        "val/IL_MCC": "higher",
+        "val/pmF1": "higher",
+        "val/presence": "higher",
+        "val/loss": "lower",
+        **{f"val/loss_{name}": "lower" for name in SOURCES},
+    }
+    card_keys = AdaptingRecipe.card_keys | {
+        "teacher": "teacher.checkpoint",
+        "trained modules": "model.trainable",
+        "phrases of an image": "data.phrases",
+    }
+    data_names = {"concepts": "annotated concepts"}
+    knobs = ("train.micro_batch_size", "train.recompute", "data.phrases", "hardware", "train.ema")
+
+    stage: Literal["concepts"]  # the folder of effsam3/stages that reads this recipe
+    name: FileName  # name of the run folder, <train.runs>/<name>
+    hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
+    sam3: Chassis = Chassis()  # whose detector learns: the merged model of a student, a release, or SAM 3 itself
+    teacher: ConceptTeacher = ConceptTeacher()
+    data: ConceptData
+    model: ConceptModel = ConceptModel()
+    loss: ConceptLoss = ConceptLoss()
+    optim: ConceptOptim
+    train: ConceptTrain
+    evaluate: ConceptsEvaluate = ConceptsEvaluate()
+    merge: Merge = Merge()
+    push: Push = Push()
+
+    @property
+    def student(self) -> str:  # type: ignore[override]  # a key of other stages, here it follows from others
+        """What status calls it."""
+        return f"detector ({', '.join(self.model.trainable)})"
+
+    @property
+    def student_init(self) -> str:  # type: ignore[override]  # likewise
+        """What it starts from."""
+        return "the chassis' detector"
+
+    @property
+    def teacher_of_concepts(self) -> Chassis | None:
+        return self.teacher if self.is_taught else None
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether the teacher is needed."""
+        return self.loss.teacher > 0 or self.loss.features > 0
+
+    @classmethod
+    def student_of(cls, values: Mapping[str, Any]) -> str:
+        return f"detector ({', '.join(values.get('model', {}).get('trainable', ()))})"
+
+    def derived(self) -> dict[str, Callable[[], str]]:
+        return {"phrases": self._phrases_line, "length": self._length_line, "learns": self.student_line}
+
+    def _phrases_line(self) -> str:
+        data = self.data
+        where = f"{data.synthetic_images} drawn images in {data.path}" if data.source == "synthetic" else data.path
+        absent = f"{data.negatives:.0%} of them absent ({data.hard:.0%} of these hard)"
+        return f"{data.phrases} of an image, {absent}; {where}"
+
+    def _length_line(self) -> str:
+        train = self.train
+        pairs = train.global_batch_size * self.data.phrases
+        return f"{train.steps:,} steps of {train.global_batch_size} images, {pairs} pairs" if train.steps else ""
+
+    def student_line(self) -> str:
+        sources = [f"{name} x {weight:g}" for name in SOURCES if (weight := getattr(self.loss, name))]
+        return f"{', '.join(self.model.trainable)}; from {', '.join(sources)}"
+
+    def savings(self) -> dict[str, Saving]:
+        found = {} if self.train.recompute else {"train.recompute": Saving(True)}
+        if self.data.phrases > 1:
+            found["data.phrases"] = Saving(self.data.phrases // 2)
+        return found
+
+
+RECIPE = ConceptsRecipe
