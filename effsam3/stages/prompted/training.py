@@ -225,9 +225,10 @@ class PromptedStage(StageBase):
     # ---- what the loop calls
 
     def describe(self) -> dict[str, str]:
-        data, asked, model = self.recipe.data, self.recipe.teacher, self.student.model
+        data, asked = self.recipe.data, self.recipe.teacher
+        parameters = dict(self.student.model.named_parameters())
         learns = [
-            f"{name} {count_parameters(model, places) / 1e6:.2f} M"
+            f"{name} {count_parameters(parameters, places) / 1e6:.2f} M"
             f"{'' if places == [name] else f' ({places[0]})' if len(places) == 1 else f' ({len(places)} x)'}"
             for name, places in self.found.items()
         ]
