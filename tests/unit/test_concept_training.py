@@ -122,6 +122,15 @@ def test_phrases_of_others_that_may_be_there_are_not_asked(tmp_path):
     assert {hard.draw(images[3], RNG)[0][0] for _ in range(20)} == {"white cat"}  # altered in one word
 
 
+def test_what_was_not_marked_to_the_end_is_no_negative(tmp_path):
+    pairs = [entry(1, "dog"), entry(2, "cat", is_instance_exhaustive=0), entry(3, "bus")]
+    write(tmp_path, "silver.json", saco(pairs, [annotation(1, 1)]))
+    (image,), _ = opened(tmp_path / "silver.json")
+    assert (image.absent, image.other) == (["bus"], ["cat"])
+    asking = Asking([image], Choice(phrases=1, negatives=1.0))
+    assert {asking.draw(image, RNG)[0][0] for _ in range(20)} == {"bus"}
+
+
 def coco_content():
     categories = [(1, "cat", "animal"), (2, "dog", "animal"), (3, "car", "vehicle"), (4, "bus", "vehicle")]
     marked = [(1, 1, 0), (2, 3, 0), (2, 2, 1), (3, 2, 0), (3, 4, 0)]  # image, category, crowd

@@ -252,7 +252,7 @@ def _asked(subset: Subset, name: str, size: tuple[int, int], pairs: list[Concept
     for pair in pairs:
         if pair.there and pair.exhaustive and len(instances_of(pair)) <= objects:
             image.present.append(pair)
-        elif not pair.marked:
+        elif pair.exhaustive and not pair.marked:
             image.absent.append(pair.phrase)
         else:
             image.other.append(pair.phrase)
