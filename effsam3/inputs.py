@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,13 @@ def find_inputs(sources: Sequence[str], images: bool = False) -> list[Input]:
         PredictError: nothing is there.
     """
     found = [one for source in sources for one in _expanded(source, images)]
-    names: dict[str, int] = {}
-    inputs = []
+    inputs: dict[str, Input] = {}
     for source in dict.fromkeys(found):
         stem = f"webcam{source}" if is_webcam(source) else Path(source).resolve().stem
-        names[stem] = names.get(stem, 0) + 1
-        inputs.append(Input(source, stem if names[stem] == 1 else f"{stem}-{names[stem]}"))
-    return inputs
+        numbered = (f"{stem}-{number}" for number in count(2))
+        name = next(name for name in chain([stem], numbered) if name not in inputs)
+        inputs[name] = Input(source, name)
+    return list(inputs.values())
 
 
 def _expanded(source: str, images: bool) -> list[str]:

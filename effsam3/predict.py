@@ -107,11 +107,14 @@ class _Task:
         steps = self.predictor.on_video(opened, self.asked, self.most)
         started = time.monotonic()
         ends = (KeyboardInterrupt, Unreadable) if live else ()
-        with video_predictions(folder, about, one.name, size) as written, suppress(*ends):
-            for index, instances, image_HW3, time_s in tqdm(steps, total=count, unit="frame", disable=None):
-                rows = records(instances)
-                written.add(index, image_HW3, time_s, rows)
-                self.summary.add(one.name, rows)
+        with video_predictions(folder, about, one.name, size) as written:
+            with suppress(*ends):
+                for index, instances, image_HW3, time_s in tqdm(steps, total=count, unit="frame", disable=None):
+                    rows = records(instances)
+                    written.add(index, image_HW3, time_s, rows)
+                    self.summary.add(one.name, rows)
+            if not written.frames:
+                raise PredictError(f"INPUT: {one.name} ended before anything was found on its first frame")
         seconds = time.monotonic() - started
         print(f"{one.name}: {written.frames} frames in {seconds:.1f} s, {written.frames / seconds:.2f} frames/s")
         if self.asked.texts and self.asked.threshold is None:

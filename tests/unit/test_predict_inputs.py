@@ -94,6 +94,8 @@ def test_files_folders_and_patterns_are_inputs(inputs):
     assert names("photos/*", "photos/a.png") == [("a", False), ("b", False)]
     shutil.copy("photos/a.png", "videos/a.png")
     assert names("*/a.png") == [("a", False), ("a-2", False)]
+    shutil.copy("photos/a.png", "photos/a-2.png")  # would write over the second a.png
+    assert [name for name, _ in names("*/a.png", "photos/a-2.png")] == ["a", "a-2", "a-2-2"]
 
 
 @pytest.mark.parametrize(
@@ -236,17 +238,21 @@ def test_a_webcam_is_tracked_until_it_ends(model, inputs, camera, options, count
         assert len(list(container.decode(video=0))) == count
 
 
-def test_ctrl_c_ends_a_webcam_not_its_files(model, inputs, camera, monkeypatch):
+@pytest.mark.parametrize("frames", [3, 0])
+def test_ctrl_c_ends_a_webcam_not_its_files(model, inputs, camera, monkeypatch, capsys, frames):
     add = video_predictions.VideoPredictions.add
 
-    def stop_after_three(written, index, *arguments):
-        if index == 3:
+    def stop(written, index, *arguments):
+        if index == frames:
             raise KeyboardInterrupt
         add(written, index, *arguments)
 
-    monkeypatch.setattr(video_predictions.VideoPredictions, "add", stop_after_three)
-    assert main(["predict", str(model), "0", "--box", "5,5,40,40", "--out", "out"]) == 0
-    assert len(read("out/predictions.json")["frames"]) == 3
+    monkeypatch.setattr(video_predictions.VideoPredictions, "add", stop)
+    code = main(["predict", str(model), "0", "--box", "5,5,40,40", "--out", "out"])
+    if frames:
+        assert code == 0 and len(read("out/predictions.json")["frames"]) == frames
+    else:
+        assert code == 2 and "webcam0 ended before" in capsys.readouterr().err and not list(Path("out").iterdir())
 
 
 def test_a_camera_that_is_not_there_is_named(inputs, capsys):
