@@ -66,9 +66,12 @@ class Board:
 
 
 def _masks(result: dict[str, Any]) -> Found:
-    for role in ("teacher", "student"):
-        scores: Scores = {prompt: result[prompt][role] for prompt in ("box", "point") if prompt in result}
-        yield role, role, f"{result['images']} images", scores
+    # Stage prompted has two students, the one that it started from and its own, next to the same teacher.
+    models = {"start": result["start"], "student": result["prompted"]} if "prompted" in result else {"student": result}
+    for name, one in models.items():
+        for called, role in (("teacher", "teacher"), (name, "student")):
+            scores: Scores = {prompt: one[prompt][role] for prompt in ("box", "point") if prompt in one}
+            yield called, role, f"{one['images']} images", scores
 
 
 def _concepts(result: dict[str, Any]) -> Found:

@@ -76,6 +76,19 @@ def test_runs_are_ranked_next_to_their_one_teacher_and_published_numbers(runs):
     assert concepts[1][:6] == ["b", "student", "drawn, 240 pairs", "27.5", "0.69", "39.9"]
 
 
+def test_a_run_that_began_with_a_student_shows_both(runs, tmp_path):
+    file = tmp_path / "a" / "eval" / "masks.json"
+    made = json.loads(file.read_text())["provenance"]
+    better = MASKS | {"box": {"student": 0.7, "teacher": 0.725}}
+    file.write_text(json.dumps({"start": MASKS, "prompted": better, "provenance": made}))
+    rows = cells(leaderboard(runs[:1]), BOARDS["masks"].title)
+    assert [row[:4] for row in rows if row[1] != "published"] == [
+        ["tiny", "teacher", "32 images", "72.5"],
+        ["a", "student", "32 images", "70.0"],
+        ["a: start", "student", "32 images", "61.0"],
+    ]
+
+
 def test_every_published_number_is_on_a_board_and_has_a_source():
     for one in PUBLISHED:
         assert one.scores.keys() <= BOARDS[one.board].columns.keys() and one.source.startswith("github.com/")
