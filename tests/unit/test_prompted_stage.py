@@ -20,7 +20,7 @@ from effsam3.models.heads.prompted_student import FEWEST_DIFFERING, with_click
 from effsam3.models.heads.tracker import Shown, decode_alike, tracker_levels
 from effsam3.models.memory.prompts import draw_anywhere
 from effsam3.recipe.reader import load_recipe
-from effsam3.stages.prompted.prompts import draw_prompts
+from effsam3.stages.prompted.prompts import asks, draw_exemplars, draw_prompts
 from effsam3.stages.prompted.training import STAGE
 from effsam3.training.report import Report
 
@@ -129,9 +129,33 @@ def test_unreadable_images_and_padding_count_nowhere(stage, batch):
     assert all(value.item() == 0 for value in terms.values())
     sums = stage.validate(stage.student.eval(), empty)
     assert all(value == 0 for value in sums.values())
+    with pytest.raises(UserError, match="data.index: nothing was measured"):
+        stage.summarise(sums)
     one, padded = (stage.val_data.__getitems__(rows) for rows in ([0], [0, PADDING]))
     alone, both = (stage.summarise(stage.validate(stage.student, rows)) for rows in (one, padded))
-    assert alone == pytest.approx(both, rel=1e-4) and alone["val/loss"] > 0 and 0 <= alone["val/agreement"] <= 1
+    assert {"val/heads", "val/heads_presence", "val/heads_masks_box", "val/heads_masks_point_corrected"} < alone.keys()
+    assert alone == pytest.approx(both, rel=1e-4) and alone["val/loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.0, []), (0.25, [0, 4, 8]), (0.5, [0, 2, 4, 6, 8, 10]), (1.0, [*range(12)])]
+)
+def test_example_boxes_are_asked_in_the_same_steps_on_every_rank(overrides, share, expected):
+    recipe = load_recipe(SMOKE, [*overrides, f"prompts.exemplar={share}", "train.global_batch_size=4"])
+    asked = [asks(recipe, number) for number in range(48)]
+    assert asked == [number // 4 in expected for number in range(48)]
+
+
+def test_an_example_box_is_that_of_the_object_shown_first(stage, batch):
+    asked = draw_exemplars(stage.recipe, batch, stage.tokenizer, stage.device)
+    assert asked.box_labels_R1.tolist() == [[1], [1]] and asked.image_R.tolist() == [0, 1]
+    for (x, y, width, height), mask_LL in zip(
+        asked.boxes_R14[:, 0].tolist(), batch["masks"][:, 0].numpy(), strict=True
+    ):
+        rows, columns = (np.flatnonzero(mask_LL.any(axis)) / len(mask_LL) for axis in (1, 0))
+        edge = 1 / len(mask_LL)
+        assert (x - width / 2, y - height / 2) == pytest.approx((columns[0], rows[0]), abs=1e-6)
+        assert (x + width / 2, y + height / 2) == pytest.approx((columns[-1] + edge, rows[-1] + edge), abs=1e-6)
 
 
 # ---- clicks
@@ -176,20 +200,22 @@ def test_prompting_two_objects_together_is_prompting_each_alone(stage, batch):
         assert not torch.allclose(together[0][0], together[0][1], atol=1e-3)
 
 
-def test_gradients_reach_the_whole_trunk_and_nothing_else(stage, batch):
-    student = stage.student.train()
+@pytest.mark.parametrize("term", ["bce", "dice", "iou", "exemplar"])
+def test_gradients_reach_the_whole_trunk_and_nothing_else(stage, batch, term):
+    """By each term of masks alone; through the tracker, and through the detector."""
+    student, weights = stage.student.train(), stage.student.weights
     before = {name: tensor.clone() for name, tensor in student.model.state_dict().items()}
-    student.weights |= {"mse": 0.0, "cosine": 0.0}  # by the masks alone
+    student.weights = dict.fromkeys(weights, 0.0) | {term: 1.0}
     stage.loss(student, batch)["loss"].backward()
+    student.weights = weights
     learning = {name for name, p in student.model.named_parameters() if p.grad is not None and p.grad.any()}
     trunk = {name for name, _ in student.model.named_parameters() if name.startswith(TRUNK)}
     assert learning == trunk == {name for name, _ in student.named_parameters()}
     assert not any(p.grad is not None for p in student.teacher.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.model.state_dict().items())
-    assert not [m for m in student.model.modules() if m.training and not any(True for _ in m.parameters())
-                and type(m).__name__ == "Dropout"]  # fmt: skip
+    frozen = [module for name, module in student.model.named_modules() if not f"{name}.".startswith(TRUNK)]
+    assert not any(module.training for module in (*frozen, *student.teacher.modules()))
     student.zero_grad()
-    student.weights |= {"mse": 1.0, "cosine": 1.0}
 
 
 def test_the_loss_is_zero_at_the_teacher_and_bce_is_the_divergence():
@@ -265,7 +291,8 @@ def test_keys_that_contradict_each_other(overrides, keys, message):
     ("keys", "message"),
     [
         (["model.trainable=[trunck]"], "nothing in the model is called 'trunck'"),
-        (["model.trainable=[memory_attention]"], "the model never uses 'memory_attention', by points and boxes"),
+        (["model.trainable=[memory_attention]"], "the model never uses 'memory_attention', by the recipe's"),
+        (["model.trainable=[detr_decoder]", "prompts.exemplar=0"], "the model never uses 'detr_decoder'"),
         (["sam3.checkpoint=tiny_concepts"], "loss.mse: .* tiny_concepts has none; name a store"),
         (["teacher.checkpoint=tiny"], "teacher.checkpoint: its image_size is 224, that of sam3.checkpoint 160"),
         (["teacher={checkpoint: tiny_concepts, features: stored, store: nowhere}"], "nowhere"),

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from effsam3.losses.agreement import answer_sums
+from effsam3.losses.answers import teacher_loss
 from effsam3.losses.features import feature_loss, standardise
 from effsam3.losses.masks import distilled
+from effsam3.models.heads.detector import Asked, answer, detector_levels
 from effsam3.models.heads.tracker import Shown, decode_alike, tracker_levels
 from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.lora.student import overlaps
@@ -27,9 +30,14 @@ from effsam3.models.recompute import recomputing
 from effsam3.models.trainable import TrainedParts
 
 FEWEST_DIFFERING = 10  # pixels of a mask, EdgeSAM's: fewer are no mistake that a click would show
-# What boxes and points on still images do not reach: the necks' coarsest level, and all that remembers frames.
+# Weights of `losses.answers.teacher_loss` in the term `exemplar`.
+ANSWERS = {"presence": 2.0, "class": 1.0, "box": 5.0, "giou": 2.0, "bce": 5.0, "dice": 2.0, "semantic": 1.0}
+# What boxes and points on still images do not reach: the necks' coarsest level, and all that remembers frames ...
 UNUSED = (
     "detector_model.vision_encoder.neck.fpn_layers.3.",
+    # CLIP's own projection or a text student's, after which SAM 3 has another.
+    "detector_model.text_encoder.text_projection.",
+    "detector_model.text_encoder.projection.",
     "tracker_neck.fpn_layers.3.",
     "tracker_model.prompt_encoder.mask_embed.",
     "tracker_model.mask_decoder.pred_obj_score_head.",
@@ -43,6 +51,20 @@ UNUSED = (
     "tracker_model.temporal_positional_encoding_projection_layer.",
     "tracker_model.no_object_pointer",
     "tracker_model.occlusion_spatial_embedding_parameter",
+)
+# ... and, without example boxes, the detector but for its trunk.
+DETECTOR = tuple(
+    f"detector_model.{part}."
+    for part in (
+        "vision_encoder.neck",
+        "text_encoder",
+        "text_projection",
+        "geometry_encoder",
+        "detr_encoder",
+        "detr_decoder",
+        "mask_decoder",
+        "dot_product_scoring",
+    )
 )
 
 
@@ -81,9 +103,11 @@ class PromptedStudent(TrainedParts):
         weights: Mapping[str, float],
         rounds: int,
         recompute: bool,
+        unused: tuple[str, ...] = UNUSED,
     ):
-        """`weights` are those of the terms of the loss: `mse` and `cosine` of features, `bce`, `dice` and `iou`."""
-        super().__init__(model, trained, UNUSED)
+        """`weights` are those of the terms of the loss: `mse` and `cosine` of features, `bce`, `dice` and `iou` of
+        masks, `exemplar`; `unused` are beginnings of the names of what no prompt reaches."""
+        super().__init__(model, trained, unused)
         self.keep_beside(model=model, teacher=teacher.eval().requires_grad_(False))
         self.weights, self.rounds, self.recompute = dict(weights), rounds, recompute
         self.recomputed = recomputing(model, self.model.detector_model.vision_encoder.backbone) if recompute else []
@@ -103,16 +127,20 @@ class PromptedStudent(TrainedParts):
             whole.tracker_model.mask_decoder.dynamic_multimask_via_stability = swaps and not mode
         return self
 
-    def forward(self, pixels_B3SS: Tensor, taught: Taught, prompts: Mapping[str, Prompts]) -> dict[str, Tensor]:
+    def forward(
+        self, pixels_B3SS: Tensor, taught: Taught, prompts: Mapping[str, Prompts], asked: Asked | None = None
+    ) -> dict[str, Tensor]:
         """Segment what is shown on images as the teacher does, from its own features.
 
         Args:
             prompts: by their kind.
+            asked: example boxes, through the detector: all that is like what is in them is to be found.
 
         Returns:
-            `loss` and its named terms, scalars, weighted over prompts, means over rounds. In eval mode also how far
-            the masks that both would give agree, `agreement_<kind>` (N,): intersection over union of the first
-            round's, 1 where both are empty; of the last round's as `agreement_<kind>_corrected`.
+            `loss` and its named terms, scalars, weighted over prompts, means over rounds; `exemplar` is 0 where
+            nothing is asked. In eval mode also how far both agree: `masks_<kind>` (N,) is the intersection over union
+            of the masks that they would give, 1 where both are empty, in the first round, `masks_<kind>_corrected` in
+            the last; of example boxes, the sums of `losses.agreement.answer_sums`.
         """
         # Every parameter has a gradient in every step, on every rank, whatever was shown. Made first, so that all
         # gradients are ready in the same order on every rank: ZeRO-1 and 2 add the ranks' rows in that order.
@@ -126,9 +154,13 @@ class PromptedStudent(TrainedParts):
         side = pixels_B3SS.shape[-1]
         for kind, one in prompts.items():
             more, values = self.of_prompts(levels, taught_levels, one, side)
-            found |= {f"agreement_{kind}{which}": value_N for which, value_N in more.items()}
+            found |= {f"masks_{kind}{which}": value_N for which, value_N in more.items()}
             for name, value in values.items():
                 terms[name] = terms[name] + value if name in terms else value
+        terms["exemplar"] = terms["mse"].new_zeros(())
+        if asked is not None:
+            more, terms["exemplar"] = self.of_exemplars(feat_BDGG, taught, asked)
+            found |= more
         total = torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
         return {"loss": total + 0 * touched, **terms, **({} if self.training else found)}
 
@@ -153,11 +185,22 @@ class PromptedStudent(TrainedParts):
                 terms.setdefault(name, []).append((value_N * weight_N).sum() / self.rounds)
             if not self.training:
                 which = "" if place == 0 else "_corrected"
-                found[which] = agreement(logits, iou, target, target_iou)
+                found[which] = masks_agree(logits, iou, target, target_iou)
             if place + 1 < self.rounds:
                 shown, differs_N = with_click(shown, logits, target, target_iou, prompts.chance_NR[:, place], side)
                 weight_N = weight_N * differs_N
         return found, {name: torch.stack(values).sum() for name, values in terms.items()}
+
+    def of_exemplars(self, feat_BDGG: Tensor, taught: Taught, asked: Asked) -> tuple[dict[str, Tensor], Tensor]:
+        """Return how far both models' answers to example boxes agree, as sums, and their term."""
+        with torch.no_grad():
+            target = answer(self.teacher, detector_levels(self.teacher, taught.feat_BDGG), asked)
+        levels = detector_levels(self.model, feat_BDGG)
+        own = answer(self.model, levels, asked, self.recompute and torch.is_grad_enabled())
+        seen_R = taught.valid_B1GG.flatten(1).any(1)[asked.image_R]
+        terms = teacher_loss(own, target, seen_R)
+        total = torch.stack([weight * terms[name] for name, weight in ANSWERS.items()]).sum()
+        return {} if self.training else answer_sums(own, target, seen_R), total
 
     def run(self, function: Callable, *inputs: Any) -> Any:
         """Call a function, keeping its activations or not."""
@@ -192,7 +235,7 @@ def with_click(
 
 
 @torch.no_grad()
-def agreement(logits_NMLL: Tensor, iou_NM: Tensor, target_NMLL: Tensor, target_iou_NM: Tensor) -> Tensor:
+def masks_agree(logits_NMLL: Tensor, iou_NM: Tensor, target_NMLL: Tensor, target_iou_NM: Tensor) -> Tensor:
     """Return the intersection over union (N,) of the masks that both models would give, each by its own choice."""
     each_N = torch.arange(len(iou_NM), device=iou_NM.device)
     pairs = ((logits_NMLL, iou_NM), (target_NMLL, target_iou_NM))

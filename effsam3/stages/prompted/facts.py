@@ -22,7 +22,8 @@ from effsam3.stages.image.facts import SOURCES, ImageData, ImageEvaluate
 
 KINDS = ("point", "box")  # of prompts that show an object
 FEATURES, MASKS = ("mse", "cosine"), ("bce", "dice", "iou")  # terms of the loss
-TERMS = (*FEATURES, *MASKS)
+PARTS = ("masks", "presence", "queries")  # in which the heads may agree, see losses/agreement.py
+TERMS = (*FEATURES, *MASKS, "exemplar")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,9 @@ class PromptedPrompts(Section):
     per_image: PositiveInt = 16  # 16 to 64; at full size each costs 4.6 GFLOP, the necks 215 an image
     point: Annotated[float, share] = 0.5  # share of them that are a point, with three masks; the others are boxes
     rounds: PositiveInt = 2  # after each one but the last, a click where the masks of student and teacher differ
+    # Share of the steps in which every image is also asked for all that is like one of its objects, by that one's box:
+    # through the geometry encoder and the detector, at 440 GFLOP. The trunk is the detector's, too
+    exemplar: Annotated[float, share] = 0.25
     jitter: Annotated[float, share] = 0.1  # a box's corner moves by at most this share of its side ...
     jitter_px: NonNegativeFloat = 20.0  # ... and this many pixels
 
@@ -76,6 +80,8 @@ class PromptedLoss(Section):
     bce: NonNegativeFloat = 5.0  # of each mask against the teacher's probabilities, less that of the teacher itself
     dice: NonNegativeFloat = 2.0  # likewise
     iou: NonNegativeFloat = 1.0  # of the IoU that both predict, by which the best of three masks is chosen
+
+    exemplar: NonNegativeFloat = 0.2  # of all that the detector answers to an example box, see losses/answers.py
 
     def check(self) -> Iterator[str]:
         if self.bce == self.dice == 0:
@@ -105,10 +111,10 @@ class PromptedRecipe(AdaptingRecipe):
     starter = "concepts/prompted_es_rv_m"
     why_no_more = "it reads the store that the stage 1 recipe has made (`embed` there); continue with train"
     replaces = "trunk's weights, in place"
-    metric = "val/agreement"
+    metric = "val/heads"
     metrics = {
-        "val/agreement": "higher",
-        **{f"val/agreement_{kind}": "higher" for kind in KINDS},
+        "val/heads": "higher",
+        **{f"val/heads_{name}": "higher" for name in (*PARTS, *(f"masks_{kind}" for kind in KINDS))},
         "val/loss": "lower",
         **{f"val/loss_{name}": "lower" for name in TERMS},
     }
@@ -154,7 +160,8 @@ class PromptedRecipe(AdaptingRecipe):
 
     def _prompts_line(self) -> str:
         kinds = ", ".join(f"{count} by a {kind}" for kind, count in self.prompts.counts().items())
-        return f"{kinds} on every image, {self.prompts.rounds} rounds"
+        exemplar = f"; {share:.0%} of the steps by an example box, too" if (share := self.prompts.exemplar) else ""
+        return f"{kinds} on every image, {self.prompts.rounds} rounds{exemplar}"
 
     def _length_line(self) -> str:
         train = self.train
@@ -167,7 +174,7 @@ class PromptedRecipe(AdaptingRecipe):
         return [
             *super().limits(),
             f"`{self.name}` learned from points and boxes on still images; its trunk is that of phrases and videos, "
-            "too, which were not trained along.",
+            "too, on which it was not trained.",
         ]
 
     def savings(self) -> dict[str, Saving]:

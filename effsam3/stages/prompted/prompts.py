@@ -6,13 +6,18 @@ Letters: N prompts of one kind of all images, P points of a prompt, R further ro
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from effsam3.models.heads.detector import Asked, ask
 from effsam3.models.heads.prompted_student import Prompts
 from effsam3.models.heads.tracker import Shown
+from effsam3.models.inference.concepts import ANY_CONCEPT
 from effsam3.models.memory.prompts import PromptStyle, draw_anywhere, draw_prompt, rescale
+from effsam3.models.text.tokens import PromptTokenizer
 from effsam3.stages.prompted.facts import PromptedRecipe
 from effsam3.stages.protocol import Batch
 
@@ -55,3 +60,30 @@ def draw_prompts(recipe: PromptedRecipe, batch: Batch, image_size: int, device: 
         found[kind] = Prompts(Shown(image_N, points_NP2, labels_NP), weight_N, chance_NR)
         first += count
     return found
+
+
+def asks(recipe: PromptedRecipe, number: int) -> bool:
+    """Return whether the images of the step to which this number belongs are asked by example boxes.
+
+    By step, not by image, so that all ranks run the same; spread evenly, the first step among them.
+    """
+    share, step = recipe.prompts.exemplar, number // recipe.train.global_batch_size
+    return math.ceil((step + 1) * share) > math.ceil(step * share)
+
+
+def draw_exemplars(recipe: PromptedRecipe, batch: Batch, tokenizer: PromptTokenizer, device: torch.device) -> Asked:
+    """Draw an example box on every image: around the object that is shown first, or anywhere."""
+    side, boxes = batch["masks"].shape[-1], []
+    for masks_KLL, number in zip(batch["masks"], batch["numbers"], strict=True):
+        # The place behind those of the prompts: a generator of its own.
+        rng = np.random.default_rng([recipe.train.seed, number, recipe.prompts.per_image, 1])
+        if masks_KLL[0].any():
+            corners, _ = draw_prompt(masks_KLL[0], "box", rng, PromptStyle(jitter=0.0))
+        else:
+            corners, _ = draw_anywhere("box", 0, 1, side, rng)
+        # From the outer edges of the pixels, 0..1.
+        low, high = corners[0] / side, (corners[1] + 1) / side
+        boxes.append(torch.cat([(low + high) / 2, high - low]))
+    asked = ask([ANY_CONCEPT] * len(boxes), torch.arange(len(boxes), device=device), tokenizer)
+    labels_R1 = torch.ones_like(asked.box_labels_R1)
+    return asked._replace(boxes_R14=torch.stack(boxes)[:, None].to(device), box_labels_R1=labels_R1)

@@ -21,17 +21,19 @@ from effsam3.data.store.reader import StoreReader
 from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast
+from effsam3.losses.agreement import agreement, nothing_compared
 from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.classes import empty_model, model_class
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.tensors import fingerprint, load_whole, read_config, read_tensors
-from effsam3.models.heads.prompted_student import UNUSED, PromptedStudent, Prompts, Taught
+from effsam3.models.heads.prompted_student import DETECTOR, UNUSED, PromptedStudent, Prompts, Taught
 from effsam3.models.image.teacher import Teacher
+from effsam3.models.text.tokens import PromptTokenizer
 from effsam3.models.trainable import count_parameters, find_trainable, outermost
 from effsam3.stages.base import StageBase, keep_whole, open_features
 from effsam3.stages.image.training import FACTS, both_datasets, both_splits, ready_index
-from effsam3.stages.prompted.facts import FEATURES, KINDS, TERMS, PromptedRecipe
-from effsam3.stages.prompted.prompts import draw_prompts
+from effsam3.stages.prompted.facts import FEATURES, TERMS, PromptedRecipe
+from effsam3.stages.prompted.prompts import asks, draw_exemplars, draw_prompts
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.report import Report, table
 
@@ -94,14 +96,21 @@ def trainable_of(recipe: PromptedRecipe, model: nn.Module) -> dict[str, list[str
     Raises:
         UserError: there is no such module, or no prompt reaches it.
     """
-    return find_trainable(model, recipe.model.trainable, UNUSED, "model", ", by points and boxes on images")
+    by = ", by the recipe's prompts on images"
+    return find_trainable(model, recipe.model.trainable, unused_of(recipe), "model", by)
+
+
+def unused_of(recipe: PromptedRecipe) -> tuple[str, ...]:
+    """Return beginnings of the names of what no prompt of the recipe reaches."""
+    return UNUSED if recipe.prompts.exemplar else (*UNUSED, *DETECTOR)
 
 
 def make_student(recipe: PromptedRecipe, model: nn.Module, teacher: nn.Module) -> PromptedStudent:
     """Take out of a whole SAM 3 what the recipe trains."""
     trained = outermost([place for places in trainable_of(recipe, model).values() for place in places])
     weights = {name: getattr(recipe.loss, name) for name in TERMS}
-    return PromptedStudent(model, trained, teacher, weights, recipe.prompts.rounds, recipe.train.recompute)
+    rounds, recompute = recipe.prompts.rounds, recipe.train.recompute
+    return PromptedStudent(model, trained, teacher, weights, rounds, recompute, unused_of(recipe))
 
 
 def untrained(recipe: PromptedRecipe, config: Any = None) -> PromptedStudent:
@@ -131,6 +140,7 @@ class PromptedStage(StageBase):
         self.mean_D = torch.zeros(self.channels, device=self.device)
         self.deviation_D = torch.ones(self.channels, device=self.device)
         self.facts: dict[str, Any] = {"image_size": self.image_size, "trainable": self.found}
+        self.tokenizer = PromptTokenizer()
 
     @classmethod
     def from_recipe(cls, recipe: PromptedRecipe, report: Report, accelerator: Accelerator) -> PromptedStage:
@@ -219,8 +229,10 @@ class PromptedStage(StageBase):
     def frozen(self) -> list[nn.Module]:
         """What runs next to what learns; the rest of both models stays where it was loaded."""
         model, teacher = self.student.model, self.student.teacher
-        heads = [part for whole in (model, teacher) for part in (whole.tracker_neck, whole.tracker_model)]
-        return [model.detector_model.vision_encoder.backbone, *heads, *([] if self.trunk is None else [self.trunk])]
+        parts = [part for whole in (model, teacher) for part in (whole.tracker_neck, whole.tracker_model)]
+        parts += [model.detector_model.vision_encoder.backbone]
+        parts += [model.detector_model, teacher.detector_model] if self.recipe.prompts.exemplar else []
+        return [*parts, *([] if self.trunk is None else [self.trunk])]
 
     # ---- what the loop calls
 
@@ -262,55 +274,67 @@ class PromptedStage(StageBase):
         valid_B1GG = valid_mask(batch["sizes"], self.image_size, self.grid).to(self.device)
         return Taught(feat_BDGG, valid_B1GG, self.mean_D, self.deviation_D)
 
-    def run(self, student: nn.Module, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Prompts]]:
-        """Return what the student makes of a batch, and the prompts."""
+    def run(self, student: nn.Module, batch: Batch, asking: bool) -> tuple[dict[str, Tensor], dict[str, Prompts]]:
+        """Return what the student makes of a batch, and the prompts; `asking`: also by example boxes."""
         pixels_B3SS = normalise(batch["pixels"].to(self.device, non_blocking=True))
         prompts = draw_prompts(self.recipe, batch, self.image_size, self.device)
+        asked = draw_exemplars(self.recipe, batch, self.tokenizer, self.device) if asking else None
         taught = self.taught(batch, pixels_B3SS)
         with self.place.autocast():
-            return student(pixels_B3SS, taught, prompts), prompts
+            return student(pixels_B3SS, taught, prompts, asked), prompts
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        return self.run(student, batch)[0]
+        return self.run(student, batch, asks(self.recipe, batch["numbers"][0]))[0]
 
     @torch.no_grad()
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Return sums for `summarise`; under `/NAME` what NAME is divided by: images or prompts."""
-        found, prompts = self.run(student, batch)
+        found, prompts = self.run(student, batch, self.recipe.prompts.exemplar > 0)
         images = (batch["sizes"][:, 0] > 0).sum().double().to(self.device)
-        sums = {}
+        sums = nothing_compared(self.device) | {"images": images}
+        sums |= {name: value for name, value in found.items() if name.startswith("heads_")}
         for name in TERMS:
             # Means over the batch's images, of which some may be padding; those of features over the others.
             of = images if name in FEATURES else torch.full_like(images, len(batch["numbers"]))
             sums[f"loss_{name}"] = found[name].double() * of
         sums["loss"] = torch.stack([getattr(self.recipe.loss, name) * sums[f"loss_{name}"] for name in TERMS]).sum()
-        sums["images"] = images
         for kind, one in prompts.items():
             seen_N = one.weight_N > 0
             for which in ("", "_corrected"):
-                if (value_N := found.get(f"agreement_{kind}{which}")) is not None:
-                    sums[f"agreement_{kind}{which}"] = (value_N * seen_N).sum().double()
+                if (value_N := found.get(f"masks_{kind}{which}")) is not None:
+                    sums[f"masks_{kind}{which}"] = (value_N * seen_N).sum().double()
             sums[f"/{kind}"] = seen_N.sum().double()
+            sums["heads_masks"] = sums["heads_masks"] + sums[f"masks_{kind}"]
+            sums["heads_objects"] = sums["heads_objects"] + sums[f"/{kind}"]
         return sums
 
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
-        images = max(float(sums.pop("images")), 1.0)
-        counts = {kind: max(float(sums.pop(f"/{kind}", 1)), 1.0) for kind in KINDS}
-        shown = {name: float(sums[name]) for name in sums if name.startswith("agreement_")}
-        losses = {f"val/{name}": float(value) / images for name, value in sums.items() if name not in shown}
-        first = [kind for kind in KINDS if f"agreement_{kind}" in shown]
-        whole = sum(shown[f"agreement_{kind}"] for kind in first) / sum(counts[kind] for kind in first)
-        each = {f"val/{name}": value / counts[name.split("_")[1]] for name, value in shown.items()}
-        return {"val/agreement": whole} | each | losses
+        """Return how far student and teacher agree, by `losses.agreement` and by kind of prompt, and mean losses.
+
+        Raises:
+            UserError: they are sums of nothing.
+        """
+        if not (images := float(sums["images"])):
+            raise UserError(
+                f"data.index: nothing was measured: none of the {len(self.val_data):,} held-out images can be read "
+                f"({self.recipe.folder}/unreadable.jsonl names them)"
+            )
+        found = agreement(sums)
+        for name, value in sums.items():
+            if name.startswith("masks_"):
+                found[f"heads_{name}"] = float(value / sums[f"/{name.split('_')[1]}"])
+            elif name.startswith("loss"):
+                found[name] = float(value) / images
+        return {f"val/{name}": value for name, value in found.items()}
 
     def conclude(self, start: Mapping[str, float], best: Mapping[str, float]) -> str:
-        names = [name for name in best if name.startswith("val/agreement")] + ["val/loss", "val/loss_cosine"]
+        names = [name for name in best if name.startswith("val/heads")] + ["val/loss", "val/loss_cosine"]
         rows = [
             [title, *(f"{values[name]:.4f}" for name in names)]
             for title, values in (("at the start", start), (f"trained, step {best['step']}", best))
         ]
-        titles = [name.removeprefix("val/").replace("_", " ") for name in names]
-        return table(rows, ["held-out images, masks next to the teacher's", *titles])
+        titles = [name.removeprefix("val/").replace("heads_", "").replace("_", " ") for name in names]
+        return table(rows, ["held-out images, next to the teacher", *titles])
 
 
 def refuse_other_sizes(own: Any, teacher: Any) -> None:

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage prompted from a stage 1 student to a measured model; the same learning in two processes and after a stop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from commands import REPOSITORY, metrics, run, run_here
+from safetensors.torch import load_file
+
+from effsam3.models.chassis.tensors import TRUNK, read_tensors
+from effsam3.stages.prompted.facts import TERMS
+
+IMAGE, SMOKE = REPOSITORY / "recipes/smoke/image.yaml", REPOSITORY / "recipes/smoke/prompted.yaml"
+STEPS = 24
+KEYS = ("loss", *TERMS, "grad_norm", "lr")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
+    """A folder with a student of stage 1, hardly trained, and a run of stage prompted, `reference`, in one process."""
+    folder = tmp_path_factory.mktemp("prompted")
+    images = (f"data.index={folder}/data/index.parquet", "data.synthetic_images=40", f"train.runs={folder}/runs")
+    stage1 = (
+        *images, "name=stage1", "sam3.checkpoint=tiny_concepts", "student=tiny_separable_w16", "head=linear",
+        f"embed.to={folder}/teacher", "train.steps=60", "train.eval_every=60", "train.save_every=60",
+    )  # fmt: skip
+    for verb in ("embed", "train", "merge"):
+        run_here(folder, verb, *stage1, recipe=IMAGE)
+    overrides = (
+        *images, f"sam3.checkpoint={folder}/runs/stage1",
+        f"teacher={{checkpoint: tiny_concepts, features: stored, store: {folder}/teacher}}", "prompts.per_image=4",
+        f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=12", "train.save_every=12",
+        "train.global_batch_size=4", "train.micro_batch_size=2", "train.eval_samples=8", "train.keep_checkpoints=9",
+        "optim.warmup_steps=2", "evaluate.max_images=4", "evaluate.pictures=1",
+    )  # fmt: skip
+    printed = run_here(folder, "train", *overrides, "name=reference", recipe=SMOKE)
+    assert "2 by a point, 2 by a box on every image, 2 rounds; 25% of the steps by an example box" in printed
+    assert f"its trunk's features from {folder}/teacher" in printed and "images to learn from have objects to show" in printed
+    return folder, overrides
+
+
+def values_of(folder: Path, name: str) -> dict[int, dict[str, float]]:
+    return {step: {key: row[f"train/{key}"] for key in KEYS} for step, row in metrics(folder / "runs" / name).items()}
+
+
+def test_the_heads_agree_more_with_the_teachers(runs):
+    folder, _ = runs
+    held_out = metrics(folder / "runs/reference", "val/heads")
+    start, end = held_out[0], held_out[STEPS]
+    for name in ("heads", "heads_masks", "heads_presence", "heads_queries"):
+        assert end[f"val/{name}"] > start[f"val/{name}"], name
+    for name in ("loss", "loss_bce", "loss_dice", "loss_exemplar"):
+        assert end[f"val/{name}"] < start[f"val/{name}"], name
+    trained = values_of(folder, "reference")
+    assert [step for step, row in trained.items() if row["exemplar"]] == [1, 5, 9, 13, 17, 21]
+
+
+def test_two_processes_learn_the_same(runs):
+    folder, overrides = runs
+    more = ("train.micro_batch_size=1", "hardware=ddp_cpu", "name=two")
+    assert "2 x cpu" in run(folder, "train", *overrides, *more, recipe=SMOKE, launch=True)
+    one, two = (values_of(folder, name) for name in ("reference", "two"))
+    assert one.keys() == two.keys() == set(range(1, STEPS + 1))
+    for step, row in one.items():
+        assert two[step] == pytest.approx(row, rel=2e-3, abs=1e-6), step
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(runs):
+    folder, overrides = runs
+    reference, resumed = folder / "runs/reference", folder / "runs/resumed"
+    shutil.copytree(reference, resumed)
+    for checkpoint in (resumed / "checkpoints").glob(f"*{STEPS:06d}"):
+        shutil.rmtree(checkpoint)
+    assert "resuming from step 12" in run_here(folder, "train", *overrides, "name=resumed", recipe=SMOKE)
+    assert values_of(folder, "resumed") == values_of(folder, "reference")
+    last = f"checkpoints/step-{STEPS:06d}/student.safetensors"
+    whole, again = load_file(reference / last), load_file(resumed / last)
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_stored_and_online_features_teach_the_same(runs):
+    folder, overrides = runs
+    online = "teacher={checkpoint: tiny_concepts, features: online, store: null}"
+    short = ("train.steps=3", "train.eval_every=3", "train.save_every=3")
+    for name, more in (("stored", ()), ("online", (online,))):
+        run_here(folder, "train", *overrides, *short, *more, f"name={name}", recipe=SMOKE)
+    stored, made = (values_of(folder, name) for name in ("stored", "online"))
+    for step, row in stored.items():
+        assert made[step] == pytest.approx(row, rel=5e-3, abs=1e-5), step  # a store keeps float16
+
+
+def test_merged_and_measured(runs):
+    folder, overrides = runs
+    own = (*overrides, "name=reference")
+    printed = run_here(folder, "merge", *own, recipe=SMOKE)
+    assert "changed in place, reference/" in printed
+    before, after = (read_tensors(folder / "runs" / name / "merged") for name in ("stage1", "reference"))
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith(TRUNK) for name in changed)
+    assert not [name for name in changed if "running_" in name or "feature_" in name]
+    printed = run_here(folder, "evaluate", *own, recipe=SMOKE)
+    assert "box, start" in printed and "box, prompted" in printed
+    result = json.loads((folder / "runs/reference/eval/masks.json").read_text())
+    assert result["prompted"]["box"]["masks"] == result["start"]["box"]["masks"] > 4
+    assert 0 < result["prompted"]["box"]["agreement"] <= 1
