@@ -27,7 +27,7 @@ def runs(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     images = (f"data.index={folder}/data/index.parquet", "data.synthetic_images=40", f"train.runs={folder}/runs")
     stage1 = (
         *images, "name=stage1", "sam3.checkpoint=tiny_concepts", "student=tiny_separable_w16", "head=linear",
-        f"embed.to={folder}/teacher", "train.steps=60", "train.eval_every=60", "train.save_every=60",
+        f"embed.to={folder}/teacher", "train.steps=12", "train.eval_every=12", "train.save_every=12",
     )  # fmt: skip
     for verb in ("embed", "train", "merge"):
         run_here(folder, verb, *stage1, recipe=IMAGE)
@@ -36,11 +36,14 @@ def runs(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
         f"teacher={{checkpoint: tiny_concepts, features: stored, store: {folder}/teacher}}", "prompts.per_image=4",
         f"train.steps={STEPS}", "train.log_every=1", "train.eval_every=12", "train.save_every=12",
         "train.global_batch_size=4", "train.micro_batch_size=2", "train.eval_samples=8", "train.keep_checkpoints=9",
-        "optim.warmup_steps=2", "evaluate.max_images=4", "evaluate.pictures=1",
+        "optim.lr=3e-3", "optim.warmup_steps=2", "evaluate.max_images=4", "evaluate.pictures=1",
     )  # fmt: skip
     printed = run_here(folder, "train", *overrides, "name=reference", recipe=SMOKE)
     assert "2 by a point, 2 by a box on every image, 2 rounds; 25% of the steps by an example box" in printed
-    assert f"its trunk's features from {folder}/teacher" in printed and "images to learn from have objects to show" in printed
+    assert (
+        f"its trunk's features from {folder}/teacher" in printed
+        and "images to learn from have objects to show" in printed
+    )
     return folder, overrides
 
 
@@ -48,14 +51,16 @@ def values_of(folder: Path, name: str) -> dict[int, dict[str, float]]:
     return {step: {key: row[f"train/{key}"] for key in KEYS} for step, row in metrics(folder / "runs" / name).items()}
 
 
-def test_the_heads_agree_more_with_the_teachers(runs):
+def test_the_masks_come_nearer_to_the_teachers(runs):
+    """Presence and queries are only there: without a trained detector they hardly depend on what is seen."""
     folder, _ = runs
     held_out = metrics(folder / "runs/reference", "val/heads")
     start, end = held_out[0], held_out[STEPS]
-    for name in ("heads", "heads_masks", "heads_presence", "heads_queries"):
-        assert end[f"val/{name}"] > start[f"val/{name}"], name
-    for name in ("loss", "loss_bce", "loss_dice", "loss_exemplar"):
-        assert end[f"val/{name}"] < start[f"val/{name}"], name
+    for name in ("masks", "masks_point", "masks_box"):
+        assert end[f"val/heads_{name}"] > start[f"val/heads_{name}"] + 0.01, name
+    for name in ("loss", "loss_bce", "loss_dice", "loss_cosine"):
+        assert end[f"val/{name}"] < 0.95 * start[f"val/{name}"], name
+    assert 0 < end["val/heads_presence"] <= 1 and 0 < end["val/heads_queries"] <= 1
     trained = values_of(folder, "reference")
     assert [step for step, row in trained.items() if row["exemplar"]] == [1, 5, 9, 13, 17, 21]
 
@@ -91,7 +96,8 @@ def test_stored_and_online_features_teach_the_same(runs):
         run_here(folder, "train", *overrides, *short, *more, f"name={name}", recipe=SMOKE)
     stored, made = (values_of(folder, name) for name in ("stored", "online"))
     for step, row in stored.items():
-        assert made[step] == pytest.approx(row, rel=5e-3, abs=1e-5), step  # a store keeps float16
+        # A store keeps float16: some pixels are no longer among those that differ, and clicks go elsewhere.
+        assert made[step] == pytest.approx(row, rel=2e-2, abs=1e-5), step
 
 
 def test_merged_and_measured(runs):
