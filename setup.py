@@ -16,6 +16,7 @@ DATA = {"effsam3.recipes": "recipes", "effsam3.accelerate_configs": "accelerate_
 ONNX = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 # What a run needs only if its recipe asks for it; effsam3/extras.py says so where it is missing.
 EXTRAS = {
+    "demo": ["gradio>=6.0"],
     "deepspeed": ["deepspeed>=0.17.2"],  # torch_autocast
     "lora": ["peft>=0.18"],
     "onnx": ONNX,
@@ -28,6 +29,7 @@ ALL = [requirement for extra in EXTRAS.values() for requirement in extra]
 DEV = [
     "jsonschema>=4.18",
     "mypy>=1.18",
+    "playwright>=1.50",  # drives the browser in tests of the page
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.9",

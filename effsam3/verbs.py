@@ -86,6 +86,17 @@ def export(model: str, to: str, **options: Any) -> None:
     verb.run(model, to, **options)
 
 
+def demo(**options: Any) -> None:
+    """Serve the page, where what it needs is installed."""
+    from effsam3.extras import refuse_missing
+
+    refuse_missing("gradio", "effsam3 demo", "demo")
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # as for `predict`
+    from effsam3 import demo as verb
+
+    verb.run(**options)
+
+
 # ---- arguments that several verbs have
 
 RESUME = (
@@ -235,6 +246,17 @@ VERBS = {
                 metavar="FOLDER",
             ),
             arg("--out", "default: exports/<name of MODEL>-<runtime>[-<precision>]", metavar="FOLDER"),
+        ],
+    ),
+    "demo": Verb(
+        "try a model on a page in the browser: images and videos, by text, clicks and boxes",
+        demo,
+        [
+            arg("model", "merged or run folder, checkpoint, Hub id, tiny", metavar="MODEL"),
+            arg("--teacher", "another model, whose answers are shown next to it", metavar="MODEL"),
+            arg("--host", "0.0.0.0 lets others on the network in", default="127.0.0.1", metavar="ADDRESS"),
+            arg("--port", "default: 7860", type=count, default=7860, metavar="P"),
+            arg("--device", "such as cuda:1, mps or cpu; default: a GPU, where there is one", metavar="DEVICE"),
         ],
     ),
     "recipes": Verb("list the recipes that come with effsam3, by their short names", "shipped:listing"),

@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
 # Make .venv with effsam3 in it, once; a second call finds it ready:
-#   bash scripts/setup.sh [extra]        extra: `dev` for the tests; default: `all` (DeepSpeed, wandb, TensorBoard, peft)
+#   bash scripts/setup.sh [extra]        extra: `dev` for the tests; default: `all` (DeepSpeed, wandb, peft, Gradio ...)
 # PYTHON names the interpreter to build it from (3.10 or newer; python3 by default).
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
 extra=${1:-all}
 stamp=".venv/effsam3-$extra.stamp"
+# The tests of the demo page drive a browser; Debian's packages and Ubuntu's runners have one.
+if [ "$extra" = dev ] && [ -z "$(command -v chromium chromium-browser google-chrome)" ] && [ -n "$(command -v apt-get)" ]; then
+    echo "installing chromium, which the tests of the demo page drive"
+    as_root=$([ "$(id -u)" = 0 ] || echo sudo)
+    $as_root apt-get update --quiet=2 && $as_root apt-get install --yes --quiet=2 chromium >/dev/null
+fi
 if [ -f "$stamp" ] && cmp -s setup.py "$stamp"; then
     exit 0
 fi

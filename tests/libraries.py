@@ -5,6 +5,7 @@ import sysconfig
 from pathlib import Path
 
 EXTRAS = {  # extra: package
+    "demo": "gradio",
     "deepspeed": "deepspeed",
     "lora": "peft",
     "onnx": "onnx",

@@ -39,6 +39,7 @@ def without(tmp_path_factory):
         (["launch", "smoke/image", "embed", "hardware=zero2_cpu"], "deepspeed"),
         (["train", "smoke/lora"], "lora"),
         (["export", "tiny"], "onnx"),
+        (["demo", "tiny"], "demo"),
     ],
 )
 def test_a_missing_extra_is_a_sentence_with_the_command(arguments, extra, without, tmp_path):

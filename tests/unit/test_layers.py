@@ -67,6 +67,7 @@ LAYERS = [
         "train",
         "merge",
         "evaluate",
+        "demo",
         "predict",
         "export",
         "push",
