@@ -31,7 +31,7 @@ from effsam3.predictor import IMAGE_THRESHOLD, Predictor, refuse_misfit  # noqa:
 ON, OFF, CORNER = "on the object", "next to it", "a corner of a box"
 FRAMES = 100  # tracked at most, unless somebody asks for more
 UPLOADED = re.compile(r"[^\s']*/gradio/[0-9a-f]+/")  # the folder of a visitor's file, who knows its name
-BUTTONS = ["fullscreen", "download"]  # on a picture
+BUTTONS: list[Any] = ["fullscreen", "download"]  # on a picture
 CSS = "#image-canvas img, #video-canvas img {cursor: crosshair} footer {display: none !important}"
 
 
