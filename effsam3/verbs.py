@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentTypeError
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from effsam3.data_verbs import DATA_VERBS
+from effsam3.errors import UserError, did_you_mean
 from effsam3.verb import Verb, arg, count, flag
 
 if TYPE_CHECKING:
@@ -16,6 +18,15 @@ if TYPE_CHECKING:
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 RUNTIMES = {"onnx": ONNX, "openvino": (*ONNX, "openvino")}  # of `export`, named like their extras: what each needs
+
+# Of `profile`: what it measures in, and the runtime whose packages that takes.
+PROFILED = {
+    "eager": "", "compiled": "", "onnxruntime": "onnx", "openvino": "openvino", "openvino_default": "openvino",
+}  # fmt: skip
+PARTS = (
+    "trunk", "detector_neck", "text_encoder", "detector", "tracker_neck", "mask_decoder", "memory_encoder",
+    "memory_attention",
+)  # fmt: skip
 
 
 def nodes(text: str) -> int | str:
@@ -95,6 +106,32 @@ def demo(**options: Any) -> None:
     from effsam3 import demo as verb
 
     verb.run(**options)
+
+
+def profile(model: str, runtimes: str, parts: str, **options: Any) -> None:
+    """Check what need not wait for torch, and measure."""
+    from effsam3.extras import refuse_missing
+
+    asked = chosen(runtimes, PROFILED, "--runtimes")
+    for runtime in asked:
+        for package in RUNTIMES.get(PROFILED[runtime], ()):
+            refuse_missing(package, f"--runtimes {runtime}", PROFILED[runtime])
+    from effsam3 import profile as verb
+
+    verb.run(model, runtimes=asked, parts=chosen(parts, PARTS, "--parts") if parts else (), **options)
+
+
+def chosen(text: str, among: Iterable[str], option: str) -> list[str]:
+    """Read names with commas.
+
+    Raises:
+        UserError: a name is not among those that there are.
+    """
+    names = text.split(",")
+    for name in names:
+        if name not in among:
+            raise UserError(f"{option}: there is no {name!r}{did_you_mean(name, among)}")
+    return names
 
 
 # ---- arguments that several verbs have
@@ -257,6 +294,23 @@ VERBS = {
             arg("--host", "0.0.0.0 lets others on the network in", default="127.0.0.1", metavar="ADDRESS"),
             arg("--port", "default: 7860", type=count, default=7860, metavar="P"),
             arg("--device", "such as cuda:1, mps or cpu; default: a GPU, where there is one", metavar="DEVICE"),
+        ],
+    ),
+    "profile": Verb(
+        "measure what each part of a model costs on this machine, next to its teacher, in several runtimes",
+        profile,
+        [
+            arg("model", "merged or run folder, checkpoint, Hub id, tiny, random", metavar="MODEL"),
+            arg("--teacher", "another one, measured in the same turns", metavar="MODEL"),
+            arg(
+                "--runtimes",
+                f"with commas, of {', '.join(PROFILED)} (default eager,onnxruntime)",
+                metavar="NAMES",
+                default="eager,onnxruntime",
+            ),
+            arg("--parts", "up to the last of these, with commas; default: all", metavar="NAMES", default=""),
+            arg("--rounds", "timed calls of each part (default 5)", type=count, metavar="N", default=5),
+            arg("--out", "default: profiles/<name of MODEL>", metavar="FOLDER"),
         ],
     ),
     "recipes": Verb("list the recipes that come with effsam3, by their short names", "shipped:listing"),

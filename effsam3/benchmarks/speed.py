@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -79,13 +79,20 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
-def alternate(calls: dict[str, Callable[[], None]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each call, taken in turn `ROUNDS` times after `WARM_UP` that do not count.
+def alternate(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Median milliseconds of each call, taken in turn."""
+    return {name: statistics.median(values) for name, values in in_turn(calls, device).items()}
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int = ROUNDS, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
+    """Milliseconds of each call, taken in turn `rounds` times after `warm_up` that do not count.
 
     A call is one model on one shape: each shape is warmed up by itself.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(WARM_UP + ROUNDS):
+    for _ in range(warm_up + rounds):
         for name, call in calls.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -94,4 +101,4 @@ def alternate(calls: dict[str, Callable[[], None]], device: torch.device) -> dic
             if device.type == "cuda":
                 torch.cuda.synchronize()
             taken[name].append((time.perf_counter() - started) * 1000)
-    return {name: statistics.median(values[WARM_UP:]) for name, values in taken.items()}
+    return {name: values[warm_up:] for name, values in taken.items()}

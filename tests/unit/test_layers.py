@@ -70,6 +70,7 @@ LAYERS = [
         "demo",
         "predict",
         "export",
+        "profile",
         "push",
         "data_check",
         "data_convert",

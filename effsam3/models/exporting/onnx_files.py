@@ -44,8 +44,11 @@ class _Positional(nn.Module):
         return self.module(*inputs)
 
 
-def write_onnx(example: Example, path: Path) -> None:
+def write_onnx(example: Example, path: Path, dynamic: bool = True) -> None:
     """Write a part as ONNX, by an example of its inputs; weights above 2 GB go into a file of their own next to it.
+
+    Args:
+        dynamic: whether the axes of `DYNAMIC` may have other lengths in the file.
 
     Raises:
         ExportError: PyTorch's exporter does not know how.
@@ -64,7 +67,7 @@ def write_onnx(example: Example, path: Path) -> None:
                 opset_version=OPSET,
                 input_names=list(part.inputs),
                 output_names=list(part.outputs),
-                dynamic_shapes=(shapes,),
+                dynamic_shapes=(shapes,) if dynamic else None,
             )
     except torch.onnx.OnnxExporterError as error:
         cause = " ".join(str(error).split("## Exception summary")[-1].split())[:300]
