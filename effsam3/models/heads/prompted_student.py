@@ -31,7 +31,7 @@ from effsam3.models.trainable import TrainedParts
 
 FEWEST_DIFFERING = 10  # pixels of a mask, EdgeSAM's: fewer are no mistake that a click would show
 # Weights of `losses.answers.teacher_loss` in the term `exemplar`.
-ANSWERS = {"presence": 2.0, "class": 1.0, "box": 5.0, "giou": 2.0, "bce": 5.0, "dice": 2.0, "semantic": 1.0}
+ANSWERS = {"presence": 2.0, "score": 1.0, "box": 5.0, "giou": 2.0, "bce": 5.0, "dice": 2.0, "semantic": 1.0}
 # What boxes and points on still images do not reach: the necks' coarsest level, and all that remembers frames ...
 UNUSED = (
     "detector_model.vision_encoder.neck.fpn_layers.3.",
