@@ -19,6 +19,7 @@ from effsam3.training.report import Report
 FEW = {
     "image": ["data.synthetic_images=12", "teacher=online", "loss.neck=0.1"],
     "text": ["data.synthetic_captions=60"],
+    "concepts": ["data.synthetic_images=4", "data.synthetic_held_out=2"],
     "memory": ["sam3.checkpoint=tiny", "data.synthetic_videos=6", "data.synthetic_frames=12", "data.frames=2"],
 }
 MADE_WHEN_READ = {"train_size", "val_data"}  # of the data
@@ -31,7 +32,7 @@ def recipe(request, tmp_path):
     if stage == "text":
         keys += [f"data.captions={tmp_path}/recap", f"data.phrases=[{tmp_path}/phrases.txt]"]
     else:
-        keys += [f"data.index={tmp_path}/index.parquet"]
+        keys += [f"data.path={tmp_path}/data" if stage == "concepts" else f"data.index={tmp_path}/index.parquet"]
     return load_recipe(RECIPES / f"smoke/{stage}.yaml", [*keys, f"train.runs={tmp_path}"])
 
 

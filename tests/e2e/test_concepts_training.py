@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stage concepts: every verb in turn, the same learning on any hardware and after a stop, a student and a teacher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from commands import REPOSITORY, metrics, run, run_here
+from concept_students import student_folder
+from safetensors.torch import load_file
+
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import TRUNK, read_tensors
+
+CONCEPTS = REPOSITORY / "recipes/smoke/concepts.yaml"
+SHORT = (
+    "data.synthetic_images=12", "data.synthetic_held_out=4", "data.phrases=2", "train.micro_batch_size=2",
+    "train.steps=6", "optim.warmup_steps=2", "train.log_every=1", "train.eval_every=3", "train.save_every=3",
+    "train.eval_samples=4", "evaluate.concept_pictures=1",
+)  # fmt: skip
+KEYS = ("loss", "annotations", "teacher", "annotations_box", "annotations_dice", "grad_norm", "lr")
+TRAINED = ("vision_encoder.", "detr_encoder.", "detr_decoder.", "mask_decoder.", "dot_product_scoring.")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with drawn images and a run of one process, `reference`, and the overrides that made it."""
+    folder = tmp_path_factory.mktemp("concepts")
+    overrides = (*SHORT, f"train.runs={folder}/runs", f"data.path={folder}/data")
+    printed = run_here(folder, "train", *overrides, "name=reference", recipe=CONCEPTS)
+    assert "truth    annotations x 1, teacher x 0.1; teacher tiny_concepts" in printed
+    return folder, overrides
+
+
+def weights(folder, name):
+    return load_file(folder / "runs" / name / "checkpoints/step-000006/student.safetensors")
+
+
+def alike(folder, name, rel=1e-3):
+    for step, values in metrics(folder / "runs/reference").items():
+        other = metrics(folder / "runs" / name)[step]
+        assert all(other[f"train/{key}"] == pytest.approx(values[f"train/{key}"], rel=rel) for key in KEYS), step
+    whole, found = weights(folder, "reference"), weights(folder, name)
+    assert whole.keys() == found.keys()
+    assert all(torch.allclose(whole[one], found[one], atol=2e-3) for one in whole)
+
+
+@pytest.mark.parametrize("hardware", ["ddp_cpu", "zero2_cpu", "zero3_cpu"])
+def test_two_processes_learn_the_same(runs, hardware):
+    folder, overrides = runs
+    run(folder, "train", *overrides, f"name={hardware}", f"hardware={hardware}", recipe=CONCEPTS, launch=True)
+    alike(folder, hardware)
+
+
+def test_a_resumed_run_is_the_same_to_the_bit(runs):
+    folder, overrides = runs
+    run_here(folder, "train", *overrides, "name=stopped", recipe=CONCEPTS)
+    # As if it had ended after step 3.
+    shutil.rmtree(folder / "runs/stopped/checkpoints/step-000006")
+    for best in (folder / "runs/stopped/checkpoints").glob("best-*6"):
+        shutil.rmtree(best)
+    printed = run_here(folder, "train", *overrides, "name=stopped", recipe=CONCEPTS)
+    assert "step      3/6" not in printed and "step      6/6" in printed
+    whole, found = weights(folder, "reference"), weights(folder, "stopped")
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+
+
+def test_merged_and_evaluated(runs):
+    folder, overrides = runs
+    losses = [values["val/loss"] for values in metrics(folder / "runs/reference", "val/loss").values()]
+    assert losses[-1] < 0.95 * losses[0]
+    own = (*overrides, "name=reference")
+    printed = run_here(folder, "merge", *own, recipe=CONCEPTS)
+    assert "changed in place, reference/best-step-000006" in printed
+    before, after = read_tensors(chassis_folder("tiny_concepts")), read_tensors(folder / "runs/reference/merged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and len(changed) > 200
+    assert all(name.removeprefix("detector_model.").startswith(TRAINED) for name in changed)
+    printed = run_here(folder, "evaluate", *own, recipe=CONCEPTS)
+    assert "| teacher" in printed and "| student" in printed
+    (subset,) = json.loads((folder / "runs/reference/eval/concepts.json").read_text())["subsets"].values()
+    assert subset["positives"] == subset["negatives"] > 0
+
+
+def test_a_student_learns_from_its_teacher_alone(tmp_path):
+    """No annotations: a trunk of 3 k parameters with BatchNorm under the frozen detector of `tiny_concepts`."""
+    student = student_folder(tmp_path / "student")
+    own = (
+        *SHORT, f"train.runs={tmp_path}/runs", f"data.path={tmp_path}/data", f"sam3.checkpoint={student}",
+        "model.trainable=[vision_encoder.backbone]", "loss={annotations: 0, teacher: 1, features: 1}",
+    )  # fmt: skip
+    for verb in ("train", "merge", "evaluate"):
+        run_here(tmp_path, verb, *own, "name=taught", recipe=CONCEPTS)
+    losses = [values["val/loss"] for values in metrics(tmp_path / "runs/taught", "val/loss").values()]
+    assert losses[-1] < losses[0]
+    before, after = read_tensors(student), read_tensors(tmp_path / "runs/taught/merged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith(TRUNK) and "running" not in name for name in changed)
