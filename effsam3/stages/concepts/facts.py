@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from effsam3.recipe.common import AdaptingRecipe, Chassis, Data, Merge, Optim, Saving, Train
 from effsam3.recipe.concepts import ConceptEvaluate
@@ -33,15 +33,21 @@ class ConceptTeacher(Chassis):
     """The SAM 3 whose answers are learned, and whose row stands next to the student's in the benchmark."""
 
     fingerprint: str | None = None  # of its trunk's weights, as `inspect` and a store's manifest have it; null: any
+    # Its trunk's features of the same images, made by a stage 1 recipe (`embed.to` there), so that only its heads run;
+    # data.source images only; null: its trunk runs next to the student
+    store: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptData(Data):
     """Images, the phrases that are asked of them, and which images are held out."""
 
-    source: Literal["concepts", "synthetic"]  # synthetic: drawn shapes, never used unless asked for here
-    # JSON of SA-Co, COCO, LVIS or RefCOCO, or a folder of them; `synthetic` draws its own in this folder
+    # images: those of an index, without annotations; synthetic: drawn shapes, never used unless asked for here
+    source: Literal["concepts", "images", "synthetic"]
+    # concepts: JSON of SA-Co, COCO, LVIS or RefCOCO, or a folder of them; images: an index, as `effsam3 index` makes
+    # it; `synthetic` draws its own in this folder
     path: str
+    listed: str | None = None  # images only: a text file of the phrases to ask of them, one a line
     images: Annotated[tuple[str, ...], each_once] = ()  # folders of their images; []: where the JSON is
     val_path: str | None = None  # other pairs to hold out, as `path`; null: `held_out` of these
     held_out: Annotated[float, below_one] = 0.05  # share of the images held out, by a hash of their names
@@ -58,10 +64,17 @@ class ConceptData(Data):
 
     def check(self) -> Iterator[str]:
         yield from self.made_up("synthetic_images")
-        if self.source == "synthetic" and (self.images or self.val_path):
-            yield "source: synthetic draws its own images and held-out ones; leave images and val_path out"
-        if self.source != "synthetic" and self.val_path is None and self.held_out == 0:
+        if self.source != "concepts" and (self.images or self.val_path):
+            own = "draws its own" if self.source == "synthetic" else "has an index with both"
+            yield f"source: {self.source} {own} images and held-out ones; leave images and val_path out"
+        if self.source == "images" and self.listed is None:
+            yield "listed: images have no phrases of their own; name a text file of phrases, one a line"
+        if self.source != "images" and self.listed is not None:
+            yield f"listed: {self.source} have phrases of their own; leave it out, or set source=images"
+        if self.source == "concepts" and self.val_path is None and self.held_out == 0:
             yield "held_out: 0 leaves nothing to validate on; set it above 0, or name other pairs with data.val_path"
+
+    resize: ClassVar[str] = "square"  # how images become square, as a store must have been made with
 
     @property
     def learned(self) -> str:
@@ -70,7 +83,7 @@ class ConceptData(Data):
 
     @property
     def validated(self) -> str | None:
-        """The same of those that are held out; None where they are a share of the former."""
+        """The same of those that are held out; None where they are a share of the former, or not annotated."""
         return str(Path(self.path) / HELD_OUT) if self.source == "synthetic" else self.val_path
 
 
@@ -143,7 +156,8 @@ class ConceptTrain(Train):
 class ConceptsEvaluate(ConceptEvaluate):
     """What the merged model is measured on: the benchmark concepts, next to the teacher, or to what it started from.
 
-    Where `concepts` is null, on the pairs that the data hold out by name (`data.val_path`, or the drawn ones).
+    Where `concepts` is null, on the pairs that the data hold out by name (`data.val_path`, or the drawn ones). Images
+    without annotations take pairs of others.
     """
 
     benchmarks: Annotated[tuple[Literal["concepts"], ...], at_least_one, each_once] = ("concepts",)
@@ -177,7 +191,7 @@ class ConceptsRecipe(AdaptingRecipe):
         "trained modules": "model.trainable",
         "phrases of an image": "data.phrases",
     }
-    data_names = {"concepts": "annotated concepts"}
+    data_names = {"concepts": "annotated concepts", "images": "images and listed phrases"}
     knobs = ("train.micro_batch_size", "train.recompute", "data.phrases", "hardware", "train.ema")
 
     stage: Literal["concepts"]  # the folder of effsam3/stages that reads this recipe
@@ -217,12 +231,24 @@ class ConceptsRecipe(AdaptingRecipe):
     def student_of(cls, values: Mapping[str, Any]) -> str:
         return f"detector ({', '.join(values.get('model', {}).get('trainable', ()))})"
 
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        unannotated = self.data.source == "images"
+        if unannotated and self.loss.annotations:
+            yield f"loss.annotations: {self.loss.annotations:g}, but images have none; set it to 0"
+        if unannotated and not self.loss.teacher:
+            yield "loss.teacher: only its answers tell what is on images without annotations; set it above 0"
+        if self.teacher.store is not None and not unannotated:
+            yield "teacher.store: stage 1 stores features of an index; set data.source=images, or teacher.store=null"
+
     def derived(self) -> dict[str, Callable[[], str]]:
         return {"phrases": self._phrases_line, "length": self._length_line, "learns": self.student_line}
 
     def _phrases_line(self) -> str:
         data = self.data
         where = f"{data.synthetic_images} drawn images in {data.path}" if data.source == "synthetic" else data.path
+        if data.source == "images":
+            return f"{data.phrases} of an image, of those in {data.listed}; {where}"
         absent = f"{data.negatives:.0%} of them absent ({data.hard:.0%} of these hard)"
         return f"{data.phrases} of an image, {absent}; {where}"
 

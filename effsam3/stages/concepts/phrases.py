@@ -6,14 +6,22 @@ from __future__ import annotations
 from pathlib import Path
 
 from effsam3.data.concepts.asking import AskedImage, Choice
-from effsam3.data.concepts.training import ConceptPhrases, annotated_phrases, open_asked
+from effsam3.data.concepts.training import (
+    ConceptPhrases,
+    annotated_phrases,
+    listed_phrases,
+    open_asked,
+    read_phrases,
+)
 from effsam3.data.problems import Note
 from effsam3.data.splits import SPLITS, split_of
+from effsam3.data.store.reader import StoreReader
 from effsam3.data.synthetic.concepts import make_synthetic_concepts
 from effsam3.errors import UserError
 from effsam3.files import stamp
 from effsam3.models.text.tokens import Tokenizer
 from effsam3.stages.concepts.facts import ConceptData, ConceptsRecipe
+from effsam3.stages.image.training import both_datasets
 
 
 def draw_concepts(data: ConceptData) -> None:
@@ -29,13 +37,21 @@ def draw_concepts(data: ConceptData) -> None:
         make_synthetic_concepts(folder, **made)
 
 
-def phrases_of(recipe: ConceptsRecipe, image_size: int, mask_side: int) -> tuple[ConceptPhrases, ConceptPhrases]:
-    """Return images to learn from and held-out ones, with their phrases.
+def phrases_of(
+    recipe: ConceptsRecipe, image_size: int, mask_side: int, store: StoreReader | None = None
+) -> tuple[ConceptPhrases, ConceptPhrases]:
+    """Return images to learn from and held-out ones, with their phrases; with a store also the teacher's features.
 
     Raises:
         UserError: there are none of either, or in no known format; it names the key.
     """
     data, seed = recipe.data, recipe.train.seed
+    if data.source == "images":
+        assert data.listed is not None  # the recipe's rules see to it
+        listed, notes = read_phrases(Path(data.listed), Tokenizer().why_not, data.phrases, "data.listed")
+        both = both_datasets(recipe, Path(data.path), image_size, store, "data.path")
+        asked = [listed_phrases(images, listed, data.phrases, mask_side, seed, notes) for images in both]
+        return asked[0], asked[1]
     images, notes = open_images(data, data.learned, "data.path")
     val_notes: list[Note] = []
     if data.validated is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,17 +18,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from effsam3.benchmarks.concepts.answered import answered_row
-from effsam3.benchmarks.concepts.cgf1 import metrics
+from effsam3.benchmarks.concepts.cgf1 import SCORE, metrics
 from effsam3.data.concepts.training import ConceptPhrases
+from effsam3.data.images.features import stored_features
 from effsam3.data.transforms import normalise, valid_mask
 from effsam3.errors import ChassisError, UserError
 from effsam3.hardware.accelerator import on_main
 from effsam3.losses.answers import teacher_loss
 from effsam3.losses.detection import Instances, annotated_loss
 from effsam3.losses.features import feature_loss, standardise
-from effsam3.models.chassis.classes import empty_model, model_class
+from effsam3.models.chassis.classes import empty_model
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
-from effsam3.models.chassis.tensors import TRUNK, fingerprint, load_whole, read_config, read_tensors
+from effsam3.models.chassis.tensors import TRUNK, fingerprint, read_tensors
 from effsam3.models.heads.concept_student import ConceptStudent, unused_of
 from effsam3.models.heads.detector import Answers, Asked, answer, ask, detector_levels
 from effsam3.models.heads.trunk import trunk_features
@@ -40,6 +40,7 @@ from effsam3.stages.base import StageBase, keep_whole
 from effsam3.stages.concepts.facts import SOURCES, ConceptsRecipe
 from effsam3.stages.concepts.phrases import draw_concepts, pairs_to_learn_from, phrases_of
 from effsam3.stages.protocol import Batch, Place, Stage
+from effsam3.stages.taught import load_sam3, only_heads, open_trunk_store, trunk_config
 from effsam3.training.report import Report, table
 
 DETECTOR = "detector_model."  # the beginning of its tensors' names in a whole SAM 3
@@ -52,13 +53,8 @@ NEEDS = (pairs_to_learn_from,)
 # ---- what learns
 
 
-def load_sam3(folder: Path) -> Any:
-    """Load a whole SAM 3, frozen."""
-    return load_whole(model_class(read_config(folder).model_type), folder)
-
-
 def load_teacher(recipe: ConceptsRecipe) -> Any:
-    """Load the teacher.
+    """Load the teacher, without its trunk where a store has what that makes of the images.
 
     Raises:
         ChassisError: its trunk is another one than the recipe asks for.
@@ -70,7 +66,8 @@ def load_teacher(recipe: ConceptsRecipe) -> Any:
             f"teacher.fingerprint: the trunk of {asked.checkpoint} has the fingerprint {found}, the recipe asks for "
             f"{asked.fingerprint}; check teacher.checkpoint and teacher.revision, or correct it"
         )
-    return load_sam3(folder)
+    teacher = load_sam3(folder)
+    return teacher if asked.store is None else only_heads(teacher)
 
 
 def make_student(recipe: ConceptsRecipe, model: nn.Module) -> ConceptStudent:
@@ -104,6 +101,7 @@ class Inputs(NamedTuple):
     annotated_R: Tensor  # bool: its instances are known
     seen_R: Tensor  # bool: its image could be read
     valid_B1GG: Tensor  # 1 on images that could be read
+    stored_BDGG: Tensor | None  # the teacher's trunk features, where a store has them
 
 
 class Taught(NamedTuple):
@@ -138,8 +136,9 @@ class ConceptsStage(StageBase):
             "text_encoder.": scales.text_scale,
             "text_projection.": scales.text_scale,
         }
-        backbone = model.config.detector_config.vision_config.backbone_config
+        backbone = trunk_config(model.config)
         self.image_size, self.grid = backbone.image_size, backbone.image_size // backbone.patch_size
+        self.channels = backbone.hidden_size
         self.facts: dict[str, Any] = {"image_size": self.image_size, "trainable": self.found}
         self.tokenizer = PromptTokenizer()
         if recipe.loss.features:
@@ -149,14 +148,16 @@ class ConceptsStage(StageBase):
     def from_recipe(cls, recipe: ConceptsRecipe, report: Report, accelerator: Accelerator) -> ConceptsStage:
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
         # Before anything is made: a module that is not there fails here.
-        stage = cls(recipe, accelerator, load_sam3(folder), load_teacher(recipe) if recipe.is_taught else None)
+        store = open_trunk_store(recipe.teacher, recipe.data)
+        teacher = load_teacher(recipe) if recipe.is_taught else None
+        stage = cls(recipe, accelerator, load_sam3(folder), teacher)
         for part in stage.frozen:
             part.to(accelerator.device)
         stage.student.to(accelerator.device)
         keep_whole(stage.student, accelerator)
         if recipe.data.source == "synthetic":
             on_main(accelerator, partial(draw_concepts, recipe.data))
-        stage.train_data, stage.val_data = phrases_of(recipe, stage.image_size, MASK_SIDE * stage.grid)
+        stage.train_data, stage.val_data = phrases_of(recipe, stage.image_size, MASK_SIDE * stage.grid, store)
         # What `merge` compares with the model that the changes go into: they only fit what they started from.
         own = read_tensors(folder)
         stage.facts["teacher"] = {
@@ -169,13 +170,19 @@ class ConceptsStage(StageBase):
     @classmethod
     def from_shapes(cls, recipe: ConceptsRecipe, place: Place) -> ConceptsStage:
         teacher = empty_model(config_at_hand(recipe.teacher.checkpoint)) if recipe.is_taught else None
+        if recipe.teacher.store is not None:
+            teacher = only_heads(teacher)
         return cls(recipe, place, empty_model(config_at_hand(recipe.sam3.checkpoint)), teacher)
 
     def example(self, samples: int) -> Batch:
         """Return a micro-batch of `samples` images with all phrases, each with as many instances as allowed."""
         data, side, masks = self.recipe.data, self.image_size, MASK_SIDE * self.grid
         rows, most = samples * data.phrases, data.objects
-        return {
+        batch: Batch = {}
+        if self.recipe.teacher.store is not None:
+            shape = (samples, self.channels, self.grid, self.grid)
+            batch["features"] = torch.empty(shape, dtype=torch.float16, device="meta")
+        return batch | {
             "positions": torch.arange(samples),
             "pixels": torch.empty(samples, 3, side, side, dtype=torch.uint8, device="meta"),
             "sizes": torch.full((samples, 2), side),
@@ -252,6 +259,9 @@ class ConceptsStage(StageBase):
             to(batch["annotated"]) & seen_R,
             seen_R,
             valid_mask(sizes_B2, self.image_size, self.grid),
+            stored_features({name: to(batch[name]) for name in ("features", "scale") if name in batch})
+            if "features" in batch
+            else None,
         )
 
     @torch.no_grad()
@@ -260,7 +270,9 @@ class ConceptsStage(StageBase):
         if self.teacher is None:
             return None
         with self.place.autocast():
-            feat_BDGG = trunk_features(self.teacher, inputs.pixels_B3SS)
+            feat_BDGG = inputs.stored_BDGG
+            if feat_BDGG is None:
+                feat_BDGG = trunk_features(self.teacher, inputs.pixels_B3SS)
             answers = None
             if self.recipe.loss.teacher:
                 answers = answer(self.teacher, detector_levels(self.teacher, feat_BDGG), inputs.asked)
@@ -296,16 +308,22 @@ class ConceptsStage(StageBase):
         taught = self.taught(inputs)
 
         def judged(feat_BDGG: Tensor, answers: Answers) -> dict[str, Tensor]:
-            boxes_RN4, masks_RNMM, valid_RN = inputs.instances
-            row_S = answered_row(answers, masks_RNMM > 0.5, valid_RN, inputs.annotated_R)
+            truth, known_R = inputs.instances, inputs.annotated_R
+            masks_RNMM, valid_RN = truth.masks_RNMM > 0.5, truth.valid_RN
+            if self.recipe.data.source == "images":
+                # Nobody has marked them: what the teacher finds counts as true.
+                assert taught is not None and taught.answers is not None
+                masks_RNMM, valid_RN = taught.answers.masks_RQMM > 0, taught.answers.scores_RQ >= SCORE
+                known_R = inputs.seen_R
+            row_S = answered_row(answers, masks_RNMM, valid_RN, known_R)
             right_R = (answers.presence_LR[-1] > 0) == valid_RN.any(1)
             found = self.terms(inputs, taught, feat_BDGG, answers)
             # The losses are means over the batch's phrases, of which some may be padding.
             sums = {name: value.double() * len(right_R) for name, value in found.items()}
             return sums | {
                 "counts": row_S,
-                "presence": (right_R & inputs.annotated_R).sum().double(),
-                "annotated": inputs.annotated_R.sum().double(),
+                "presence": (right_R & known_R).sum().double(),
+                "annotated": known_R.sum().double(),
                 "phrases": inputs.seen_R.sum().double(),
             }
 

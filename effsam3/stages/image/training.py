@@ -99,9 +99,11 @@ def image_dataset(
 
 
 def both_datasets(
-    recipe: StageRecipe, index: Path, image_size: int, store: StoreReader | None
+    recipe: StageRecipe, index: Path, image_size: int, store: StoreReader | None, key: str = "data.index"
 ) -> tuple[ImageFeatures, ImageFeatures]:
-    """Return the images to learn from and those held out, of a recipe whose data are `ImageData`.
+    """Return the images to learn from and those held out, of a recipe whose data have `limit` and `resize`.
+
+    `key` names the index.
 
     Raises:
         UserError: there are none of either.
@@ -111,9 +113,10 @@ def both_datasets(
     # Limited, because validation runs every few minutes and its error is small after some hundred images.
     val_data = image_dataset(data, index, "val", image_size, store, most=recipe.train.eval_samples)
     if not len(train_data) or not len(val_data):
+        divided_by = SOURCES[data.source].divided_by if data.source in SOURCES else "the index"
         raise UserError(
-            f"data.index: {index} has {len(train_data)} training and {len(val_data)} held-out images; "
-            f"both are needed ({SOURCES[data.source].divided_by} divides them)"
+            f"{key}: {index} has {len(train_data)} training and {len(val_data)} held-out images; "
+            f"both are needed ({divided_by} divides them)"
         )
     return train_data, val_data
 

@@ -8,7 +8,6 @@ grid.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,18 +22,19 @@ from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast
 from effsam3.losses.agreement import agreement, nothing_compared
 from effsam3.models.chassis.claims import check_weights
-from effsam3.models.chassis.classes import empty_model, model_class
+from effsam3.models.chassis.classes import empty_model
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
-from effsam3.models.chassis.tensors import fingerprint, load_whole, read_config, read_tensors
+from effsam3.models.chassis.tensors import fingerprint, read_config, read_tensors
 from effsam3.models.heads.prompted_student import DETECTOR, UNUSED, PromptedStudent, Prompts, Taught
 from effsam3.models.image.teacher import Teacher
 from effsam3.models.text.tokens import PromptTokenizer
 from effsam3.models.trainable import count_parameters, find_trainable, outermost
-from effsam3.stages.base import StageBase, keep_whole, open_features
-from effsam3.stages.image.training import FACTS, both_datasets, both_splits, ready_index
+from effsam3.stages.base import StageBase, keep_whole
+from effsam3.stages.image.training import both_datasets, both_splits, ready_index
 from effsam3.stages.prompted.facts import FEATURES, TERMS, PromptedRecipe
 from effsam3.stages.prompted.prompts import asks, draw_exemplars, draw_prompts
 from effsam3.stages.protocol import Batch, Place, Stage
+from effsam3.stages.taught import load_sam3, only_heads, open_trunk_store, trunk_config
 from effsam3.training.report import Report, table
 
 MASK_SIDE = 4  # side of a mask, in positions of the trunk's grid
@@ -42,47 +42,9 @@ MASK_SIDE = 4  # side of a mask, in positions of the trunk's grid
 # ---- the teacher
 
 
-def open_store(recipe: PromptedRecipe) -> StoreReader | None:
-    """Open the store of the teacher's features; None where its trunk runs next to the student.
-
-    Raises:
-        StoreError: it is not there, holds features of another teacher, or such that the heads cannot read.
-    """
-    teacher = recipe.teacher
-    if teacher.store is None:
-        return None
-    naming = dict(key="teacher.store", section="teacher")
-    store = open_features(teacher.store, "image", teacher, recipe.data, FACTS, "resize", **naming)
-    facts, config = store.manifest.description, trunk_config(config_at_hand(teacher.checkpoint))
-    grid = config.image_size // config.patch_size
-    if facts["tap"] != "trunk" or facts["grid"] != grid:
-        raise UserError(
-            f"teacher.store: SAM 3's heads read whole trunk maps; {teacher.store} holds {facts['tap']} features on a "
-            f"{facts['grid']}x{facts['grid']} grid. Embed with embed.tap=trunk and without embed.grid, or set "
-            "teacher.features=online teacher.store=null"
-        )
-    return store
-
-
-def trunk_config(config: Any) -> Any:
-    """Return the config of the trunk of a whole SAM 3."""
-    return config.detector_config.vision_config.backbone_config
-
-
-def only_heads(model: Any) -> Any:
-    """Take the trunk out of a whole SAM 3, half of its weights."""
-    model.detector_model.vision_encoder.backbone = nn.Identity()
-    return model
-
-
-def load_sam3(folder: Path) -> Any:
-    """Load a whole SAM 3, frozen."""
-    return load_whole(model_class(read_config(folder).model_type), folder)
-
-
 def stored_masks_teacher(recipe: PromptedRecipe) -> None:
     """The teacher's features, where they are to be stored."""
-    open_store(recipe)
+    open_trunk_store(recipe.teacher, recipe.data)
 
 
 NEEDS = (both_splits, stored_masks_teacher)
@@ -145,7 +107,7 @@ class PromptedStage(StageBase):
     @classmethod
     def from_recipe(cls, recipe: PromptedRecipe, report: Report, accelerator: Accelerator) -> PromptedStage:
         asked = recipe.teacher
-        store = open_store(recipe)
+        store = open_trunk_store(asked, recipe.data)
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
         taught_by = chassis_folder(asked.checkpoint, asked.revision)
         refuse_other_sizes(read_config(folder), read_config(taught_by))

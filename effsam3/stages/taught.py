@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stages that train through a SAM 3's heads have in common: whole models, a teacher's trunk in a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from effsam3.data.store.reader import StoreReader
+from effsam3.errors import UserError
+from effsam3.models.chassis.classes import model_class
+from effsam3.models.chassis.find import config_at_hand
+from effsam3.models.chassis.tensors import load_whole, read_config
+from effsam3.recipe.common import Data
+from effsam3.stages.base import open_features
+from effsam3.stages.image.training import FACTS
+
+
+def load_sam3(folder: Path) -> Any:
+    """Load a whole SAM 3, frozen."""
+    return load_whole(model_class(read_config(folder).model_type), folder)
+
+
+def trunk_config(config: Any) -> Any:
+    """Return the config of the trunk of a whole SAM 3."""
+    return config.detector_config.vision_config.backbone_config
+
+
+def only_heads(model: Any) -> Any:
+    """Take the trunk out of a whole SAM 3, half of its weights."""
+    model.detector_model.vision_encoder.backbone = nn.Identity()
+    return model
+
+
+def open_trunk_store(teacher: Any, data: Data) -> StoreReader | None:
+    """Open the store of a teacher's trunk features; None where its trunk runs next to the student.
+
+    Args:
+        teacher: the recipe's section: `checkpoint`, `fingerprint`, and `store`, None or what a stage 1 recipe of the
+            same images has embedded to.
+
+    Raises:
+        StoreError: it is not there, or holds features of another teacher.
+        UserError: the heads cannot read them.
+    """
+    if teacher.store is None:
+        return None
+    naming = dict(key="teacher.store", section="teacher")
+    store = open_features(teacher.store, "image", teacher, data, FACTS, "resize", **naming)
+    facts, config = store.manifest.description, trunk_config(config_at_hand(teacher.checkpoint))
+    grid = config.image_size // config.patch_size
+    if facts["tap"] != "trunk" or facts["grid"] != grid:
+        raise UserError(
+            f"teacher.store: SAM 3's heads read whole trunk maps; {teacher.store} holds {facts['tap']} features on a "
+            f"{facts['grid']}x{facts['grid']} grid. Embed with embed.tap=trunk and without embed.grid, or set "
+            "teacher.store=null"
+        )
+    return store
