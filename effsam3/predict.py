@@ -20,7 +20,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from effsam3.benchmarks.pictures.predictions import CocoPredictions, records, write_image
+from effsam3.benchmarks.pictures.predictions import CocoPredictions, records, refuse_others, write_image
 from effsam3.benchmarks.pictures.video_predictions import video_predictions
 from effsam3.data.unreadable import Unreadable
 from effsam3.files import refuse_unwritable
@@ -62,6 +62,8 @@ def run(
     # Before the model is found and loaded: a wrong box should cost a second, not a minute.
     first = _open(inputs[0], asked) if alone else None
     refuse_unwritable(target, "--out")
+    for one in inputs:
+        refuse_others(target if alone else target / one.name)
     task = _Task(model, asked, Predictor(model, device=device), frames)
     for one in tqdm(inputs, unit="input", disable=True if alone else None):
         try:

@@ -219,6 +219,15 @@ def test_pictures_keep_their_times(tmp_path):
     np.testing.assert_allclose(times, [0, 0.04, 0.12, 0.13, 0.5], atol=1e-4)
 
 
+@pytest.mark.parametrize("source", ["photos/a.png", "clip"])
+def test_masks_of_others_are_not_written_over(inputs, capsys, source):
+    own = Path("data/masks/00000.png")
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"annotated by hand")
+    assert main(["predict", "tiny", source, "--box", "5,5,40,40", "--out", "data"]) == 2
+    assert "data/masks/00000.png is there" in capsys.readouterr().err and own.read_bytes() == b"annotated by hand"
+
+
 def test_only_so_many_frames(model, inputs):
     assert main(["predict", str(model), "clip", "--box", BOX, "--frames", "3", "--out", "out"]) == 0
     assert len(read("out/predictions.json")["frames"]) == 3

@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from effsam3.benchmarks.pictures.drawing import colour_of, paint, save_png
 from effsam3.data.coco import text_rles
 from effsam3.data.videos.writing import Tables, measured
+from effsam3.errors import UserError
 from effsam3.files import atomic_file, write_json
 from effsam3.models.inference.concepts import Instances
 
@@ -50,11 +51,25 @@ def write_image(folder: Path, about: dict, image_HW3: np.ndarray, instances: lis
     write_json(folder / "predictions.json", about | {"instances": instances})
 
 
+def refuse_others(folder: Path) -> None:
+    """Refuse a folder with files that `clear` would remove, though no earlier run has written them.
+
+    Raises:
+        UserError: it is one, such as a data set with its masks.
+    """
+    if not (folder / JSONS[0]).is_file() and (others := _written(folder)):
+        raise UserError(f"--out: {others[0]} is there and is not of an earlier `predict`; name another folder")
+
+
 def clear(folder: Path) -> None:
     """Remove what an earlier run has written: its masks may be more."""
-    for name in ("mask_*.png", "masks/*.png", "overlay.png", "tracked.mp4", *JSONS):
-        for old in folder.glob(name):
-            old.unlink()
+    for old in _written(folder):
+        old.unlink()
+
+
+def _written(folder: Path) -> list[Path]:
+    names = "mask_*.png", "masks/*.png", "overlay.png", "tracked.mp4", *JSONS
+    return [old for name in names for old in sorted(folder.glob(name))]
 
 
 class Categories:
