@@ -3,7 +3,7 @@
 
 The pictures of docs/demo.md are made here, too, with models that have learned something:
 
-    EFFSAM3_DEMO_STUDENT=runs/smoke-tiny-teacher-clips EFFSAM3_DEMO_TEACHER=runs/smoke-tiny-teacher \
+    EFFSAM3_DEMO_STUDENT=RUN EFFSAM3_DEMO_TEACHER=RUN \
         EFFSAM3_DEMO_FOLDER=$PWD EFFSAM3_SCREENSHOTS=$PWD/docs/images python -m pytest tests/e2e/test_demo_page.py
 """
 
@@ -30,7 +30,7 @@ from effsam3.data.videos.mp4 import Mp4Writer
 from effsam3.models.chassis.find import chassis_folder
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-PATIENCE_MS = 30_000  # on a busy machine
+PATIENCE_MS = 120_000  # on a busy machine
 STAR = (128, 152)  # x, y of an object on the first frame
 
 
@@ -77,9 +77,9 @@ def browser():
 
 @pytest.fixture(scope="module")
 def media(tmp_path_factory) -> Path:
-    """image.png, film.mp4 of 24 frames, and what cannot be used: torn.png, notes.txt, torn.mp4."""
+    """image.png, film.mp4 of 12 frames, and what cannot be used: torn.png, notes.txt, torn.mp4."""
     folder = tmp_path_factory.mktemp("media")
-    frames = make_video(5, 24, 480, 3).frames
+    frames = make_video(5, 24, 480, 3).frames[::2]
     Image.fromarray(frames[0]).save(folder / "image.png")
     film = Mp4Writer(folder / "film.mp4")
     for index, image in enumerate(frames):
@@ -241,12 +241,12 @@ def test_what_is_clicked_in_a_video_is_tracked_and_plays(page, media, tmp_path):
     click(page, "video", STAR)
     page.locator("#video-track").click()
     expect(page.locator("#video-summary")).to_contain_text("teacher: ")
-    expect(page.locator("#video-summary")).to_contain_text("student: 1 instance in 24 frames")
+    expect(page.locator("#video-summary")).to_contain_text("student: 1 instance in 12 frames")
     for name in ("student", "teacher"):
         duration, width = plays(page, name)
-        assert abs(duration - 1) < 0.1 and width == 480
+        assert abs(duration - 0.5) < 0.1 and width == 480
     rows = predictions(downloaded(page, "video", tmp_path) / "student")["frames"]
-    assert len(rows) == 24 and all(coco_mask.area(row["instances"][0]["segmentation"]) for row in rows[:3])
+    assert len(rows) == 12 and all(coco_mask.area(row["instances"][0]["segmentation"]) for row in rows[:3])
     keep_picture(page, "demo_video.png")
 
 
@@ -254,7 +254,7 @@ def test_a_text_is_tracked_from_another_frame_on(page, media, tmp_path):
     give(page, "video", media / "film.mp4")
     page.locator("#video-canvas img").wait_for()
     first = page.locator("#video-first input[type=number]")
-    first.fill("20")
+    first.fill("8")
     first.press("Enter")
     page.locator("#video-most input").fill("2")
     set_score(page, "video", "0.2")
@@ -262,4 +262,4 @@ def test_a_text_is_tracked_from_another_frame_on(page, media, tmp_path):
     page.locator("#video-find").click()
     expect(page.locator("#video-summary")).to_contain_text("in 2 frames")
     found = predictions(downloaded(page, "video", tmp_path) / "student")
-    assert found["first"] == 20 and len(found["frames"]) == 2
+    assert found["first"] == 8 and len(found["frames"]) == 2
