@@ -46,7 +46,7 @@ def run(
         calibrate: a folder of images; int8 takes its ranges from them, and all precisions are compared on them.
 
     Raises:
-        UserError: int8 for another runtime or without images; no images in the folder.
+        UserError: int8 for another runtime or without images; no images in the folder; other files in `out`.
         PredictError, ChassisError: there is no such model, or it is not whole.
         ExportError: a file computes something else than PyTorch.
     """
@@ -55,6 +55,8 @@ def run(
     name = "-".join([name_of(model), to, *([precision] if precision != "fp32" else [])])
     target = Path("exports") / name if out is None else Path(out)
     refuse_unwritable(target, "--out")
+    if target.is_dir() and any(target.iterdir()) and not (target / "export.json").is_file():
+        raise UserError(f"--out: {target} holds files of something else than an export; name another folder")
     whole: Any = load_model(model)
     side = whole.tracker_model.config.image_size
     images = [normalise(resize_image(read_image(file), side, "square")[0])[None] for file in files]

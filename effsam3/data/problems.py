@@ -78,6 +78,7 @@ NOTES = {
     "no_such_image": "annotations of images that are not listed: left out",
     "no_such_category": "annotations of categories that are not listed: left out",
     "no_such_annotation": "expressions of annotations that are not listed: left out",
+    "held_out": "images that are held out, too: not learned from",
     "void": "masks with a value for void: taken as background",
 }
 

@@ -28,7 +28,7 @@ def trunk_config(config: Any) -> Any:
     return config.detector_config.vision_config.backbone_config
 
 
-def only_heads(model: Any) -> Any:
+def without_trunk(model: Any) -> Any:
     """Take the trunk out of a whole SAM 3, half of its weights."""
     model.detector_model.vision_encoder.backbone = nn.Identity()
     return model

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage concepts on images that nobody has annotated: listed phrases, the teacher's answers, its stored features."""
 
+import json
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -8,9 +10,11 @@ from concept_students import student_folder
 from run_folders import RECIPES
 
 from effsam3 import embed
+from effsam3.benchmarks.concepts.answered import mask_ious
 from effsam3.data.synthetic.concepts import PHRASES, make_synthetic_concepts
 from effsam3.errors import RecipeError, UserError
 from effsam3.recipe.reader import load_recipe
+from effsam3.stages.concepts.phrases import phrases_of
 from effsam3.stages.concepts.training import STAGE
 from effsam3.training.report import Report
 
@@ -96,3 +100,29 @@ def test_recipes_that_cannot_be_meant(images, more, message):
 def test_a_store_of_another_teacher_is_refused(images):
     with pytest.raises(UserError, match=r"teacher\.checkpoint=tiny; change teacher"):
         make(images, f"teacher.store={images}/store", "teacher.checkpoint=tiny")
+
+
+def test_pixels_are_counted_exactly_whatever_the_precision():
+    mask_1MM = torch.zeros(1, 64, 64, dtype=torch.bool)
+    mask_1MM[0, :, :5] = True  # 320 pixels
+    other_1MM = mask_1MM.clone()
+    other_1MM[0, 0, 0] = False  # 319: bfloat16 knows 318 and 320
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert float(mask_ious(mask_1MM, other_1MM)) == pytest.approx(319 / 320, abs=1e-6)
+
+
+def test_images_that_are_held_out_are_not_learned_from(tmp_path):
+    make_synthetic_concepts(tmp_path, 6, 2)
+    drawn = [
+        "data.source=concepts", f"data.path={tmp_path}/train.json", f"data.val_path={tmp_path}/few.json",
+        "data.synthetic_images=0",
+    ]  # fmt: skip
+    both = json.loads((tmp_path / "train.json").read_text())
+    names = {pair["file_name"] for pair in both["images"][:3]}
+    few = [pair for pair in both["images"] if pair["file_name"] in names]
+    (tmp_path / "few.json").write_text(json.dumps(both | {"images": few}))
+    train, val = phrases_of(load_recipe(SMOKE, drawn), 160, 32)
+    assert set(val.keys) == names and not names & set(train.keys) and len(train.keys) == 6 - len(names)
+    assert {note.where for note in train.notes if note.reason == "held_out"} == names
+    with pytest.raises(UserError, match=r"data\.val_path: all 6 images of .*train\.json are held out"):
+        phrases_of(load_recipe(SMOKE, [*drawn, f"data.val_path={tmp_path}/train.json"]), 160, 32)

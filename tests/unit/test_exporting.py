@@ -307,3 +307,10 @@ def test_what_cannot_be_is_refused_at_once(options, message, tmp_path, monkeypat
 def example_of(part, lengths):
     inputs = {"pixels": torch.arange(3.0 * lengths["images"]).reshape(-1, 3)}
     return Example(part, inputs, dict(zip(part.outputs, run_part(part, [*inputs.values()]), strict=True)))
+
+
+def test_a_folder_of_other_files_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "masks.npy").write_bytes(b"mine")
+    assert main(["export", "tiny", "--out", str(tmp_path)]) == 2
+    assert "holds files of something else than an export" in capsys.readouterr().err
+    assert (tmp_path / "masks.npy").read_bytes() == b"mine"

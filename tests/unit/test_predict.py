@@ -154,7 +154,8 @@ def test_tracked_masks_are_those_of_a_session(model, frames, name):
 )
 def test_an_image(model, inputs, arguments, count, capsys):
     Path("out").mkdir()
-    Path("out/mask_999.png").write_text("of an earlier run")
+    for old in ("mask_999.png", "predictions.json"):
+        Path("out", old).write_text("of an earlier run")
     found = predict(model, "photo.png", *arguments)
     assert found["size"] == [HEIGHT, WIDTH] and found["input"] == "photo.png"
     assert found["prompts"].get("threshold") == (0.0 if "--threshold" in arguments else None)

@@ -33,5 +33,6 @@ def answered_row(answers: Answers, masks_RNMM: Tensor, valid_RN: Tensor, counted
 def mask_ious(masks_DMM: Tensor, others_NMM: Tensor) -> Tensor:
     """Return the intersection over union of boolean masks, (D, N), float32; 0 of two empty ones."""
     masks_DP, others_NP = masks_DMM.flatten(1).float(), others_NMM.flatten(1).float()
-    both_DN = masks_DP @ others_NP.T
+    with torch.autocast(masks_DP.device.type, enabled=False):  # which would round counts of pixels to 8 bits
+        both_DN = masks_DP @ others_NP.T
     return both_DN / (masks_DP.sum(1)[:, None] + others_NP.sum(1) - both_DN).clamp(min=1)

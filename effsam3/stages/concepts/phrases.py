@@ -64,8 +64,13 @@ def phrases_of(
                             "another share, or other pairs to hold out with data.val_path")  # fmt: skip
         train, val = parts["train"], parts["val"]
     else:
-        train = images
         val, val_notes = open_images(data, data.validated, "data.val_path")
+        held_out = {place_of(image) for image in val}
+        train = [image for image in images if place_of(image) not in held_out]
+        notes += [Note("held_out", image.name) for image in images if place_of(image) in held_out]
+        if not train:
+            raise UserError(f"data.val_path: all {len(images)} images of {data.learned} are held out by "
+                            f"{data.validated}; name pairs of other images")  # fmt: skip
     val = val[: data.limit][: recipe.train.eval_samples]
     choice = Choice(phrases=data.phrases, negatives=data.negatives, hard=data.hard)
     shape = (choice, image_size, mask_side, seed)
@@ -78,6 +83,11 @@ def phrases_of(
 def open_images(data: ConceptData, path: str, key: str) -> tuple[list[AskedImage], list[Note]]:
     """Read the pairs of a path."""
     return open_asked(Path(path), [Path(folder) for folder in data.images], Tokenizer().why_not, data.objects, key)
+
+
+def place_of(image: AskedImage) -> tuple[str, ...]:
+    """Return what tells an image from others: the folders that it may be in, and its name."""
+    return *(str(folder.resolve()) for folder in image.subset.folders), image.name
 
 
 def pairs_to_learn_from(recipe: ConceptsRecipe) -> None:

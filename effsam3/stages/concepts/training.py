@@ -40,7 +40,7 @@ from effsam3.stages.base import StageBase, keep_whole
 from effsam3.stages.concepts.facts import SOURCES, ConceptsRecipe
 from effsam3.stages.concepts.phrases import draw_concepts, pairs_to_learn_from, phrases_of
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.taught import load_sam3, only_heads, open_trunk_store, trunk_config
+from effsam3.stages.taught import load_sam3, open_trunk_store, trunk_config, without_trunk
 from effsam3.training.report import Report, table
 
 DETECTOR = "detector_model."  # the beginning of its tensors' names in a whole SAM 3
@@ -67,7 +67,7 @@ def load_teacher(recipe: ConceptsRecipe) -> Any:
             f"{asked.fingerprint}; check teacher.checkpoint and teacher.revision, or correct it"
         )
     teacher = load_sam3(folder)
-    return teacher if asked.store is None else only_heads(teacher)
+    return teacher if asked.store is None else without_trunk(teacher)
 
 
 def make_student(recipe: ConceptsRecipe, model: nn.Module) -> ConceptStudent:
@@ -171,7 +171,7 @@ class ConceptsStage(StageBase):
     def from_shapes(cls, recipe: ConceptsRecipe, place: Place) -> ConceptsStage:
         teacher = empty_model(config_at_hand(recipe.teacher.checkpoint)) if recipe.is_taught else None
         if recipe.teacher.store is not None:
-            teacher = only_heads(teacher)
+            teacher = without_trunk(teacher)
         return cls(recipe, place, empty_model(config_at_hand(recipe.sam3.checkpoint)), teacher)
 
     def example(self, samples: int) -> Batch:

@@ -34,7 +34,7 @@ from effsam3.stages.image.training import both_datasets, both_splits, ready_inde
 from effsam3.stages.prompted.facts import FEATURES, TERMS, PromptedRecipe
 from effsam3.stages.prompted.prompts import asks, draw_exemplars, draw_prompts
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.taught import load_sam3, only_heads, open_trunk_store, trunk_config
+from effsam3.stages.taught import load_sam3, open_trunk_store, trunk_config, without_trunk
 from effsam3.training.report import Report, table
 
 MASK_SIDE = 4  # side of a mask, in positions of the trunk's grid
@@ -117,7 +117,7 @@ class PromptedStage(StageBase):
             known = trunk.fingerprint
         else:
             trunk, known = None, store.manifest.description["teacher"].get("fingerprint")
-        stage = cls(recipe, accelerator, load_sam3(folder), only_heads(load_sam3(taught_by)), trunk)
+        stage = cls(recipe, accelerator, load_sam3(folder), without_trunk(load_sam3(taught_by)), trunk)
         for part in (*stage.frozen, stage.student):
             part.to(accelerator.device)
         keep_whole(stage.student, accelerator)
@@ -149,7 +149,7 @@ class PromptedStage(StageBase):
         model, teacher = (empty_model(config_at_hand(one.checkpoint)) for one in (recipe.sam3, recipe.teacher))
         online = recipe.teacher.features == "online"
         trunk = Teacher(teacher.config.detector_config.vision_config) if online else None
-        return cls(recipe, place, model, only_heads(teacher), trunk)
+        return cls(recipe, place, model, without_trunk(teacher), trunk)
 
     def set_statistics(self, store: StoreReader | None) -> None:
         """Take the teacher's mean and deviation by channel from the store, or from the trunk, which learned by them.
