@@ -127,7 +127,7 @@ def calls_of(example: Example, runtimes: Iterable[str], folder: Path, threads: i
         if runtime == "eager":
             calls[runtime] = partial(run_part, part, inputs)
         elif runtime == "compiled":
-            calls[runtime] = partial(run_part, Part(part.name, torch.compile(part.module), {}, {}), inputs)  # type: ignore[arg-type]
+            calls[runtime] = partial(run_part, Part(part.name, torch.compile(part.module), {}, {}), inputs)  # type: ignore[arg-type]  # torch.compile returns a callable of its module
         elif runtime == "onnxruntime":
             calls[runtime] = partial(OnnxPart(path, threads), example.inputs)
         else:

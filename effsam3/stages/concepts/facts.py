@@ -160,7 +160,7 @@ class ConceptsEvaluate(ConceptEvaluate):
     without annotations take pairs of others.
     """
 
-    benchmarks: Annotated[tuple[Literal["concepts"], ...], at_least_one, each_once] = ("concepts",)
+    benchmarks: Annotated[tuple[Literal["concepts"], ...], at_least_one, each_once] = ("concepts",)  # the one there is
 
     def check(self) -> Iterator[str]:
         yield from ()
