@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `profile`: what each part of a model costs on this machine, in several runtimes, next to its teacher.
 
-effsam3 profile runs/stage1-image-es_rv_m --teacher facebook/sam3
+effsam3 profile runs/stage1-image-es_rv_m --teacher models/sam3
 """
 
 from __future__ import annotations
