@@ -45,6 +45,7 @@ def main(hardware: str) -> None:
     if accelerator.is_main_process:
         total = sum(moment.double().abs().sum().item() for moment in moments.values())
         print(json.dumps({"steps": found, "moments": total, **scale.state()}))
+    accelerator.end_training()  # a process that ends with its group open may be aborted
 
 
 if __name__ == "__main__":
