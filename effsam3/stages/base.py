@@ -208,7 +208,11 @@ class FeatureStage(StageBase):
         titles = {"val/cosine": "cosine", "val/cosine_centred": "centred cosine", "val/mse": "mse"}
         judged = [name for name in best if name.startswith("val/heads") and name in start]
         titles |= {name: name.removeprefix("val/").replace("_", ", ") for name in judged}
-        of_mean = dict(zip(titles, (f"{best['val/cosine_of_mean']:.4f}", "0.0000", "1.0000"), strict=False))
+        of_mean = {
+            "val/cosine": f"{best['val/cosine_of_mean']:.4f}",
+            "val/cosine_centred": "0.0000",
+            "val/mse": "1.0000",
+        }
         rows = [
             ["student at the start", *(f"{start[name]:.4f}" for name in titles)],
             ["mean of the features", *(of_mean.get(name, "-") for name in titles)],

@@ -37,7 +37,7 @@ class Part:
 
     def dynamic(self, name: str) -> dict[int, str]:
         """Return the dynamic axes of an input or output by their places."""
-        axes = (self.inputs | self.outputs)[name].split()  # type: ignore[operator]  # both are dicts
+        axes = {**self.inputs, **self.outputs}[name].split()
         return {place: axis for place, axis in enumerate(axes) if axis in DYNAMIC}
 
 

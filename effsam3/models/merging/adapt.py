@@ -6,9 +6,10 @@ A `Part` replaces what is in its slot; `Adapted` keeps names, shapes and types, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -106,3 +107,31 @@ def _problem(one: Adapted, name: str, tensors: dict[str, Tensor], owners: dict, 
     if changed.dtype != own.dtype:
         return f"{name} is {changed.dtype}, the model's {own.dtype}"
     return ""
+
+
+def adapted_modules(
+    wanted: Collection[str],
+    weights: Mapping[str, Tensor],
+    trained: Any,
+    features: dict,
+    about: dict,
+    whole_name: Callable[[str], str] = str,
+) -> Adapted:
+    """Return what a run has learned in place of modules of a SAM 3, by their names in the whole model.
+
+    Args:
+        wanted: names of what the recipe `trained` trains, as `weights` must have them.
+        features: what the run has recorded of what it started from.
+        whole_name: turns one of these names into that in the whole model.
+
+    Raises:
+        MergeError: the run's tensors are others.
+    """
+    if set(wanted) != weights.keys():
+        other = sorted(set(wanted) ^ weights.keys())
+        raise MergeError(
+            f"{about['origin']}: its tensors are not those of {', '.join(trained.model.trainable)} in "
+            f"{trained.sam3.checkpoint}, such as {other[0]}; merge it with the SAM 3 and model.trainable that it had"
+        )
+    tensors = {whole_name(name): tensor for name, tensor in weights.items()}
+    return Adapted(tensors=tensors, made_on=features["teacher"]["fingerprint"], **about)

@@ -8,8 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from effsam3.models.chassis.tensors import read_config
-from effsam3.models.merging.adapt import Adapted
-from effsam3.models.merging.slots import MergeError
+from effsam3.models.merging.adapt import Adapted, adapted_modules
 from effsam3.stages.concepts.facts import ConceptsRecipe
 from effsam3.stages.concepts.training import DETECTOR, untrained
 
@@ -25,12 +24,5 @@ def adapted_of_run(
     Raises:
         MergeError: they are not those of the recipe's modules.
     """
-    wanted = untrained(trained, read_config(chassis)).state_dict()
-    if wanted.keys() != weights.keys():
-        other = sorted(wanted.keys() ^ weights.keys())
-        raise MergeError(
-            f"{about['origin']}: its tensors are not those of {', '.join(trained.model.trainable)} in "
-            f"{trained.sam3.checkpoint}, such as {other[0]}; merge it with the SAM 3 and model.trainable that it had"
-        )
-    tensors = {DETECTOR + name: tensor for name, tensor in weights.items()}
-    return Adapted(tensors=tensors, made_on=features["teacher"]["fingerprint"], **about)
+    wanted = untrained(trained, read_config(chassis)).state_dict().keys()
+    return adapted_modules(wanted, weights, trained, features, about, DETECTOR.__add__)

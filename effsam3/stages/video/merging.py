@@ -9,8 +9,7 @@ from torch import Tensor
 
 from effsam3.models.chassis.tensors import read_config
 from effsam3.models.memory.slot import in_whole_model
-from effsam3.models.merging.adapt import Adapted
-from effsam3.models.merging.slots import MergeError
+from effsam3.models.merging.adapt import Adapted, adapted_modules
 from effsam3.stages.video.facts import VideoRecipe
 from effsam3.stages.video.training import untrained
 
@@ -26,12 +25,5 @@ def adapted_of_run(
     Raises:
         MergeError: they are not those of the recipe's modules.
     """
-    wanted = untrained(trained, read_config(chassis).tracker_config).state_dict()
-    if wanted.keys() != weights.keys():
-        other = sorted(wanted.keys() ^ weights.keys())
-        raise MergeError(
-            f"{about['origin']}: its tensors are not those of {', '.join(trained.model.trainable)} in "
-            f"{trained.sam3.checkpoint}, such as {other[0]}; merge it with the SAM 3 and model.trainable that it had"
-        )
-    tensors = {in_whole_model(name): tensor for name, tensor in weights.items()}
-    return Adapted(tensors=tensors, made_on=features["teacher"]["fingerprint"], **about)
+    wanted = untrained(trained, read_config(chassis).tracker_config).state_dict().keys()
+    return adapted_modules(wanted, weights, trained, features, about, in_whole_model)
