@@ -252,7 +252,8 @@ def test_every_note_of_a_reader_is_in_the_tables():
 
 def test_every_reason_of_the_tables_is_tested():
     tested = {reason for _, reason, _ in CASES + IMAGE_CASES} | HURTING | HARMLESS
-    assert (HURT | NOTES).keys() - tested == {"not_checked", "place_as_track", "synthetic"}
+    elsewhere = {"held_out"}  # said by training alone: test_concept_images.py
+    assert (HURT | NOTES).keys() - tested == {"not_checked", "place_as_track", "synthetic"} | elsewhere
     assert not HURT.keys() & NOTES.keys()
 
 
