@@ -12,4 +12,4 @@ if [ $# -gt 0 ]; then
     exec .venv/bin/python -m pytest "$@"
 fi
 # A file at a time in two processes: most of the time goes into starting things, one after the other.
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile --durations 30
