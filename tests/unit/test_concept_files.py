@@ -199,6 +199,26 @@ def test_categories_are_phrases_and_absent_ones_negatives(tmp_path):
     assert not subset.federated
 
 
+def test_categories_of_one_name_are_one(tmp_path):
+    content = coco_json()
+    content["categories"].append({"id": 40, "name": "Cat"})
+    content["annotations"][2] |= {"category_id": 40}
+    content["annotations"].append(content["annotations"][0] | {"id": 4, "category_id": 40, "segmentation": B})
+    content["annotations"][3].pop("bbox")
+    write(tmp_path, "val.json", content)
+    subset = read(tmp_path, "val.json")
+    found = {(pair.image, pair.phrase): len(pair.objects[0]) for pair in subset.pairs}
+    # Not asked twice, and not absent by one name where it is marked by the other.
+    assert found == {("1.jpg", "cat"): 2, ("1.jpg", "dog"): 0, ("2.jpg", "cat"): 1, ("2.jpg", "dog"): 0}
+    assert subset.categories == {17: "cat", 18: "dog", 19: "arctic fox"}
+    assert subset.reasons() == {"name_twice": 1, "no_annotations": 1, "no_box": 1}
+    for image in content["images"]:
+        image |= {"neg_category_ids": [40, 18], "not_exhaustive_category_ids": [40]}
+    write(tmp_path, "lvis.json", content)
+    pairs = {(pair.image, pair.phrase): pair for pair in read(tmp_path, "lvis.json").pairs}
+    assert pairs.keys() == found.keys() and not pairs["1.jpg", "cat"].exhaustive
+
+
 def test_lvis_only_asks_for_what_was_looked_for(tmp_path):
     content = coco_json()
     for image, absent, unfinished in zip(content["images"], ([19], []), ([17], []), strict=True):

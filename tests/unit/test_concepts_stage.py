@@ -52,7 +52,7 @@ def batch(stage):
 def part(batch, image, phrases=4):
     """The batch of one of its images alone."""
     rows = slice(phrases * image, phrases * (image + 1))
-    alone = {name: batch[name][rows] for name in ("phrases", "boxes", "masks", "valid", "annotated")}
+    alone = {name: batch[name][rows] for name in ("phrases", "counted", "boxes", "masks", "valid", "annotated")}
     alone |= {name: batch[name][image : image + 1] for name in ("positions", "pixels", "sizes")}
     return alone | {"image_R": torch.zeros(phrases, dtype=torch.int64), "unreadable": []}
 

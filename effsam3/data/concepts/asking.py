@@ -12,6 +12,7 @@ says more or less than a phrase of the image: where there is a "dog", a "brown d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ import numpy as np
 from effsam3.data.concepts.pairs import ConceptPair, Subset
 
 Asked = tuple[str, ConceptPair | None]  # a phrase with its pair; None: it is not there
+EMPTY_WORDS = {"", "a", "an", "the"}  # the first is what is left of "'s"
 TRIES = 20  # for a phrase of another image that can be asked
 
 
@@ -61,8 +63,8 @@ class AskedImage:
 
 
 def words_of(phrase: str) -> frozenset[str]:
-    """Return a phrase's words, without what tells one from many."""
-    return frozenset(word.rstrip("s") for word in phrase.lower().split())
+    """Return a phrase's words, without articles and what tells one from many."""
+    return frozenset(word.rstrip("s") for word in re.findall(r"\w+", phrase.lower())) - EMPTY_WORDS
 
 
 def in_one_word(phrase: str) -> list[tuple[str, ...]]:
@@ -90,18 +92,16 @@ class Asking:
                 self.alike.setdefault(key, []).append(phrase)
 
     def draw(self, image: AskedImage, rng: np.random.Generator) -> list[Asked]:
-        """Return the phrases to ask, as many as chosen.
+        """Return the phrases to ask, as many as chosen, each once; fewer where no more is known of the image.
 
-        Where an image has too few phrases of a kind, the other kind fills up; where it has too few at all, they come
-        twice.
+        Where it has too few phrases of a kind, the other kind fills up.
         """
         most = self.choice.phrases
         absent = int(most * self.choice.negatives + rng.random())
         order = [image.present[place] for place in rng.permutation(len(image.present))]
         negatives = self._negatives(image, most - min(most - absent, len(order)), rng)
         found: list[Asked] = [(phrase, None) for phrase in negatives]
-        found = [*((pair.phrase, pair) for pair in order[: most - len(found)]), *found]
-        return [found[place % len(found)] for place in range(most)]
+        return [*((pair.phrase, pair) for pair in order[: most - len(found)]), *found]
 
     def _negatives(self, image: AskedImage, count: int, rng: np.random.Generator) -> list[str]:
         present = [pair.phrase for pair in image.present]

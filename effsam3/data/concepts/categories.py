@@ -30,9 +30,14 @@ def is_federated(content: dict) -> bool:
     return any(isinstance(one, dict) and LVIS_KEYS[0] in one for one in content["images"])
 
 
-def phrases(content: dict, name: str, limits: Limits, notes: list[Note]) -> dict[int, str]:
-    """Return the categories that can be asked for; LVIS writes blanks in their names as underscores."""
+def phrases(content: dict, name: str, limits: Limits, notes: list[Note]) -> tuple[dict[int, str], dict[int, int]]:
+    """Return the categories that can be asked for, and {category: which of them it is}: those of one name are one.
+
+    LVIS writes blanks in their names as underscores.
+    """
     found: dict[int, str] = {}
+    same: dict[int, int] = {}
+    first: dict[str, int] = {}
     for place, category in enumerate(coco.listed(content["categories"], "categories")):
         try:
             number = coco.whole(coco.mapping(category, "it", ("id", "name"))["id"], "id")
@@ -41,20 +46,27 @@ def phrases(content: dict, name: str, limits: Limits, notes: list[Note]) -> dict
         except coco.Malformed as fault:
             notes.append(Note(fault.reason or "bad_entry", f"{name}, categories[{place}]", str(fault)))
             continue
-        found[number] = phrase
-    return found
+        same[number] = first.setdefault(phrase.lower(), number)  # texts are read in lower case
+        found.setdefault(same[number], phrase)
+        if same[number] != number:
+            detail = f"{phrase!r} is category {same[number]}, too; both are taken as that"
+            notes.append(Note("name_twice", f"{name}, categories[{place}]", detail))
+    return found, same
 
 
 def read_categories(
-    path: Path, content: dict, asked: dict[int, str], limits: Limits, notes: list[Note]
+    path: Path, content: dict, asked: dict[int, str], same: dict[int, int], limits: Limits, notes: list[Note]
 ) -> tuple[list[ConceptPair], LookedFor]:
     """Return the pairs of every image with the categories `asked` {number: phrase}, and what was looked for.
 
+    `same` is that of `phrases`.
     What cannot be used is left out, or repaired, and named in `notes`.
     """
     federated = is_federated(content)
     images = images_of(path, content, notes)
-    annotations = _by_pair(path, content, images, asked, notes)
+    for image in images.values():
+        image |= {key: [same[one] for one in image[key] if one in same] for key in LVIS_KEYS}
+    annotations = _by_pair(path, content, images, same, notes)
     looked = _looked_for(content, images, annotations, asked, federated)
     if unused := [phrase for number, phrase in asked.items() if number not in looked.used and not federated]:
         # Tools write names of groups as categories, too: nobody has looked for them.
@@ -89,7 +101,7 @@ def _looked_for(
     marked: dict[int, set[int]] = {}
     for number, category in annotations:
         marked.setdefault(number, set()).add(category)
-    verified = {number: frozenset(image[LVIS_KEYS[0]]) & asked.keys() for number, image in images.items()}
+    verified = {number: frozenset(image[LVIS_KEYS[0]]) for number, image in images.items()}
     families = {
         category["id"]: category["supercategory"]
         for category in content["categories"]
@@ -126,7 +138,7 @@ def images_of(path: Path, content: dict, notes: list[Note]) -> dict[int, dict]:
 
 
 def _by_pair(
-    path: Path, content: dict, images: dict[int, dict], asked: dict[int, str], notes: list[Note]
+    path: Path, content: dict, images: dict[int, dict], same: dict[int, int], notes: list[Note]
 ) -> dict[tuple[int, int], list[dict]]:
     """Sort the annotations by image and category."""
     found: dict[tuple[int, int], list[dict]] = {}
@@ -139,10 +151,10 @@ def _by_pair(
         if not isinstance(number, int) or number not in images:
             notes.append(Note("no_such_image", where, f"image_id {number!r}"))
             continue
-        if not isinstance(category, int) or category not in asked:
+        if not isinstance(category, int) or category not in same:
             notes.append(Note("no_such_category", where, f"category_id {category!r}"))
             continue
-        found.setdefault((number, category), []).append(annotation)
+        found.setdefault((number, same[category]), []).append(annotation)
     return found
 
 

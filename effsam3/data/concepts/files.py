@@ -73,8 +73,8 @@ def _subset(name: str, files: list[Path], folders: list[Path], limits: Limits, k
             subset.pairs = read_expressions(path, content, limits, notes)
         else:
             subset.federated = is_federated(content)
-            subset.categories = phrases(content, path.name, limits, notes)
-            subset.pairs, subset.looked = read_categories(path, content, subset.categories, limits, notes)
+            subset.categories, same = phrases(content, path.name, limits, notes)
+            subset.pairs, subset.looked = read_categories(path, content, subset.categories, same, limits, notes)
     except coco.Malformed as fault:
         raise UserError(f"{key}: {path}: {fault}; {EXPECTED}") from fault
     if not subset.pairs:

@@ -89,20 +89,24 @@ class ConceptPhrases(Dataset):
         The number seeds which phrases are asked. Of `PADDING` they are blank, and of images that cannot be read as
         they would be; `sizes` tells both, and neither has annotations.
 
-        Keys of the batch, besides those of `images`: `phrases`, a list of R texts; `image_R` int64 (R,), the place of
-        each one's image; `boxes` float32 (R, N, 4), x1 y1 x2 y2 in 0..1; `masks` uint8 (R, N, M, M), 0 to 255 by how
+        Keys of the batch, besides those of `images`: `phrases`, a list of R texts; `counted` bool (R,), False for
+        blank ones, of padding and in place of those that an image lacks; `image_R` int64 (R,), the place of each
+        one's image; `boxes` float32 (R, N, 4), x1 y1 x2 y2 in 0..1; `masks` uint8 (R, N, M, M), 0 to 255 by how
         much of a pixel they cover; `valid` bool (R, N), which slots hold an instance; `annotated` bool (R,), whether
         the instances are known.
         """
         numbered = [item if isinstance(item, tuple) else (item, max(item, 0)) for item in items]
         batch: dict[str, Any] = self.images.__getitems__([position for position, _ in numbered])
         asked: list[Asked] = []
+        counted: list[bool] = []
         for position, number in numbered:
             # Not ending in 0: numpy takes [1] and [1, 0] for the same seed.
             rng = np.random.default_rng([self.seed, number, 1])
-            asked += [("", None)] * self.phrases if position == PADDING else self.ask(position, rng)
-        image_R = torch.arange(len(items)).repeat_interleave(self.phrases)
-        known_R = (batch["sizes"][:, 0] > 0)[image_R] & self.annotated
+            own = [] if position == PADDING else self.ask(position, rng)
+            counted += [place < len(own) for place in range(self.phrases)]
+            asked += own + [("", None)] * (self.phrases - len(own))
+        image_R, counted_R = torch.arange(len(items)).repeat_interleave(self.phrases), torch.tensor(counted)
+        known_R = (batch["sizes"][:, 0] > 0)[image_R] & counted_R & self.annotated
         found = [
             instances_of(pair) if pair is not None and known else []
             for (_, pair), known in zip(asked, known_R.tolist(), strict=True)
@@ -117,6 +121,7 @@ class ConceptPhrases(Dataset):
                 valid[row, slot] = True
         return batch | {
             "phrases": [phrase for phrase, _ in asked],
+            "counted": counted_R,
             "image_R": image_R,
             "boxes": boxes,
             "masks": masks,

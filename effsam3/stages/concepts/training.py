@@ -43,7 +43,6 @@ from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.stages.taught import load_sam3, open_trunk_store, trunk_config, without_trunk
 from effsam3.training.report import Report, table
 
-DETECTOR = "detector_model."  # the beginning of its tensors' names in a whole SAM 3
 SHOWN = 3  # places of a module in the header; the others are counted
 MASK_SIDE = 4  # of the answers' masks, times the grid's
 
@@ -99,7 +98,7 @@ class Inputs(NamedTuple):
     asked: Asked
     instances: Instances
     annotated_R: Tensor  # bool: its instances are known
-    seen_R: Tensor  # bool: its image could be read
+    seen_R: Tensor  # bool: it is asked, and its image could be read
     valid_B1GG: Tensor  # 1 on images that could be read
     stored_BDGG: Tensor | None  # the teacher's trunk features, where a store has them
 
@@ -187,6 +186,7 @@ class ConceptsStage(StageBase):
             "pixels": torch.empty(samples, 3, side, side, dtype=torch.uint8, device="meta"),
             "sizes": torch.full((samples, 2), side),
             "phrases": ["x"] * rows,
+            "counted": torch.ones(rows, dtype=torch.bool),
             "image_R": torch.arange(samples).repeat_interleave(data.phrases),
             "boxes": torch.empty(rows, most, 4, device="meta"),
             "masks": torch.empty(rows, most, masks, masks, dtype=torch.uint8, device="meta"),
@@ -251,7 +251,7 @@ class ConceptsStage(StageBase):
         """Bring a micro-batch to the device."""
         to = partial(torch.Tensor.to, device=self.device, non_blocking=True)
         image_R, sizes_B2 = to(batch["image_R"]), to(batch["sizes"])
-        seen_R = (sizes_B2[:, 0] > 0)[image_R]
+        seen_R = (sizes_B2[:, 0] > 0)[image_R] & to(batch["counted"])
         return Inputs(
             normalise(to(batch["pixels"])),
             ask(batch["phrases"], image_R, self.tokenizer),
