@@ -94,9 +94,11 @@ class TrainedParts(nn.Module):
     def __deepcopy__(self, memo: dict) -> TrainedParts:
         """Copy what is trained, for averaged weights; what is frozen is shared."""
         # `deepcopy` finds these tensors in `memo` and does not copy them: an average of frozen weights is the weights.
+        # Buffers of what is trained lie in the whole model, too, and are its own.
+        own = {id(buffer) for buffer in self.buffers()}
         for module in self.__dict__["beside"]:
             for tensor in (*module.parameters(), *module.buffers()):
-                if not tensor.requires_grad:
+                if not tensor.requires_grad and id(tensor) not in own:
                     memo[id(tensor)] = tensor
         memo[id(self)] = copied = type(self).__new__(type(self))
         copied.__dict__.update(deepcopy(self.__dict__, memo))

@@ -169,3 +169,11 @@ def test_phrase_by_phrase_the_same_gradients_take_less_memory(model, pixels):
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*answers, strict=True))
     assert gradients[0].any() and torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
     assert kept[1] < kept[0] / 5
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_no_phrases_are_refused(model, pixels, recompute):
+    levels = detector_levels(model, trunk_features(model, pixels))
+    nothing = asked()._replace(**{name: tensor[:0] for name, tensor in asked()._asdict().items()})
+    with pytest.raises(ValueError, match="no phrase is asked for"):
+        answer(model, levels, nothing, recompute)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from commands import SMOKE, metrics, run_here
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effsam3.data.images.boxes import boxes_to_show, grid_of_boxes
 from effsam3.data.images.index import build_index
@@ -45,6 +46,16 @@ def test_heads_alone_answer_as_the_whole_model_does():
         with pytest.raises(LookupError, match="none of those"):
             answer(heads, detector_levels(heads, feat), unknown)
     assert not [name for name, _ in heads.named_parameters() if "backbone" in name or "text_encoder" in name]
+
+
+def test_phrases_are_read_on_the_models_device():
+    """Without a GPU: tensors that have a device and no contents, and refuse those of another device."""
+    folder = chassis_folder("tiny_concepts")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = model_class(read_config(folder).model_type)(read_config(folder))
+        heads = only_heads(model, PHRASES, PromptTokenizer())
+    texts = heads.detector_model.text_encoder
+    assert {texts.ids_PT.device.type, texts.states_PTC.device.type} == {"cuda"}
 
 
 def test_boxes_are_those_of_the_largest_masks_or_of_a_grid(tmp_path):

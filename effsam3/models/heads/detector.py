@@ -86,7 +86,12 @@ def answer(model: Any, levels: Levels, asked: Asked, recompute: bool = False) ->
     Args:
         recompute: keep no activations, but compute them again in the backward pass, phrase by phrase: the memory of
             one phrase instead of R.
+
+    Raises:
+        ValueError: no phrase is asked for.
     """
+    if not len(asked.image_R):
+        raise ValueError("no phrase is asked for, and transformers cannot answer none")
     if not recompute:
         return _answer(model, levels, asked)
     alone = [Asked(*(tensor[row : row + 1] for tensor in asked)) for row in range(len(asked.image_R))]

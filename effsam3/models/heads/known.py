@@ -54,11 +54,12 @@ def only_heads(model: Any, phrases: Sequence[str], tokenizer: PromptTokenizer) -
     model.eval().requires_grad_(False)
     detector = model.detector_model
     tokens = tokenizer(list(phrases), return_tensors="pt")
-    ids_PT, device = tokens["input_ids"], detector.text_projection.weight.device
+    device = detector.text_projection.weight.device
+    ids_PT, mask_PT = (tokens[name].to(device) for name in ("input_ids", "attention_mask"))
     if device.type == "meta":
-        states_PTC = torch.empty(*ids_PT.shape, detector.text_projection.in_features)
+        states_PTC = torch.empty(*ids_PT.shape, detector.text_projection.in_features, device=device)
     else:
-        states_PTC = detector.text_encoder(ids_PT, attention_mask=tokens["attention_mask"]).last_hidden_state
+        states_PTC = detector.text_encoder(ids_PT, attention_mask=mask_PT).last_hidden_state
     detector.vision_encoder.backbone = nn.Identity()
-    detector.text_encoder = KnownTexts(ids_PT.to(device), states_PTC.to(device))
+    detector.text_encoder = KnownTexts(ids_PT, states_PTC)
     return model
