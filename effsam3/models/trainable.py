@@ -80,7 +80,7 @@ class TrainedParts(nn.Module):
         super().__init__()
         model.eval().requires_grad_(False)
         for name in trained:
-            _adopt(self, model, name)
+            register(self, name, _found(model, name))
         for name, parameter in self.named_parameters():
             # A copy: another model may share the same memory, that of a mapped file.
             parameter.data = parameter.data.clone()
@@ -105,16 +105,25 @@ class TrainedParts(nn.Module):
         return copied
 
 
-def _adopt(student: nn.Module, model: nn.Module, name: str) -> None:
-    """Make a submodule or parameter of the model the student's own, under the same name."""
-    path, _, last = name.rpartition(".")
-    home, source = student, model
-    for step in path.split(".") if path else ():
-        source = source.get_submodule(step)
+def register(home: nn.Module, name: str, own: nn.Module | nn.Parameter) -> None:
+    """Make a submodule or parameter a module's own, under a dotted name.
+
+    The modules on the way only hold others, and are never called. ZeRO-3 asks all ranks to call a student's modules in
+    one order, and which of them run may depend on a rank's own samples.
+    """
+    *path, last = name.split(".")
+    for step in path:
         if step not in home._modules:
             home.add_module(step, nn.Module())
         home = home.get_submodule(step)
-    if last in source._modules:
-        home.add_module(last, source.get_submodule(last))
+    if isinstance(own, nn.Module):
+        home.add_module(last, own)
     else:
-        home.register_parameter(last, source.get_parameter(last))
+        home.register_parameter(last, own)
+
+
+def _found(model: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    """Return the submodule or parameter of this name."""
+    path, _, last = name.rpartition(".")
+    source = model.get_submodule(path)
+    return source.get_submodule(last) if last in source._modules else source.get_parameter(last)

@@ -99,3 +99,25 @@ def test_a_student_learns_from_its_teacher_alone(tmp_path):
     before, after = read_tensors(student), read_tensors(tmp_path / "runs/taught/merged")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith(TRUNK) and "running" not in name for name in changed)
+
+
+def test_adapters_resume_to_the_bit_and_are_folded_in(runs):
+    folder, overrides = runs
+    own = (*overrides, "model.trainable=[]", "adapters={parts: [detr, detector_mask_decoder], rank: 4, alpha: 8}")
+    for name in ("low-rank", "low-rank-stopped"):
+        run_here(folder, "train", *own, f"name={name}", recipe=CONCEPTS)
+    stopped = folder / "runs/low-rank-stopped/checkpoints"
+    for one in (stopped / "step-000006", *stopped.glob("best-*6")):
+        shutil.rmtree(one)
+    printed = run_here(folder, "train", *own, "name=low-rank-stopped", recipe=CONCEPTS)
+    assert "step      3/6" not in printed and "step      6/6" in printed
+    whole, found = weights(folder, "low-rank"), weights(folder, "low-rank-stopped")
+    assert whole.keys() == found.keys() and all(".lora_" in name for name in whole)
+    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    printed = run_here(folder, "merge", *own, "name=low-rank", recipe=CONCEPTS)
+    assert "of what the adapters change" in printed
+    before, after = read_tensors(chassis_folder("tiny_concepts")), read_tensors(folder / "runs/low-rank/merged")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and len(changed) > 50
+    parts = ("detector_model.geometry_encoder.", "detector_model.detr_", "detector_model.mask_decoder.")
+    assert all(name.startswith(parts) and name.endswith(".weight") for name in changed)

@@ -6,7 +6,7 @@ Letters: B images, R phrases of all images, S image side in pixels, D channels o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from effsam3.models.heads.detector import Answers, Asked, answer, detector_levels
 from effsam3.models.heads.trunk import trunk_features
+from effsam3.models.lora.adapter import inject, lora_config
+from effsam3.models.lora.student import Adapters
+from effsam3.models.lora.targets import target_modules
 from effsam3.models.recompute import recomputing
-from effsam3.models.trainable import TrainedParts
+from effsam3.models.trainable import TrainedParts, register
+
+DETECTOR = "detector_model."  # the beginning of its tensors' names in a whole SAM 3
 
 # What phrases do not reach. Of the geometry encoder, without example boxes: all that encodes them, and, as the token
 # that sums up the image is then alone, what it compares itself with.
@@ -43,19 +48,43 @@ def unused_of(detector: Any) -> tuple[str, ...]:
     return (*UNUSED, *geometry, *finer)
 
 
+def adapted_layers(model: Any, parts: Sequence[str]) -> list[str]:
+    """Return the names of the layers of a whole SAM 3 that get an adapter, as far as phrases reach them.
+
+    Raises:
+        UserError: a part has no layer that can have one.
+    """
+    unused = tuple(DETECTOR + name for name in unused_of(model.detector_model))
+    return [name for name in target_modules(model, parts) if not f"{name}.".startswith(unused)]
+
+
 class ConceptStudent(TrainedParts):
     """The trained parts of a detector, under the detector's own names; the frozen rest is next to it, not inside.
 
-    BatchNorm stays in eval mode where it is trained, too: a micro-batch has few images, and statistics of so few
-    would move features away from what the heads know.
+    Adapters of other parts, if there are any, go by peft's names in files. BatchNorm stays in eval mode where it is
+    trained, too: a micro-batch has few images, and statistics of so few would move features away from what the heads
+    know.
     """
 
     model: Any
 
-    def __init__(self, model: nn.Module, trained: Iterable[str], recompute: bool):
-        """`model` is a whole SAM 3, `trained` are names of submodules and parameters of its detector."""
+    def __init__(self, model: nn.Module, trained: Iterable[str], recompute: bool, adapters: Adapters | None = None):
+        """`model` is a whole SAM 3, `trained` are names of submodules and parameters of its detector.
+
+        Raises:
+            UserError: a part of `adapters` has no layer that can have one.
+        """
         whole: Any = model.requires_grad_(False)
+        layers, low_rank = [], {}
+        if adapters is not None:
+            layers = adapted_layers(model, adapters.parts)
+            # Before what is trained is found in the model: peft freezes all else.
+            low_rank = inject(model, lora_config(layers, adapters.rank, adapters.alpha, adapters.dropout))
         super().__init__(whole.detector_model, trained, unused_of(whole.detector_model))
+        for name, parameter in low_rank.items():
+            register(self, name, parameter.requires_grad_())
+        self.modules_adapted = layers
+        self.dropouts = [layer for name, layer in model.named_modules() if ".lora_dropout." in name]
         self.keep_beside(model=model)
         self.recompute = recompute
         trunk = whole.detector_model.vision_encoder.backbone
@@ -68,6 +97,8 @@ class ConceptStudent(TrainedParts):
         for module in self.modules():
             if isinstance(module, _BatchNorm):
                 module.eval()
+        for layer in self.dropouts:
+            layer.train(mode)
         for layer in self.recomputed:
             layer.training = mode  # of the layer only: what is inside of it goes by its own
         return self

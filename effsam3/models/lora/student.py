@@ -24,6 +24,7 @@ from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.lora.adapter import inject, lora_config
 from effsam3.models.lora.targets import target_modules
 from effsam3.models.recompute import recomputing
+from effsam3.models.trainable import register
 
 FOUND = 0.5  # probability from which an instance counts as found
 
@@ -73,7 +74,7 @@ class AdapterStudent(nn.Module):
         self.modules_adapted = target_modules(model, adapters.parts)
         self.config = lora_config(self.modules_adapted, adapters.rank, adapters.alpha, adapters.dropout)
         for name, parameter in inject(model, self.config).items():
-            _register(self, name, parameter)
+            register(self, name, parameter)
         # Zeros: before the first step all views are the model itself.
         self.views = nn.Embedding(views, channels, _weight=torch.zeros(views, channels)) if views else None
         # Not an attribute as torch knows it: the model must not be optimised, saved or moved with the student.
@@ -227,17 +228,3 @@ def overlaps(mask_NLL: Tensor, target_NLL: Tensor) -> dict[str, Tensor]:
         "iou": torch.where(alike, 1.0, both / (sizes - both).clamp(min=1)),
         "dice": torch.where(alike, 1.0, 2 * both / sizes.clamp(min=1)),
     }
-
-
-def _register(home: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Make a parameter a module's own, under a dotted name.
-
-    The modules on the way are never called. ZeRO-3 asks all ranks to call a student's modules in one order, and which
-    adapters run depends on a rank's own prompts.
-    """
-    *path, last = name.split(".")
-    for step in path:
-        if step not in home._modules:
-            home.add_module(step, nn.Module())
-        home = home.get_submodule(step)
-    home.register_parameter(last, parameter)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effsam3.models.chassis.classes import empty_model
 from effsam3.models.chassis.tensors import fingerprint, read_config, read_tensors
-from effsam3.models.lora.adapter import share_kept, updates
+from effsam3.models.lora.adapter import fold, kept_line
 from effsam3.models.lora.targets import view_biases
 from effsam3.models.merging.adapt import Adapted
 from effsam3.models.merging.slots import MergeError, refuse_other_student
@@ -41,9 +41,7 @@ def adapted_of_run(
             f"{about['origin']} was trained on other weights (fingerprint {features['teacher']['fingerprint']}) than "
             f"{chassis} has now ({found}); name what it was trained on (sam3.checkpoint, sam3.revision)"
         )
-    changes = updates(weights, trained.adapters.alpha, trained.adapters.rank)
-    tensors = {name: own[name] + change for name, change in changes.items()}
-    kept = share_kept(own, changes)
+    tensors, kept = fold(own, weights, trained.adapters.alpha, trained.adapters.rank)
     facts = about["facts"] | {"bf16_keeps": round(kept, 3)}
     if views:
         if trained.merge.view not in views:
@@ -62,5 +60,5 @@ def adapted_of_run(
         tensors=tensors,
         made_on=features["teacher"]["fingerprint"],
         facts=facts,
-        notes=(f"  merged in float32; a copy in bfloat16 would keep {kept:.1%} of what the adapters change",),
+        notes=(kept_line(kept),),
     )

@@ -23,8 +23,10 @@ from effsam3.recipe.rules import (
     each_once,
     share,
 )
+from effsam3.stages.adapt.facts import AdapterModel
 
 TRAIN, HELD_OUT = "train.json", "held_out.json"  # what the source synthetic draws into `data.path`
+DetectorPart = Literal["trunk", "text", "detr", "detector_mask_decoder"]
 SOURCES = ("annotations", "teacher", "features")  # of truth, in `loss`
 
 
@@ -92,8 +94,17 @@ class ConceptModel(Section):
     """What of the detector learns."""
 
     # Names of its submodules and parameters, such as vision_encoder.backbone, vision_encoder.neck, text_encoder or
-    # detr_decoder: where nothing is called so from the detector on, all that ends in it; `all`: all of it
-    trainable: Annotated[tuple[str, ...], at_least_one, each_once] = ("vision_encoder.backbone",)
+    # detr_decoder: where nothing is called so from the detector on, all that ends in it; `all`: all of it; []: the
+    # adapters alone
+    trainable: Annotated[tuple[str, ...], each_once] = ("vision_encoder.backbone",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorAdapters(AdapterModel):
+    """Adapters of parts that are not trained whole: an update of low rank, alpha / rank x B A, next to each layer."""
+
+    # trunk: read by the tracker, too; detr: DETR and the geometry encoder; []: no adapters
+    parts: Annotated[tuple[DetectorPart, ...], each_once] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +200,7 @@ class ConceptsRecipe(AdaptingRecipe):
     card_keys = AdaptingRecipe.card_keys | {
         "teacher": "teacher.checkpoint",
         "trained modules": "model.trainable",
+        "adapters of": "adapters.parts",
         "phrases of an image": "data.phrases",
     }
     data_names = {"concepts": "annotated concepts", "images": "images and listed phrases"}
@@ -201,6 +213,7 @@ class ConceptsRecipe(AdaptingRecipe):
     teacher: ConceptTeacher = ConceptTeacher()
     data: ConceptData
     model: ConceptModel = ConceptModel()
+    adapters: DetectorAdapters = DetectorAdapters()
     loss: ConceptLoss = ConceptLoss()
     optim: ConceptOptim
     train: ConceptTrain
@@ -211,7 +224,18 @@ class ConceptsRecipe(AdaptingRecipe):
     @property
     def student(self) -> str:  # type: ignore[override]  # a key of other stages, here it follows from others
         """What status calls it."""
-        return f"detector ({', '.join(self.model.trainable)})"
+        return f"detector ({self._learns})"
+
+    @property
+    def _learns(self) -> str:
+        asked = self.adapters
+        low_rank = (f"LoRA r {asked.rank} of {', '.join(asked.parts)}",) if asked.parts else ()
+        return ", ".join((*self.model.trainable, *low_rank))
+
+    @property
+    def packages(self) -> dict[str, str]:  # type: ignore[override]  # a fact of other stages' classes
+        """What `train` needs for the adapters."""
+        return {"peft": "lora"} if self.adapters.parts else {}
 
     @property
     def student_init(self) -> str:  # type: ignore[override]  # likewise
@@ -233,6 +257,8 @@ class ConceptsRecipe(AdaptingRecipe):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
+        if not self.model.trainable and not self.adapters.parts:
+            yield "model.trainable: nothing would learn; name modules, or parts with adapters.parts"
         unannotated = self.data.source == "images"
         if unannotated and self.loss.annotations:
             yield f"loss.annotations: {self.loss.annotations:g}, but images have none; set it to 0"
@@ -259,7 +285,7 @@ class ConceptsRecipe(AdaptingRecipe):
 
     def student_line(self) -> str:
         sources = [f"{name} x {weight:g}" for name in SOURCES if (weight := getattr(self.loss, name))]
-        return f"{', '.join(self.model.trainable)}; from {', '.join(sources)}"
+        return f"{self._learns}; from {', '.join(sources)}"
 
     def savings(self) -> dict[str, Saving]:
         found = {} if self.train.recompute else {"train.recompute": Saving(True)}

@@ -30,9 +30,11 @@ from effsam3.losses.features import feature_loss, standardise
 from effsam3.models.chassis.classes import empty_model
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.tensors import TRUNK, fingerprint, read_tensors
-from effsam3.models.heads.concept_student import ConceptStudent, unused_of
+from effsam3.models.heads.concept_student import DETECTOR, ConceptStudent, adapted_layers, unused_of
 from effsam3.models.heads.detector import Answers, Asked, answer, ask, detector_levels
 from effsam3.models.heads.trunk import trunk_features
+from effsam3.models.lora.adapter import PREFIX
+from effsam3.models.lora.student import Adapters
 from effsam3.models.text.tokens import PromptTokenizer
 from effsam3.models.trainable import count_parameters, find_trainable, outermost
 from effsam3.recipe.rules import Section
@@ -73,11 +75,29 @@ def make_student(recipe: ConceptsRecipe, model: nn.Module) -> ConceptStudent:
     """Take out of a whole SAM 3 what the recipe trains.
 
     Raises:
-        UserError: its detector has no such module, or its trunk cannot be recomputed.
+        UserError: its detector has no such module, its trunk cannot be recomputed, or adapters are asked for in what
+            is trained.
     """
     found = trainable_of(recipe, model)
     trained = outermost([place for places in found.values() for place in places])
-    return ConceptStudent(model, trained, recipe.train.recompute)
+    asked, adapters = recipe.adapters, None
+    if asked.parts:
+        adapters = Adapters(parts=asked.parts, rank=asked.rank, alpha=asked.alpha, dropout=asked.dropout)
+        starts = tuple(f"{DETECTOR}{place}." for place in trained)
+        if twice := [name for name in adapted_layers(model, asked.parts) if name.startswith(starts)]:
+            raise UserError(
+                f"adapters.parts: {len(twice)} layers, such as {twice[0]}, are trained themselves (model.trainable: "
+                f"{', '.join(recipe.model.trainable)}); leave them out of one of both"
+            )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)  # every rank builds the same adapters
+        return ConceptStudent(model, trained, recipe.train.recompute, adapters)
+
+
+def changed_tensors(student: ConceptStudent) -> list[str]:
+    """Return the names of the tensors of the whole model that a merge changes."""
+    plain = [DETECTOR + name for name in student.state_dict() if not name.startswith(PREFIX)]
+    return [*plain, *(f"{name}.weight" for name in student.modules_adapted)]
 
 
 def trainable_of(recipe: ConceptsRecipe, model: Any) -> dict[str, list[str]]:
@@ -162,7 +182,7 @@ class ConceptsStage(StageBase):
         stage.facts["teacher"] = {
             "checkpoint": recipe.sam3.checkpoint,
             "revision": recipe.sam3.revision,
-            "fingerprint": fingerprint({DETECTOR + name: own[DETECTOR + name] for name in stage.student.state_dict()}),
+            "fingerprint": fingerprint({name: own[name] for name in changed_tensors(stage.student)}),
         }
         return stage
 
@@ -222,6 +242,9 @@ class ConceptsStage(StageBase):
             where = "" if places == [name] else f": {len(places)} x, {', '.join(places[:SHOWN])}"
             where += " ..." if len(places) > SHOWN else ""
             learns.append(f"{name} {self.counts[name] / 1e6:.2f} M ({self.counts[name] / self.whole:.1%}){where}")
+        if adapters := self.student.modules_adapted:
+            asked = self.recipe.adapters
+            learns.append(f"LoRA r {asked.rank} on {len(adapters)} layers of {', '.join(asked.parts)}")
         sources = [f"{name} x {weight:g}" for name in SOURCES if (weight := getattr(loss, name))]
         lines = [
             f"{data.path}; {len(self.train_data):,} images, {len(self.val_data):,} held out, {data.phrases} phrases "
@@ -229,7 +252,7 @@ class ConceptsStage(StageBase):
         ]
         noted = Counter(note.reason for note in (*self.train_data.notes, *self.val_data.notes))
         lines += [f"{count:,} x {reason}" for reason, count in noted.items()]
-        trunk = any(name.startswith("vision_encoder.backbone.") for name, _ in self.student.named_parameters())
+        trunk = any("vision_encoder.backbone." in name for name, _ in self.student.named_parameters())
         note = {
             "note": "the trunk is the tracker's, too, which is not trained along: measure it, or set loss.features"
         }
