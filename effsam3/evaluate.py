@@ -61,7 +61,7 @@ def run(recipe: Recipe) -> dict:
         # What several processes share is what the models answer to annotated concepts; the first one goes on alone.
         for own in asked.values():
             if (concepts := asked_concepts(own)) is not None:
-                concept_pairs.record(concepts, folder, concept_pairs.teacher_of(own, chassis), accelerator)
+                concept_pairs.record(concepts, folder, concept_pairs.models_of(own, folder, chassis), accelerator)
         accelerator.end_training()
         if not report.is_main:
             return {}

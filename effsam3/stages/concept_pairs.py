@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark `concepts` of any stage whose recipes ask for it: annotated pairs of an image and a noun phrase.
 
-First both models' answers are recorded, by as many processes as there are; then one process scores the records. So
+First all models' answers are recorded, by as many processes as there are; then one process scores the records. So
 what a kill leaves is resumed, and scoring again costs no model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,16 +85,21 @@ def annotated_concepts(asked: ConceptEvaluate) -> str:
     return " ".join(remarks)
 
 
-def teacher_of(recipe: StageRecipe, chassis: Path) -> Path:
-    """Return the folder of the model next to which a recipe's student stands; `chassis` is what it is merged into."""
+def models_of(recipe: StageRecipe, folder: Path, chassis: Path) -> dict[str, Path]:
+    """Return the folders of what is measured: teacher, student (`folder`/merged) and what that started from.
+
+    `chassis` is what the student is merged into: what it started from, where a recipe names another teacher.
+    """
     own = recipe.teacher_of_concepts
-    return chassis if own is None else chassis_folder(own.checkpoint, own.revision)
+    teacher = chassis if own is None else chassis_folder(own.checkpoint, own.revision)
+    start = {} if teacher == chassis else {"start": chassis}
+    return {"teacher": teacher, **start, "student": folder / "merged"}
 
 
-def record(asked: ConceptEvaluate, folder: Path, chassis: Path, place: Place) -> None:
-    """Record this process's share of what teacher (`chassis`) and student (`folder`/merged) answer. Collective."""
+def record(asked: ConceptEvaluate, folder: Path, models: Mapping[str, Path], place: Place) -> None:
+    """Record this process's share of what the models of `models_of` answer, in the run's `folder`. Collective."""
     images, (prompts, most) = recording.images_of(subsets_of(asked)), asked.shown()
-    for model, source in _models(folder, chassis).items():
+    for model, source in models.items():
         found, shown = _journals(folder, model)
         if place.process_index == 0:
             weights = fingerprint(map_tensors(source))
@@ -106,12 +112,14 @@ def record(asked: ConceptEvaluate, folder: Path, chassis: Path, place: Place) ->
             recording.record_shown(source, images, prompts, most, shown, place, f"prompted masks, {model}")
 
 
-def measure(asked: ConceptEvaluate, folder: Path, chassis: Path, device: torch.device, results: Results) -> None:
+def measure(
+    asked: ConceptEvaluate, folder: Path, models: Mapping[str, Path], device: torch.device, results: Results
+) -> None:
     """Record what is missing, score it all, and draw: eval/concepts.json and .csv, pictures/concepts_*.png."""
-    record(asked, folder, chassis, OneProcess(device))
+    record(asked, folder, models, OneProcess(device))
     config: Any = read_config(folder / "merged")
     subsets = subsets_of(asked, config.detector_config.detr_decoder_config.num_queries)
-    journals = {model: _journals(folder, model) for model in _models(folder, chassis)}
+    journals = {model: _journals(folder, model) for model in models}
     found = {model: recording.read_records(own) for model, (own, _) in journals.items()}
     shown = {model: recording.read_records(own) for model, (_, own) in journals.items()}
     result: dict[str, Any] = {"subsets": {}}
@@ -131,10 +139,6 @@ def measure(asked: ConceptEvaluate, folder: Path, chassis: Path, device: torch.d
         result["average"] = report.average(result["subsets"])
     report.write_pairs(folder / "eval" / f"{results.prefix}concepts.csv", answered)
     results.add("concepts", result)
-
-
-def _models(folder: Path, chassis: Path) -> dict[str, Path]:
-    return {"teacher": chassis, "student": folder / "merged"}
 
 
 def _journals(folder: Path, model: str) -> tuple[Journal, Journal]:

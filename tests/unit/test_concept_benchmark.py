@@ -21,6 +21,7 @@ from effsam3.benchmarks import journal
 from effsam3.benchmarks.concepts.mask_ap import mask_ap
 from effsam3.benchmarks.concepts.recording import found_on, images_of, pair_key, read_found
 from effsam3.benchmarks.concepts.report import (
+    average,
     both_found,
     concept_tables,
     lost,
@@ -172,6 +173,37 @@ def test_presence_and_masks_are_told_apart():
     assert "On 3 pairs the teacher is right" in text and "(2 missed, 1 imagined); 2 of them" in text
     assert "Left out: 1 pairs of images that cannot be read, such as pair torn: image 'a.jpg': missing." in text
     assert "The annotations have: 1 no_box; such as own.json, pair fine: no_box" in text
+
+
+def test_what_the_student_started_from_has_a_row_of_its_own(tmp_path):
+    subset, _, _ = hand_made()
+    kept = [one for one in subset.pairs if one.key in ("shy", "bold")]
+    found = {
+        "teacher": {"shy": answer(0.9, (0.9, A)), "bold": answer(0.1)},
+        "start": {"shy": answer(0.1, (0.9, A)), "bold": answer(0.1)},
+        "student": {"shy": answer(0.9, (0.9, A)), "bold": answer(0.9)},
+    }
+    own = Subset("own", kept, [])
+    records = {name: {pair_key(own, one): rows[one.key] for one in kept} for name, rows in found.items()}
+    both, _ = both_found(own, records)
+    result = subset_result(own, both, {}, draws=5)
+    rows = result["models"]
+    assert list(rows)[:3] == ["teacher", "start", "student"]
+    assert (rows["start"]["cgF1"], rows["start"]["presence"]) == (0, 0.5) and rows["student"]["cgF1"] > 0.99
+    assert "| start " in concept_tables({"subsets": {"own": result}})[0]
+    write_pairs(tmp_path / "pairs.csv", {"own": both})
+    lines = list(csv.DictReader((tmp_path / "pairs.csv").open()))
+    assert [(one["model"], one["outcome"]) for one in lines[:3]] == [
+        ("teacher", "TP"),
+        ("start", "FN"),
+        ("student", "TP"),
+    ]
+
+    def objects(box):
+        return [{"key": "a", "objects": [{"area": 100.0, "box": box}]}]
+
+    shown = shown_result({"teacher": objects(1.0), "start": objects(0.2), "student": objects(0.6)}, ("box",))
+    assert shown["box"]["start"] == 0.2 and list(average({"own": result})) == list(rows)
 
 
 def test_no_negatives_is_said():

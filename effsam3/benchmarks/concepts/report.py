@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the records of teacher and student to numbers: the same pairs, models and what-ifs as rows of one table.
+"""From the records of teacher and student, and of what the student started from where that is another model, to
+numbers: the same pairs, models and what-ifs as rows of one table.
 
 Rows besides the two models tell what presence costs: the student's masks with the teacher's presence, or with the true
 one, and the teacher's masks with the student's. What the first two gain over the student is what its presence loses.
@@ -23,7 +24,7 @@ from effsam3.benchmarks.tables import Column, percent, result_table
 from effsam3.data.concepts.pairs import ConceptPair, Subset
 from effsam3.files import write_text
 
-MODELS = ("teacher", "student")
+MODELS = ("teacher", "start", "student")
 PRESENT = 0.5  # presence from which a model says that a phrase is there
 EXAMPLES = 20  # notes of each reason that are kept with the results; all are counted
 SIZES = (("small", 0.0, 32.0**2), ("medium", 32.0**2, 96.0**2), ("large", 96.0**2, float("inf")))  # COCO's, in px
@@ -31,7 +32,7 @@ SIZES = (("small", 0.0, 32.0**2), ("medium", 32.0**2, 96.0**2), ("large", 96.0**
 
 @dataclass(frozen=True)
 class Both:
-    """A pair, and what both models found: {model: ...}; `masked` are the detections with masks, for AP."""
+    """A pair, and what all models found: {model: ...}; `masked` are the detections with masks, for AP."""
 
     pair: ConceptPair
     scored: dict[str, Scored]
@@ -45,6 +46,7 @@ class Both:
 # Rows of the table: whose masks, and which presence they are taken with.
 ROWS: dict[str, tuple[str, Callable[[Both], float]]] = {
     "teacher": ("teacher", lambda both: both.presence("teacher")),
+    "start": ("start", lambda both: both.presence("start")),
     "student": ("student", lambda both: both.presence("student")),
     "student, teacher's presence": ("student", lambda both: both.presence("teacher")),
     "student, true presence": ("student", lambda both: float(both.pair.there)),
@@ -53,11 +55,11 @@ ROWS: dict[str, tuple[str, Callable[[Both], float]]] = {
 
 
 def both_found(subset: Subset, records: Mapping[str, Mapping[str, dict]]) -> tuple[list[Both], dict[str, str]]:
-    """Return the pairs that both models have answered, and {pair: why} of the others; `records` by model and key."""
+    """Return the pairs that all models have answered, and {pair: why} of the others; `records` by model and key."""
     answered, failed = [], {}
     for pair in subset.pairs:
         key = pair_key(subset, pair)
-        own = {model: records[model][key] for model in MODELS}
+        own = {model: of_model[key] for model, of_model in records.items()}
         if reasons := [one["failed"] for one in own.values() if "failed" in one]:
             failed[pair.key] = reasons[0]
             continue
@@ -75,6 +77,7 @@ def both_found(subset: Subset, records: Mapping[str, Mapping[str, dict]]) -> tup
 def subset_result(subset: Subset, answered: Sequence[Both], failed: Mapping[str, str], draws: int = 1000) -> dict:
     """Return a subset's numbers: counts of pairs, `models` by row, what presence `lost`, `mask_ap`, notes."""
     complete = [both for both in answered if both.pair.exhaustive]
+    models = answered[0].scored.keys() if answered else ()
     result: dict = {
         "pairs": len(complete),
         "positives": sum(both.pair.there for both in complete),
@@ -88,12 +91,13 @@ def subset_result(subset: Subset, answered: Sequence[Both], failed: Mapping[str,
         "note_examples": _examples(subset),
     }
     if complete:
-        result["models"] = {name: row_result(complete, name, draws) for name in ROWS}
+        rows = [name for name, (model, _) in ROWS.items() if model in models]
+        result["models"] = {name: row_result(complete, name, draws) for name in rows}
         result["lost"] = lost(complete)
     if subset.categories is not None and answered:
         result["mask_ap"] = {
             model: mask_ap([(one.pair, one.presence(model), one.masked[model]) for one in answered], subset.federated)
-            for model in MODELS
+            for model in models
         }
     return result
 
@@ -137,20 +141,20 @@ def lost(complete: Sequence[Both]) -> dict[str, int]:
 
 
 def shown_result(records: Mapping[str, Sequence[dict]], prompts: Sequence[str]) -> dict:
-    """Return {prompt: mIoU of teacher and student, and the same by COCO's object sizes} from records of objects.
+    """Return {prompt: mIoU of each model, and the same by COCO's object sizes} from records of objects.
 
-    Only images count that both models have seen.
+    Only images count that all models have seen.
     """
-    both = [
-        pair for pair in zip(*(records[model] for model in MODELS), strict=True)
-        if not any("failed" in one for one in pair)
+    seen = [
+        own for own in zip(*records.values(), strict=True)
+        if not any("failed" in one for one in own)
     ]  # fmt: skip
     result: dict = {}
     for prompt in prompts:
         entries = [
-            {"area": one["area"]} | {model: own[prompt] for model, own in zip(MODELS, (one, other), strict=True)}
-            for teacher, student in both
-            for one, other in zip(teacher["objects"], student["objects"], strict=True)
+            {"area": shown[0]["area"]} | {model: one[prompt] for model, one in zip(records, shown, strict=True)}
+            for own in seen
+            for shown in zip(*(one["objects"] for one in own), strict=True)
         ]
         if not entries:
             continue
@@ -162,7 +166,7 @@ def shown_result(records: Mapping[str, Sequence[dict]], prompts: Sequence[str]) 
 
 
 def _means(entries: Sequence[dict]) -> dict:
-    means = {model: float(np.mean([one[model] for one in entries])) for model in MODELS}
+    means = {model: float(np.mean([one[model] for one in entries])) for model in MODELS if model in entries[0]}
     return means | {"masks": len(entries)}
 
 
@@ -170,7 +174,8 @@ def average(subsets: Mapping[str, dict]) -> dict[str, dict[str, float]]:
     """Return the plain means of the subsets' numbers by row, as SA-Co Gold's average is."""
     measured = [one["models"] for one in subsets.values() if "models" in one]
     names = ("cgF1", "IL_MCC", "pmF1", "cgF1_50", "pmF1_50")
-    return {row: {key: float(np.mean([one[row][key] for one in measured])) for key in names} for row in ROWS}
+    rows = measured[0] if measured else ()
+    return {row: {key: float(np.mean([one[row][key] for one in measured])) for key in names} for row in rows}
 
 
 def _examples(subset: Subset) -> list[str]:
@@ -205,7 +210,7 @@ AP: list[Column] = [
     (name, name, lambda value: "-" if value is None else percent(value))
     for name in ("AP", "AP_50", "AP_75", "AP_small", "AP_medium", "AP_large", "AP_positive")
 ]
-SHOWN: list[Column] = [("masks", "masks", str), ("student", "student", percent), ("teacher", "teacher", percent)]
+SHOWN: list[Column] = [("masks", "masks", str), *((model, model, percent) for model in reversed(MODELS))]
 
 
 def concept_tables(result: dict) -> list[str]:
@@ -232,7 +237,8 @@ def concept_tables(result: dict) -> list[str]:
             for prompt, one in subset["shown"].items():
                 rows[prompt] = one
                 rows |= {f"{prompt}, {size}": group for size, group in one["by_size"].items()}
-            parts.append(result_table(f"prompted masks, {name}, mIoU in %, COCO's sizes", rows, SHOWN))
+            measured = [column for column in SHOWN if any(column[1] in row for row in rows.values())]
+            parts.append(result_table(f"prompted masks, {name}, mIoU in %, COCO's sizes", rows, measured))
     if "average" in result:
         columns: list[Column] = [
             ("cgF1", "cgF1", percent),
@@ -281,7 +287,7 @@ def write_pairs(path: Path, subsets: Mapping[str, Sequence[Both]]) -> None:
     for name, answered in subsets.items():
         for both in answered:
             pair = both.pair
-            for model in MODELS:
+            for model in both.scored:
                 counts: Counts = both.scored[model].counts()
                 writer.writerow(
                     [name, pair.key, pair.image, pair.phrase, model, counts.objects, counts.detections]

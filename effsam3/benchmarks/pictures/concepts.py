@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from effsam3.benchmarks.concepts.cgf1 import SCORE
-from effsam3.benchmarks.concepts.report import MODELS, Both
+from effsam3.benchmarks.concepts.report import Both
 from effsam3.benchmarks.pictures.drawing import colour_of, contact_sheet, paint, save_png
 from effsam3.data.concepts.pairs import Subset
 from effsam3.data.unreadable import Unreadable
@@ -47,7 +47,7 @@ def draw_pairs(subset: Subset, answered: Sequence[Both], count: int, out: Path) 
                 continue  # it has gone since it was looked at
             masks = {place: coco_mask.decode(one.rle).astype(bool) for place, one in enumerate(pair.objects[0], 1)}
             panels = {f"{pair.phrase}: {len(masks)} annotated": paint(image_HW3, masks, masks)}
-            panels |= {_title(both, model): _found(both, model, image_HW3) for model in MODELS}
+            panels |= {_title(both, model): _found(both, model, image_HW3) for model in both.scored}
             paths.append(out / f"concepts_{subset.name}_{kind}_{number}.png")
             save_png(contact_sheet(list(panels.items()), least_width=320), paths[-1])
     return paths

@@ -43,8 +43,9 @@ def _asked(recipe: ConceptsRecipe) -> ConceptEvaluate:
 def measure(
     recipe: ConceptsRecipe, folder: Path, chassis: Path, teacher_name: str, device: torch.device, results: Results
 ) -> None:
-    """Run the benchmark on `folder`/merged and on its teacher; without one, on `chassis`, what it started from."""
-    concept_pairs.measure(_asked(recipe), folder, concept_pairs.teacher_of(recipe, chassis), device, results)
+    """Run the benchmark on `folder`/merged, on its teacher, and on `chassis`, what it started from."""
+    models = concept_pairs.models_of(recipe, folder, chassis)
+    concept_pairs.measure(_asked(recipe), folder, models, device, results)
 
 
 def tables(results: dict[str, dict]) -> list[str]:

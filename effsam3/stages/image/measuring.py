@@ -74,9 +74,10 @@ def photographs(recipe: StageRecipe) -> None:
     raise UserError(f"none of the first {len(reasons)} held-out images of {index} can be read: {reasons[0]}")
 
 
-def annotated_concepts(recipe: ImageRecipe) -> str:
+def annotated_concepts(recipe: StageRecipe) -> str:
     """Annotated pairs of images and noun phrases, where they are to be measured on."""
-    return concept_pairs.annotated_concepts(recipe.evaluate)
+    asked: Any = recipe.evaluate
+    return concept_pairs.annotated_concepts(asked)
 
 
 NEEDS = (something_to_measure, photographs, annotated_concepts)
@@ -102,7 +103,7 @@ def measure(
         limits = asked.prompts, asked.max_images, asked.masks_per_image
         results.add("masks", prompted_mask_quality(pair, index, index_path.parent, *limits))
     if "concepts" in measured:
-        concept_pairs.measure(asked, folder, chassis, device, results)
+        concept_pairs.measure(asked, folder, concept_pairs.models_of(recipe, folder, chassis), device, results)
     if "speed" in measured:
         results.add("speed", speed(pair, {"teacher": elements(chassis), "student": elements(folder / "merged")}))
     # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.

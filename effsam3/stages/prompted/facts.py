@@ -99,8 +99,11 @@ class PromptedTrain(Train):
 class PromptedEvaluate(ImageEvaluate):
     """What the merged model and the one that it started from are measured on, next to the teacher."""
 
-    # fidelity: features next to the teacher's; masks: mIoU of prompted masks
-    benchmarks: Annotated[tuple[Literal["fidelity", "masks"], ...], at_least_one, each_once] = ("fidelity", "masks")
+    # fidelity: features next to the teacher's; masks: mIoU of prompted masks; concepts: cgF1
+    benchmarks: Annotated[tuple[Literal["fidelity", "masks", "concepts"], ...], at_least_one, each_once] = (
+        "fidelity",
+        "masks",
+    )
     batch_size: PositiveInt = 8  # images per forward of the benchmark `fidelity`
 
 
@@ -154,6 +157,10 @@ class PromptedRecipe(AdaptingRecipe):
     @classmethod
     def student_of(cls, values: Mapping[str, Any]) -> str:
         return ", ".join(values.get("model", {}).get("trainable", ()))
+
+    @property
+    def teacher_of_concepts(self) -> Chassis:
+        return self.teacher
 
     def derived(self) -> dict[str, Callable[[], str]]:
         return {"prompts": self._prompts_line, "length": self._length_line, "learns": self.student_line}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from effsam3.benchmarks.concepts.report import concept_tables
 from effsam3.benchmarks.fidelity import feature_fidelity
 from effsam3.benchmarks.masks import prompted_mask_quality
 from effsam3.benchmarks.models import load_pair
@@ -20,11 +21,19 @@ from effsam3.data.loader import loader
 from effsam3.data.sampler import sequential_batches
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.registry import is_made_up
-from effsam3.stages.image.measuring import FIDELITY, MASKS, measurable, photographs, something_to_measure
+from effsam3.stages import concept_pairs
+from effsam3.stages.image.measuring import (
+    FIDELITY,
+    MASKS,
+    annotated_concepts,
+    measurable,
+    photographs,
+    something_to_measure,
+)
 from effsam3.stages.prompted.facts import PromptedRecipe
 
 START, PROMPTED = "start", "prompted"
-NEEDS = (something_to_measure, photographs)
+NEEDS = (something_to_measure, photographs, annotated_concepts)
 
 
 def measure(
@@ -52,6 +61,8 @@ def measure(
     for name, found in (("fidelity", fidelity), ("masks", masks)):
         if found:
             results.add(name, found)
+    if "concepts" in measured:
+        concept_pairs.measure(asked, folder, concept_pairs.models_of(recipe, folder, chassis), device, results)
     # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.
     with_masks = "masks" in measured and not is_made_up(recipe.teacher.checkpoint)
     results.pictures += draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
@@ -71,4 +82,4 @@ def tables(results: dict[str, dict]) -> list[str]:
             for title, found in masks.items()
         }
         parts.append(result_table(f"masks, {masks[START]['images']} images, mIoU in %", rows, MASKS))
-    return parts
+    return parts + (concept_tables(results["concepts"]) if "concepts" in results else [])

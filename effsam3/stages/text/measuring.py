@@ -58,7 +58,7 @@ def measure(
         plot_similarity(result, picture)
         results.pictures.append(picture)
     if "concepts" in asked.benchmarks:
-        concept_pairs.measure(asked, folder, chassis, device, results)
+        concept_pairs.measure(asked, folder, concept_pairs.models_of(recipe, folder, chassis), device, results)
     if "speed" in asked.benchmarks:
         results.add("speed", text_speed(teacher, fold_repmixer(student)))
 
