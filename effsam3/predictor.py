@@ -163,12 +163,11 @@ class Predictor:
             pixels_3SS = normalise(resize_image(image_HW3, self.tracker.config.image_size, "square")[0])
             yield of_prompts(*shown_masks(self.tracker, pixels_3SS, size, shown(asked, size)))
             return
-        vision = self.concepts.look(image_HW3)
+        levels = self.concepts.look(image_HW3)
         threshold = IMAGE_THRESHOLD if asked.threshold is None else asked.threshold
         boxes = torch.tensor([box[:4] for box in asked.boxes]) if asked.boxes else None
         positive = torch.tensor([box[4] == 1 for box in asked.boxes]) if asked.boxes else None
-        for text in asked.texts:
-            yield self.concepts.find(vision, size, text, boxes, positive, threshold)
+        yield from self.concepts.find_each(levels, size, asked.texts, boxes, positive, threshold)
 
     def on_video(
         self, video, asked: Asked, most: int | None = None

@@ -53,10 +53,9 @@ def stride_32() -> Iterator[None]:
 def coarsest_level() -> Iterator[None]:
     """WRONG: teacher and student are compared where their detectors read the neck's coarsest level, not its third."""
 
-    def levels(*arguments) -> detector.Levels:
-        found = detector.detector_levels(*arguments)
-        # The detector leaves out the last level: one more, and it leaves out that one.
-        return detector.Levels((*found.maps, found.maps[-1]), (*found.positions, found.positions[-1]))
+    def levels(model, feat_BDGG: torch.Tensor) -> detector.Levels:
+        maps, places = model.detector_model.vision_encoder.neck(feat_BDGG)
+        return detector.read_levels(model.detector_model, maps, places[-1][:1])  # SAM 3 leaves out the last one
 
     with (
         mock.patch.object(concepts, "detector_levels", levels),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from effsam3.losses.detection import box_distance, giou, of_queries
+from effsam3.losses.detection import box_distance, giou
 from effsam3.losses.masks import bce, dice
 from effsam3.models.heads.detector import Answers
 
@@ -43,7 +43,7 @@ def teacher_loss(
     # A fixed number of queries, so that no shape depends on what the teacher finds.
     score_RF, query_RF = score_RQ.topk(min(most, score_RQ.shape[1]), dim=1)
     score_RF = score_RF * (score_RF > found)
-    logits_RFMM, target_RFMM = (of_queries(own.masks_RQMM, query_RF).float() for own in (student, teacher))
+    logits_RFMM, target_RFMM = (own.masks_of(query_RF).float() for own in (student, teacher))
     pair = logits_RFMM.flatten(0, 1)[:, None], target_RFMM.flatten(0, 1).sigmoid()
     masks = {
         name: (loss(*pair)[:, 0].unflatten(0, score_RF.shape) * score_RF).sum(1)

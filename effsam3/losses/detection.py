@@ -93,7 +93,7 @@ def annotated_loss(answers: Answers, instances: Instances, annotated_R: Tensor) 
     target_KN4 = instances.boxes_RN4.float().repeat(layers, 1, 1)
     query_KN = match(logits_KQ, boxes_KQ4, target_KN4, valid_RN.repeat(layers, 1))
     query_RN = query_KN[-phrases:]
-    logits_RNMM = of_queries(answers.masks_RQMM, query_RN).float()
+    logits_RNMM = answers.masks_of(query_RN).float()
     target_RNMM = shrink(instances.masks_RNMM, logits_RNMM.shape[-1])
     masks = {
         name: loss(logits_RNMM.flatten(0, 1)[:, None], target_RNMM.flatten(0, 1))[:, 0].unflatten(0, query_RN.shape)

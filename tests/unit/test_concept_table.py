@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -18,6 +17,9 @@ import concept_table
 
 from effsam3.files import write_json
 from effsam3.losses.detection import Instances
+from effsam3.models.chassis.classes import model_class
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.image.student import LinearHead
 from effsam3.stages.concepts import training as concepts
 from effsam3.stages.image import training as image
@@ -48,15 +50,18 @@ def test_one_instance_is_one_that_is_there():
 
 
 def test_the_wrong_level_is_the_last_one_that_the_detector_reads():
-    maps = tuple(torch.full((1, 1, side, side), float(side)) for side in (32, 16, 8, 4))
-    neck = SimpleNamespace(vision_encoder=SimpleNamespace(neck=lambda feat: (maps, maps)))
-    model = SimpleNamespace(detector_model=neck)
-    right = concepts.detector_levels(model, None)
-    with concept_rows.coarsest_level():
-        wrong = concepts.detector_levels(model, None)
+    folder = chassis_folder("tiny_concepts")
+    model = load_whole(model_class(read_config(folder).model_type), folder)
+    feat = torch.rand(1, 64, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        right = concepts.detector_levels(model, feat)
+        with concept_rows.coarsest_level():
+            wrong = concepts.detector_levels(model, feat)
+        maps, places = model.detector_model.vision_encoder.neck(feat)
     # transformers' detector leaves out the last level and reads the one before it.
-    assert [levels.maps[:-1][-1].shape[-1] for levels in (right, wrong)] == [8, 4]
-    assert len(wrong.maps) == len(wrong.positions) == 5
+    for levels, level in ((right, 2), (wrong, 3)):
+        assert torch.equal(levels.top_BCGG, maps[level]) and torch.equal(levels.place_1CGG, places[level])
+    assert [[share.shape[-1] for share in levels.shares] for levels in (right, wrong)] == [[16, 32], [8, 16, 32]]
 
 
 def test_stride_32_reads_every_second_position():

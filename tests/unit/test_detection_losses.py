@@ -1,6 +1,7 @@
 """Losses on a detector's answers against numpy, loops and counting by hand."""
 
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from effsam3.losses.answers import teacher_loss
 from effsam3.losses.detection import Instances, annotated_loss, match
-from effsam3.models.heads.detector import Answers
+from effsam3.models.heads.detector import PHRASE_DIMS, Answers
 
 LAYERS, PHRASES, QUERIES, SIDE = 3, 4, 5, 6
 COUNTS = [2, 0, 1, 3]  # instances of each phrase
@@ -31,7 +32,9 @@ def answers(seed=0):
         draw(LAYERS, PHRASES, QUERIES),
         draw(LAYERS, PHRASES),
         boxes(generator, LAYERS, PHRASES, QUERIES),
-        draw(PHRASES, QUERIES, SIDE, SIDE),
+        draw(PHRASES, QUERIES, SIDE * SIDE),  # with the pixels below a query is its mask, but for the offset
+        draw(PHRASES, QUERIES),
+        torch.eye(SIDE * SIDE).view(-1, SIDE, SIDE).expand(PHRASES, -1, -1, -1),
         draw(PHRASES, SIDE, SIDE),
     )
 
@@ -98,7 +101,9 @@ def cheapest(logits_Q, boxes_Q4, target_N4):
 
 
 def numbers(values):
-    return type(values)(*(value.double().numpy() for value in values))
+    """Return the answers as numpy has them, with the masks of all queries."""
+    named = values._asdict() | {"masks_RQMM": values.masks_RQMM}
+    return SimpleNamespace(**{name: value.detach().double().numpy() for name, value in named.items()})
 
 
 def expected_of_annotations(found, given):
@@ -213,7 +218,7 @@ def test_the_order_of_instances_and_the_division_of_a_batch_change_nothing(given
     assert floats(annotated_loss(found, order, EVERY)) == pytest.approx(whole, rel=1e-5)
     parts = []
     for half in (slice(0, 1), slice(1, None)):
-        own = Answers(*(value[:, half] if place < 3 else value[half] for place, value in enumerate(found)))
+        own = Answers(*(value[:, half] if dim else value[half] for value, dim in zip(found, PHRASE_DIMS, strict=True)))
         part = annotated_loss(own, Instances(*(value[half] for value in given)), EVERY[half])
         parts.append({name: value * len(EVERY[half]) / PHRASES for name, value in floats(part).items()})
     assert {name: parts[0][name] + parts[1][name] for name in whole} == pytest.approx(whole, rel=1e-5)
@@ -241,7 +246,7 @@ def test_a_batch_without_instances_still_reaches_every_output(given, places):
     found = learning(answers())
     sum(annotated_loss(found, nothing, EVERY).values()).backward()
     assert (found.presence_LR.grad > 0).all() and (found.semantic_RMM.grad > 0).all()
-    assert not found.logits_LRQ.grad.any() and not found.masks_RQMM.grad.any()
+    assert not found.logits_LRQ.grad.any() and not found.mask_queries_RQC.grad.any()
 
 
 def test_gradients_point_to_the_truth(given):
@@ -285,7 +290,7 @@ def test_only_the_best_masks_are_taught_and_only_of_phrases_that_count():
     counted = torch.tensor([True, False, True, True])
     terms = teacher_loss(student, teacher, counted, found=0.0, most=1)
     (terms["bce"] + terms["dice"]).backward()
-    taught = student.masks_RQMM.grad.flatten(2).any(2)
+    taught = student.mask_queries_RQC.grad.any(2)
     best = teacher.scores_RQ.argmax(1)
     assert [row.nonzero().flatten().tolist() for row in taught] == [
         [int(place)] if counts else [] for place, counts in zip(best, counted, strict=True)

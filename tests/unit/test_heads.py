@@ -6,7 +6,7 @@ import torch
 from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import load_whole, read_config
-from effsam3.models.heads.detector import Answers, answer, ask, detector_levels
+from effsam3.models.heads.detector import PHRASE_DIMS, Answers, answer, ask, detector_levels
 from effsam3.models.heads.tracker import Shown, decode_shown, tracker_levels
 from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.inference.concepts import encode_geometry_always
@@ -38,7 +38,8 @@ def pixels():
 def asked(phrases=PHRASES, image_R=ON, box=None):
     given = ask(phrases, torch.tensor(image_R), PromptTokenizer())
     if box is not None:
-        given.boxes_R14[:, 0], given.box_labels_R1[:] = torch.tensor(box), 1
+        boxes = torch.tensor(box).expand(len(phrases), 1, 4)
+        given = given._replace(boxes_RN4=boxes, box_labels_RN=torch.ones(len(phrases), 1).long())
     return given
 
 
@@ -84,7 +85,7 @@ def test_objects_with_other_prompts_do_not_change_a_mask(model, pixels):
 @pytest.mark.parametrize("box", [None, [0.5, 0.4, 0.3, 0.2]])
 def test_phrases_get_what_the_detector_answers_one_by_one(model, pixels, box):
     given, detector = asked(box=box), model.detector_model
-    boxes = {} if box is None else {"input_boxes": given.boxes_R14, "input_boxes_labels": given.box_labels_R1}
+    boxes = {} if box is None else {"input_boxes": given.boxes_RN4, "input_boxes_labels": given.box_labels_RN}
     with torch.no_grad():
         found = answer(model, detector_levels(model, trunk_features(model, pixels)), given)
         encode_geometry_always(detector)
@@ -128,7 +129,7 @@ def test_phrases_share_one_pass_of_the_neck_and_leave_no_hook(model, pixels):
             answer(model, levels, asked()._replace(input_ids_RT=torch.zeros(2, 32).long()))
     counting.remove()
     assert len(passes) == 1 and hooks(model) == []
-    for whole, part, dim in zip(several, first, (1, 1, 1, 0, 0), strict=True):
+    for whole, part, dim in zip(several, first, PHRASE_DIMS, strict=True):
         assert torch.allclose(whole.narrow(dim, 0, 3), part, atol=1e-6)
         assert torch.allclose(whole.narrow(dim, 3, 3), part, atol=1e-6)
 

@@ -1,5 +1,7 @@
 """What a chassis' heads make of a student's features, next to the teacher's: by hand, and trunks told apart."""
 
+from operator import itemgetter
+
 import numpy as np
 import pytest
 import torch
@@ -26,8 +28,8 @@ def logit(p):
 def answers(presence, scores, boxes):
     """Answers to two phrases by two queries: probabilities, and the boxes of the queries of both."""
     boxes = torch.tensor(boxes).expand(1, 2, 2, 4)
-    masks = torch.zeros(2, 2, 3, 3)
-    return Answers(logit([scores]), logit([presence]), boxes, masks, masks[:, 0])
+    queries, offsets, pixels = torch.zeros(2, 2, 5), torch.zeros(2, 2), torch.zeros(2, 5, 3, 3)
+    return Answers(logit([scores]), logit([presence]), boxes, queries, offsets, pixels, pixels[:, 0])
 
 
 def test_agreement_by_hand():
@@ -104,7 +106,7 @@ def test_batches_add_up_and_images_without_prompts_do_not_count(model, given):
     target, shown, asked = given
     feat = target.flip(2)
     whole = agreement_sums(model, feat, model, target, shown, asked)
-    none = Shown(*(tensor[:0] for tensor in shown)), type(asked)(*(tensor[:0] for tensor in asked))
+    none = Shown(*(tensor[:0] for tensor in shown)), asked.each(lambda own: own[:0])
     assert {name: float(value) for name, value in agreement_sums(model, feat, model, target, *none).items()} == (
         dict.fromkeys(whole, 0.0)
     )
@@ -112,7 +114,7 @@ def test_batches_add_up_and_images_without_prompts_do_not_count(model, given):
     for image in range(IMAGES):
         own, rows = shown.image_O == image, asked.image_R == image
         one = Shown(torch.ones_like(shown.image_O[own]), *(tensor[own] for tensor in shown[1:]))
-        two = type(asked)(torch.ones_like(asked.image_R[rows]), *(tensor[rows] for tensor in asked[1:]))
+        two = asked.each(itemgetter(rows))._replace(image_R=torch.ones_like(asked.image_R[rows]))
         # Behind another image, which is not prompted.
         pair = (torch.cat([part[image - 1 : image or None], part[image : image + 1]]) for part in (feat, target))
         feat_2, target_2 = pair

@@ -282,7 +282,7 @@ def test_what_is_drawn_by_a_number_is_drawn_once(pairs):
     data = PairBatches(pairs[:1], 16, objects=1, text=0.5, phrase="thing", seed=recipe.train.seed)
     found = stage.inputs(data.__getitems__([(0, number) for number in range(300)]))
     assert 50 < found.kinds_O.count("box") < 100 and 50 < found.kinds_O.count("point") < 100
-    assert 0.35 < (found.asked.box_labels_R1 == 1).float().mean() < 0.65
+    assert 0.35 < (found.asked.box_labels_RN == 1).float().mean() < 0.65
 
 
 def test_an_image_that_cannot_be_read_is_named_and_counts_nothing(pairs):

@@ -148,9 +148,9 @@ def test_example_boxes_are_asked_in_the_same_steps_on_every_rank(overrides, shar
 
 def test_an_example_box_is_that_of_the_object_shown_first(stage, batch):
     asked = draw_exemplars(stage.recipe, batch, stage.tokenizer, stage.device)
-    assert asked.box_labels_R1.tolist() == [[1], [1]] and asked.image_R.tolist() == [0, 1]
+    assert asked.box_labels_RN.tolist() == [[1], [1]] and asked.image_R.tolist() == [0, 1]
     for (x, y, width, height), mask_LL in zip(
-        asked.boxes_R14[:, 0].tolist(), batch["masks"][:, 0].numpy(), strict=True
+        asked.boxes_RN4[:, 0].tolist(), batch["masks"][:, 0].numpy(), strict=True
     ):
         rows, columns = (np.flatnonzero(mask_LL.any(axis)) / len(mask_LL) for axis in (1, 0))
         edge = 1 / len(mask_LL)

@@ -25,7 +25,8 @@ def answered_row(answers: Answers, masks_RNMM: Tensor, valid_RN: Tensor, counted
     row_S = np.zeros(COLUMNS)
     found_RQ = answers.scores_RQ >= SCORE
     for row in counted_R.nonzero()[:, 0].tolist():
-        found_DMM = answers.masks_RQMM[row, found_RQ[row]] > 0
+        found_1D = found_RQ[row].nonzero().T
+        found_DMM = answers.phrase(row).masks_of(found_1D)[0] > 0
         row_S += count(mask_ious(found_DMM, masks_RNMM[row, valid_RN[row]]).cpu().numpy()).row_S
     return torch.from_numpy(row_S).to(answers.logits_LRQ.device)
 

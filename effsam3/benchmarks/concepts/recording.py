@@ -27,10 +27,9 @@ from effsam3.data import coco
 from effsam3.data.concepts.pairs import ConceptPair, Subset
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.unreadable import Unreadable
-from effsam3.models.inference.concepts import ConceptModel
+from effsam3.models.inference.concepts import PHRASES, ConceptModel
 from effsam3.models.inference.prompted import at_full_size, load_tracker
 
-PHRASES = 8  # of an image at once: a phrase's masks and features take 200 MB at full size
 MASKS = 16  # made as large as the image at once
 POOLED = 100  # best detections of an image that mask AP looks at, as COCO has it
 
@@ -145,35 +144,40 @@ def found_on(model: ConceptModel, image_HW3: np.ndarray, pairs: Sequence[Concept
     `pooled`, the best of all pairs together are kept with masks in any case.
     """
     size = (image_HW3.shape[0], image_HW3.shape[1])
-    vision, scale = model.look(image_HW3), torch.tensor([size[1], size[0]] * 2)
+    levels, scale = model.look(image_HW3), torch.tensor([size[1], size[0]] * 2)
     records: list[dict[str, Any]] = []
     best: list[tuple[float, int, int, Tensor]] = []  # score with presence, pair, query, mask logits
     for start in range(0, len(pairs), PHRASES):
         group = pairs[start : start + PHRASES]
-        output = model.detect(vision, [pair.phrase for pair in group])
-        queries_PQ, presence_P1 = output.pred_logits.sigmoid(), output.presence_logits.sigmoid()
+        answers = model.detect(levels, [pair.phrase for pair in group])
+        queries_PQ, presence_P = answers.logits_LRQ[-1].sigmoid(), answers.presence_LR[-1].sigmoid()
         for place, pair in enumerate(group):
-            queries_Q, masks_QLL, number = queries_PQ[place], output.pred_masks[place], len(records)
-            boxes_Q4 = (output.pred_boxes[place].float().cpu() * scale).tolist()
+            queries_Q, number = queries_PQ[place], len(records)
+            boxes_Q4 = (answers.boxes_LRQ4[-1, place].float().cpu() * scale).tolist()
             counting = (queries_Q >= SCORE).nonzero().flatten().tolist()
-            rles = _rles(masks_QLL[counting], size) if pair.marked else [None] * len(counting)
+            scores_Q = queries_Q * presence_P[place]
+            pool = scores_Q.topk(min(POOLED, len(scores_Q))).indices.tolist() if pooled else []
+            masked = sorted({*pool, *(counting if pair.marked else ())})
+            masked_1F = torch.tensor([masked], dtype=torch.int64, device=scores_Q.device)
+            logits = dict(zip(masked, answers.phrase(place).masks_of(masked_1F)[0], strict=True))
+            rles: list[str | None] = [None] * len(counting)
+            if pair.marked and counting:
+                rles = [*_rles(torch.stack([logits[query] for query in counting]), size)]
             kept = {
                 query: {"score": float(queries_Q[query]), "box": boxes_Q4[query], "mask": rle}
                 for query, rle in zip(counting, rles, strict=True)
             }
-            records.append({"presence": float(presence_P1[place, 0]), "queries": kept})
-            if pooled:
-                scores_Q = queries_Q * presence_P1[place]
-                for query in scores_Q.topk(min(POOLED, len(scores_Q))).indices.tolist():
-                    own = {"score": float(queries_Q[query]), "box": boxes_Q4[query], "mask": None}
-                    best.append((float(scores_Q[query]), number, query, masks_QLL[query]))
-                    kept.setdefault(query, own)
+            records.append({"presence": float(presence_P[place]), "queries": kept})
+            for query in pool:
+                own = {"score": float(queries_Q[query]), "box": boxes_Q4[query], "mask": None}
+                best.append((float(scores_Q[query]), number, query, logits[query]))
+                kept.setdefault(query, own)
         best = sorted(best, key=lambda one: -one[0])[:POOLED]  # masks of all phrases would not fit
     lacking = [one for one in best if records[one[1]]["queries"][one[2]]["mask"] is None]
     if lacking:
-        rles = _rles(torch.stack([logits_LL for *_, logits_LL in lacking]), size)
-        for (_, number, query, _), rle in zip(lacking, rles, strict=True):
-            records[number]["queries"][query]["mask"] = rle
+        drawn = _rles(torch.stack([logits_LL for *_, logits_LL in lacking]), size)
+        for (_, number, query, _), one_rle in zip(lacking, drawn, strict=True):
+            records[number]["queries"][query]["mask"] = one_rle
     for one in records:  # what was pushed out by better ones, and does not count either
         one["queries"] = [query for query in one["queries"].values() if query["mask"] or query["score"] >= SCORE]
     return records

@@ -48,7 +48,7 @@ def _part(prompts: Any, part: slice) -> Any:
     """Return the prompts of the images `part`, counted from its first."""
     image = prompts[0]
     inside = (image >= part.start) & (image < part.stop)
-    return type(prompts)(image[inside] - part.start, *(tensor[inside] for tensor in prompts[1:]))
+    return type(prompts)(image[inside] - part.start, *(None if own is None else own[inside] for own in prompts[1:]))
 
 
 def _masks(pair: tuple[tuple[Any, Tensor], ...], shown: Shown) -> dict[str, Tensor]:

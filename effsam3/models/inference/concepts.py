@@ -25,11 +25,14 @@ from torchvision.ops import box_convert
 from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.processor import processor
 from effsam3.models.chassis.tensors import load_whole, read_config
+from effsam3.models.heads.detector import PADDING, Answers, Asked, Levels, answer, detector_levels, encode_texts
+from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.inference.prompted import at_full_size, refuse_nan
 from effsam3.models.memory.session import forget_as_it_tracks
 from effsam3.models.text.tokens import PromptTokenizer
 
-PADDING = -10  # the label with which transformers' SAM 3 marks boxes that only fill up a batch
+PHRASES = 8  # of an image at once: a phrase takes 200 MB at full size
+TEXTS = 1024  # that are remembered as the text encoder has read them, 32 KB each
 ANY_CONCEPT = "visual"  # SAM 3's text for example boxes without one
 
 
@@ -91,93 +94,123 @@ class ConceptModel:
         self.processor = processor(self.model.config)
         self.processor.tokenizer = PromptTokenizer()
         self.best_score = 0.0  # of all candidates so far, however low
-        self.model.detector_model.register_forward_hook(self._look_at_scores)
+        self.texts: dict[str, tuple[Tensor, ...]] = {}  # remembered: ids, attention mask and features of each
+        # A video's frames go through transformers' own forward.
+        self.model.detector_model.register_forward_hook(self._look_at_output)
 
-    def _look_at_scores(self, detector: nn.Module, arguments: tuple, output) -> None:
+    def _look_at_output(self, detector: nn.Module, arguments: tuple, output) -> None:
+        self._look_at_scores(output.pred_logits, output.presence_logits, output.pred_masks)
+
+    def _look_at_scores(self, logits_PQ: Tensor, presence_P1: Tensor, *of_masks: Tensor) -> None:
         """Keep the best score; refuse what is no number, which no threshold would let through.
 
         Raises:
             ChassisError: a score is NaN.
         """
-        refuse_nan(output.pred_logits, output.presence_logits, output.pred_masks)
-        scores = output.pred_logits.sigmoid() * output.presence_logits.sigmoid()
-        self.best_score = max(self.best_score, float(scores.max()))
+        refuse_nan(logits_PQ, presence_P1, *of_masks)
+        self.best_score = max(self.best_score, float((logits_PQ.sigmoid() * presence_P1.sigmoid()).max()))
 
     @torch.no_grad()
-    def look(self, image_HW3: np.ndarray):
+    def look(self, image_HW3: np.ndarray) -> Levels:
         """Encode an image (uint8 RGB) once for any number of prompts."""
         pixels_13SS = self.processor.image_processor(image_HW3, return_tensors="pt").pixel_values
-        return self.model.detector_model.get_vision_features(pixels_13SS.to(self.model.device))
+        return detector_levels(self.model, trunk_features(self.model, pixels_13SS.to(self.model.device)))
 
     @torch.no_grad()
-    def detect(self, vision, texts: list[str], **boxes: Tensor) -> Any:
-        """Return the detector's output, with the logits of all queries, for texts (P) on one image.
+    def detect(
+        self, levels: Levels, texts: Sequence[str], boxes_N4: Tensor | None = None, labels_N: Tensor | None = None
+    ) -> Answers:
+        """Return the detector's answers to texts on one image, each text with the same example boxes.
 
         Args:
-            vision: what `look` made of the image; it serves all texts, and is not copied for them.
-            boxes: `input_boxes` (P, N, 4) and `input_boxes_labels` (P, N) as transformers has them.
+            levels: what `look` made of the image; it serves all texts, and is not copied for them.
+            boxes_N4: centre x, y, width, height in 0..1.
+            labels_N: 1, or 0 of what is not meant.
 
         Raises:
             TextTooLong: a text has more tokens than SAM 3 reads.
         """
-        tokens = self.processor.tokenizer(texts, return_tensors="pt").to(self.model.device)
-        maps, places = (
-            tuple(level.expand(len(texts), *level.shape[1:]) for level in levels)
-            for levels in (vision.fpn_hidden_states, vision.fpn_position_encoding)
-        )
-        shared = type(vision)(fpn_hidden_states=maps, fpn_position_encoding=places)
-        return self.model.detector_model(vision_embeds=shared, **tokens, **boxes)
+        image_R = torch.zeros(len(texts), dtype=torch.int64)
+        boxes = [None if own is None else own.expand(len(texts), *own.shape) for own in (boxes_N4, labels_N)]
+        asked = Asked(image_R, *self._read(texts), *boxes).each(lambda own: own.to(self.model.device))
+        answers = answer(self.model, levels, asked)
+        logits_RQ, presence_R1 = answers.logits_LRQ[-1], answers.presence_LR[-1, :, None]
+        self._look_at_scores(logits_RQ, presence_R1, answers.mask_queries_RQC, answers.pixels_RCMM)
+        return answers
 
-    @torch.no_grad()
+    def _read(self, texts: Sequence[str]) -> tuple[Tensor, ...]:
+        """Return token ids, attention mask and features of texts; the text encoder reads none of them twice."""
+        if len(self.texts) > TEXTS:
+            self.texts.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self.texts]
+        if new:
+            tokens = self.processor.tokenizer(new, return_tensors="pt").to(self.model.device)
+            ids, mask = tokens["input_ids"], tokens["attention_mask"]
+            features = encode_texts(self.model.detector_model, ids, mask)
+            self.texts |= dict(zip(new, zip(ids, mask, features, strict=True), strict=True))
+        return tuple(torch.stack(own) for own in zip(*(self.texts[text] for text in texts), strict=True))
+
     def find(
         self,
-        vision,
+        levels: Levels,
         size: tuple[int, int],
         text: str | None = None,
         boxes_N4: Tensor | None = None,
         positive_N: Tensor | None = None,
         threshold: float = 0.5,
     ) -> Instances:
-        """Find the instances of a concept on an image.
+        """Find the instances of a concept on an image; arguments are those of `find_each`.
+
+        `text`: None: only the boxes.
+        """
+        texts = [ANY_CONCEPT if text is None else text]
+        return next(self.find_each(levels, size, texts, boxes_N4, positive_N, threshold))
+
+    @torch.no_grad()
+    def find_each(
+        self,
+        levels: Levels,
+        size: tuple[int, int],
+        texts: Sequence[str],
+        boxes_N4: Tensor | None = None,
+        positive_N: Tensor | None = None,
+        threshold: float = 0.5,
+    ) -> Iterator[Instances]:
+        """Find the instances of several concepts on an image; yields those of each text.
 
         Args:
-            vision: what `look` made of the image.
+            levels: what `look` made of the image.
             size: (H, W) of the original image.
-            text: None: only the boxes.
             boxes_N4: examples, x1, y1, x2, y2 in pixels of the original image.
             positive_N: bool, False for an example of what is not meant; None: all are meant.
             threshold: instances with a higher score are kept.
 
-        Returns:
+        Yields:
             The instances, best first. The score is the instance's times that of the concept being there at all.
 
         Raises:
             TextTooLong: the text has more tokens than SAM 3 reads. (The original cuts it silently.)
         """
-        device = self.model.device
-        text = ANY_CONCEPT if text is None else text
-        prompt = {}
+        (height, width), labels_N = size, None
         if boxes_N4 is not None:
-            height, width = size
-            relative_N4 = box_convert(boxes_N4.float(), "xyxy", "cxcywh") / torch.tensor([width, height] * 2)
-            labels_N = torch.ones(len(boxes_N4)) if positive_N is None else positive_N
-            prompt = {
-                "input_boxes": relative_N4[None].to(device),
-                "input_boxes_labels": labels_N[None].long().to(device),
-            }
-        output = self.detect(vision, [text], **prompt)
-        scores = (output.pred_logits.sigmoid() * output.presence_logits.sigmoid())[0]
-        order = scores.argsort(descending=True)
-        # Best first, as `order` is.
-        best = order[scores[order] > threshold]
-        scale = torch.tensor([size[1], size[0]] * 2, device=device)
-        return Instances(
-            masks_OHW=at_full_size(output.pred_masks[0, best], size),
-            boxes_O4=(output.pred_boxes[0, best] * scale).cpu(),
-            scores_O=scores[best].cpu(),
-            ids=list(range(1, len(best) + 1)),
-            texts=[text] * len(best),
-        )
+            boxes_N4 = box_convert(boxes_N4.float(), "xyxy", "cxcywh") / torch.tensor([width, height] * 2)
+            labels_N = torch.ones(len(boxes_N4)).long() if positive_N is None else positive_N.long()
+        for start in range(0, len(texts), PHRASES):
+            some = texts[start : start + PHRASES]
+            answers = self.detect(levels, some, boxes_N4, labels_N)
+            for row, text in enumerate(some):
+                own = answers.phrase(row)
+                scores_Q = own.scores_RQ[0]
+                order = scores_Q.argsort(descending=True)
+                best = order[scores_Q[order] > threshold]  # best first, as `order` is
+                scale = torch.tensor([width, height] * 2, device=best.device)
+                yield Instances(
+                    masks_OHW=at_full_size(own.masks_of(best[None])[0], size),
+                    boxes_O4=(own.boxes_LRQ4[-1, 0, best] * scale).cpu(),
+                    scores_O=scores_Q[best].cpu(),
+                    ids=list(range(1, len(best) + 1)),
+                    texts=[text] * len(best),
+                )
 
     def follow(
         self, frames: Sequence[Tensor], size: tuple[int, int], texts: list[str], threshold: float | None = None

@@ -172,7 +172,7 @@ class AdapterStudent(nn.Module):
         logits_RQ, presence_R, boxes_RQ4 = found.logits_LRQ[-1], found.presence_LR[-1], found.boxes_LRQ4[-1]
         valid_RI, boxes_RI4 = targets.valid_RI, boxes_of(targets.masks_RISS)
         query_RI = match(logits_RQ, boxes_RQ4, boxes_RI4, valid_RI)
-        logits_RILL = of_queries(found.masks_RQMM, query_RI).float()
+        logits_RILL = found.masks_of(query_RI).float()
         target_RILL = shrink(targets.masks_RISS, logits_RILL.shape[-1])
         pair = logits_RILL.flatten(0, 1)[:, None], target_RILL.flatten(0, 1)
         masks = {name: loss(*pair)[:, 0].unflatten(0, valid_RI.shape) for name, loss in (("bce", bce), ("dice", dice))}

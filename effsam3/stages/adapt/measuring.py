@@ -135,13 +135,13 @@ def segmented(
                 masks_OHW = at_full_size(prompted_masks(tracker, embeddings, *shown)[0], size)
                 yield pair, kind, fits_of(masks_OHW, truth_OHW), masks_OHW.numpy()
         if concepts is not None:
-            vision = concepts.look(image_HW3)
+            levels = concepts.look(image_HW3)
             by_text: dict[str, list[np.ndarray]] = {}
             for category, mask in truths:
                 by_text.setdefault(phrase or category, []).append(mask)
             for text, masks in by_text.items():
                 if text:
-                    union_1HW = concepts.find(vision, size, text).masks_OHW.any(0, keepdim=True)
+                    union_1HW = concepts.find(levels, size, text).masks_OHW.any(0, keepdim=True)
                     truth_1HW = torch.from_numpy(np.stack(masks).any(0, keepdims=True))
                     yield pair, "text", fits_of(union_1HW, truth_1HW), union_1HW.numpy()
 

@@ -25,7 +25,7 @@ from effsam3.losses.masks import object_weights
 from effsam3.models.chassis.classes import empty_model, model_class
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.tensors import fingerprint, load_whole, read_config, read_tensors
-from effsam3.models.heads.detector import Asked, ask
+from effsam3.models.heads.detector import PADDING, Asked, ask
 from effsam3.models.heads.tracker import Shown
 from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.image.teacher import check_features
@@ -299,13 +299,16 @@ class AdaptStage(StageBase):
         image_R = by_text_B.nonzero()[:, 0]
         asked = ask([batch["texts"][image] for image in image_R.tolist()], image_R, self.tokenizer)
         boxes_RI4 = boxes_of(targets.masks_RISS).cpu()
+        boxes_R14, labels_R1 = torch.zeros(len(image_R), 1, 4), torch.full((len(image_R), 1), PADDING)
         for row, image in enumerate(image_R.tolist()):
             there_N = batch["valid"][image].nonzero()[:, 0]
             rng = self._prompt_rng(batch["numbers"][image])
             if len(there_N) and rng.random() < self.recipe.prompts.exemplar:
-                asked.boxes_R14[row, 0] = to_centres(boxes_RI4[row, there_N[rng.integers(len(there_N))]])
-                asked.box_labels_R1[row] = 1
-        return Asked(*(tensor.to(self.device) for tensor in asked))
+                boxes_R14[row, 0] = to_centres(boxes_RI4[row, there_N[rng.integers(len(there_N))]])
+                labels_R1[row] = 1
+        if (labels_R1 != PADDING).any():
+            asked = asked._replace(boxes_RN4=boxes_R14, box_labels_RN=labels_R1)
+        return asked.each(lambda own: own.to(self.device))
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         arguments = self.inputs(batch).arguments

@@ -85,5 +85,5 @@ def draw_exemplars(recipe: PromptedRecipe, batch: Batch, tokenizer: PromptTokeni
         low, high = corners[0] / side, (corners[1] + 1) / side
         boxes.append(torch.cat([(low + high) / 2, high - low]))
     asked = ask([ANY_CONCEPT] * len(boxes), torch.arange(len(boxes), device=device), tokenizer)
-    labels_R1 = torch.ones_like(asked.box_labels_R1)
-    return asked._replace(boxes_R14=torch.stack(boxes)[:, None].to(device), box_labels_R1=labels_R1)
+    labels_R1 = torch.ones(len(boxes), 1, dtype=torch.int64, device=device)
+    return asked._replace(boxes_RN4=torch.stack(boxes)[:, None].to(device), box_labels_RN=labels_R1)

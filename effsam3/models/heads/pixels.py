@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pixels that a detector's masks are made of: SAM 3's pixel decoder, with what phrases share computed once.
+
+The decoder goes from the coarsest level, which depends on the phrase, to the finest. At each finer one it doubles what
+it has, adds the image's own map and convolves both. A convolution is linear: the map's share does not depend on the
+phrase, and the doubled share needs a quarter of the products, as most of what it reads is there twice.
+
+Letters: B images, R phrases, C channels, H W rows and columns of the coarser map, G side of the coarsest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TAPS_AT_ONCE = 1 << 26  # numbers held at a time: all phrases' would be most of what a forward pass holds
+
+
+def shares_of(pixel_decoder: Any, maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Return what the maps of images, finest first, add at each finer level, coarsest first; bias included."""
+    finer = reversed(maps[:-1])
+    return tuple(pixel_decoder.conv_layers[step](level_BCxx) for step, level_BCxx in enumerate(finer))
+
+
+def pixels_of(pixel_decoder: Any, coarse_RCGG: Tensor, shares: tuple[Tensor, ...], image_R: Tensor) -> Tensor:
+    """Return the pixels (R, C, M, M) of phrases; `shares` are those of all images, `image_R` says on which each is."""
+    found = coarse_RCGG
+    for step, share_BCxx in enumerate(shares):
+        own = convolve_doubled(found, pixel_decoder.conv_layers[step].weight) + of_phrases(share_BCxx, image_R)
+        found = F.relu(pixel_decoder.norms[step](own))
+    return found
+
+
+def of_phrases(tensor_B: Tensor, image_R: Tensor) -> Tensor:
+    """Return what each phrase's image has, (R, ...); of a single image nothing is copied."""
+    return tensor_B.expand(len(image_R), *tensor_B.shape[1:]) if len(tensor_B) == 1 else tensor_B[image_R]
+
+
+def convolve_doubled(coarse_RCHW: Tensor, weight: Tensor) -> Tensor:
+    """Double a map by repeating rows and columns, and convolve it with a 3x3 `weight`, zeros around: (R, ., 2H, 2W).
+
+    Each of the nine taps is applied to the coarse map, where there is a quarter of the places, and put where it
+    belongs.
+    """
+    padded = F.pad(coarse_RCHW, (1, 1, 1, 1))
+    each_tap = weight.permute(2, 3, 0, 1).flatten(0, 2)[..., None, None]  # 1x1, one after another
+    rows = max(1, TAPS_AT_ONCE // (len(each_tap) * padded[0, 0].numel()))
+    found = [_put(F.conv2d(some, each_tap).unflatten(1, (3, 3, -1))) for some in padded.split(rows)]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _put(taps_R33CHW: Tensor) -> Tensor:
+    """Add up the taps (by row, by column) of a map with one zero around it where they belong in the doubled map."""
+    return _between(_between(taps_R33CHW, -2), -1)
+
+
+def _between(taps_R3: Tensor, dim: int) -> Tensor:
+    """Add up three taps (second axis) along `dim`, which doubles.
+
+    Place 2y of the doubled map has y - 1 before it and y after it, place 2y + 1 has y before it and y + 1 after it.
+    """
+    before, own, after = taps_R3.unbind(1)
+    count = own.shape[dim] - 2
+    middle = own.narrow(dim, 1, count)
+    even = before.narrow(dim, 0, count) + middle + after.narrow(dim, 1, count)
+    odd = before.narrow(dim, 1, count) + middle + after.narrow(dim, 2, count)
+    return torch.stack([even, odd], dim).flatten(dim - 1, dim)
