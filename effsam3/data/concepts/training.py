@@ -102,9 +102,9 @@ class ConceptPhrases(Dataset):
         for position, number in numbered:
             # Not ending in 0: numpy takes [1] and [1, 0] for the same seed.
             rng = np.random.default_rng([self.seed, number, 1])
-            own = [] if position == PADDING else self.ask(position, rng)
-            counted += [place < len(own) for place in range(self.phrases)]
-            asked += own + [("", None)] * (self.phrases - len(own))
+            drawn = [] if position == PADDING else self.ask(position, rng)
+            counted += [place < len(drawn) for place in range(self.phrases)]
+            asked += drawn + [("", None)] * (self.phrases - len(drawn))
         image_R, counted_R = torch.arange(len(items)).repeat_interleave(self.phrases), torch.tensor(counted)
         known_R = (batch["sizes"][:, 0] > 0)[image_R] & counted_R & self.annotated
         found = [
