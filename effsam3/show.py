@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verb `show`: the resolved recipe and the numbers that follow from it, without reading data.
 
-`show` itself goes without torch; `budget` measures, and takes a few seconds, for stage 2 up to a minute.
+`show` itself goes without torch. `flops` counts and `budget` measures, for a few seconds, of stage 2 up to a minute.
 """
 
 from __future__ import annotations
@@ -50,6 +50,19 @@ def budget(recipe: Recipe, device_gib: float | None = None) -> str:
     text = _known(partial(table, recipe, device_gib))
     if text.startswith("unknown"):
         text = f"device    {text}"
+    return "\n".join(f"# {line}" for line in text.splitlines())
+
+
+def flops(recipe: Recipe) -> str:
+    """Return the operations of every part of the model that the recipe makes, next to SAM 3's, as YAML comments.
+
+    Raises:
+        UserError: a part of a release is not there.
+    """
+    from effsam3.benchmarks.flops import chassis_row, config_of, gflop_table, part_gflop
+
+    row = chassis_row(recipe.sam3.checkpoint)
+    text = _known(lambda: gflop_table(part_gflop(config_of(recipe)), row.gflop or part_gflop(row.config()), row.label))
     return "\n".join(f"# {line}" for line in text.splitlines())
 
 

@@ -39,11 +39,13 @@ def nodes(text: str) -> int | str:
 # ---- verbs that are more than one call
 
 
-def show(recipe: Recipe, key: str | None, budget: bool, device_gib: float | None) -> None:
+def show(recipe: Recipe, key: str | None, flops: bool, budget: bool, device_gib: float | None) -> None:
     """Print the recipe at once, and what takes seconds after it."""
     from effsam3 import show as verb
 
     print(verb.show(recipe, key), flush=True)
+    if key is None and flops:
+        print(verb.flops(recipe), flush=True)
     if key is None and (budget or device_gib is not None):
         print(verb.budget(recipe, device_gib))
 
@@ -150,6 +152,7 @@ VERBS = {
         show,
         [
             arg("--key", "print this one value only, such as hardware or optim.lr"),
+            flag("--flops", "also count the operations of every part of the model, next to SAM 3's; takes seconds"),
             flag("--budget", "also estimate the memory of each device and the disk; takes seconds to a minute"),
             arg("--device-gib", "--budget, and what to change if this is too little", type=float, metavar="GIB"),
         ],

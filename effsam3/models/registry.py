@@ -9,7 +9,7 @@ Counts are exact numbers of parameters; docs/parameters.md explains where each c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,7 @@ class Sam3:
     hub_id: str | None  # None: made up
     sizes: Sizes
     counts: Counts | None  # None: not counted
+    gflop: Mapping[str, float] = field(default_factory=dict)  # of every part in models/flops.py; {}: not counted
     config: Callable[[], PreTrainedConfig]  # of the whole model with these sizes
     config_type: str  # `model_type` of its config.json ...
     model_class: str  # ... and transformers' class for it
@@ -137,6 +138,16 @@ SAM3 = Sam3(
         neck=7_802_112,
         transformers_total=859_921_848,
     ),
+    gflop={
+        "trunk": 5398.57,
+        "detector_neck": 212.68,
+        "tracker_neck": 214.71,
+        "text_encoder": 19.45,
+        "detector": 424.33,
+        "mask_decoder": 4.59,
+        "memory_attention": 951.29,
+        "memory_encoder": 14.69,
+    },
     config=full_config,
     config_type="sam3_video",
     model_class="Sam3VideoModel",
@@ -153,7 +164,13 @@ SAM3 = Sam3(
     ),
 )
 TINY = replace(
-    SAM3, label="the tiny SAM 3", hub_id=None, sizes=Sizes.of(vision_config()), counts=None, config=tiny_config
+    SAM3,
+    label="the tiny SAM 3",
+    hub_id=None,
+    sizes=Sizes.of(vision_config()),
+    counts=None,
+    gflop={},
+    config=tiny_config,
 )
 TINY_CONCEPTS = replace(
     TINY,
@@ -217,6 +234,7 @@ class ImageStudent:
     family: str
     published_millions: float | None  # as the EfficientSAM3 documents print it; None: not one of theirs
     trunk_params: int
+    trunk_gflop: float | None = None  # on an image of 1008 px, branches not folded; None: not counted
     channels: tuple[int, ...]  # of its feature maps, finest first
     strides: tuple[int, ...] = (4, 8, 16, 32)  # pixels from one position of a map to the next
     out_indices: tuple[int, ...] = (0, 1, 2, 3)  # what timm calls these maps
@@ -260,23 +278,29 @@ _SEPARABLE: dict[str, Any] = {"family": "separable", "source": "made up", "strid
 
 IMAGE_STUDENTS = {
     name: ImageStudent(
-        label=label, timm_name=timm_name, published_millions=millions, trunk_params=exact, channels=channels, **family
+        label=label,
+        timm_name=timm_name,
+        published_millions=millions,
+        trunk_params=exact,
+        trunk_gflop=gflop,
+        channels=channels,
+        **family,
     )
-    for name, label, timm_name, millions, exact, channels, family in (
-        ("repvit_m0_9", "ES-RV-S", "repvit_m0_9", 4.72, 4_717_792, (48, 96, 192, 384), _REPVIT),
-        ("repvit_m1_1", "ES-RV-M", "repvit_m1_1", 7.77, 7_774_864, (64, 128, 256, 512), _REPVIT),
-        ("repvit_m2_3", "ES-RV-L", "repvit_m2_3", 22.40, 22_404_232, (80, 160, 320, 640), _REPVIT),
-        ("tiny_vit_5m", "ES-TV-S", "tiny_vit_5m_224", 5.07, 5_071_124, (64, 128, 160, 320), _TINYVIT),
-        ("tiny_vit_11m", "ES-TV-M", "tiny_vit_11m_224", 10.55, 10_547_076, (64, 128, 256, 448), _TINYVIT),
-        ("tiny_vit_21m", "ES-TV-L", "tiny_vit_21m_224", 20.62, 20_620_416, (96, 192, 384, 576), _TINYVIT),
-        ("efficientvit_b0", "ES-EV-S", "efficientvit_b0", 0.68, 682_608, (16, 32, 64, 128), _EFFICIENTVIT),
-        ("efficientvit_b1", "ES-EV-M", "efficientvit_b1", 4.64, 4_643_936, (32, 64, 128, 256), _EFFICIENTVIT),
-        ("efficientvit_b2", "ES-EV-L", "efficientvit_b2", 14.98, 14_977_008, (48, 96, 192, 384), _EFFICIENTVIT),
+    for name, label, timm_name, millions, exact, gflop, channels, family in (
+        ("repvit_m0_9", "ES-RV-S", "repvit_m0_9", 4.72, 4_717_792, 33.18, (48, 96, 192, 384), _REPVIT),
+        ("repvit_m1_1", "ES-RV-M", "repvit_m1_1", 7.77, 7_774_864, 54.39, (64, 128, 256, 512), _REPVIT),
+        ("repvit_m2_3", "ES-RV-L", "repvit_m2_3", 22.40, 22_404_232, 183.35, (80, 160, 320, 640), _REPVIT),
+        ("tiny_vit_5m", "ES-TV-S", "tiny_vit_5m_224", 5.07, 5_071_124, 53.19, (64, 128, 160, 320), _TINYVIT),
+        ("tiny_vit_11m", "ES-TV-M", "tiny_vit_11m_224", 10.55, 10_547_076, 86.69, (64, 128, 256, 448), _TINYVIT),
+        ("tiny_vit_21m", "ES-TV-L", "tiny_vit_21m_224", 20.62, 20_620_416, 182.03, (96, 192, 384, 576), _TINYVIT),
+        ("efficientvit_b0", "ES-EV-S", "efficientvit_b0", 0.68, 682_608, 3.73, (16, 32, 64, 128), _EFFICIENTVIT),
+        ("efficientvit_b1", "ES-EV-M", "efficientvit_b1", 4.64, 4_643_936, 20.32, (32, 64, 128, 256), _EFFICIENTVIT),
+        ("efficientvit_b2", "ES-EV-L", "efficientvit_b2", 14.98, 14_977_008, 62.89, (48, 96, 192, 384), _EFFICIENTVIT),
         # For tests and the smoke recipe: no BatchNorm, so its trajectory does not depend on the micro-batch.
-        ("tiny_convnext", "tiny", "test_convnext", None, 207_000, (24, 32, 48, 64), _CONVNEXT),
+        ("tiny_convnext", "tiny", "test_convnext", None, 207_000, None, (24, 32, 48, 64), _CONVNEXT),
         # For `tiny_concepts` with the head `linear`: 1.4 and 10.6 % of its trunk.
-        ("tiny_separable_w4", "tiny W4", "tiny_separable_w4", None, 1_848, (16,), _SEPARABLE),
-        ("tiny_separable_w16", "tiny W16", "tiny_separable_w16", None, 18_528, (64,), _SEPARABLE),
+        ("tiny_separable_w4", "tiny W4", "tiny_separable_w4", None, 1_848, None, (16,), _SEPARABLE),
+        ("tiny_separable_w16", "tiny W16", "tiny_separable_w16", None, 18_528, None, (64,), _SEPARABLE),
     )
 }
 # apple-amlr is Apple's licence for research purposes only.

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from effsam3 import __version__, stages
+from effsam3.benchmarks.flops import gflop_table, part_gflop
 from effsam3.models.chassis.classes import empty_model
 from effsam3.models.chassis.tensors import read_config
 from effsam3.models.merging.slots import SLOTS
@@ -33,6 +34,7 @@ def model_card(release: Release, repo: str, revision: str = "main") -> str:
         f"# {repo.rpartition('/')[2]}\n\n{_introduction(release)}",
         f"## Slots\n\n{_slots(release)}",
         f"## Parameters\n\n{_parameters(release)}",
+        f"## Operations\n\n{_operations(release)}",
         f"## How to use it\n\n{_use(release, repo, revision)}",
         f"## Measured\n\n{measurements(release)}",
         f"## How it learned\n\n{_training(release)}",
@@ -108,6 +110,19 @@ def _parameters(release: Release) -> str:
             saved = [f"{100 * (1 - counts[0] / counts[1]):.2f} %"] if len(counts) == 2 else []
             rows.append([title, *(f"{count:,}" for count in counts), *saved])
     return table(rows, ["parameters", *columns, *(["saved"] if len(columns) == 2 else [])])
+
+
+def _operations(release: Release) -> str:
+    """Lay out what every use of the model takes, so that none is judged by its trunk."""
+    original, row = _chassis_config(release.chassis), release.sam3
+    known = row.gflop if release.chassis in SAM3S else {}
+    theirs = None if original is None else known or part_gflop(original)
+    gflop = gflop_table(part_gflop(read_config(release.model)), theirs, row.label if release.has_sam3 else "chassis")
+    return (
+        f"{gflop}\n\nBillions of operations, two for every multiplication and its addition, in matrix products and "
+        "convolutions. A phrase is padded to 32 tokens; an object is shown by a point; the memory is full. No time of "
+        "any machine follows from these."
+    )
 
 
 def parameters(config) -> Counter:

@@ -48,6 +48,7 @@ LAYERS = [
         "models.image.backbones",  # asks timm, but only about a student timm/NAME
         "models.inference.prompt_options",
         "models.memory.token_counts",
+        "models.flops",
     },
     {"auto", "models", "data", "losses", "training", "tensor_files", "hardware.accelerator"},
     {

@@ -18,7 +18,9 @@ from run_folders import image_run, merged_run
 from safetensors.torch import load_file, save_file
 
 from effsam3 import merge
+from effsam3.benchmarks.flops import part_gflop
 from effsam3.models.chassis.sizes import sam3_of
+from effsam3.models.chassis.tensors import read_config
 from effsam3.models.chassis.tiny import full_config
 from effsam3.models.image.backbones import image_student
 from effsam3.models.registry import SAM3, head_params
@@ -141,6 +143,17 @@ def test_parameters_are_those_of_the_registry_and_of_the_file(merged):
     assert numbers(card, r"**whole model**")[0] == total
     assert numbers(card_of(merged["both"]), "vision trunk")[0] == here
     assert numbers(card_of(merged["both"]), "text encoder") == numbers(card_of(merged["text"]), "text encoder")
+
+
+def test_operations_of_all_parts_are_told(merged):
+    lines = section(card_of(merged["image"]), "Operations").splitlines()
+    table = {cells[1].strip(): cells[2:-1] for cells in (line.split("|") for line in lines if line.startswith("|"))}
+    ours, theirs = part_gflop(read_config(merged["image"] / "merged")), part_gflop(sam3_of("tiny").config())
+    assert ours["trunk"] != theirs["trunk"]
+    found = [float(cell) for cell in table["**an image**"][:2]]
+    image = ("trunk", "detector_neck", "tracker_neck")
+    assert found == pytest.approx([sum(of[part] for part in image) for of in (ours, theirs)], abs=0.005)
+    assert len(table) == 14 and table["**a phrase**"][2].strip() == "1.0"
 
 
 def test_sam3_counts_as_published():

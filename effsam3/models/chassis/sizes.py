@@ -24,6 +24,7 @@ FORM = {
         }
     },
 }
+STUDENTS = ('"effsam3_', '"sam3_lite_text')  # how the types of students in a config.json begin
 # What listing a file that is no sam3.pt may raise.
 NOT_LISTED = (BadZipFile, EOFError, LookupError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
 
@@ -68,7 +69,14 @@ def sam3_of(checkpoint: str) -> Sam3:
     sizes = Sizes.of(config["detector_config"]["vision_config"])
     if wrong := next((f"{name} is {size}" for name, size in vars(sizes).items() if not 0 < size < 2**17), ""):
         raise UserError(f"sam3.checkpoint: {wrong}, which is the size of no SAM 3; {GIVE}")
-    return replace(row, sizes=sizes, counts=row.counts if sizes == row.sizes else None)
+    # Sizes are those of its trunk: a student may be in its text encoder or its tracker.
+    is_whole = sizes == row.sizes and not any(kind in said for kind in STUDENTS)
+    return replace(
+        row,
+        sizes=sizes,
+        counts=row.counts if sizes == row.sizes else None,
+        gflop=row.gflop if is_whole else {},
+    )
 
 
 def _texts_in(file: Path) -> list[str]:

@@ -31,11 +31,14 @@ class Example(NamedTuple):
     outputs: dict[str, Tensor]
 
 
-def flow(parts: Sequence[Part], lengths: Mapping[str, int], seed: int = 0) -> Iterator[Example]:
+def flow(
+    parts: Sequence[Part], lengths: Mapping[str, int], seed: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[Example]:
     """Run the parts one after the other; a part gets what earlier ones have put out, and drawn numbers for the rest.
 
     Args:
         lengths: of the dynamic axes, as `TRACED`.
+        device: of the parts' weights; meta ones compute shapes only.
     """
     draw = torch.Generator().manual_seed(seed)
     known: dict[str, Tensor] = {}
@@ -44,8 +47,10 @@ def flow(parts: Sequence[Part], lengths: Mapping[str, int], seed: int = 0) -> It
         for name, axes in part.inputs.items():
             shape = [lengths[axis] if axis in lengths else int(axis) for axis in axes.split()]
             value = known.get(name)
-            if value is None or list(value.shape) != shape:
-                value = _drawn(name, shape, draw) if value is None else _repeated(value, shape)
+            if value is None:
+                value = _drawn(name, shape, draw).to(device)
+            elif list(value.shape) != shape:
+                value = _repeated(value, shape)
             inputs[name] = value
         outputs = dict(zip(part.outputs, run_part(part, list(inputs.values())), strict=True))
         known |= outputs

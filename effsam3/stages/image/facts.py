@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError
 from effsam3.models.chassis.sizes import sam3_of
+from effsam3.models.flops import flops_line, image_gflop
 from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
 from effsam3.models.registry import SAM3, head_params
 from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train
@@ -238,6 +239,7 @@ class ImageRecipe(FeatureRecipe):
             "images": self._images_line,
             "length": self._length_line,
             "student": self.student_line,
+            "flops": self._flops_line,
             "store": self._store_line,
         }
 
@@ -271,6 +273,11 @@ class ImageRecipe(FeatureRecipe):
         verdict = f"{abs(saved):.2f} % {'fewer' if saved > 0 else 'more'} than the {facts.trunk_params:,} they replace"
         counts = f"{student.trunk_params:,} trunk + {head:,} {self.head} head = {total:,} parameters, {verdict}"
         return counts if seen == facts.image_size else f"{counts}; sees {seen} px instead of {facts.image_size}"
+
+    def _flops_line(self) -> str:
+        sam3 = sam3_of(self.sam3.checkpoint)
+        seen = self.student_image_size or sam3.sizes.image_size
+        return flops_line(sam3, {"trunk": image_gflop(image_student(self.student, seen), self.head, seen, sam3)})
 
     def _store_line(self) -> str:
         if self.teacher == "online":

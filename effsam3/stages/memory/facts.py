@@ -9,6 +9,7 @@ from functools import partial
 from typing import Annotated, Any, Literal
 
 from effsam3.models.chassis.sizes import sam3_of
+from effsam3.models.flops import memory_attention_gflop
 from effsam3.models.memory.token_counts import CHANNELS, count_tokens
 from effsam3.recipe.clips import CLIP_KNOBS, ClipTrain, clip_savings
 from effsam3.recipe.common import Data, Merge, Optim, Sam3, Saving, StageRecipe
@@ -212,7 +213,11 @@ class MemoryRecipe(StageRecipe):
             pointers=sam3.memory_pointers,
         )
         read = f"{count(asked.mode):,} tokens of {sam3.memory_frames} frames and {sam3.memory_pointers} pointers"
-        return f"{asked.mode}: {read}, {count('dense'):,} when dense"
+        text = f"{asked.mode}: {read}, {count('dense'):,} when dense"
+        if not sam3.gflop:
+            return text
+        gflop = memory_attention_gflop(count(asked.mode), sam3, asked.attention_layers)
+        return f"{text}; {gflop:,.1f} GFLOP per object and frame instead of {sam3.gflop['memory_attention']:,.1f}"
 
     def savings(self) -> dict[str, Saving]:
         return clip_savings(self.train, self.data)

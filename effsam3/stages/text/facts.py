@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError, did_you_mean
 from effsam3.models.chassis.sizes import sam3_of
+from effsam3.models.flops import flops_line, text_gflop
 from effsam3.models.registry import text_student_row
 from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train
 from effsam3.recipe.concepts import ConceptEvaluate
@@ -129,7 +130,12 @@ class TextRecipe(FeatureRecipe):
         return [*super().limits(), f"Prompts were learned up to {self.data.context_length} tokens."]
 
     def derived(self) -> dict[str, Callable[[], str]]:
-        return {"length": self._length_line, "student": self.student_line, "store": self._store_line}
+        return {
+            "length": self._length_line,
+            "student": self.student_line,
+            "flops": self._flops_line,
+            "store": self._store_line,
+        }
 
     def _length_line(self) -> str:
         if self.train.steps is None:
@@ -146,6 +152,10 @@ class TextRecipe(FeatureRecipe):
         saved = 100 * (1 - total / sam3.counts.text)
         verdict = f"{abs(saved):.2f} % {'fewer' if saved > 0 else 'more'} than the {sam3.counts.text:,} they replace"
         return f"{text}, {verdict}"
+
+    def _flops_line(self) -> str:
+        sam3, row = sam3_of(self.sam3.checkpoint), text_student_row(self.student)
+        return flops_line(sam3, {"text_encoder": text_gflop(row, sam3.context_length, sam3.sizes.fpn_hidden_size)})
 
     def _store_line(self) -> str:
         if self.teacher == "online":
