@@ -6,6 +6,7 @@
     shard-WWWWW-NNNN.tsv   their journal: a header, then per record its key and the xxh3_64 of its payload in hex
     skipped-WWWWW.tsv      key and reason of what could not be embedded
     writer-WWWWW.lock      locked while writer W lives
+    keys-STAMP.index       where each key's record is, once finished; made from the journals, and may be deleted
 
 Fields are named `features`, `scale` (of int8 features), `pixels` (uint8 RGB 0-255) and `tokens` (text).
 

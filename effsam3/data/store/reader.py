@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ from effsam3.data.store.format import (
     remedy,
     shards_on_disk,
 )
+from effsam3.data.store.key_index import KeyIndex
 
 if TYPE_CHECKING:
     import pyarrow
@@ -58,32 +59,43 @@ class StoreReader:
         self._shards = list_shards(self.root, manifest)
         if allow_unfinished and all(shard.journal for shard in self._shards):
             self._shards = shards_on_disk(self.root, manifest)  # a finished store may be growing
-        keys = journal_column(self.root, manifest, self._shards, "key")
-        if not (manifest.finished or allow_unfinished):
-            total = "" if manifest.expected is None else f" of {manifest.expected}"
-            raise StoreError(
-                f"{root} is unfinished: {len(keys)}{total} records; run `effsam3 embed` again, it only writes the rest"
-            )
+        # Where a key that two shards hold (upstream repeats images) comes first; None: there is no such key.
+        self._rows: np.ndarray | None = None
+        index = KeyIndex.open(self.root, self._shards, manifest.records or 0)
+        if index is not None:
+            # Of a finished store no key is read: where each of them is stands in a file.
+            self._index, self._length = index, len(index)
+        else:
+            keys = journal_column(self.root, manifest, self._shards, "key")
+            if not (manifest.finished or allow_unfinished):
+                total = "" if manifest.expected is None else f" of {manifest.expected}"
+                raise StoreError(
+                    f"{root} is unfinished: {len(keys)}{total} records; run `effsam3 embed` again, it only writes the "
+                    "rest"
+                )
+            if len(keys) != manifest.records:
+                codes = keys.dictionary_encode().indices.to_numpy()
+                self._rows = np.sort(np.unique(codes, return_index=True)[1])
+                keys = keys.take(self._rows)
+            self.arrow_keys, self._length = keys, len(keys)
         check_sizes(self.root, manifest, self._shards)
-        # A key that two shards hold (upstream's sampler repeats images) counts where it comes first.
-        self._rows = np.arange(len(keys))
-        if len(keys) != manifest.records:
-            codes = keys.dictionary_encode().indices.to_numpy()
-            self._rows = np.sort(np.unique(codes, return_index=True)[1])
-        self.arrow_keys: pyarrow.Array = keys if len(self._rows) == len(keys) else keys.take(self._rows)
         records = np.array([shard.records for shard in self._shards], np.int64)
         self._first = np.cumsum(records) - records  # row at which each shard begins
         self._stride = np.array([shard.stride for shard in self._shards], np.int64)
         self._offset = np.array([shard.offset for shard in self._shards], np.int64)
         self._files: dict[int, _OpenFile] = {}
-        self._index: tuple[np.ndarray, np.ndarray, int] | None = None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._length
 
     def __getstate__(self) -> dict:
         # Data workers are forked or pickled: each opens its own files, so that no file position is shared.
-        return self.__dict__ | {"_files": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_index"} | {"_files": {}}
+
+    @functools.cached_property
+    def arrow_keys(self) -> pyarrow.Array:
+        """Key of every position, read when asked for."""
+        return journal_column(self.root, self.manifest, self._shards, "key")
 
     @property
     def keys(self) -> list[str]:
@@ -103,16 +115,19 @@ class StoreReader:
         """Position of every key, int64; StoreError naming the keys that are not stored, and those replaced since."""
         found = self.find(keys)
         if (found < 0).any():
-            missing = self.missing(keys)
-            replaced = self.replaced(missing)
-            said = f"{self.root} lacks {len(missing)} of {len(keys)} keys: {_first(missing)}. "
-            if replaced:
-                said += (
-                    f"Of {len(replaced)} of them it has features of other bytes under the same name (replaced since "
-                    f"it was made): {_first(replaced)}. "
-                )
-            raise StoreError(said + "Run `effsam3 embed` for this data: it writes only what is missing")
+            raise self.lacking([keys[place] for place in np.flatnonzero(found < 0).tolist()], len(keys))
         return found
+
+    def lacking(self, missing: Sequence[str], total: int) -> StoreError:
+        """Return the error that names keys which are not stored, of this many that were asked for."""
+        replaced = self.replaced(missing)
+        said = f"{self.root} lacks {len(missing)} of {total} keys: {_first(missing)}. "
+        if replaced:
+            said += (
+                f"Of {len(replaced)} of them it has features of other bytes under the same name (replaced since "
+                f"it was made): {_first(replaced)}. "
+            )
+        return StoreError(said + "Run `effsam3 embed` for this data: it writes only what is missing")
 
     def replaced(self, missing: Sequence[str]) -> list[str]:
         """Return names of those of the keys, none of which is stored, under whose names other bytes are."""
@@ -120,35 +135,17 @@ class StoreReader:
         return [name for name in map(name_of, missing) if name in names and name]
 
     def find(self, keys: Sequence[str]) -> np.ndarray:
-        """Return positions, int64, -1 where absent: a search among sorted hashes, then a comparison of the keys."""
-        import pyarrow
-        from pyarrow import compute
+        """Return positions, int64, -1 where absent."""
+        return self._index.find(keys)
 
-        if not len(self):
-            return np.full(len(keys), -1)
-        hashes, order, seed = self._sorted_hashes()
-        wanted = pyarrow.array(keys, pyarrow.string())
-        # A hash above all others leads past the end; the comparison tells that the last key is another one.
-        candidates = order[np.minimum(np.searchsorted(hashes, _hash(wanted, seed)), len(hashes) - 1)]
-        # The keys themselves are compared as well, because other keys may have the same hash.
-        same = compute.equal(self.arrow_keys.take(candidates), wanted)
-        return np.where(same.to_numpy(zero_copy_only=False), candidates, -1)
+    def absent(self, hashes: np.ndarray) -> np.ndarray:
+        """Return those of the hashes, of `key_index.hashes_of`, that no stored key has, ascending."""
+        return self._index.absent(hashes)
 
-    def _sorted_hashes(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """Hashes of all keys in ascending order, the positions they belong to, and the seed that tells them apart."""
-        if self._index is None:
-            # Another seed until no two keys collide, so that a search finds one candidate only. The first nearly
-            # always does.
-            for seed in itertools.count():
-                hashes = _hash(self.arrow_keys, seed)
-                order = np.argsort(hashes)
-                hashes = hashes[order]
-                # Sixteen bytes a key instead of a dict: of eleven million keys that is 180 MB instead of gigabytes, in
-                # every process.
-                if (hashes[1:] != hashes[:-1]).all():
-                    break
-            self._index = hashes, order, seed
-        return self._index
+    @functools.cached_property
+    def _index(self) -> KeyIndex:
+        mapped = KeyIndex.open(self.root, self._shards, self.manifest.records or 0)
+        return KeyIndex.of(self.arrow_keys) if mapped is None else mapped
 
     def read(self, positions: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """Field name -> CPU tensor [N, *shape]. Raises StoreError naming a truncated shard."""
@@ -156,7 +153,10 @@ class StoreReader:
 
         from effsam3.data.loader import new_batch
 
-        rows = self._rows[np.asarray(positions, np.int64)]
+        rows = np.asarray(positions, np.int64)
+        assert not len(rows) or (rows.min() >= 0 and rows.max() < len(self))
+        if self._rows is not None:
+            rows = self._rows[rows]
         # The kernel writes records straight into the batch: no copy, no stack, no conversion on the CPU.
         out = {f.name: new_batch(len(rows), *f.shape, dtype=getattr(torch, f.dtype)) for f in self.manifest.fields}
         views = [(out[f.name].view(-1).view(torch.uint8).numpy().data, f.nbytes) for f in self.manifest.fields]
@@ -187,13 +187,8 @@ def name_of(key: str) -> str:
     return key.rpartition("@")[0]
 
 
-def _first(names: list[str], count: int = 5) -> str:
+def _first(names: Sequence[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
-
-
-def _hash(keys: pyarrow.Array, seed: int) -> np.ndarray:
-    encoded = keys.cast("binary").to_pylist()
-    return np.fromiter((xxhash.xxh3_64_intdigest(key, seed) for key in encoded), np.uint64, len(encoded))
 
 
 # ---- verify

@@ -27,6 +27,7 @@ from effsam3.data.store.format import (
     whole_lines,
     write_manifest,
 )
+from effsam3.data.store.key_index import KeyIndex, remove
 from effsam3.files import free_bytes, sync
 
 SHARD_BYTES = 4 << 30
@@ -135,6 +136,8 @@ class StoreWriter:
         self.root, self.writer, self.shard_bytes = Path(root), writer, shard_bytes
         self.manifest = open_manifest(root)
         self._lock = _lock(self.root, writer)
+        # Before the first record: a shard that is made again has as many keys in another order.
+        remove(self.root)
         # It goes on in its own last shard: a shard has one writer, so no two processes append to one file.
         own = sorted(self.root.glob(f"shard-{writer:05d}-*.bin"))
         self._open_shard(int(own[-1].stem.split("-")[2]) if own else 0)
@@ -271,7 +274,8 @@ def finish_store(root: str | Path, expected_keys: Iterable[str], statistics: dic
     manifest = open_manifest(root)
     shards = shards_on_disk(root, manifest)
     check_sizes(root, manifest, shards)
-    stored = set(journal_column(root, manifest, shards, "key").to_pylist())
+    keys = journal_column(root, manifest, shards, "key")
+    stored = set(keys.to_pylist())
     lines = [line for path in sorted(root.glob("skipped-*.tsv")) for line in whole_lines(path).decode().splitlines()]
     reasons = dict(line.split("\t", 1) for line in lines)
     # Skipped ones are accounted for; anything else means that a writer has not done its share.
@@ -291,5 +295,8 @@ def finish_store(root: str | Path, expected_keys: Iterable[str], statistics: dic
         statistics=manifest.statistics or statistics,
         shards=shards,
     )
+    if len(keys) == len(stored):  # a key that two writers have is left to the reader
+        # Before the manifest: whoever sees a finished store finds the index there.
+        KeyIndex.of(keys).write(root, shards)
     write_manifest(root, manifest)
     return manifest

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where each key of a store is, found among millions without reading them: a file that all processes map.
+
+    keys-<stamp>.index    uint64 (3, N): hashes of the keys, ascending; their positions; checks
+
+A check is a second hash, of a key with its position. So a candidate is another key, or damaged, unless both fit: two
+keys that share 128 bits of hashes do not happen. The stamp is of the shards that it was made from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from effsam3.data.store.format import Shard
+from effsam3.files import write_bytes
+
+if TYPE_CHECKING:
+    import pyarrow
+
+VERSION = 1  # of the file; another number makes older ones void
+BLOCK = 1 << 20  # keys that are Python objects at a time
+
+
+class KeyIndex:
+    """Positions by key."""
+
+    def __init__(self, table_3N: np.ndarray):
+        self._table_3N = table_3N
+        self.hashes, self._positions, self._checks = table_3N
+
+    @classmethod
+    def of(cls, keys: pyarrow.Array) -> KeyIndex:
+        """Make one of all keys, no two of which are equal, in order of their positions."""
+        hashes = np.concatenate([np.empty(0, np.uint64), *map(hashes_of, _blocks(keys))])
+        positions = np.argsort(hashes).astype(np.uint64)
+        checks = np.empty_like(hashes)
+        for start, block in zip(range(0, len(keys), BLOCK), _blocks(keys), strict=True):
+            checks[start : start + len(block)] = _checks(block, range(start, start + len(block)))
+        return cls(np.stack([hashes[positions], positions, checks[positions]]))
+
+    @classmethod
+    def open(cls, root: Path, shards: Sequence[Shard], count: int) -> KeyIndex | None:
+        """Map the file that was written of these shards and `count` keys; None where there is none."""
+        file = _file(root, shards)
+        if file is None or not count or not file.is_file() or file.stat().st_size != 24 * count:
+            return None
+        return cls(np.memmap(file, np.uint64, "r", shape=(3, count)).view(np.ndarray))
+
+    def write(self, root: Path, shards: Sequence[Shard]) -> None:
+        """Write the file, in place of any other."""
+        remove(root)
+        file = _file(root, shards)
+        if len(self) and file is not None:
+            write_bytes(file, self._table_3N.data.cast("B"))
+
+    def __len__(self) -> int:
+        return len(self.hashes)
+
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """Return positions, int64, -1 where absent."""
+        encoded = [key.encode() for key in keys]
+        wanted, found = hashes_of(encoded), np.full(len(keys), -1)
+        asked = np.argsort(wanted)  # neighbours lie together, which caches like
+        places = np.searchsorted(self.hashes, wanted[asked])
+        while len(asked := asked[places < len(self)]):
+            places = places[places < len(self)]
+            equal = self.hashes[places] == wanted[asked]
+            asked, places = asked[equal], places[equal]
+            positions = self._positions[places]
+            right = self._checks[places] == _checks((encoded[one] for one in asked), positions.tolist())
+            found[asked[right]] = positions[right]
+            # Other keys may have the same hash: they follow each other.
+            asked, places = asked[~right], places[~right] + 1
+        return found
+
+    def absent(self, hashes: np.ndarray) -> np.ndarray:
+        """Return those of the hashes that no key has, ascending: millions are looked up without making their keys."""
+        ordered = np.sort(hashes)
+        places = np.searchsorted(self.hashes, ordered)
+        known = np.zeros(len(ordered), bool)
+        inside = places < len(self)
+        known[inside] = self.hashes[places[inside]] == ordered[inside]
+        return ordered[~known]
+
+
+def remove(root: Path) -> None:
+    """Remove what was written: the store is going to grow, or to be written again in another order."""
+    for file in root.glob("keys-*.index"):
+        file.unlink(missing_ok=True)
+
+
+def hashes_of(keys: Sequence[bytes]) -> np.ndarray:
+    """Return the hash of every key, uint64."""
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, keys), np.uint64, len(keys))
+
+
+def _checks(keys: Iterable[bytes], positions: Sequence[int]) -> np.ndarray:
+    # With the position as the seed, 0 being that of the hash itself.
+    return np.fromiter(
+        (xxhash.xxh3_64_intdigest(key, place + 1) for key, place in zip(keys, positions, strict=True)),
+        np.uint64,
+        len(positions),
+    )
+
+
+def _blocks(keys: pyarrow.Array) -> Iterator[list[bytes]]:
+    return (keys.slice(start, BLOCK).cast("binary").to_pylist() for start in range(0, len(keys), BLOCK))
+
+
+def _file(root: Path, shards: Sequence[Shard]) -> Path | None:
+    """Return the name that goes with the shards and the sizes of their journals; None where one is missing."""
+    try:
+        made_of = VERSION, [(shard, os.stat(root / shard.keys).st_size) for shard in shards]
+    except OSError:
+        return None  # whoever reads the journals names it
+    return root / f"keys-{xxhash.xxh3_64_hexdigest(repr(made_of).encode())}.index"
