@@ -4,7 +4,16 @@
 import numpy as np
 import pytest
 
-from effsam3.data.sampler import PADDING, StepSampler, sequential_batches
+from effsam3.data.sampler import PADDING, ROUNDS, StepSampler, permuted, sequential_batches
+
+LONGEST = "effsam3.data.sampler.KEPT"
+
+
+@pytest.fixture(params=["kept", "computed"], autouse=True)
+def order(request, monkeypatch):
+    """Orders that are kept and those that are computed have the same properties."""
+    if request.param == "computed":
+        monkeypatch.setattr(LONGEST, 0)
 
 
 def seen(world, micro, start=0, stop=10, size=37, seed=3, global_batch=8):
@@ -54,3 +63,42 @@ def test_sequential_batches_cover_everything_equally(size, batch, world):
     positions = [position for batches in ranks for full in batches for position in full]
     assert all(len(full) == batch for batches in ranks for full in batches)
     assert sorted(position for position in positions if position != PADDING) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 37, 1000, 4097])
+def test_a_computed_order_is_a_permutation(size):
+    keys = np.random.default_rng(size).integers(2**64, size=ROUNDS, dtype=np.uint64)
+    found = permuted(np.arange(size), size, keys)
+    assert sorted(found.tolist()) == list(range(size))
+    chosen = np.arange(size)[::3]
+    assert permuted(chosen, size, keys).tolist() == found[::3].tolist()  # each place on its own
+
+
+def test_a_computed_order_looks_like_chance():
+    """As of a drawn permutation: rank correlation of neighbours and with the place, and where each place leads."""
+    size = 30_000
+    keys = np.random.default_rng(1).integers(2**64, size=(200, ROUNDS), dtype=np.uint64)
+    found = permuted(np.arange(size), size, keys[0])
+    for one, other in ((found[1:], found[:-1]), (found, np.arange(size)), (found[::2], found[1::2])):
+        assert abs(np.corrcoef(one, other)[0, 1]) < 4 / np.sqrt(len(one))
+    # 200 orders of 16 numbers: each leads each place everywhere, as often (chi-square, 225 degrees of freedom).
+    counts = np.zeros((16, 16))
+    for some in keys:
+        counts[np.arange(16), permuted(np.arange(16), 16, some)] += 1
+    assert ((counts - 12.5) ** 2 / 12.5).sum() < 225 + 4 * np.sqrt(2 * 225)
+
+
+def test_a_billion_samples_take_no_memory():
+    sampler = StepSampler(10**9, 0, 4096, 4096, 0, 1)  # longer than KEPT
+    some = np.concatenate([sampler.positions(step) for step in (0, 1, 200_000, 244_140)])  # the last spans two epochs
+    assert len(sampler._order) == 0 and some.min() >= 0 and some.max() < 10**9
+    assert len(set(some.tolist())) > len(some) - 50  # a few of the second epoch's have been seen
+
+
+def test_the_order_of_runs_in_progress_stays(monkeypatch):
+    """NumPy's own permutation, as it was before longer ones were computed: a run resumes with what it has not seen."""
+    monkeypatch.setattr(LONGEST, 37)
+    sampler = StepSampler(37, 3, 8, 8, 0, 1)
+    stream = np.concatenate([sampler.positions(step) for step in range(9)])
+    orders = [np.random.default_rng([3, epoch]).permutation(37) for epoch in range(2)]
+    assert stream.tolist() == np.concatenate(orders)[:72].tolist()
