@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from effsam3 import stages
 from effsam3.data.loader import loader
-from effsam3.data.statistics import SAMPLE, FeatureStatistics, statistics_sample
+from effsam3.data.statistics import SAMPLE, FeatureStatistics
 from effsam3.data.store.format import StoreError, create_store, untied
 from effsam3.data.store.reader import StoreReader
 from effsam3.data.store.writer import StoreWriter, finish_store, repair_store
@@ -104,7 +104,8 @@ def close_store(root: Path, teacher_pass: TeacherPass, embedded: int, started: f
     expected = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
     refuse_many_skipped(expected, root, teacher_pass.max_unreadable)
     # From what was stored, not from what was computed: students learn from the stored values, rounding included.
-    manifest = finish_store(root, expected, _statistics(root, teacher_pass))
+    parts = [len(dataset) for dataset in teacher_pass.datasets]
+    manifest = finish_store(root, expected, _statistics(root, teacher_pass), parts)
     seconds = time.monotonic() - started
     size = sum(path.stat().st_size for path in root.glob("*.bin"))
     report.say(
@@ -226,9 +227,14 @@ def _statistics(root: Path, teacher_pass: TeacherPass) -> dict:
 def stored_sample(reader: StoreReader, dataset: StoredSamples, size: int) -> list[int]:
     """Return the first `size` positions of the statistics' fixed order whose images are in the store."""
     # A fixed order by key, so that any number of ranks and restarts yields the same statistics.
-    order = statistics_sample(dataset.keys, len(dataset))
-    places = reader.find([dataset.store_keys[position] for position in order])
-    return [position for position, place in zip(order, places, strict=True) if place >= 0][:size]
+    asked = size
+    while True:
+        order = dataset.sample(asked)
+        places = reader.find([dataset.store_keys[position] for position in order])
+        found = [position for position, place in zip(order, places, strict=True) if place >= 0]
+        if len(found) >= size or len(order) == len(dataset):
+            return found[:size]
+        asked *= 2  # some of them were skipped
 
 
 def _check(

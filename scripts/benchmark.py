@@ -21,12 +21,20 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
 import torch
 
 from effsam3.benchmarks.speed import device_name
+from effsam3.data.images.features import ImageFeatures, store_keys
+from effsam3.data.images.sa1b import COLUMNS, load_index
+from effsam3.data.indexing import arrow_schema, write_parquet
+from effsam3.data.store.format import INPUTS, Field, create_store
+from effsam3.data.store.reader import StoreReader
+from effsam3.data.store.writer import finish_store
 from effsam3.data.synthetic.pairs import make_synthetic_pairs
 from effsam3.files import write_text
 from effsam3.hardware.budget.dry_run import DryPlace
@@ -128,9 +136,8 @@ def video_step(device: torch.device, tiny: bool) -> Sides:
 
 def lora_step(device: torch.device, tiny: bool) -> Sides:
     """One step of training adapters, from files to weights, and only the forward and backward of the adapted model."""
-    folder, count = tempfile.mkdtemp(prefix="effsam3-benchmark-"), 1 if tiny else 4
+    folder, count = _scratch(), 1 if tiny else 4
     make_synthetic_pairs(folder, 2 * count, side_px=192)
-    atexit.register(shutil.rmtree, folder)
     checkpoint = "random" if device.type == "cuda" else "tiny"
     recipe = load_recipe("smoke/lora", [f"data.path={folder}", f"sam3.checkpoint={checkpoint}", "data.held_out=0.5"])
     place = DryPlace("bf16" if device.type == "cuda" else "fp32")
@@ -160,7 +167,82 @@ def lora_step(device: torch.device, tiny: bool) -> Sides:
     return {"training": training, "forward and backward": bare}
 
 
-BENCHMARKS = {"video-step": Benchmark(video_step, most=0.5), "lora-step": Benchmark(lora_step, most=1.3)}
+def key_lookup(device: torch.device, tiny: bool) -> Sides:
+    """Open a finished store of a million records and find the first key, and a dict of the keys in its journal."""
+    root, count = _scratch() / "store", 1_000 if tiny else 1_000_000
+    keys = _store_of(root, range(count))
+    wanted = keys[count // 3]
+
+    def naive() -> int:
+        with open(root / "shard-00000-0000.tsv", encoding="utf-8") as lines:
+            next(lines)
+            return {line.partition("\t")[0]: place for place, line in enumerate(lines)}[wanted]
+
+    return {"mapped index": lambda: StoreReader(root).positions([wanted]), "dict of all keys": naive}
+
+
+def index_opening(device: torch.device, tiny: bool) -> Sides:
+    """Open an index of 500,000 images with a store of their features and read a batch's rows, up to its records.
+
+    The naive side is a table in memory, a list of its keys and the place of each image's record.
+    """
+    folder, count = _scratch(), 1_000 if tiny else 500_000
+    path, store = folder / "index.parquet", folder / "store"
+    numbers = range(count)
+    columns: dict[str, Any] = {
+        "key": [f"sa_{number:08d}" for number in numbers],
+        "image_file": [f"sa_{number // 11_000:06d}.tar" for number in numbers],
+        "image_digest": [f"{number:016x}" for number in numbers],
+    }
+    fixed: dict[str, Any] = {"split": "train", "annotation_file": None, "converted": ""}
+    schema = arrow_schema(COLUMNS)
+    whole = {name: columns.get(name, [fixed.get(name, 7)] * count) for name in COLUMNS}
+    write_parquet(pyarrow.table(whole, schema=schema), path)
+    _store_of(store, numbers, lambda number: f"sa_{number:08d}@{number:016x}")
+    batch = np.random.default_rng(0).choice(count, 16, replace=False).tolist()
+
+    def ours() -> None:
+        reader, rows = StoreReader(store), load_index(path, "train")
+        ImageFeatures(rows, folder, 16, "square", reader)
+        assert len(reader.positions(store_keys(rows[batch], tied=True))) == 16
+
+    def naive() -> None:
+        table = parquet.read_table(path)
+        keys = store_keys({name: table[name].to_pylist() for name in ("key", "image_digest")}, tied=True)
+        with open(store / "shard-00000-0000.tsv", encoding="utf-8") as lines:
+            next(lines)
+            places = {line.partition("\t")[0]: place for place, line in enumerate(lines)}
+        records = [places[key] for key in keys]
+        assert len([records[position] for position in batch]) == 16
+
+    return {"mapped": ours, "in memory": naive}
+
+
+def _scratch() -> Path:
+    folder = tempfile.mkdtemp(prefix="effsam3-benchmark-")
+    atexit.register(shutil.rmtree, folder)
+    return Path(folder)
+
+
+def _store_of(root: Path, numbers: range, key: Callable[[int], str] = "sa_{:08d}@0".format) -> list[str]:
+    """Make a store of records that nobody reads; returns its keys."""
+    manifest = create_store(root, [Field("features", "uint8", (64,))], {INPUTS: "digests"})
+    keys = list(map(key, numbers))
+    (root / "shard-00000-0000.tsv").write_text(
+        "\n".join([manifest.header, *(f"{one}\t{0:016x}" for one in keys)]) + "\n"
+    )
+    with open(root / "shard-00000-0000.bin", "wb") as records:
+        records.truncate(manifest.stride * len(keys))  # a hole
+    finish_store(root, keys)
+    return keys
+
+
+BENCHMARKS = {
+    "video-step": Benchmark(video_step, most=0.5),
+    "lora-step": Benchmark(lora_step, most=1.3),
+    "key-lookup": Benchmark(key_lookup, most=1 / 100),
+    "index-opening": Benchmark(index_opening, most=1 / 10),
+}
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from effsam3.data.splits import SPLITS
 from effsam3.data.unreadable import Unreadable
 from effsam3.data.workers import submit_jobs
 from effsam3.errors import UserError
@@ -185,66 +184,6 @@ def write_parquet(table, path: Path) -> None:
 
     with atomic_file(path) as partial:
         parquet.write_table(table, partial, write_page_checksum=True)
-
-
-def read_index(path: Path, columns: dict[str, str], what: str, command: str, later: dict[str, Any] | None = None):
-    """Return an index as an Arrow table of these columns.
-
-    Args:
-        what: it is, for messages.
-        command: makes one.
-        later: columns that older indexes lack, with what is known of their rows.
-
-    Raises:
-        UserError: it is missing, is not a parquet file, is damaged, or is another index.
-    """
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    if not path.is_file():
-        raise UserError(f"no index at {path}; make it with: {command}")
-    try:
-        table = parquet.read_table(path, partitioning=None, page_checksum_verification=True)
-        table.validate(full=True)
-        table.schema.names  # noqa: B018  they are decoded only now
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a parquet file, or is damaged ({error}); make it with: {command}") from error
-    asked = arrow_schema(columns)
-    for name in (later or {}).keys() - set(table.schema.names):
-        table = table.append_column(name, pyarrow.array([(later or {})[name]] * len(table), asked.field(name).type))
-    found = {field.name: field.type for field in table.schema}
-    wrong = [
-        f"{one.name} ({one.type}, found {found.get(one.name)})" for one in asked if found.get(one.name) != one.type
-    ]
-    if wrong:
-        raise UserError(
-            f"{path} is not {what}, or an older version's: {', '.join(wrong)}; make it again, with the options it was "
-            f"made with: {command}"
-        )
-    return table.select(asked.names).cast(asked)
-
-
-def rows_of(table, path: Path, split: str | None, limit: int | None, unit: str):
-    """Return the rows of an index as a Hugging Face `datasets.Dataset`; `split` keeps train or val.
-
-    `limit` keeps the first rows of what is left.
-
-    Raises:
-        UserError: the split does not exist, or has no row.
-    """
-    import pyarrow.compute as compute
-    from datasets import Dataset
-
-    if split is not None:
-        if split not in SPLITS:
-            raise UserError(f"split {split!r} does not exist; choose from {', '.join(SPLITS)}")
-        counts = {name: compute.sum(compute.equal(table["split"], name)).as_py() or 0 for name in SPLITS}
-        table = table.filter(compute.equal(table["split"], split))
-        if not table.num_rows:
-            raise UserError(
-                f"{path} has no {unit} in split {split} ({counts}); rebuild it with another --val-fraction"
-            )
-    return Dataset(table.slice(0, limit).combine_chunks())
 
 
 # ---- reports

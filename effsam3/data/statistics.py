@@ -6,19 +6,32 @@ Letters: B images, C channels, H W grid rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
-import xxhash
 from torch import Tensor
+
+from effsam3.data.store.key_index import hashes_of
 
 SAMPLE = 512  # images; at 72x72 positions each, more would change the third digit
 
 
 def statistics_sample(keys: Sequence[str], size: int = SAMPLE) -> list[int]:
     """Return the positions of up to `size` keys, chosen by hash: the same for any order, rank or rerun."""
-    hashes = sorted((xxhash.xxh3_64_intdigest(key.encode()), position) for position, key in enumerate(keys))
-    return [position for _, position in hashes[:size]]
+    return lowest([hashes_of([key.encode() for key in keys])], size)
+
+
+def lowest(blocks: Iterable[np.ndarray], size: int) -> list[int]:
+    """Return the positions of the `size` lowest hashes, in their order, of hashes that come in blocks."""
+    hashes, positions, start = np.empty(0, np.uint64), np.empty(0, np.int64), 0
+    for block_N in blocks:
+        hashes = np.concatenate([hashes, block_N])
+        positions = np.concatenate([positions, np.arange(start, start + len(block_N))])
+        kept = np.argsort(hashes, kind="stable")[:size]  # of equal ones the first stay
+        hashes, positions = hashes[kept], positions[kept]
+        start += len(block_N)
+    return positions.tolist()
 
 
 class FeatureStatistics:

@@ -128,6 +128,9 @@ class StoredSamples(Samples, Protocol):
 
     def __len__(self) -> int: ...
 
+    def sample(self, size: int) -> list[int]:
+        """Return the positions of up to `size` samples, by a hash of their names: the same in any order."""
+
 
 class TeacherPass(Protocol):
     """What `embed` runs: a teacher over all samples, and what a record of the store is made of."""

@@ -4,17 +4,32 @@
 import numpy as np
 import pytest
 import torch
+import xxhash
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from effsam3.data.images.features import ImageFeatures
+from effsam3.data.images.features import ImageFeatures, store_keys
 from effsam3.data.loader import loader
 from effsam3.data.store.format import INPUTS, Field, StoreError, create_store
 from effsam3.data.store.reader import StoreReader
 from effsam3.data.store.writer import StoreWriter, finish_store
 
 KEYS, DIGESTS = ["2023/a.jpg", "a.jpg", "b@2.jpg"], [f"{number:016x}" for number in (7, 8, 9)]
-INDEX = Dataset.from_dict({"key": KEYS, "image_digest": DIGESTS})
+
+
+def index_of(digests: list[str]) -> Dataset:
+    """Rows with what `sa1b.load_index` gives them."""
+    codes = {
+        "key_code": [xxhash.xxh3_64_intdigest(key.encode()) for key in KEYS],
+        "store_code": [
+            xxhash.xxh3_64_intdigest(f"{key}@{of}".encode()) for key, of in zip(KEYS, digests, strict=True)
+        ],
+    }
+    hashed = {name: np.array(some, np.uint64) for name, some in codes.items()}
+    return Dataset.from_dict({"key": KEYS, "image_digest": digests} | hashed)
+
+
+INDEX = index_of(DIGESTS)
 
 
 @pytest.fixture
@@ -32,15 +47,14 @@ def store(tmp_path) -> StoreReader:
 def test_training_finds_each_record_and_keeps_no_list_of_long_keys(tmp_path, store):
     """Of eleven million images the list is a gigabyte in every process, beside the records' positions."""
     dataset = ImageFeatures(INDEX, tmp_path, 16, "square", store)
-    found = store.read(dataset.records)["features"]
+    found = store.read(store.positions(store_keys(dataset.index, tied=True)))["features"]
     assert torch.equal(found[:, 0, 0, 0], torch.tensor([2.0, 1.0, 0.0], dtype=torch.float16))
-    held = [name for name, value in vars(dataset).items() if isinstance(value, list)]
-    assert held == ["keys"]
+    assert not [name for name, value in vars(dataset).items() if isinstance(value, list)]
     assert dataset.store_keys == [f"{key}@{digest}" for key, digest in zip(KEYS, DIGESTS, strict=True)]
 
 
 def test_another_digest_is_another_image(tmp_path, store):
-    other = Dataset.from_dict({"key": KEYS, "image_digest": [DIGESTS[1], *DIGESTS[1:]]})
+    other = index_of([DIGESTS[1], *DIGESTS[1:]])
     with pytest.raises(StoreError, match="lacks 1 of 3 keys.*under the same name.*2023/a.jpg"):
         ImageFeatures(other, tmp_path, 16, "square", store)
 

@@ -16,6 +16,10 @@ VALUES = {
 }  # fmt: skip
 
 
+def columns_of(kind, file):
+    return kind.load_index(file, "train").select_columns(list(kind.COLUMNS)).to_list()
+
+
 @pytest.mark.parametrize("kind", [sa1b, sav])
 def test_damage_is_found(kind, tmp_path):
     row = {name: VALUES[column] for name, column in kind.COLUMNS.items()} | {"split": "train"}
@@ -23,7 +27,7 @@ def test_damage_is_found(kind, tmp_path):
     file, rng = tmp_path / "index.parquet", np.random.default_rng(0)
     write_parquet(pyarrow.Table.from_pylist(rows, arrow_schema(kind.COLUMNS)), file)
     data = file.read_bytes()
-    assert kind.load_index(file, "train").to_list() == rows
+    assert columns_of(kind, file) == rows
     found = 0
     for number in range(200):
         damaged = bytearray(data)
@@ -31,7 +35,7 @@ def test_damage_is_found(kind, tmp_path):
             damaged[place] ^= rng.integers(1, 256)
         file.write_bytes(damaged[: rng.integers(len(data))] if number % 4 == 0 else damaged)
         try:
-            assert kind.load_index(file, "train").to_list() == rows, "damage to what nobody reads"
+            assert columns_of(kind, file) == rows, "damage to what nobody reads"
         except UserError as error:
             assert "make it" in str(error) or "--val-fraction" in str(error)
             found += 1

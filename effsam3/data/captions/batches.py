@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from effsam3.data.sampler import PADDING
+from effsam3.data.statistics import statistics_sample
 from effsam3.data.store.format import StoreError
 from effsam3.data.store.reader import StoreReader
 
@@ -41,6 +42,10 @@ class CaptionBatches(Dataset):
         if self._keys is None:
             self._keys = self.part.keys(range(len(self.part)))
         return self._keys
+
+    def sample(self, size: int) -> list[int]:
+        """Return the positions of up to `size` texts, the same in any order of them."""
+        return statistics_sample(self.keys, size)
 
     @property
     def store_keys(self) -> list[str]:

@@ -33,7 +33,9 @@ from effsam3.errors import UserError
 class Images(Protocol):
     """Images by their position, such as `ImageFeatures`, with or without the teacher's features of them."""
 
-    keys: list[str]
+    @property
+    def keys(self) -> Sequence[str]:
+        """Names of the images."""
 
     def __getitems__(self, positions: list[int]) -> dict:
         """Return `positions`, `pixels`, `sizes` and `unreadable` of a batch as `ImageFeatures` does."""

@@ -13,6 +13,7 @@ import numpy as np
 
 from effsam3.data import coco, indexing
 from effsam3.data.images.decoding import decode_image
+from effsam3.data.mapped import load_rows
 from effsam3.data.unreadable import UnreadableAnnotations, UnreadableImage
 
 COLUMNS = {  # name: Arrow type
@@ -30,6 +31,10 @@ COLUMNS = {  # name: Arrow type
     "num_masks": "int32",
     "converted": "string",  # comma list of CONVERSIONS, or ""
 }
+CODES = {  # more columns, by which images are found: the xxh3_64 of what these columns say
+    "key_code": ("key",),
+    "store_code": ("key", "image_digest"),  # joined as in the key of a store, see features.store_keys
+}
 
 
 def digest_of(data: bytes) -> str:
@@ -43,16 +48,29 @@ def digest_of(data: bytes) -> str:
 
 
 def load_index(path: str | Path, split: str | None = None, limit: int | None = None):
-    """Return the index as a Hugging Face `datasets.Dataset`, rows in key order.
+    """Return the index as a Hugging Face `datasets.Dataset`, rows in key order, with the columns CODES, too.
 
-    The table (about 100 bytes a row) is held in memory: no cache file that several ranks could race for, or that
-    would outlive a rebuilt index. `split` keeps train or val, `limit` the first rows of what is left.
+    The rows are mapped (see mapped.py), so that no process holds them. `split` keeps train or val; None: train's rows,
+    then val's. `limit` keeps the first rows of what is left.
     Raises UserError when the file is missing, is damaged, is not such an index, or has no row in the split.
     """
     path = Path(path)
     command = f"effsam3 index sa1b FOLDER_OR_TARS --out {path}"
-    table = indexing.read_index(path, COLUMNS, "an index of images", command)
-    return indexing.rows_of(table, path, split, limit, "image")
+    return load_rows(path, COLUMNS, "an index of images", command, "image", split, limit, codes=CODES)
+
+
+def splits_in(path: str | Path) -> list[str]:
+    """Return the splits that have rows, train first. Raises UserError as `load_index` does."""
+    column = load_index(path).select_columns("split").with_format("arrow")[:]["split"]
+    return column.unique().to_pylist()
+
+
+def with_masks(rows) -> int:
+    """Return how many rows of an index have masks."""
+    import pyarrow.compute as compute
+
+    column = rows.select_columns("num_masks").with_format("arrow")[:]["num_masks"]
+    return compute.sum(compute.greater(column, 0)).as_py() or 0
 
 
 def read_indexed(row: dict, folder: Path, what: str) -> bytes:

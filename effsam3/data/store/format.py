@@ -7,7 +7,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ MANIFEST_FORM = {
     "records?": (int, None),
     "skipped": [{"key": str, "reason": str}],
     "statistics?": (dict, None),
+    "whole?": {str: int},
     "shards": [{"file": str, "keys": str, "records": int, "stride": int, "offset?": int, "journal?": bool}],
 }
 DTYPES = {"float16": 2, "float32": 4, "int8": 1, "uint8": 1, "int32": 4}  # name -> bytes of an element
@@ -90,6 +91,7 @@ class Manifest:
     records: int | None = None
     skipped: tuple[dict[str, str], ...] = ()  # key, reason
     statistics: dict | None = None
+    whole: dict[str, int] = field(default_factory=dict)  # data sets all of whose records it has, see key_index.sum_of
     shards: tuple[Shard, ...] = ()
 
     @property

@@ -100,6 +100,14 @@ def hashes_of(keys: Sequence[bytes]) -> np.ndarray:
     return np.fromiter(map(xxhash.xxh3_64_intdigest, keys), np.uint64, len(keys))
 
 
+def sum_of(blocks: Iterable[np.ndarray]) -> tuple[str, int]:
+    """Return the sum of keys' hashes, 16 hex digits, and how many they are: the same in any order of them."""
+    total, count = 0, 0
+    for hashes in blocks:
+        total, count = total + int(hashes.sum(dtype=np.uint64)), count + len(hashes)
+    return f"{total % 2**64:016x}", count
+
+
 def _checks(keys: Iterable[bytes], positions: Sequence[int]) -> np.ndarray:
     # With the position as the seed, 0 being that of the hash itself.
     return np.fromiter(

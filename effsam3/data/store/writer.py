@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from effsam3.data.store.format import (
     whole_lines,
     write_manifest,
 )
-from effsam3.data.store.key_index import KeyIndex, remove
+from effsam3.data.store.key_index import KeyIndex, hashes_of, remove, sum_of
 from effsam3.files import free_bytes, sync
 
 SHARD_BYTES = 4 << 30
@@ -264,10 +265,14 @@ def _append(fd: int, line: str) -> None:
 # ---- finish
 
 
-def finish_store(root: str | Path, expected_keys: Iterable[str], statistics: dict | None = None) -> Manifest:
+def finish_store(
+    root: str | Path, expected_keys: Iterable[str], statistics: dict | None = None, parts: Iterable[int] = ()
+) -> Manifest:
     """Complete the manifest once every writer is closed; calling it again changes nothing.
 
     `statistics` are facts about the stored values, such as per-channel lists of floats; those that a store has stay.
+    `parts` are the numbers of keys of the data sets that the expected ones come from, one after the other: a reader of
+    one of these need not look for each of its keys.
     Raises StoreError naming expected keys that are neither stored nor skipped.
     """
     root, expected = Path(root), list(expected_keys)
@@ -286,6 +291,10 @@ def finish_store(root: str | Path, expected_keys: Iterable[str], statistics: dic
             f"{', ...' if len(missing) > 5 else ''}. Run the same command again: it writes only what is missing"
         )
     skipped = tuple({"key": key, "reason": reasons[key]} for key in expected if key in reasons and key not in stored)
+    whole, rest = {}, iter(expected)
+    for size in parts:
+        total, count = sum_of([hashes_of([key.encode() for key in islice(rest, size) if key in stored])])
+        whole[total] = count
     manifest = replace(
         manifest,
         expected=len(expected),
@@ -293,6 +302,7 @@ def finish_store(root: str | Path, expected_keys: Iterable[str], statistics: dic
         skipped=skipped,
         # A store that grows keeps its first ones: a run that resumes has learned by them.
         statistics=manifest.statistics or statistics,
+        whole=whole,
         shards=shards,
     )
     if len(keys) == len(stored):  # a key that two writers have is left to the reader

@@ -20,6 +20,7 @@ import numpy as np
 
 from effsam3.data import coco, indexing
 from effsam3.data.images.decoding import MAX_PIXELS
+from effsam3.data.mapped import load_rows
 from effsam3.data.unreadable import UnreadableAnnotations
 from effsam3.data.videos.files import UnreadableVideo, open_video
 from effsam3.data.videos.vos_video import Annotations
@@ -257,14 +258,13 @@ def read_annotated_frames(
 
 
 def load_index(path: str | Path, split: str | None = None, limit: int | None = None):
-    """Return the index as a Hugging Face `datasets.Dataset`, rows in key order, held in memory.
+    """Return the index as a Hugging Face `datasets.Dataset`, rows in key order, memory-mapped (see mapped.py).
 
-    `split` keeps train or val, `limit` the first rows of what is left.
+    `split` keeps train or val; None: train's rows, then val's. `limit` keeps the first rows of what is left.
 
     Raises:
         UserError: the file is missing, is damaged, is not such an index, or has no row in the split.
     """
     path = Path(path)
     command = f"effsam3 index sav FOLDER --out {path}"
-    table = indexing.read_index(path, COLUMNS, "an SA-V index", command, LATER)
-    return indexing.rows_of(table, path, split, limit, "video")
+    return load_rows(path, COLUMNS, "an SA-V index", command, "video", split, limit, LATER)

@@ -11,8 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from effsam3.data.images.features import ImageFeatures, stored_features
-from effsam3.data.images.sa1b import load_index
-from effsam3.data.splits import SPLITS
+from effsam3.data.images.sa1b import splits_in
 from effsam3.data.store.format import INPUTS, Field, ties_inputs
 from effsam3.data.store.reader import StoreReader, quantise_int8, to_float16
 from effsam3.data.transforms import normalise, resized_size, valid_mask
@@ -32,13 +31,11 @@ class TeacherPass:
         self.max_unreadable = recipe.data.max_unreadable
         self.less_room = "embed.dtype=int8 takes half, " if recipe.embed.dtype == "float16" else ""
         index = ready_index(recipe.data, accelerator)
-        # Features may be wanted of photographs that are all in one split; training will ask for both.
-        present = set(load_index(index)["split"])
         tied = ties_inputs(recipe.embed.to)
         self.datasets = [
+            # Features may be wanted of photographs that are all in one split; training will ask for both.
             image_dataset(recipe.data, index, split, self.teacher.image_size, tied=tied)
-            for split in SPLITS
-            if split in present
+            for split in splits_in(index)
         ]
         self.inputs = {INPUTS: "xxh3_64 of the image's bytes, at the end of its key"} if tied else {}
         self.accelerator = accelerator

@@ -17,7 +17,7 @@ from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.speed import speed
 from effsam3.benchmarks.tables import Column, millions, percent, result_table, speed_table
 from effsam3.data.images.features import ImageFeatures
-from effsam3.data.images.sa1b import load_index, read_image
+from effsam3.data.images.sa1b import load_index, read_image, with_masks
 from effsam3.data.loader import loader
 from effsam3.data.sampler import sequential_batches
 from effsam3.data.unreadable import UnreadableImage
@@ -40,7 +40,7 @@ def measurable(recipe: StageRecipe) -> tuple[tuple[str, ...], list[str]]:
     data: Any = recipe.data
     evaluate: Any = recipe.evaluate
     asked, index = evaluate.benchmarks, data.index
-    if "masks" not in asked or any(load_index(index, "val", data.limit)["num_masks"]):
+    if "masks" not in asked or with_masks(load_index(index, "val", data.limit)):
         return asked, []
     sentence = (
         f"The benchmark `masks` is left out: no held-out image of {index} has annotations to prompt with and to "

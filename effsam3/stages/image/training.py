@@ -17,12 +17,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from effsam3.data.images.features import ImageFeatures, store_keys, stored_features
+from effsam3.data.images.features import ImageFeatures, stored_features, without
 from effsam3.data.images.photographs import ready_photographs
 from effsam3.data.images.sa1b import load_index
 from effsam3.data.loader import loader
 from effsam3.data.splits import SPLITS
-from effsam3.data.statistics import statistics_sample
+from effsam3.data.statistics import SAMPLE
 from effsam3.data.store.reader import StoreReader
 from effsam3.data.synthetic.images import make_synthetic_sa1b
 from effsam3.data.transforms import normalise, valid_mask
@@ -92,9 +92,7 @@ def image_dataset(
     limits = [limit for limit in (data.limit, most) if limit is not None]
     rows = load_index(index, split, min(limits, default=None))
     if store is not None and store.manifest.skipped:
-        skipped = {entry["key"] for entry in store.manifest.skipped}
-        keys = store_keys(rows, store.manifest.ties_inputs)
-        rows = rows.select([position for position, key in enumerate(keys) if key not in skipped])
+        rows = without(rows, (entry["key"] for entry in store.manifest.skipped), store.manifest.ties_inputs)
     return ImageFeatures(rows, index.parent, image_size, data.resize, store, tied)
 
 
@@ -278,11 +276,11 @@ class ImageStage(FeatureStage):
         return super().frozen + [module for module in more if module is not None]
 
     def samples(self, batch: Batch) -> list[str]:
-        return [self.train_data.keys[position] for position in batch["positions"].tolist()]
+        return self.train_data.keys[batch["positions"].tolist()]
 
     def statistics_batches(self) -> DataLoader:
         """A fixed sample of the training images, in batches."""
-        sample, size = statistics_sample(self.train_data.keys), self.recipe.embed.batch_size
+        sample, size = self.train_data.sample(SAMPLE), self.recipe.embed.batch_size
         chunks = [sample[start : start + size] for start in range(0, len(sample), size)]
         return loader(self.train_data, chunks, self.recipe.data.workers, pin=False)
 

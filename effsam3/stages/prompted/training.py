@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from effsam3.data.images.features import stored_features
+from effsam3.data.images.sa1b import with_masks
 from effsam3.data.images.shown import ShownObjects
 from effsam3.data.store.reader import StoreReader
 from effsam3.data.transforms import normalise, valid_mask
@@ -207,7 +208,7 @@ class PromptedStage(StageBase):
             for name, places in self.found.items()
         ]
         where = "its trunk next to the student" if asked.store is None else f"its trunk's features from {asked.store}"
-        masks = sum(map(bool, self.train_data.images.index["num_masks"]))
+        masks = with_masks(self.train_data.images.index)
         return {
             "learns": f"{', '.join(learns)} of {self.recipe.sam3.checkpoint}",
             "teacher": f"{asked.checkpoint}, {where}",
@@ -222,7 +223,7 @@ class PromptedStage(StageBase):
         return self.divide(start, steps, micro_batch, numbered=True)
 
     def samples(self, batch: Batch) -> list[str]:
-        return [self.train_data.images.keys[position] for position in batch["positions"].tolist()]
+        return self.train_data.images.keys[batch["positions"].tolist()]
 
     def taught(self, batch: Batch, pixels_B3SS: Tensor) -> Taught:
         """Return the teacher's features, float32: read from the store or made here."""

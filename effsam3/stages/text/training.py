@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from effsam3.data.captions.batches import CaptionBatches, Chosen, as_map, distinct, valid_tokens
 from effsam3.data.captions.sources import Captions, open_captions
-from effsam3.data.statistics import statistics_sample
+from effsam3.data.statistics import SAMPLE
 from effsam3.data.store.format import INPUTS, StoreError
+from effsam3.data.store.reader import StoreReader
 from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
 from effsam3.files import stamp
@@ -40,6 +41,8 @@ from effsam3.stages.base import FeatureStage, open_store
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.stages.text.facts import TextData, TextRecipe
 from effsam3.training.report import Report
+
+TOGETHER = 1 << 20  # texts that are looked up at a time: a hundred megabytes of keys
 
 
 def ready_captions(recipe: TextRecipe, accelerator: Accelerator) -> Captions:
@@ -109,6 +112,17 @@ def untrained(recipe: TextRecipe) -> StudentText:
 NEEDS = ()  # nothing beyond what every training needs
 
 
+def refuse_missing(captions: Captions, store: StoreReader) -> None:
+    """Look every text up before the first step, because batches look up only their own.
+
+    Raises:
+        StoreError: the store has no features of some.
+    """
+    for texts in map(distinct, (captions.train, captions.val)):
+        for start in range(0, len(texts), TOGETHER):
+            store.positions(texts.keys(range(start, min(start + TOGETHER, len(texts)))))
+
+
 def encoder(recipe: TextRecipe):
     """Texts to padded ids and mask, cut to the recipe's context length; goes into data worker processes."""
     return partial(Tokenizer().encode, context_length=recipe.data.context_length)
@@ -151,9 +165,7 @@ class TextStage(FeatureStage):
                 f"{len(train_data)} training and {len(val_data)} held-out texts; both are needed (data.held_out)"
             )
         if store is not None:  # now: a text that is missing would end the training when its turn comes
-            for texts in map(distinct, (captions.train, captions.val)):
-                # Checked for every text before the first step, because batches look up only their own.
-                store.positions(texts.keys(range(len(texts))))
+            on_main(accelerator, partial(refuse_missing, captions, store))
         student, loaded = make_student(recipe, facts["channels"])
         stage = cls(recipe, accelerator, facts, student, teacher)
         stage.captions, stage.train_data, stage.val_data = captions, train_data, val_data
@@ -200,7 +212,7 @@ class TextStage(FeatureStage):
         """Yield the sample that a store's statistics are made of, in batches."""
         size = self.recipe.embed.batch_size
         texts = CaptionBatches(distinct(self.captions.train), encoder(self.recipe))
-        sample = statistics_sample(texts.keys)
+        sample = texts.sample(SAMPLE)
         for start in range(0, len(sample), size):
             yield texts.__getitems__(sample[start : start + size])
 
