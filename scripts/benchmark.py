@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import io
 import json
 import os
 import shutil
@@ -27,8 +28,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import torch
+from PIL import Image
 
 from effsam3.benchmarks.speed import device_name
+from effsam3.data.images.decoding import decode_image
 from effsam3.data.images.features import ImageFeatures, store_keys
 from effsam3.data.images.sa1b import COLUMNS, load_index
 from effsam3.data.indexing import arrow_schema, write_parquet
@@ -218,6 +221,21 @@ def index_opening(device: torch.device, tiny: bool) -> Sides:
     return {"mapped": ours, "in memory": naive}
 
 
+def decoding(device: torch.device, tiny: bool) -> Sides:
+    """Decode a JPEG as large as SA-1B's (1500 x 2250, quality 87) as training does, and as Pillow does."""
+    side = 64 if tiny else 1500
+    rows, columns = np.mgrid[:side, : side * 3 // 2]
+    noise = np.random.default_rng(0).normal(0, 9, (*rows.shape, 3))
+    shown = np.stack([rows % 256, columns % 256, (rows // 40 + columns // 60) % 2 * 160 + 40], -1) + noise
+    file = io.BytesIO()
+    Image.fromarray(shown.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=87)
+    data = file.getvalue()
+    return {
+        "decode_image": lambda: decode_image(data),
+        "Pillow": lambda: np.array(Image.open(io.BytesIO(data)).convert("RGB")),
+    }
+
+
 def _scratch() -> Path:
     folder = tempfile.mkdtemp(prefix="effsam3-benchmark-")
     atexit.register(shutil.rmtree, folder)
@@ -240,6 +258,7 @@ def _store_of(root: Path, numbers: range, key: Callable[[int], str] = "sa_{:08d}
 BENCHMARKS = {
     "video-step": Benchmark(video_step, most=0.5),
     "lora-step": Benchmark(lora_step, most=1.3),
+    "decoding": Benchmark(decoding, most=0.85),
     "key-lookup": Benchmark(key_lookup, most=1 / 100),
     "index-opening": Benchmark(index_opening, most=1 / 10),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import warnings
 import zlib
 
@@ -53,6 +54,9 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, key: str = "") -> tu
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata and on big images
         image, kinds = _open(data, max_pixels, key)
+        pixels_HWC = _plain_jpeg(data, image)
+        if pixels_HWC is not None and not image_ends.lacks_end(data):
+            return pixels_HWC, kinds
         turned_by_pillow = image.format == "TIFF"  # while loading, and then it forgets the tag
         try:
             if not turned_by_pillow:
@@ -72,6 +76,26 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, key: str = "") -> tu
     if lack := image_ends.lacks_end(data):  # as a download that stopped in a preallocated file
         raise UnreadableImage(key, "truncated", lack)
     return pixels_HWC, kinds + ["exif"] * (orientation in TRANSPOSE)
+
+
+def _plain_jpeg(data: bytes, image: Image.Image) -> np.ndarray | None:
+    """Return the pixels of an upright JPEG in colour, as Pillow decodes them, in two thirds of its time.
+
+    None for all other files, and where it fails: Pillow then says why.
+    """
+    # Only where torch is loaded anyway: to the processes that check an index it would add 300 MB each.
+    if "torchvision" not in sys.modules or image.format != "JPEG" or image.mode != "RGB":
+        return None
+    if _orientation(image) in TRANSPOSE:
+        return None
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    try:
+        pixels_CHW = decode_jpeg(torch.frombuffer(data, dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+    return np.ascontiguousarray(pixels_CHW.permute(1, 2, 0).numpy())
 
 
 def image_header(data: bytes, max_pixels: int = MAX_PIXELS, key: str = "") -> tuple[int, int, list[str]]:
