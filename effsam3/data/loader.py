@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 import atexit
-import math
 import multiprocessing
 import signal
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
+from effsam3.data.slots import Slots, WorkerSlots
 from effsam3.errors import UserError
 from effsam3.stopping import leave_stopping_to_the_parent, requests_held_back
 
@@ -22,13 +23,25 @@ TIMEOUT_S = 900  # shorter than the process-group timeout, so that the real caus
 SIGNAL_S = 1  # by then a process hears that its child has died
 
 
+_slots: WorkerSlots | None = None  # of this process, where it is a data worker
+
+
 class _Loader(DataLoader):
     """Starts its workers where no request to stop can reach them: torch's own handler would end them."""
 
     def __iter__(self):
+        slots = Slots(self.num_workers)
+        self.worker_init_fn = partial(_start_worker, slots)
         # A fork inherits pending signals' handlers; torch's would end a worker on the first SIGTERM.
         with requests_held_back():
-            return super().__iter__()
+            batches = super().__iter__()
+        return map(slots.watch, batches)
+
+
+def _start_worker(slots: Slots, number: int) -> None:
+    global _slots
+    _slots = slots.of(number)
+    leave_stopping_to_the_parent(number)
 
 
 class Samples(Protocol):
@@ -54,17 +67,13 @@ def loader(dataset: Samples, batches: Iterable[list[int]], workers: int, pin: bo
         num_workers=workers,
         pin_memory=pin,
         timeout=TIMEOUT_S if workers else 0,
-        worker_init_fn=leave_stopping_to_the_parent,
     )
 
 
 def new_batch(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """Return memory for a batch, with whatever was in it."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=dtype)
     # Workers hand tensors over in shared memory: written there at once, a batch is not copied on its way.
-    storage: Any = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
+    return torch.empty(shape, dtype=dtype) if _slots is None else _slots.tensor(shape, dtype)
 
 
 def _end_workers() -> None:
@@ -111,4 +120,4 @@ def worker_failures_explained() -> Iterator[None]:
 
 def _as_it_is(batch: Any) -> dict:
     """A batch is already collated: the dataset built it whole."""
-    return batch
+    return batch if _slots is None else _slots.mark(batch)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory into which data workers write batch after batch: to clear fresh memory costs more than to read into it.
+
+A slot is shared memory that a worker made for a batch. It stays taken as long as anything in the main process looks at
+that batch, be it a view of a row; then the worker writes the next one there.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+
+LEAST_BYTES = 1 << 20  # of a slot; smaller tensors are not worth one
+PER_WORKER = 32  # slots at most; what finds none free gets memory of its own
+TAKEN = "slots"  # key of a batch on its way: pairs (name of a tensor, number of its slot)
+
+
+class Slots:
+    """Which slots of all workers are taken; made before the workers, who share it."""
+
+    def __init__(self, workers: int):
+        self._taken = torch.zeros(workers * PER_WORKER, dtype=torch.uint8).share_memory_()
+
+    def of(self, worker: int) -> WorkerSlots:
+        """Return those of a worker, there."""
+        return WorkerSlots(self._taken.numpy(), worker * PER_WORKER)
+
+    def watch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Free the slots of a batch when the last of what looks at it has gone."""
+        taken = self._taken.numpy()
+        for name, slot in batch.pop(TAKEN, ()):
+            if not batch[name].is_shared():  # it has been copied, into page-locked memory
+                taken[slot] = 0
+                continue
+            # Tensors come back to life; an array that they are made on lives exactly as long as the last of them.
+            values = batch[name].numpy()
+            weakref.finalize(values, taken.__setitem__, slot, 0).atexit = False
+            batch[name] = torch.from_numpy(values)
+        return batch
+
+
+class WorkerSlots:
+    """The slots of one data worker."""
+
+    def __init__(self, taken: np.ndarray, first: int):
+        self._taken, self._first = taken, first
+        self._storages: list[torch.UntypedStorage] = []
+
+    def __len__(self) -> int:
+        return len(self._storages)
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return shared memory with whatever was in it."""
+        count = math.prod(shape)
+        size = -(-count * dtype.itemsize // 64) * 64  # so that elements of any type fill it
+        storage: Any = self._free(size) if size >= LEAST_BYTES else None
+        storage = torch.UntypedStorage._new_shared(size) if storage is None else storage
+        return torch.empty(0, dtype=dtype).set_(storage)[:count].view(shape)
+
+    def _free(self, size: int) -> torch.UntypedStorage | None:
+        """Take a free slot of about this size; make one in the place of another, or None: all are taken."""
+        free = [slot for slot in range(len(self)) if not self._taken[self._first + slot]]
+        for slot in free:
+            if size <= self._storages[slot].nbytes() <= 2 * size:
+                break
+        else:
+            slot = len(self) if len(self) < PER_WORKER else free[0] if free else PER_WORKER
+            if slot == PER_WORKER:
+                return None
+            self._storages[slot : slot + 1] = [torch.UntypedStorage._new_shared(size)]
+        self._taken[self._first + slot] = 1
+        return self._storages[slot]
+
+    def mark(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Note in a batch which of its tensors are in slots."""
+        slots = {storage.data_ptr(): self._first + slot for slot, storage in enumerate(self._storages)}
+        tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+        places = {name: slots.get(value.untyped_storage().data_ptr()) for name, value in tensors.items()}
+        return batch | {TAKEN: [(name, slot) for name, slot in places.items() if slot is not None]}
