@@ -82,7 +82,8 @@ class ConceptStudent(TrainedParts):
             low_rank = inject(model, lora_config(layers, adapters.rank, adapters.alpha, adapters.dropout))
         super().__init__(whole.detector_model, trained, unused_of(whole.detector_model))
         for name, parameter in low_rank.items():
-            register(self, name, parameter.requires_grad_())
+            parameter.requires_grad_()
+            register(self, name, parameter)
         self.modules_adapted = layers
         self.dropouts = [layer for name, layer in model.named_modules() if ".lora_dropout." in name]
         self.keep_beside(model=model)
