@@ -29,6 +29,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def processes_here() -> int:
+    """Return how many of these are on this machine, as torchrun and `accelerate launch` tell."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def refuse_missing_gpu(hardware: str) -> None:
     """Refuse to work on the CPU, a hundred times slower, where GPUs were asked for.
 

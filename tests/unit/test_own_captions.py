@@ -114,8 +114,10 @@ def test_columns_and_rules_that_do_not_exist_are_refused_by_the_recipe(overrides
     assert complaint in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_files_are_first_read_in_as_many_processes_as_the_recipe_says(tmp_path, workers):
+@pytest.mark.parametrize(("workers", "ranks"), [(1, 1), (2, 1), (1, 2)])
+def test_files_are_first_read_in_as_many_processes_as_the_recipe_says(tmp_path, workers, ranks, monkeypatch):
+    """Those of the ranks that wait meanwhile are among them."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     for name in "ab":
         parquet.write_table(
             pa.table({"re_caption": [f"{name} {text}" for text in CAPTIONS]}), tmp_path / f"{name}.parquet"
@@ -126,4 +128,4 @@ def test_files_are_first_read_in_as_many_processes_as_the_recipe_says(tmp_path, 
     captions = captions_of(recipe.data)
     used = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # starting one takes a tenth of a second
     assert len(captions.train) + len(captions.val) == 2 * len(CAPTIONS)
-    assert (used > 0) == (workers > 1)
+    assert (used > 0) == (workers * ranks > 1)

@@ -49,7 +49,7 @@ class TextData(Data):
     held_out: Annotated[float, share] = 0.01  # share of captions and phrases held out, by their text
     synthetic_captions: NonNegativeInt = 0  # how many to make; source synthetic only
     limit: PositiveInt | None = None  # use only the first N captions; null: all
-    workers: NonNegativeInt = 4  # data loader processes per rank, and for the first reading; 0: the main process
+    workers: NonNegativeInt = 4  # data loader processes per rank; all of them first read the files; 0: the main one
 
     def check(self) -> Iterator[str]:
         yield from self.made_up("synthetic_captions")

@@ -24,7 +24,7 @@ from effsam3.data.store.reader import StoreReader
 from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthetic_recap
 from effsam3.errors import UserError
 from effsam3.files import stamp
-from effsam3.hardware.accelerator import frozen_autocast, on_main
+from effsam3.hardware.accelerator import frozen_autocast, on_main, processes_here
 from effsam3.losses.features import feature_loss, standardise
 from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
@@ -61,7 +61,8 @@ def ready_captions(recipe: TextRecipe, accelerator: Accelerator) -> Captions:
 def captions_of(data: TextData, **other) -> Captions:
     """Open the captions and phrases of a recipe's data; `other` arguments of `open_captions` take their place."""
     asked = {"phrases": data.phrases, "phrase_column": data.phrase_column, "held_out": data.held_out} | other
-    workers = max(1, data.workers)
+    # One rank reads while the others wait, so it takes their share, too.
+    workers = max(1, data.workers) * processes_here()
     return open_captions(
         data.captions, data.column, phrase_share=data.phrase_share, limit=data.limit, workers=workers, **asked
     )
