@@ -9,7 +9,7 @@ import torchvision  # noqa: F401  it is used where it is loaded
 from PIL import Image
 
 from effsam3.data.images import decoding
-from effsam3.data.images.decoding import ORIENTATION, decode_image
+from effsam3.data.images.decoding import ORIENTATION, check_image, decode_image
 from effsam3.data.unreadable import UnreadableImage
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # decode_image holds back the decoder's remarks
@@ -38,6 +38,14 @@ def outcome(data: bytes) -> tuple:
     return pixels_HWC.shape, pixels_HWC.tobytes(), kinds, pixels_HWC.flags.writeable
 
 
+def checked(data: bytes) -> tuple:
+    """Return what the check of an index says."""
+    try:
+        return (check_image(data, key="k"),)
+    except UnreadableImage as fault:
+        return fault.reason, fault.detail
+
+
 def by_pillow(data: bytes, monkeypatch) -> tuple:
     with monkeypatch.context() as patched:
         patched.setattr(decoding, "_plain_jpeg", lambda *_: None)
@@ -64,7 +72,7 @@ FORMS = {
 def test_pixels_are_pillows(form, size, monkeypatch):
     data = jpeg(photograph(*size), **FORMS[form])
     assert decoding._plain_jpeg(data, Image.open(io.BytesIO(data))) is not None
-    assert outcome(data) == by_pillow(data, monkeypatch)
+    assert outcome(data) == by_pillow(data, monkeypatch) and checked(data) == ([],)
 
 
 def test_what_is_not_plain_is_left_to_pillow():
@@ -90,6 +98,8 @@ def test_damaged_files_end_as_with_pillow(form, monkeypatch):
         damaged = bytes(damaged[: RNG.integers(len(data))] if number % 3 == 0 else damaged)
         outcomes.append(outcome(damaged))
         assert outcomes[-1] == by_pillow(damaged, monkeypatch), number
+        told = outcomes[-1][2:3] if len(outcomes[-1]) == 4 else outcomes[-1]
+        assert checked(damaged) == told, number
     refused = sum(len(one) == 2 for one in outcomes)
     assert 40 < refused < 140
 

@@ -46,15 +46,28 @@ PILLOW_FAULTS = (
 )  # fmt: skip
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS, key: str = "") -> tuple[np.ndarray, list[str]]:
+def check_image(data: bytes, max_pixels: int = MAX_PIXELS, key: str = "") -> list[str]:
+    """Return the conversions that `decode_image` would name, and raise UnreadableImage where it would.
+
+    A JPEG is decoded at an eighth of its size: its scans are read to the end all the same, in a third of the time.
+    """
+    return decode_image(data, max_pixels, key, small=True)[1]
+
+
+def decode_image(
+    data: bytes, max_pixels: int = MAX_PIXELS, key: str = "", small: bool = False
+) -> tuple[np.ndarray, list[str]]:
     """Decode any supported file to uint8 RGB [H, W, 3], upright, and name the conversions this took (CONVERSIONS).
 
-    Alpha is dropped, not blended; 16-bit grey is divided by 257. Raises UnreadableImage.
+    Alpha is dropped, not blended; 16-bit grey is divided by 257. `small` decodes a JPEG at an eighth of its size.
+    Raises UnreadableImage.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on metadata and on big images
         image, kinds = _open(data, max_pixels, key)
-        pixels_HWC = _plain_jpeg(data, image)
+        if small:
+            image.draft(None, (1, 1))
+        pixels_HWC = None if small else _plain_jpeg(data, image)
         if pixels_HWC is not None and not image_ends.lacks_end(data):
             return pixels_HWC, kinds
         turned_by_pillow = image.format == "TIFF"  # while loading, and then it forgets the tag

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from effsam3.data import indexing
 from effsam3.data.images import sa1b
-from effsam3.data.images.decoding import CONVERSIONS, MAX_PIXELS, decode_image, image_header
+from effsam3.data.images.decoding import CONVERSIONS, MAX_PIXELS, check_image, image_header
 from effsam3.data.images.sa1b_folders import Entry, Listing, check_sources, list_sources
 from effsam3.data.indexing import printable
 from effsam3.data.splits import SPLITS, split_code, split_of
@@ -138,7 +138,7 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
         if min(row["width"], row["height"]) < options.min_side:
             raise UnreadableImage(entry.key, "too_small")
         if options.decode:
-            _, kinds = decode_image(data, options.max_pixels, entry.key)
+            check_image(data, options.max_pixels, entry.key)
     except UnreadableImage as fault:
         return row | {"excluded": fault.reason, "detail": printable(fault.detail)}
     row["converted"] = ",".join(kinds)
