@@ -28,6 +28,7 @@ LAYERS = [
         "training.progress",
         "training.monitor",
         "training.checkpoint_folders",
+        "training.state",
         "stages.__init__",
         "stages.image.facts",
         "stages.text.facts",
@@ -62,6 +63,7 @@ LAYERS = [
         "training.not_finite",
         "training.debug_run",
         "training.validation",
+        "training.curves",
     },
     {
         "embed",
@@ -83,6 +85,7 @@ LAYERS = [
         "status",
         "plot",
         "leaderboard",
+        "report",
         "launch",
     },
     {"cli", "verbs", "data_verbs", "verb"},

@@ -15,14 +15,15 @@ from effsam3 import train
 from effsam3.benchmarks.pictures.drawing import GAP, LINE
 from effsam3.data.videos.decoder import pictures_in_a_row
 from effsam3.errors import RecipeError, UserError
-from effsam3.plot import default_metrics
 from effsam3.publish.release import Release
 from effsam3.recipe.reader import differing_keys, load_recipe
-from effsam3.status import as_text, examine
+from effsam3.status import as_text
 from effsam3.training import checkpoint
 from effsam3.training.checkpoint_folders import best_first, validation_of
+from effsam3.training.curves import default_metrics
 from effsam3.training.debug_run import CHANGES
 from effsam3.training.resume import read_trainer
+from effsam3.training.state import examine
 
 SHORT = ("data.apples=40", "train.eval_samples=4", "train.eval_every=1", "train.log_every=1", "train.save_every=2")
 

@@ -7,7 +7,8 @@ from PIL import Image
 
 from effsam3.cli import main
 from effsam3.errors import UserError
-from effsam3.plot import choose, draw, plot, read_curves, smoothed
+from effsam3.plot import choose, plot
+from effsam3.training.curves import draw, read_curves, smoothed
 from effsam3.training.report import Report
 
 

@@ -16,8 +16,9 @@ from effsam3.recipe.reader import load_recipe, refuse_verb
 from effsam3.shipped import texts
 from effsam3.show import show
 from effsam3.stages import needs
-from effsam3.status import as_text, examine
+from effsam3.status import as_text
 from effsam3.training.progress import Progress
+from effsam3.training.state import examine
 
 PACKAGE = Path(stages.__file__).parent
 

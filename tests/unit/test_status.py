@@ -12,11 +12,12 @@ import pytest
 
 from effsam3.cli import main
 from effsam3.recipe.reader import dump_recipe, load_recipe
-from effsam3.status import as_text, duration, examine, sparkline, status
+from effsam3.status import as_text, status
 from effsam3.training import checkpoint
 from effsam3.training.meters import Unreadable
 from effsam3.training.progress import Progress
-from effsam3.training.report import Report
+from effsam3.training.report import Report, duration
+from effsam3.training.state import examine, sparkline
 
 ROOT = Path(__file__).parents[2]
 HARDWARE = "2 x cpu, DDP"
