@@ -12,9 +12,18 @@ from pycocotools import mask as coco_mask
 
 from effsam3.benchmarks.concepts.cgf1 import SCORE
 from effsam3.benchmarks.concepts.report import Both
-from effsam3.benchmarks.pictures.drawing import colour_of, contact_sheet, paint, save_png
+from effsam3.benchmarks.pictures.drawing import (
+    Comparison,
+    colour_of,
+    contact_sheet,
+    paint,
+    save_png,
+    sheet_boxes,
+)
 from effsam3.data.concepts.pairs import Subset
 from effsam3.data.unreadable import Unreadable
+
+WIDTH = 320  # pixels of a panel, at least: of its title
 
 
 def worst_and_median(answered: Sequence[Both], count: int) -> dict[str, list[Both]]:
@@ -46,10 +55,16 @@ def draw_pairs(subset: Subset, answered: Sequence[Both], count: int, out: Path) 
             except Unreadable:
                 continue  # it has gone since it was looked at
             masks = {place: coco_mask.decode(one.rle).astype(bool) for place, one in enumerate(pair.objects[0], 1)}
-            panels = {f"{pair.phrase}: {len(masks)} annotated": paint(image_HW3, masks, masks)}
-            panels |= {_title(both, model): _found(both, model, image_HW3) for model in both.scored}
+            panels = [(f"{pair.phrase}: {len(masks)} annotated", paint(image_HW3, masks, masks))]
+            panels += [(_title(both, model), _found(both, model, image_HW3)) for model in both.scored]
+            boxes = dict(zip(("annotated", *both.scored), sheet_boxes(panels, WIDTH), strict=True))
+            comparisons = [
+                Comparison(pair.phrase, {_title(both, one): boxes[one] for one in ("teacher", model)})
+                for model in both.scored
+                if model != "teacher"
+            ]
             paths.append(out / f"concepts_{subset.name}_{kind}_{number}.png")
-            save_png(contact_sheet(list(panels.items()), least_width=320), paths[-1])
+            save_png(contact_sheet(panels, WIDTH), paths[-1], comparisons)
     return paths
 
 

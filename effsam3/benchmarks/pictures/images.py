@@ -7,6 +7,7 @@ Letters: C channels, G grid rows and columns, H W rows and columns of the origin
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor
 
 from effsam3.benchmarks.masks import choose_annotations, segment
 from effsam3.benchmarks.models import Pair
-from effsam3.benchmarks.pictures.drawing import paint
+from effsam3.benchmarks.pictures.drawing import Comparison, comparison_notes, paint
 from effsam3.data.images.sa1b import mask_of, read_annotations, read_image
 from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.unreadable import Unreadable
 from effsam3.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OBJECTS = 6  # prompted per picture
 
@@ -84,9 +88,21 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) ->
         for axis in figure.axes[: 4 * rows]:
             axis.set_axis_off()
         paths.append(out / f"{picture_name(row)}.png")
+        notes = comparison_notes(_comparisons(figure, [title for title, _ in panels]))
         with atomic_file(paths[-1]) as file:
-            figure.savefig(file, format="png")
+            figure.savefig(file, format="png", metadata=notes)
     return paths
+
+
+def _comparisons(figure: Figure, titles: list[str]) -> list[Comparison]:
+    """Return what a figure compares: of two panels with titles such as "teacher features" and "student features"."""
+    figure.draw_without_rendering()  # only then it is known where panels are
+    boxes = {}
+    for title, axis in zip(titles, figure.axes, strict=False):
+        (left, low), (right, high) = axis.get_window_extent().get_points().round().astype(int).tolist()
+        boxes[title] = left, round(figure.bbox.height) - high, right, round(figure.bbox.height) - low
+    pairs = [(title, title.replace("teacher", "student")) for title in titles if title.startswith("teacher")]
+    return [Comparison(one.partition(" ")[2], {one: boxes[one], other: boxes[other]}) for one, other in pairs]
 
 
 def picture_name(row: dict) -> str:

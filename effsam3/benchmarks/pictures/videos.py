@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from effsam3.benchmarks.jaccard import ObjectScore
-from effsam3.benchmarks.pictures.drawing import colour_of, evenly, paint, save_png
+from effsam3.benchmarks.pictures.drawing import Box, Comparison, colour_of, evenly, paint, save_png
 from effsam3.benchmarks.tracking import Masks, TrackedFrame
 
 CELL_WIDTH = 320  # pixels of a frame on the contact sheet
@@ -65,14 +65,21 @@ class ContactSheet:
         sheet = Image.new("RGB", (across + GAP, down), PAPER)
         draw = ImageDraw.Draw(sheet)
         _write(draw, (2 * GAP, GAP), self.title, 17)
+        comparisons = []
         for column, frame in enumerate(self.frames):
             left = indent + column * (width + GAP)
             shown = f"{'prompt,' if frame.prompted else 'frame'} {frame.index}"  # as wide as a portrait video
             _write(draw, (left, 2 * LINE - GAP // 2), shown, 14, PALE)
             truths = frame.truths or {}
             rows = [(truths, {}), *((frame.masks[name], truths) for name in trackers)]
+            boxes: list[Box] = []
             for row, (filled, outlined) in enumerate(rows):
-                sheet.paste(paint(frame.image_HWC, filled, outlined), (left, 3 * LINE + row * (height + GAP)))
+                top = 3 * LINE + row * (height + GAP)
+                sheet.paste(paint(frame.image_HWC, filled, outlined), (left, top))
+                boxes.append((left, top, left + width, top + height))
+            # All others are held against the first tracker.
+            for name, box in zip(trackers[1:], boxes[2:], strict=True):
+                comparisons.append(Comparison(f"frame {frame.index}", {trackers[0]: boxes[1], name: box}))
         for row, name in enumerate(["annotated", *trackers]):
             top = 3 * LINE + row * (height + GAP) + height // 2 - LINE
             _write(draw, (2 * GAP, top), name, 15)
@@ -80,7 +87,7 @@ class ContactSheet:
                 _write(draw, (2 * GAP, top + LINE), _j_and_f(scores[name].values()), 14, PALE)
         self._legend(draw, (indent, down - 2 * LINE + GAP), scores)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_png(sheet, self.path)
+        save_png(sheet, self.path, comparisons)
 
     def _legend(self, draw: ImageDraw.ImageDraw, at: tuple[int, int], scores: dict) -> None:
         left, top = at

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from effsam3.benchmarks.pictures.drawing import paint, save_png
+from effsam3.benchmarks.pictures.drawing import Comparison, paint, save_png
 from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.tables import Column, percent, result_table
 from effsam3.data.images.pair_batches import resize_mask, solid
@@ -166,7 +166,8 @@ def draw(pair: Pair, masks: dict[str, np.ndarray], path: Path) -> Path:
         sheet.paste(paint(image_HW3, filled, truth), (place * width, LINE))
         ImageDraw.Draw(sheet).text((place * width + 4, 2), title, (30, 32, 38))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(sheet, path)
+    sides = {title: (place * width, LINE, (place + 1) * width, LINE + height) for place, title in enumerate(panels)}
+    save_png(sheet, path, [Comparison(pair.name, {title: sides[title] for title in masks})])
     return path
 
 
