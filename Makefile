@@ -1,5 +1,5 @@
 # Shortcuts for the scripts; `make test` is what CI runs.
-.PHONY: setup demo test unit style leaderboard
+.PHONY: setup demo test unit style leaderboard pictures
 
 setup:
 	bash scripts/setup.sh dev
@@ -16,6 +16,13 @@ unit:
 style: setup
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
+
+# The README's first picture and the one of docs/runs.md, of the demo's run.
+SMOKE = runs/smoke-image
+pictures: setup demo
+	cp $(SMOKE)/pictures/sa_121.png docs/images/smoke.png
+	EFFSAM3_REPORT_RUN=$(CURDIR)/$(SMOKE) EFFSAM3_SCREENSHOTS=$(CURDIR)/docs/images \
+		.venv/bin/python -m pytest tests/e2e/test_report_page.py
 
 # Of all runs in runs/, or of those in RUNS="runs/a runs/b".
 RUNS ?= $(wildcard runs/*)

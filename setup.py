@@ -46,7 +46,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["effsam3", "effsam3.*"]), *DATA],
     package_dir=DATA,
-    package_data={name: ["**/*.yaml"] for name in DATA},
+    package_data={name: ["**/*.yaml"] for name in DATA} | {"effsam3": ["*.html"]},
     entry_points={"console_scripts": ["effsam3=effsam3.cli:main"]},
     install_requires=[
         "accelerate>=1.10",
@@ -55,6 +55,8 @@ setup(
         "filelock>=3.10",
         "ftfy>=6.1",
         "huggingface_hub>=1.31",  # as transformers 5.20 asks
+        "jinja2>=3.1",
+        "markdown-it-py>=3.0",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "open_clip_torch>=3.2",  # MobileCLIP2

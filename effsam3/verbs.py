@@ -234,6 +234,14 @@ VERBS = {
             arg("--smooth", "weight of the past in smoothed lines (default 0.9)", type=float, metavar="WEIGHT"),
         ],
     ),
+    "report": Verb(
+        "write one HTML file of a run: state, curves, tables, pictures to compare, recipe, environment",
+        "report:report",
+        [
+            arg("run", "a folder of a run or a release, or its recipe", metavar="RUN"),
+            arg("--out", "default: report.html in the folder", metavar="FILE"),
+        ],
+    ),
     "predict": Verb(
         "find or track things on images or in videos by text, boxes or points",
         predict,

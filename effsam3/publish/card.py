@@ -32,13 +32,13 @@ def model_card(release: Release, repo: str, revision: str = "main") -> str:
     """Return the card as Markdown, the Hub's metadata in front; `repo` (OWNER/NAME) is where it is loaded from."""
     sections = [
         f"# {repo.rpartition('/')[2]}\n\n{_introduction(release)}",
-        f"## Slots\n\n{_slots(release)}",
-        f"## Parameters\n\n{_parameters(release)}",
-        f"## Operations\n\n{_operations(release)}",
+        f"## Slots\n\n{slots(release)}",
+        f"## Parameters\n\n{parameter_table(release)}",
+        f"## Operations\n\n{operations(release)}",
         f"## How to use it\n\n{_use(release, repo, revision)}",
         f"## Measured\n\n{measurements(release)}",
         f"## How it learned\n\n{_training(release)}",
-        f"## Limitations\n\n{_limitations(release)}",
+        f"## Limitations\n\n{limitations(release)}",
         f"## Licence\n\n{licence(release)}",
     ]
     return f"---\n{yaml.safe_dump(metadata(release), sort_keys=False)}---\n\n" + "\n\n".join(sections) + "\n"
@@ -73,7 +73,8 @@ def _introduction(release: Release) -> str:
     )
 
 
-def _slots(release: Release) -> str:
+def slots(release: Release) -> str:
+    """Tell who fills the slots, and what has been changed in place."""
     rows, entries = [], _entries(release)
     for slot in SLOTS:
         row = [f"`{slot}`", stages.recipe_class(slot).replaces, "not replaced", ""]
@@ -96,7 +97,8 @@ def _entries(release: Release) -> dict[str, CardEntry]:
     }
 
 
-def _parameters(release: Release) -> str:
+def parameter_table(release: Release) -> str:
+    """Count the parameters of each slot, next to the SAM 3's where that is at hand."""
     columns = {"this model": parameters(read_config(release.model))}
     original = _chassis_config(release.chassis)
     if original is not None:
@@ -112,7 +114,7 @@ def _parameters(release: Release) -> str:
     return table(rows, ["parameters", *columns, *(["saved"] if len(columns) == 2 else [])])
 
 
-def _operations(release: Release) -> str:
+def operations(release: Release) -> str:
     """Lay out what every use of the model takes, so that none is judged by its trunk."""
     original, row = _chassis_config(release.chassis), release.sam3
     known = row.gflop if release.chassis in SAM3S else {}
@@ -198,11 +200,17 @@ def measurements(release: Release) -> str:
     """The newest evaluation's tables as they were written, where they are of this merged model, and pictures."""
     if release.summary is None:
         return "Nothing: no evaluation of this merged model is in its run folder."
-    lines = release.summary.read_text(encoding="utf-8").splitlines()
-    tables = "\n".join(line for line in lines if not line.startswith("# ")).strip()
     files = ", ".join(f"`eval/{path.name}`" for path in release.measured)
-    text = f"{tables}\n\nAll digits, and the versions and the machine that made them: {files}."
+    text = (
+        f"{measured_tables(release.summary)}\n\nAll digits, and the versions and the machine that made them: {files}."
+    )
     return text + "".join(f"\n\n![{path.stem}](pictures/{path.name})" for path in release.pictures[:PICTURES])
+
+
+def measured_tables(summary: Path) -> str:
+    """Return what a summary.md holds below its title."""
+    lines = summary.read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if not line.startswith("# ")).strip()
 
 
 def _training(release: Release) -> str:
@@ -240,7 +248,8 @@ def _how_it_learned(recipe: StageRecipe) -> dict[str, str | None]:
     }
 
 
-def _limitations(release: Release) -> str:
+def limitations(release: Release) -> str:
+    """List what is known not to be known, or not to work."""
     points = []
     if not release.has_sam3:
         points.append("The chassis has random weights: this model tells nothing about one of SAM 3's quality.")

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from commands import run_here
+from playwright.sync_api import sync_playwright
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +28,12 @@ def shared(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     )
     run_here(folder, "embed", *overrides)
     return folder, overrides
+
+
+@pytest.fixture(scope="module")
+def browser():
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert found, f"none of {', '.join(BROWSERS)} is here; `bash scripts/setup.sh dev` installs one with apt-get"
+    with sync_playwright() as playwright:
+        # Containers run tests as root, for whom Chromium has no sandbox.
+        yield playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from commands import ENVIRONMENT
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
 
@@ -29,7 +29,6 @@ from effsam3.data.synthetic.videos import make_video
 from effsam3.data.videos.mp4 import Mp4Writer
 from effsam3.models.chassis.find import chassis_folder
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PATIENCE_MS = 120_000  # on a busy machine
 STAR = (128, 152)  # x, y of an object on the first frame
 
@@ -64,15 +63,6 @@ def address(models):
     yield f"http://127.0.0.1:{port}"
     server.send_signal(signal.SIGINT)
     assert server.wait(60) in (0, 130, -signal.SIGINT)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    assert found, f"none of {', '.join(BROWSERS)} is here; `bash scripts/setup.sh dev` installs one with apt-get"
-    with sync_playwright() as playwright:
-        # Containers run tests as root, for whom Chromium has no sandbox.
-        yield playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def test_recipes_and_accelerate_configs_are_in_both(distributions):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name.removeprefix("effsam3/") for name in names if name.endswith(".yaml")} == wanted
+    assert "effsam3/report.html" in names
     # One top-level name, so that no other package is touched.
     assert {name.split("/")[0] for name in names} == {
         "effsam3",
