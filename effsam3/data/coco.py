@@ -110,8 +110,8 @@ def to_rle(segmentation, height: int, width: int) -> dict:
     return {"size": size, "counts": mask.frPyObjects({"size": size, "counts": runs}, *size)["counts"].decode("ascii")}
 
 
-def runs_of(rle: dict) -> np.ndarray:
-    """Return the lengths of a compressed RLE's runs, int64, background first.
+def runs_of(rle: dict, runs: np.ndarray | None = None) -> np.ndarray:
+    """Return the lengths of a compressed RLE's runs, int64, background first; `runs` are they, where they are known.
 
     Six bits a character: 5 of a little-endian signed number, 1 for "continues"; from the fourth number on, each is the
     difference to the one two places earlier.
@@ -120,7 +120,7 @@ def runs_of(rle: dict) -> np.ndarray:
         Malformed: bad_mask: no such encoding, or the runs do not fill the mask.
     """
     (height, width), counts = rle["size"], rle["counts"]
-    runs = _runs(counts) if counts.isascii() else None
+    runs = _runs(counts) if runs is None else runs
     if runs is None:
         raise Malformed(f"the RLE {reprlib.repr(counts)} is damaged", "bad_mask")
     if runs.sum() != height * width:
@@ -128,7 +128,47 @@ def runs_of(rle: dict) -> np.ndarray:
     return runs
 
 
+def runs_of_all(rles: list[dict]) -> list[np.ndarray]:
+    """Return `runs_of` each, in half of the time. Raises Malformed as it does."""
+    known = _runs_of_all([rle["counts"] for rle in rles]) or [None] * len(rles)
+    return [runs_of(rle, runs) for rle, runs in zip(rles, known, strict=True)]
+
+
 def _runs(counts: str) -> np.ndarray | None:
+    found = _numbers(counts)
+    if found is None:
+        return None
+    runs, _ = found
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs if runs.min() >= 0 else None
+
+
+def _runs_of_all(texts: list[str]) -> list[np.ndarray] | None:
+    """Return the runs of each text, None if one of them is damaged: a hundred take as many steps as one."""
+    found = _numbers("".join(texts)) if texts and all(texts) else None
+    if found is None:
+        return None
+    values, ends = found
+    lasts = np.cumsum([len(text) for text in texts]) - 1
+    firsts = np.searchsorted(ends, np.concatenate([[0], lasts[:-1] + 1]))  # number at which each text begins
+    if not np.isin(lasts, ends).all():  # a number goes on in the next text
+        return None
+    counts = np.diff(firsts, append=len(values))
+    number = np.arange(len(values)) - np.repeat(firsts, counts)
+    # Sums over the first number of a text, its odd ones, and its other even ones, each for itself.
+    group = 3 * np.repeat(np.arange(len(texts)), counts) + np.where(number, 2 - number % 2, 0)
+    order = np.argsort(group, kind="stable")
+    sums, begins = np.cumsum(values[order]), np.flatnonzero(np.diff(group[order], prepend=-1))
+    before = np.concatenate([[0], sums[begins[1:] - 1]])
+    values[order] = sums - np.repeat(before, np.diff(begins, append=len(values)))
+    return np.split(values, firsts[1:]) if values.min() >= 0 else None
+
+
+def _numbers(counts: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the numbers that a text encodes and where each ends, int64; None for no such text."""
+    if not counts or not counts.isascii():
+        return None
     code = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
     ends = np.flatnonzero(code & 32 == 0)
     if not len(ends) or ends[-1] != len(code) - 1 or code.min() < 0 or code.max() > 63:
@@ -137,11 +177,9 @@ def _runs(counts: str) -> np.ndarray | None:
     place = np.arange(len(code)) - np.repeat(starts, ends - starts + 1)
     if place.max() > 6:  # more than 35 bits
         return None
-    runs = np.add.reduceat((code & 31) << 5 * place, starts)
-    runs -= np.where(code[ends] & 16, 1 << 5 * (place[ends] + 1), 0)
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs if runs.min() >= 0 else None
+    values = np.add.reduceat((code & 31) << 5 * place, starts)
+    values -= np.where(code[ends] & 16, 1 << 5 * (place[ends] + 1), 0)
+    return values, ends
 
 
 def _unfilled(pixels: int, height: int, width: int) -> Malformed:
@@ -212,9 +250,11 @@ def check_annotations(content, height: int, width: int) -> list[dict]:
         if size != (height, width):
             raise Malformed(f"(height, width) {size}, the image has {(height, width)}", "size_mismatch")
     checked = []
-    for number, annotation in enumerate(found):
+    texts = [text for text in map(_text_of, found) if text is not None]
+    known = (_runs_of_all(texts) if len(texts) == len(found) else None) or [None] * len(found)
+    for number, (annotation, runs) in enumerate(zip(found, known, strict=True)):
         try:
-            checked.append(_check_annotation(mapping(annotation, "it"), height, width))
+            checked.append(_check_annotation(mapping(annotation, "it"), height, width, runs))
         except Malformed as fault:
             raise Malformed(f"annotation {number}: {fault}", fault.reason) from fault
     images = {str(annotation.get("image_id")) for annotation in checked}
@@ -223,11 +263,18 @@ def check_annotations(content, height: int, width: int) -> list[dict]:
     return checked
 
 
-def _check_annotation(annotation: dict, height: int, width: int) -> dict:
+def _text_of(annotation) -> str | None:
+    """Return the text of an annotation's compressed RLE, None where it has none."""
+    segmentation = annotation.get("segmentation") if isinstance(annotation, dict) else None
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    return counts if isinstance(counts, str) else None
+
+
+def _check_annotation(annotation: dict, height: int, width: int, runs: np.ndarray | None) -> dict:
     from pycocotools import mask
 
     rle = to_rle(annotation.get("segmentation"), height, width)
-    runs = runs_of(rle)
+    runs = runs_of(rle, runs)
     area = int(runs[1::2].sum())
     if not area:
         raise Malformed("its mask is empty", "bad_mask")

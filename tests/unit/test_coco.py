@@ -4,6 +4,7 @@
 import copy
 import json
 import math
+import re
 
 import numpy as np
 import pyarrow
@@ -13,7 +14,7 @@ from pycocotools import mask as coco_mask
 
 from effsam3.benchmarks.masks import choose_annotations, iou_each, size_of
 from effsam3.data import coco
-from effsam3.data.coco import Malformed, check_annotations, decode, middle_of, runs_of, to_rle
+from effsam3.data.coco import Malformed, check_annotations, decode, middle_of, runs_of, runs_of_all, to_rle
 from effsam3.data.images.sa1b import parse_annotations
 from effsam3.data.indexing import arrow_schema
 from effsam3.data.synthetic.images import sa1b_record
@@ -59,6 +60,28 @@ def test_both_kinds_of_rle_are_the_mask_they_were_made_from():
             np.testing.assert_array_equal(decode(segmentation, 61, 83), mask)
             assert to_rle(segmentation, 61, 83) == both[0]
         assert runs_of(both[0]).tolist() == runs(mask)
+
+
+def test_runs_of_many_masks_at_once_are_those_of_each():
+    """Also where one of them is damaged in any place: then it is named, or all of them are as each for itself."""
+    found = []
+    for _ in range(200):
+        rles = [rle(RNG.random((31, 17)) < RNG.random()) for _ in range(RNG.integers(1, 12))]
+        if RNG.random() < 0.7:
+            harmed = rles[RNG.integers(len(rles))]
+            text = list(harmed["counts"])
+            text[RNG.integers(len(text))] = chr(RNG.integers(40, 120))
+            harmed["counts"] = "".join(text[: RNG.integers(len(text) + 1)] if RNG.random() < 0.3 else text)
+        try:
+            wanted = [runs_of(one).tolist() for one in rles]
+        except Malformed as fault:
+            with pytest.raises(Malformed, match=re.escape(str(fault))):
+                runs_of_all(rles)
+            found.append(fault.detail.split()[0])
+        else:
+            assert [one.tolist() for one in runs_of_all(rles)] == wanted
+            found.append("whole")
+    assert runs_of_all([]) == [] and len(set(found)) == 3  # damaged, not filling, whole
 
 
 def test_polygons_are_filled_and_united():

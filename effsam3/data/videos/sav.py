@@ -78,8 +78,7 @@ class SavAnnotations:
         """Raise UnreadableAnnotations unless every RLE fills its frame; `mask` checks the one it decodes, too."""
         for annotated, rles in enumerate(self.masklet):
             try:
-                for rle in rles or ():
-                    coco.runs_of(rle)
+                coco.runs_of_all(rles or [])
             except coco.Malformed as fault:
                 raise self._bad_mask(annotated, fault) from fault
 
