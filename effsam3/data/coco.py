@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -130,7 +130,7 @@ def runs_of(rle: dict, runs: np.ndarray | None = None) -> np.ndarray:
 
 def runs_of_all(rles: list[dict]) -> list[np.ndarray]:
     """Return `runs_of` each, in half of the time. Raises Malformed as it does."""
-    known = _runs_of_all([rle["counts"] for rle in rles]) or [None] * len(rles)
+    known = _runs_of_all([rle["counts"] for rle in rles])
     return [runs_of(rle, runs) for rle, runs in zip(rles, known, strict=True)]
 
 
@@ -144,16 +144,17 @@ def _runs(counts: str) -> np.ndarray | None:
     return runs if runs.min() >= 0 else None
 
 
-def _runs_of_all(texts: list[str]) -> list[np.ndarray] | None:
-    """Return the runs of each text, None if one of them is damaged: a hundred take as many steps as one."""
-    found = _numbers("".join(texts)) if texts and all(texts) else None
+def _runs_of_all(texts: list[str]) -> Sequence[np.ndarray | None]:
+    """Return the runs of each text, None for all if one is damaged: a hundred take as many steps as one."""
+    damaged = [None] * len(texts)
+    found = _numbers("".join(texts)) if all(texts) else None
     if found is None:
-        return None
+        return damaged
     values, ends = found
     lasts = np.cumsum([len(text) for text in texts]) - 1
     firsts = np.searchsorted(ends, np.concatenate([[0], lasts[:-1] + 1]))  # number at which each text begins
     if not np.isin(lasts, ends).all():  # a number goes on in the next text
-        return None
+        return damaged
     counts = np.diff(firsts, append=len(values))
     number = np.arange(len(values)) - np.repeat(firsts, counts)
     # Sums over the first number of a text, its odd ones, and its other even ones, each for itself.
@@ -162,7 +163,7 @@ def _runs_of_all(texts: list[str]) -> list[np.ndarray] | None:
     sums, begins = np.cumsum(values[order]), np.flatnonzero(np.diff(group[order], prepend=-1))
     before = np.concatenate([[0], sums[begins[1:] - 1]])
     values[order] = sums - np.repeat(before, np.diff(begins, append=len(values)))
-    return np.split(values, firsts[1:]) if values.min() >= 0 else None
+    return np.split(values, firsts[1:]) if values.min() >= 0 else damaged
 
 
 def _numbers(counts: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -251,7 +252,7 @@ def check_annotations(content, height: int, width: int) -> list[dict]:
             raise Malformed(f"(height, width) {size}, the image has {(height, width)}", "size_mismatch")
     checked = []
     texts = [text for text in map(_text_of, found) if text is not None]
-    known = (_runs_of_all(texts) if len(texts) == len(found) else None) or [None] * len(found)
+    known = _runs_of_all(texts) if len(texts) == len(found) else [None] * len(found)
     for number, (annotation, runs) in enumerate(zip(found, known, strict=True)):
         try:
             checked.append(_check_annotation(mapping(annotation, "it"), height, width, runs))
