@@ -6,6 +6,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import DropPath
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from timm.utils import ModelEmaV3
 from transformers import AutoModel
 
@@ -88,6 +89,9 @@ def test_students_of_the_tiny_concept_chassis(name, size):
         weight_DC, bias_D = student.head.project.weight[..., 0, 0], student.head.project.bias
         expected_BDGG = torch.einsum("bchw,dc->bdhw", feat_BCHW, weight_DC) + bias_D[:, None, None]
         torch.testing.assert_close(student.head([feat_BCHW], (8, 8)), expected_BDGG, rtol=1e-4, atol=1e-5)
+        blocks = [module for module in student.modules() if isinstance(module, DepthwiseSeparableConv)]
+        between = [block.bn1(torch.randn(1, block.conv_dw.out_channels, 4, 4)) for block in blocks]
+    assert len(between) == 5 and all((feat < 0).any() for feat in between)  # no activation there
 
 
 def test_positions_are_row_major():

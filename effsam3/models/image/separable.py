@@ -27,18 +27,22 @@ def architectures() -> dict[str, tuple[Callable[..., nn.Module], Any]]:
 
 
 def _build(name: str, **options) -> nn.Module:
-    """Build a stem and five blocks, after MobileNetV1 (arXiv:1704.04861); `options` are what timm's models take."""
+    """Build a stem and five blocks; `options` are what timm's models take.
+
+    They are those of MobileNetV1 (arXiv:1704.04861) without the activation after the depthwise convolution.
+    """
+    from timm.models._efficientnet_blocks import DepthwiseSeparableConv
     from timm.models._efficientnet_builder import decode_arch_def, round_channels
     from timm.models.efficientnet import _create_effnet
     from torch import nn
 
     width = WIDTHS[name]
-    blocks = [  # in timm's notation: dsa has an activation after both of its convolutions, and no shortcut
+    blocks = [  # in timm's notation: dsa has an activation after its last convolution, too, and no shortcut
         [f"dsa_r1_k3_s2_c{2 * width}"],
         [f"dsa_r1_k3_s2_c{4 * width}", f"dsa_r1_k3_s1_c{4 * width}"],
         [f"dsa_r1_k3_s2_c{4 * width}", f"dsa_r1_k3_s1_c{4 * width}"],
     ]
-    return _create_effnet(
+    model = _create_effnet(
         name,
         block_args=decode_arch_def(blocks),
         stem_size=width,
@@ -47,3 +51,8 @@ def _build(name: str, **options) -> nn.Module:
         act_layer=nn.ReLU,
         **options,
     )
+    for module in model.modules():
+        if isinstance(module, DepthwiseSeparableConv):
+            # Of so few channels, an activation between both convolutions loses what SAM 3's heads read (LOG.md).
+            module.bn1.act = nn.Identity()
+    return model
