@@ -10,5 +10,13 @@ from effsam3.models.inference.concepts import encode_geometry_always
 from effsam3.models.memory.tracker import EfficientTracker
 from effsam3.models.text.padding import AttendedLiteTextModel
 from effsam3.models.text.tokens import PromptTokenizer
+from effsam3.models.vision.student import VisionTrunk
 
-__all__ = ["AttendedLiteTextModel", "EfficientTracker", "PromptTokenizer", "StudentTrunk", "encode_geometry_always"]
+__all__ = [
+    "AttendedLiteTextModel",
+    "EfficientTracker",
+    "PromptTokenizer",
+    "StudentTrunk",
+    "VisionTrunk",
+    "encode_geometry_always",
+]

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,8 @@ from effsam3.models.memory.prompts import draw_prompt
 from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker
 from effsam3.models.memory.training import Prompts
+from effsam3.models.registry import SAM3S
+from effsam3.models.vision.slot import build_vision_student
 from effsam3.recipe.reader import load_recipe
 from effsam3.stages.adapt.images import own_images
 from effsam3.stages.adapt.training import AdaptStage
@@ -302,6 +305,24 @@ def _store_of(root: Path, numbers: range, key: Callable[[int], str] = "sa_{:08d}
     return keys
 
 
+def vision_pass(student: str, device: torch.device, tiny: bool) -> Sides:
+    """An image through a vision student, from pixels to all maps of both necks, and through its trunk alone."""
+    sam3 = SAM3S["tiny" if tiny else "random"]
+    encoder: Any = sam3.config().detector_config.vision_config
+    model = build_vision_student(encoder, student, (32, 64, 256), None).to(device).eval()
+    side = sam3.sizes.image_size
+    pixels = torch.rand(1, 3, side, side, device=device) * 2 - 1
+
+    def without_gradients(run: Callable[[torch.Tensor], object]) -> object:
+        with torch.no_grad():
+            return run(pixels)
+
+    return {
+        "to all maps": lambda: without_gradients(model),
+        "trunk alone": lambda: without_gradients(model.trunk.trunk),
+    }
+
+
 BENCHMARKS = {
     "video-step": Benchmark(video_step, most=0.5),
     "lora-step": Benchmark(lora_step, most=1.3),
@@ -309,6 +330,8 @@ BENCHMARKS = {
     "loading": Benchmark(loading, most=1 / 3),
     "key-lookup": Benchmark(key_lookup, most=1 / 100),
     "index-opening": Benchmark(index_opening, most=1 / 10),
+    "vision-pass-repvit": Benchmark(partial(vision_pass, "repvit_m1_1"), most=1.35),
+    "vision-pass-tinyvit": Benchmark(partial(vision_pass, "tiny_vit_5m"), most=1.35),
 }
 
 

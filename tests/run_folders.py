@@ -17,7 +17,9 @@ from effsam3.models.image.student import StudentTrunk, student_config
 from effsam3.models.memory.slot import MEMORY, tracker_config
 from effsam3.models.memory.tracker import EfficientTracker
 from effsam3.models.memory.training import PARTS
+from effsam3.models.merging.slots import SLOTS
 from effsam3.models.text.student import TEXT_ENCODER, TEXT_PROJECTION, text_student
+from effsam3.models.vision.slot import build_vision_student
 from effsam3.recipe.reader import dump_recipe, load_recipe
 from effsam3.training import checkpoint
 
@@ -44,6 +46,17 @@ def image_run(
     return _write(recipe, own | facts, trunk.state_dict())
 
 
+def vision_run(runs: Path, name: str = "vision", student: str = "tiny_convnext") -> Path:
+    """A run of stage vision on the tiny chassis."""
+    asked = [f"name={name}", f"student={student}", "widths=[4,8,12]", f"train.runs={runs}", "sam3.checkpoint=tiny"]
+    recipe, sizes = load_recipe(RECIPES / "smoke/vision.yaml", asked), sam3_of("tiny").sizes
+    torch.manual_seed(3)
+    encoder = read_config(chassis_folder("tiny")).detector_config.vision_config
+    weights = shaken(build_vision_student(encoder, student, recipe.widths, None)).state_dict()
+    teacher = {"fingerprint": fingerprint(_tiny_tensors(*SLOTS["vision"].owns))}
+    return _write(recipe, {"image_size": sizes.image_size, "teacher": teacher}, weights)
+
+
 def text_run(
     runs: Path, name: str = "text", student: str = "tiny_text_plain", padding: str = "masked", **facts
 ) -> Path:
@@ -67,7 +80,7 @@ def memory_run(runs: Path, name: str = "memory", trains: tuple[str, ...] = ("mem
     return _write(recipe, {"teacher": {"fingerprint": fingerprint(_tiny_tensors(*MEMORY))}}, weights)
 
 
-RUNS = {"image": image_run, "text": text_run, "memory": memory_run}
+RUNS = {"image": image_run, "vision": vision_run, "text": text_run, "memory": memory_run}
 
 
 def merged_run(runs: Path, *stages: str) -> Path:

@@ -15,6 +15,7 @@ from effsam3.data.statistics import FeatureStatistics
 from effsam3.data.transforms import normalise, valid_mask
 from effsam3.models.image.teacher import to_map
 from effsam3.models.inference.prompted import load_tracker, trunk_of
+from effsam3.models.vision.training import Necks
 
 
 @dataclass(frozen=True)
@@ -79,3 +80,46 @@ def load_pair(chassis: Path, merged: Path, device: torch.device) -> Pair:
     """Load both on a device."""
     teacher, student = (nn.Module.to(load_tracker(folder), device) for folder in (chassis, merged))
     return Pair(teacher, student, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapPair(Pair):
+    """Teacher and a student of trunk and necks; the features that they are compared by are maps of their necks."""
+
+    necks: tuple[Necks, Necks]  # the teacher's, the student's
+
+    @property
+    def mean_LC(self) -> list[Tensor]:
+        """The teacher's mean per channel of each of `MAPS`, as the student carries it."""
+        return [layer.feature_mean for layer in self.necks[1].layers]
+
+    @property
+    def deviation_LC(self) -> list[Tensor]:
+        """The teacher's deviation, likewise."""
+        return [layer.feature_scale for layer in self.necks[1].layers]
+
+    @property
+    def mean_C(self) -> Tensor:
+        return self.mean_LC[-1]
+
+    @property
+    def deviation_C(self) -> Tensor:
+        return self.deviation_LC[-1]
+
+    @torch.no_grad()
+    def maps(self, pixels_B3SS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the teacher's and the student's `MAPS`."""
+        teacher, student = (necks(feat) for necks, feat in zip(self.necks, super().features(pixels_B3SS), strict=True))
+        return teacher, student
+
+    def features(self, pixels_B3SS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both trackers' top maps, (B, C, G, G) each: what is looked at."""
+        teacher, student = self.maps(pixels_B3SS)
+        return teacher[-1], student[-1]
+
+
+def load_map_pair(chassis: Path, merged: Path, device: torch.device) -> MapPair:
+    """Load both on a device, with both necks of each."""
+    pair = load_pair(chassis, merged, device)
+    teacher, student = (Necks.from_folder(folder).to(device) for folder in (chassis, merged))
+    return MapPair(pair.teacher, pair.student, device, necks=(teacher, student))

@@ -7,6 +7,8 @@ without one valid position (unreadable, or padding of a batch) counts nowhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -82,3 +84,19 @@ def agreement_sums(
     # Double, because a float32 sum of ones stops growing at 16.8 million positions.
     valid = valid_B1HW[:, 0].double()
     return {name: (value * valid).sum() for name, value in per_position.items()} | {"positions": valid.sum()}
+
+
+def map_means(sums: Mapping[str, Tensor]) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Turn sums of several maps into means: over all maps, each counting alike, and {map: means}.
+
+    `sums` are those of `agreement_sums` under names `map/sum`.
+    """
+    by_map: dict[str, dict[str, float]] = {}
+    for name, value in sums.items():
+        one, _, key = name.partition("/")
+        by_map.setdefault(one, {})[key] = float(value)
+    for own in by_map.values():
+        positions = max(own.pop("positions"), 1.0)
+        own |= {key: value / positions for key, value in own.items()}
+    keys = next(iter(by_map.values()))
+    return {key: sum(own[key] for own in by_map.values()) / len(by_map) for key in keys}, by_map

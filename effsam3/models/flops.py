@@ -52,15 +52,20 @@ def flops_line(sam3: Sam3, replaced: Mapping[str, float]) -> str:
     return "GFLOP: " + "; ".join(uses)
 
 
-def image_gflop(student: ImageStudent, head: str, seen: int, sam3: Sam3) -> float:
-    """Return the GFLOP of an image student with its head, of an image of which it sees `seen` pixels a side.
+def trunk_gflop(student: ImageStudent, seen: int) -> float:
+    """Return the GFLOP of a student's trunk, of an image of which it sees `seen` pixels a side.
 
     Raises:
-        UserError: this trunk has not been counted at this size.
+        UserError: it has not been counted at this size.
     """
     if student.trunk_gflop is None or seen != SAM3.sizes.image_size:
         raise UserError(f"{student.label} has not been counted at {seen} px; {COUNT}")
-    return student.trunk_gflop + head_flops(head, student, seen, sam3.sizes.grid, sam3.sizes.hidden_size) / 1e9
+    return student.trunk_gflop
+
+
+def image_gflop(student: ImageStudent, head: str, seen: int, sam3: Sam3) -> float:
+    """Return the GFLOP of an image student with its head, as `trunk_gflop`."""
+    return trunk_gflop(student, seen) + head_flops(head, student, seen, sam3.sizes.grid, sam3.sizes.hidden_size) / 1e9
 
 
 def head_flops(head: str, student: ImageStudent, seen: int, grid: int, width: int) -> int:
@@ -76,6 +81,30 @@ def head_flops(head: str, student: ImageStudent, seen: int, grid: int, width: in
     laterals = sum(count * channels * W for count, channels in used)
     fuse16 = used[-2][0] * 9 * W**2 if len(used) == FUSED_MAPS else 0
     return 2 * (laterals + fuse16 + grid**2 * (9 * W**2 + W * width))
+
+
+def vision_gflop(student: ImageStudent, widths: tuple[int, ...], seen: int, sam3: Sam3) -> dict[str, float]:
+    """Return the GFLOP of a vision student, as `trunk_gflop`: {part: GFLOP}; its pyramid belongs to the trunk."""
+    grid, channels = sam3.sizes.grid, sam3.sizes.fpn_hidden_size
+    pyramid = pyramid_flops(student, widths, seen, grid)
+    neck = (
+        2 * sum((scale * grid) ** 2 * width * channels for width, scale in zip(widths, (4, 2, 1), strict=True)) / 1e9
+    )
+    return {"trunk": trunk_gflop(student, seen) + pyramid / 1e9, "detector_neck": neck, "tracker_neck": neck}
+
+
+def pyramid_flops(student: ImageStudent, widths: tuple[int, ...], seen: int, grid: int) -> int:
+    """Count the operations of a vision student's pyramid with maps of these `widths`: fine, middle and top."""
+    fine, middle, top = widths
+    sides = {stride: -(-seen // stride) for stride in student.strides}  # rounded up
+    own = dict(zip(student.strides, student.channels, strict=True))
+    total = grid**2 * top * (7 * 7 + 4 * top)
+    for stride in student.strides[-FUSED_MAPS:]:
+        total += min(sides[stride], grid) ** 2 * own[stride] * top
+    for scale, coarser, width, stride in ((2, top, middle, 8), (4, middle, fine, 4)):
+        total += (scale // 2 * grid) ** 2 * coarser * 4 * width + (scale * grid) ** 2 * width * (3 * 3 + 2 * width)
+        total += sides[stride] ** 2 * own[stride] * width if stride in own else 0
+    return 2 * total
 
 
 def text_gflop(student: TextStudent, tokens: int, channels: int) -> float:

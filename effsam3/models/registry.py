@@ -59,6 +59,14 @@ class Sizes:
         positions = (self.pretrain_image_size // self.patch_size) ** 2
         return self.num_hidden_layers * layer + 3 * self.patch_size**2 * D + positions * D + 2 * D
 
+    @property
+    def neck_params(self) -> int:
+        """Parameters of one of the two necks."""
+        D, C = self.hidden_size, self.fpn_hidden_size
+        halved, quartered = (4 * wide * (wide // 2) + wide // 2 for wide in (D, D // 2))  # 2x2, transposed
+        entries = sum(wide * C + C for wide in (D // 4, D // 2, D, D))  # 1x1
+        return 2 * halved + quartered + entries + 4 * (9 * C * C + C)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
@@ -368,3 +376,24 @@ def head_params(head: str, channels: tuple[int, ...], width: int) -> int:
     block = 2 * W + 9 * W * W + W  # LayerNorm, 3x3
     output = 2 * W + W * D + D  # LayerNorm, 1x1
     return laterals + max(1, len(fused) - 1) * block + output
+
+
+def pyramid_params(
+    channels: tuple[int, ...], strides: tuple[int, ...], widths: tuple[int, ...], neck: int
+) -> tuple[int, int]:
+    """Count the parameters of a vision student's pyramid on maps with `channels` (finest first), and of both necks.
+
+    `widths` are those of its maps, fine, middle and top; `neck` is the number of channels that the necks put out.
+    """
+    fine, middle, top = widths
+    own = dict(zip(strides, channels, strict=True))
+
+    def block(width: int, side: int, hidden: int) -> int:
+        return width * (side * side + 1) + (width + 1) * hidden + (hidden + 1) * width
+
+    used = channels[-FUSED_MAPS:]
+    total = (sum(used) + len(used)) * top + 2 * top + block(top, 7, 2 * top)  # laterals, LayerNorm, block
+    for coarser, width, stride in ((top, middle, 8), (middle, fine, 4)):
+        lateral = (own[stride] + 1) * width if stride in own else 0
+        total += (coarser + 1) * 4 * width + lateral + block(width, 3, width)
+    return total, 2 * sum((width + 1) * neck for width in widths)

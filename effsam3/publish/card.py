@@ -7,6 +7,7 @@ Everything on it is read from the run folder.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 import yaml
@@ -76,7 +77,7 @@ def _introduction(release: Release) -> str:
 def slots(release: Release) -> str:
     """Tell who fills the slots, and what has been changed in place."""
     rows, entries = [], _entries(release)
-    for slot in SLOTS:
+    for slot in counted_slots(release.merged["slots"]):
         row = [f"`{slot}`", stages.recipe_class(slot).replaces, "not replaced", ""]
         if slot in entries:
             row[2:] = [entries[slot].called, f"`{release.merged['slots'][slot]['from']}`"]
@@ -99,13 +100,14 @@ def _entries(release: Release) -> dict[str, CardEntry]:
 
 def parameter_table(release: Release) -> str:
     """Count the parameters of each slot, next to the SAM 3's where that is at hand."""
-    columns = {"this model": parameters(read_config(release.model))}
+    counted = counted_slots(release.merged["slots"])
+    columns = {"this model": parameters(read_config(release.model), counted)}
     original = _chassis_config(release.chassis)
     if original is not None:
-        columns[release.sam3.label if release.has_sam3 else "chassis"] = parameters(original)
+        columns[release.sam3.label if release.has_sam3 else "chassis"] = parameters(original, counted)
     rows = []
     # In the order of the slots, whatever this model replaces: cards can be laid side by side.
-    replaced = {slot: stages.recipe_class(slot).replaces for slot in SLOTS}
+    replaced = {slot: stages.recipe_class(slot).replaces for slot in counted}
     for key, title in {**replaced, "rest": "everything else", "total": "**whole model**"}.items():
         counts = [column[key] for column in columns.values()]
         if counts[-1]:  # a slot that this SAM 3 has
@@ -127,11 +129,17 @@ def operations(release: Release) -> str:
     )
 
 
-def parameters(config) -> Counter:
+def counted_slots(filled: Collection[str]) -> list[str]:
+    """Return the slots of which each tensor is in at most one, for a model that has students in those `filled`."""
+    other = "image" if "vision" in filled else "vision"  # both have the trunk
+    return [slot for slot in SLOTS if slot != other]
+
+
+def parameters(config, slots: Collection[str]) -> Counter:
     """Count the parameters of the model of a `Sam3VideoConfig`: per slot, in the `rest`, in `total`."""
     counts: Counter[str] = Counter()
     for name, parameter in empty_model(config).named_parameters():
-        owner = next((slot for slot, row in SLOTS.items() if name.startswith(row.owns)), "rest")
+        owner = next((slot for slot in slots if name.startswith(SLOTS[slot].owns)), "rest")
         counts[owner] += parameter.numel()
     return counts + Counter(total=counts.total())
 

@@ -24,7 +24,7 @@ from types import ModuleType
 
 from effsam3.recipe.common import Recipe
 
-STAGES = ("image", "text", "memory", "video", "adapt", "prompted", "concepts", "release")
+STAGES = ("image", "vision", "text", "memory", "video", "adapt", "prompted", "concepts", "release")
 
 
 def recipe_class(stage: str) -> type[Recipe]:

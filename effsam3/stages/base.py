@@ -28,13 +28,15 @@ from effsam3.models.image.student import StudentTrunk
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.merging.slots import start_from
 from effsam3.models.text.student import StudentText
+from effsam3.models.vision.slot import start_vision_from
+from effsam3.models.vision.training import VisionStudent
 from effsam3.recipe.common import Data, FeatureRecipe, Sam3, StageRecipe
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.protocol import Batch, Place, TitledPicture
 from effsam3.training.report import Report, table
 
 TEACHER_FORM = {"fingerprint?": str}  # what a run must record of its teacher, to be merged
-Student = StudentTrunk | StudentText
+Student = StudentTrunk | StudentText | VisionStudent
 STATISTICS_FORM = {"mean": [float], "deviation": [float]}
 
 
@@ -119,8 +121,8 @@ class FeatureStage(StageBase):
         super().__init__(recipe, place)
         self.facts, self.student, self.teacher = facts, student, teacher
         self.student_parameters = parameter_count(student)
-        self.mean_C = torch.zeros(facts["channels"], device=self.device)
-        self.deviation_C = torch.ones(facts["channels"], device=self.device)
+        self.mean_C = torch.zeros(self.channels, device=self.device)
+        self.deviation_C = torch.ones(self.channels, device=self.device)
         self.notes: dict[str, str] = {}  # lines for the header
 
     def begin(self, store: StoreReader | None, report: Report, accelerator: Accelerator) -> None:
@@ -128,6 +130,11 @@ class FeatureStage(StageBase):
         known = self.online_statistics(report, accelerator) if store is None else store.manifest.statistics
         self.set_statistics(known)
         self.notes = self.initialise_from_model() | untied_note(store)
+
+    @property
+    def channels(self) -> int:
+        """Channels that have statistics: those of the features."""
+        return self.facts["channels"]
 
     def target(self, batch: Batch) -> Tensor:
         """Return the teacher's features as a map (B, C, H, W), float32."""
@@ -156,8 +163,7 @@ class FeatureStage(StageBase):
             UserError: they are not those of a teacher with that number of channels.
         """
         wrong = mismatch(statistics, STATISTICS_FORM)
-        channels = self.facts["channels"]
-        if wrong or statistics is None or {len(statistics[name]) for name in STATISTICS_FORM} != {channels}:
+        if wrong or statistics is None or {len(statistics[name]) for name in STATISTICS_FORM} != {self.channels}:
             raise UserError(
                 f"the statistics of the teacher's features are damaged: {wrong or 'not one of each channel'}; embed "
                 "again, or restore the store's manifest.json"
@@ -188,13 +194,17 @@ class FeatureStage(StageBase):
         def make() -> None:
             if kept.get("made_from") == json.loads(json.dumps(made_from)):
                 return
-            statistics = FeatureStatistics(self.facts["channels"])
-            for batch in self.statistics_batches():
-                statistics.update(self.target(batch), self.valid(batch))
-            report.write_json(path.name, statistics.result() | {"made_from": made_from})
+            report.write_json(path.name, self.measured_statistics() | {"made_from": made_from})
 
         on_main(accelerator, make)
         return read_json(path, form, "delete it, and it is made again")
+
+    def measured_statistics(self) -> dict[str, list[float]]:
+        """Return mean and deviation per channel over the sample of the training data."""
+        statistics = FeatureStatistics(self.channels)
+        for batch in self.statistics_batches():
+            statistics.update(self.target(batch), self.valid(batch))
+        return statistics.result()
 
     @torch.no_grad()
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -251,7 +261,10 @@ def start_from_model(student: nn.Module, recipe: FeatureRecipe) -> bool:
     """
     if not names_a_model(recipe.student_init):
         return False
-    start_from(student, recipe.stage, Path(recipe.student_init))
+    if isinstance(student, VisionStudent):
+        start_vision_from(student, Path(recipe.student_init))
+    else:
+        start_from(student, recipe.stage, Path(recipe.student_init))
     return True
 
 

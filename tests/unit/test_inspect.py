@@ -109,6 +109,7 @@ def test_parts_are_counted_as_the_model_itself_counts_them(folder):
         "SAM 3's own, 4 layers, 64 channels",
         "SAM 3's own, 2 layers, 32 tokens",
         "SAM 3's own, 7 frames, 2 layers",
+        "SAM 3's own necks",
     ]
 
 

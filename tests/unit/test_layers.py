@@ -31,6 +31,7 @@ LAYERS = [
         "training.state",
         "stages.__init__",
         "stages.image.facts",
+        "stages.vision.facts",
         "stages.text.facts",
         "stages.memory.facts",
         "stages.video.facts",

@@ -88,7 +88,8 @@ def test_what_is_not_owned_once_is_named(students, rest, message):
 def test_slots_own_what_students_replace_and_nothing_twice():
     names = read_tensors(chassis_folder("tiny"))
     owners = {name: [slot for slot, row in SLOTS.items() if name.startswith(row.owns)] for name in names}
-    assert all(len(slots) <= 1 for slots in owners.values())
+    # A vision student brings a trunk, too, and is never next to an image student.
+    assert all(len(slots) <= 1 or slots == ["image", "vision"] for slots in owners.values())
     assert {slot for slots in owners.values() for slot in slots} >= {"image", "text"}
 
 

@@ -24,12 +24,14 @@ from effsam3.models.chassis.tensors import read_config
 from effsam3.models.chassis.tiny import full_config
 from effsam3.models.image.backbones import image_student
 from effsam3.models.registry import SAM3, head_params
-from effsam3.publish.card import licence, measurements, metadata, model_card, parameters
+from effsam3.publish.card import counted_slots, licence, measurements, metadata, model_card, parameters
 from effsam3.publish.release import ReleaseError, read_release
 from effsam3.recipe.reader import dump_recipe, load_recipe
 from effsam3.training import report
 
-SLOTS = {"text": ("text",), "image": ("image",), "memory": ("memory",), "both": ("image", "text")}
+SLOTS = {
+    "text": ("text",), "image": ("image",), "memory": ("memory",), "vision": ("vision",), "both": ("image", "text"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +158,19 @@ def test_operations_of_all_parts_are_told(merged):
     assert len(table) == 14 and table["**a phrase**"][2].strip() == "1.0"
 
 
+def test_a_vision_students_trunk_and_necks_are_one_row(merged):
+    card = card_of(merged["vision"])
+    assert "vision trunk |" not in card
+    stored = load_file(merged["vision"] / "merged/model.safetensors").items()
+    own = ("detector_model.vision_encoder.", "tracker_neck.")
+    here = sum(value.numel() for name, value in stored if name.startswith(own) and "feature_" not in name)
+    sizes = sam3_of("tiny").sizes
+    assert numbers(card, "vision trunk and necks")[:2] == [here, sizes.trunk_params + 2 * sizes.neck_params]
+    assert "students have taken the place of the vision trunk and necks" in card
+
+
 def test_sam3_counts_as_published():
-    counts = parameters(full_config())
+    counts = parameters(full_config(), counted_slots(()))
     assert counts["image"] == SAM3.sizes.trunk_params and counts["text"] == SAM3.counts.text
     assert counts["total"] == SAM3.counts.transformers_total
 

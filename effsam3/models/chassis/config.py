@@ -13,7 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 import effsam3.models.image.student  # registers its classes: a config names them
-import effsam3.models.memory.tracker  # noqa: F401  # the same
+import effsam3.models.memory.tracker
+import effsam3.models.vision.student  # noqa: F401  # the same
 from effsam3.checked_files import mismatch
 from effsam3.errors import ChassisError
 from effsam3.models.chassis.classes import empty_model, model_class

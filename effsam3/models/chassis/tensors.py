@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 Part = TypeVar("Part", bound=torch.nn.Module)
 Model = TypeVar("Model", bound="PreTrainedModel")
 TRUNK = "detector_model.vision_encoder.backbone."  # the slot `image`
-NECK = "detector_model.vision_encoder.neck."  # the detector's FPN; the tracker has its own, `tracker_neck.`
+NECK = "detector_model.vision_encoder.neck."  # the detector's FPN ...
+TRACKER_NECK = "tracker_neck."  # ... and the tracker's, on the same trunk
 PICKLED = (".pt", ".pth")  # files that torch.save wrote
 # Next to model.safetensors: what SAM 3's own format has and transformers has no place for, under SAM 3's names.
 EXTRAS_FILE = "sam3_original.safetensors"

@@ -10,7 +10,7 @@ from timm.utils.model import reparameterize_model
 from torch import Tensor, nn
 
 from effsam3.models.exporting.parts import Trunk
-from effsam3.models.image.student import StudentTrunk
+from effsam3.models.image.student import StudentBackbone
 from effsam3.models.text.student import fold_repmixer
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -36,7 +36,7 @@ def fold(model: Any, seed: int = 0) -> dict[str, Folded]:
     draw = torch.Generator().manual_seed(seed)
     found = {}
     trunk = detector.vision_encoder.backbone
-    if isinstance(trunk, StudentTrunk) and norms(trunk):
+    if isinstance(trunk, StudentBackbone) and norms(trunk):
         side = trunk.config.image_size
         pixels = torch.rand(1, 3, side, side, generator=draw) * 2 - 1
         before, there = Trunk(detector.vision_encoder)(pixels), norms(trunk)

@@ -190,12 +190,8 @@ def student_config(student: str, head: str, seen: int | None, **sam3) -> Student
     )
 
 
-class StudentTrunk(PreTrainedModel):
-    """A student in the place of SAM 3's ViT: normalised pixels (B, 3, S, S) to features (B, N, D), row-major.
-
-    `feature_scale` and `feature_mean` are the teacher's per-channel deviation and mean, set once before training: the
-    network then works in standardised units whatever the size of the teacher's channels, and still outputs raw ones.
-    """
+class StudentBackbone(PreTrainedModel):
+    """A timm trunk and a head that makes one map of its maps: what a SAM 3 config names as the vision backbone."""
 
     config_class = StudentTrunkConfig
     main_input_name = "pixel_values"
@@ -205,13 +201,14 @@ class StudentTrunk(PreTrainedModel):
         super().__init__(config)
         trunk: Any = build_trunk(config.timm_name, config.seen_size, tuple(config.out_indices))
         self.trunk = trunk
-        self.head = HEADS[config.head](tuple(trunk.feature_info.channels()), config.hidden_size)
-        self.feature_mean: Tensor
-        self.feature_scale: Tensor
-        # Buffers, so that they are saved, moved and merged with the weights, but never trained.
-        self.register_buffer("feature_mean", torch.zeros(config.hidden_size))
-        self.register_buffer("feature_scale", torch.ones(config.hidden_size))
-        self.post_init()
+        self.head = self.make_head(tuple(trunk.feature_info.channels()), tuple(trunk.feature_info.reduction()))
+
+    def make_head(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> nn.Module:
+        """Build what turns the trunk's maps, finest first, and a grid (H, W) into `hidden_size` channels on the grid.
+
+        `channels` and `strides` (pixels from one position to the next) are the maps'.
+        """
+        raise NotImplementedError
 
     def _init_weights(self, module: Any) -> None:
         """Compute the buffers of a timm module that no file holds, such as the indices of TinyViT's attention biases.
@@ -222,7 +219,7 @@ class StudentTrunk(PreTrainedModel):
         if module._non_persistent_buffers_set:
             module.init_non_persistent_buffers()
 
-    def train(self, mode: bool = True) -> StudentTrunk:
+    def train(self, mode: bool = True) -> StudentBackbone:
         """Set the mode, and forget what the trunk has computed from older weights.
 
         In eval mode some of timm's trunks (TinyViT, LeViT) keep their attention biases, whatever is loaded or averaged
@@ -233,6 +230,34 @@ class StudentTrunk(PreTrainedModel):
 
     def get_input_embeddings(self) -> None:  # type: ignore[override]  # pixels have none
         """None: there are no token embeddings. transformers asks every backbone."""
+
+    def feature_map(self, pixels_B3SS: Tensor) -> Tensor:
+        """Return what the head makes of pixels in -1..1, (B, D, G, G); G = S / patch_size."""
+        grid = tuple(side // self.config.patch_size for side in pixels_B3SS.shape[-2:])
+        if self.config.student_image_size is not None:
+            # Inside the model, so that processors, grid and heads never learn of the smaller size.
+            pixels_B3SS = resize_BCHW(pixels_B3SS, (self.config.student_image_size,) * 2)
+        return self.head(feature_maps(self.trunk, pixels_B3SS), grid)
+
+
+class StudentTrunk(StudentBackbone):
+    """A student in the place of SAM 3's ViT: normalised pixels (B, 3, S, S) to features (B, N, D), row-major.
+
+    `feature_scale` and `feature_mean` are the teacher's per-channel deviation and mean, set once before training: the
+    network then works in standardised units whatever the size of the teacher's channels, and still outputs raw ones.
+    """
+
+    def __init__(self, config: StudentTrunkConfig):
+        super().__init__(config)
+        self.feature_mean: Tensor
+        self.feature_scale: Tensor
+        # Buffers, so that they are saved, moved and merged with the weights, but never trained.
+        self.register_buffer("feature_mean", torch.zeros(config.hidden_size))
+        self.register_buffer("feature_scale", torch.ones(config.hidden_size))
+        self.post_init()
+
+    def make_head(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> nn.Module:
+        return HEADS[self.config.head](channels, self.config.hidden_size)
 
     def set_feature_statistics(self, mean_D: Tensor, deviation_D: Tensor) -> None:
         """Set the teacher's per-channel mean and deviation (float, D each)."""
@@ -247,17 +272,12 @@ class StudentTrunk(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
         """Return `last_hidden_state` (B, N, D) for pixels in -1..1; N = (S / patch_size) squared."""
-        grid = tuple(side // self.config.patch_size for side in pixel_values.shape[-2:])
-        if self.config.student_image_size is not None:
-            # Inside the model, so that processors, grid and heads never learn of the smaller size.
-            pixel_values = resize_BCHW(pixel_values, (self.config.student_image_size,) * 2)
-        feat_BDHW = self.head(feature_maps(self.trunk, pixel_values), grid)
         # float(): under bf16 autocast the teacher's large channels would lose the small differences that matter.
-        feat_BND = feat_BDHW.flatten(2).transpose(1, 2).float()
+        feat_BND = self.feature_map(pixel_values).flatten(2).transpose(1, 2).float()
         return BaseModelOutput(last_hidden_state=feat_BND * self.feature_scale + self.feature_mean)
 
 
-def load_timm_weights(student: StudentTrunk, weights: str, timm_name: str | None = None) -> None:
+def load_timm_weights(student: StudentBackbone, weights: str, timm_name: str | None = None) -> None:
     """Initialise the student's trunk from a timm classifier: `imagenet` (timm's default tag) or a local file.
 
     Every tensor of the trunk must be there; the classifier's own head is what is left over. `timm_name` is the trunk's

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from effsam3.errors import UserError
-from effsam3.models.chassis.tensors import NECK, TRUNK
+from effsam3.models.chassis.tensors import NECK, TRACKER_NECK, TRUNK
 from effsam3.models.lora.parts import PARTS
 
 # Layers that no loss of the stage reaches: peft would adapt them, and their adapters would never get a gradient.
@@ -23,7 +23,6 @@ UNUSED = (
     "detector_model.text_encoder.projection",
     "tracker_model.mask_decoder.pred_obj_score_head.",  # whether an object is in the frame; prompted ones always are
 )
-TRACKER_NECK = "tracker_neck."
 LEVELS = 3  # of a neck's four; nothing reads the coarsest
 
 

@@ -144,8 +144,27 @@ def own_trunk(config: PreTrainedConfig) -> PreTrainedConfig | None:
     return backbone if backbone.model_type == of_type(config.model_type).trunk_type else None
 
 
+def refuse_vision(slots: dict, name: str) -> None:
+    """Refuse a format that has SAM 3's own necks by name, for a model whose student takes their place.
+
+    Raises:
+        MergeError: it does.
+    """
+    if "vision" in slots:
+        raise MergeError(
+            f"merge.formats: {name}.pt has the layers of SAM 3's own necks, whose place the student "
+            f"{slots['vision']['student']} in the slot vision has taken; write the transformers folder alone "
+            "(merge.formats=[transformers])"
+        )
+
+
 def sam3_file(merged: Merged, extra: dict[str, Tensor], slots: dict) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of sam3.pt, and lines worth telling."""
+    """Return the tensors of sam3.pt, and lines worth telling.
+
+    Raises:
+        MergeError: a student has taken the place of the necks.
+    """
+    refuse_vision(slots, "sam3")
     tensors = key_map(merged.config).to_original(merged.tensors, extra, own_trunk(merged.config))
     has_class_row = own_trunk(merged.config) is not None  # it goes with SAM 3's trunk
     absent = [name for name in absent_from_transformers(extra) if name != CLASS_ROW or has_class_row]
@@ -213,6 +232,7 @@ def efficientsam3_file(merged: Merged, extra: dict[str, Tensor], slots: dict) ->
         MergeError: a slot is filled that EfficientSAM3 does not know.
         KeyMapError: EfficientSAM3's names cannot hold a student, such as one with our fused head.
     """
+    refuse_vision(slots, "efficientsam3")
     if other := slots.keys() - {"image", "text"}:
         raise MergeError(
             "merge.formats: EfficientSAM3's builder only knows students for image and text, not for "

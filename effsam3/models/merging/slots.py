@@ -21,7 +21,15 @@ from transformers import PreTrainedConfig, Sam3LiteTextTextConfig
 from effsam3.checked_files import can_be_path, read_json
 from effsam3.errors import UserError
 from effsam3.models.chassis.card import CARD, CARD_FORM
-from effsam3.models.chassis.tensors import TRUNK, fingerprint, read_config, read_tensors, to_float32
+from effsam3.models.chassis.tensors import (
+    NECK,
+    TRACKER_NECK,
+    TRUNK,
+    fingerprint,
+    read_config,
+    read_tensors,
+    to_float32,
+)
 from effsam3.models.image.student import StudentTrunk, student_config
 from effsam3.models.memory.slot import MEMORY, TRACKER, memory_config, with_memory
 from effsam3.models.text.student import (
@@ -139,6 +147,14 @@ SLOTS = {
             "memory_attention_hidden_size": "channels of the tracker",
             "memory_attention_rope_feat_sizes": "grid",
         },
+    ),
+    # The trunk's width is the student's own: its necks read it, and nothing else does.
+    "vision": Slot(
+        owns=(TRUNK, NECK, TRACKER_NECK),
+        module=TRUNK,
+        config_of=_image_config,
+        install=_with_image,
+        alike={"image_size": "image size", "patch_size": "patch size (with it the grid)"},
     ),
 }
 

@@ -12,7 +12,8 @@ from effsam3.errors import UserError
 from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.flops import flops_line, image_gflop
 from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
-from effsam3.models.registry import SAM3, head_params
+from effsam3.models.registry import SAM3, ImageStudent, Sizes, head_params
+from effsam3.models.registry import Sam3 as Sam3Row
 from effsam3.recipe.common import Data, Embed, FeatureRecipe, Merge, Optim, Sam3, Train
 from effsam3.recipe.concepts import ConceptEvaluate
 from effsam3.recipe.derived import index_counts, total_steps, warmup_steps
@@ -148,14 +149,143 @@ class ImageEvaluate(ConceptEvaluate):
         return self.prompts, self.masks_per_image
 
 
+class ImagesRecipe(FeatureRecipe):
+    """A recipe of a timm trunk that learns from images: what the stages image and vision share."""
+
+    card_keys = FeatureRecipe.card_keys | {"student sees, px": "student_image_size"}
+    data_names = {source: row.label for source, row in SOURCES.items()}
+
+    student_image_size: int | None
+    data: ImageData
+    embed: ImageEmbed
+    evaluate: ImageEvaluate
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        yield from self._student_fits()
+
+    def _student_fits(self) -> Iterator[str]:
+        """Yield why the student cannot be built, as far as that is known without weights."""
+        try:
+            side = sam3_of(self.sam3.checkpoint).sizes.image_size
+        except UserError:  # not on this machine yet: its sizes are told when it is
+            side = None
+        if side is not None and self.student_image_size is not None and self.student_image_size > side:
+            yield (
+                f"student_image_size: {self.student_image_size} px is more than the {side} px that the SAM 3 "
+                f"{self.sam3.checkpoint} sees, and nothing would be gained; set at most {side}, or null"
+            )
+        try:
+            row = image_student(self.student, self.student_image_size or side or SAM3.sizes.image_size)
+        except UserError as error:
+            yield str(error)
+            return
+        yield from self.refused_maps(row)
+        if not self.student.startswith(PREFIX):  # timm is not imported for the others
+            return
+        if self.student_init == "imagenet" and not pretrained_cfg(row.timm_name).has_weights:
+            yield f"student_init: timm has no weights of {row.timm_name}; set student_init=random, or name a file"
+
+    def refused_maps(self, row: ImageStudent) -> Iterator[str]:
+        """Yield why the stage's head cannot read a student's maps."""
+        yield from ()
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the recipe's SAM 3.
+
+        Raises:
+            UserError: they are not known.
+        """
+        return sam3_of(self.sam3.checkpoint).sizes
+
+    @property
+    def channels(self) -> int:
+        """Width of the features to learn.
+
+        Raises:
+            UserError: the sizes of the recipe's SAM 3 are not known.
+        """
+        return self.sizes.hidden_size if self.embed.tap == "trunk" else self.sizes.fpn_hidden_size
+
+    def derived(self) -> dict[str, Callable[[], str]]:
+        return {
+            "images": self._images_line,
+            "length": self._length_line,
+            "student": self.student_line,
+            "flops": self._flops_line,
+            "store": self._store_line,
+        }
+
+    def _counts(self) -> dict[str, int]:
+        """Return how many images of each split are used, from the report next to the index.
+
+        Raises:
+            UserError: there is no report.
+        """
+        data = self.data
+        counts = index_counts(data.index, "images", SOURCES[data.source].made_by.format_map(vars(data)))
+        return {split: min(count, data.limit or count) for split, count in counts.items()}
+
+    def _images_line(self) -> str:
+        counts = self._counts()
+        return f"{counts['train']:,} to learn from, {counts['val']:,} held out"
+
+    def _length_line(self) -> str:
+        images = self._counts()["train"]
+        steps, warmup = total_steps(self, images), warmup_steps(self, images)
+        epochs = steps * self.train.global_batch_size / images
+        return f"{steps:,} steps = {epochs:.1f} epochs, {warmup:,} steps of them warm-up"
+
+    def counted(self, row: ImageStudent) -> tuple[dict[str, int], int]:
+        """Return the parameters of the student's parts, and of what they replace."""
+        raise NotImplementedError
+
+    def student_line(self) -> str:
+        facts = self.sizes
+        seen = self.student_image_size or facts.image_size
+        parts, replaced = self.counted(image_student(self.student, seen))
+        total = sum(parts.values())
+        saved = 100 * (1 - total / replaced)
+        verdict = f"{abs(saved):.2f} % {'fewer' if saved > 0 else 'more'} than the {replaced:,} they replace"
+        added = " + ".join(f"{count:,} {part}" for part, count in parts.items())
+        counts = f"{added} = {total:,} parameters, {verdict}"
+        return counts if seen == facts.image_size else f"{counts}; sees {seen} px instead of {facts.image_size}"
+
+    def replaced_gflop(self, row: ImageStudent, seen: int, sam3: Sam3Row) -> dict[str, float]:
+        """Return the GFLOP of the student's parts by their names in `models.flops`; it sees `seen` pixels a side.
+
+        Raises:
+            UserError: its trunk has not been counted at this size.
+        """
+        raise NotImplementedError
+
+    def _flops_line(self) -> str:
+        sam3 = sam3_of(self.sam3.checkpoint)
+        seen = self.student_image_size or sam3.sizes.image_size
+        return flops_line(sam3, self.replaced_gflop(image_student(self.student, seen), seen, sam3))
+
+    def _store_line(self) -> str:
+        if self.teacher == "online":
+            return "none: the teacher runs next to the student"
+        facts = self.sizes
+        grid = self.embed.grid or facts.grid
+        size = stride(record_fields(self.embed, self.channels, grid, facts.image_size))
+        text = f"{size:,} bytes per image ({self.channels} x {grid} x {grid} {self.embed.dtype}"
+        text += " and pixels)" if self.embed.pixels else ")"
+        try:
+            total = size * sum(self._counts().values())
+        except UserError:
+            return text
+        return f"{text}, {total / 1e9:,.2f} GB in all"
+
+
 @dataclass(frozen=True, kw_only=True)
-class ImageRecipe(FeatureRecipe):
+class ImageRecipe(ImagesRecipe):
     """Stage 1, image: a student learns the output of SAM 3's ViT trunk, then takes its place."""
 
     starter = "stage1/image/es_rv_m"
     replaces = "vision trunk"
-    card_keys = FeatureRecipe.card_keys | {"student sees, px": "student_image_size"}
-    data_names = {source: row.label for source, row in SOURCES.items()}
     knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck")
 
     metrics = FeatureRecipe.metrics | {
@@ -193,105 +323,23 @@ class ImageRecipe(FeatureRecipe):
                 f"train.monitor: {self.train.monitor} needs the trunk's output, but embed.tap is neck; set embed.tap="
                 f"trunk, or train.monitor={self.metric}"
             )
-        yield from self._student_fits()
 
-    def _student_fits(self) -> Iterator[str]:
-        """Yield why the student cannot be built, as far as that is known without weights."""
-        try:
-            side = sam3_of(self.sam3.checkpoint).sizes.image_size
-        except UserError:  # not on this machine yet: its sizes are told when it is
-            side = None
-        if side is not None and self.student_image_size is not None and self.student_image_size > side:
-            yield (
-                f"student_image_size: {self.student_image_size} px is more than the {side} px that the SAM 3 "
-                f"{self.sam3.checkpoint} sees, and nothing would be gained; set at most {side}, or null"
-            )
-        try:
-            row = image_student(self.student, self.student_image_size or side or SAM3.sizes.image_size)
-        except UserError as error:
-            yield str(error)
-            return
+    def refused_maps(self, row: ImageStudent) -> Iterator[str]:
         if self.head == "stride32" and row.strides[-1] != 32:
             coarsest = f"the coarsest of {self.student} has {row.strides[-1]}"
             yield f"head: stride32 reads a map of stride 32, {coarsest}; set head=fused"
-        if not self.student.startswith(PREFIX):  # timm is not imported for the others
-            return
-        if self.student_init == "imagenet" and not pretrained_cfg(row.timm_name).has_weights:
-            yield f"student_init: timm has no weights of {row.timm_name}; set student_init=random, or name a file"
 
     @property
     def asks_heads(self) -> bool:
         """Whether validation looks through SAM 3's heads."""
         return (self.train.monitor or "").startswith(HEADS)
 
-    @property
-    def channels(self) -> int:
-        """Width of the features to learn.
+    def counted(self, row: ImageStudent) -> tuple[dict[str, int], int]:
+        head = head_params(self.head, row.channels, self.channels)
+        return {"trunk": row.trunk_params, f"{self.head} head": head}, self.sizes.trunk_params
 
-        Raises:
-            UserError: the sizes of the recipe's SAM 3 are not known.
-        """
-        facts = sam3_of(self.sam3.checkpoint).sizes
-        return facts.hidden_size if self.embed.tap == "trunk" else facts.fpn_hidden_size
-
-    def derived(self) -> dict[str, Callable[[], str]]:
-        return {
-            "images": self._images_line,
-            "length": self._length_line,
-            "student": self.student_line,
-            "flops": self._flops_line,
-            "store": self._store_line,
-        }
-
-    def _counts(self) -> dict[str, int]:
-        """Return how many images of each split are used, from the report next to the index.
-
-        Raises:
-            UserError: there is no report.
-        """
-        data = self.data
-        counts = index_counts(data.index, "images", SOURCES[data.source].made_by.format_map(vars(data)))
-        return {split: min(count, data.limit or count) for split, count in counts.items()}
-
-    def _images_line(self) -> str:
-        counts = self._counts()
-        return f"{counts['train']:,} to learn from, {counts['val']:,} held out"
-
-    def _length_line(self) -> str:
-        images = self._counts()["train"]
-        steps, warmup = total_steps(self, images), warmup_steps(self, images)
-        epochs = steps * self.train.global_batch_size / images
-        return f"{steps:,} steps = {epochs:.1f} epochs, {warmup:,} steps of them warm-up"
-
-    def student_line(self) -> str:
-        facts = sam3_of(self.sam3.checkpoint).sizes
-        seen = self.student_image_size or facts.image_size
-        student = image_student(self.student, seen)
-        head = head_params(self.head, student.channels, self.channels)
-        total = student.trunk_params + head
-        saved = 100 * (1 - total / facts.trunk_params)
-        verdict = f"{abs(saved):.2f} % {'fewer' if saved > 0 else 'more'} than the {facts.trunk_params:,} they replace"
-        counts = f"{student.trunk_params:,} trunk + {head:,} {self.head} head = {total:,} parameters, {verdict}"
-        return counts if seen == facts.image_size else f"{counts}; sees {seen} px instead of {facts.image_size}"
-
-    def _flops_line(self) -> str:
-        sam3 = sam3_of(self.sam3.checkpoint)
-        seen = self.student_image_size or sam3.sizes.image_size
-        return flops_line(sam3, {"trunk": image_gflop(image_student(self.student, seen), self.head, seen, sam3)})
-
-    def _store_line(self) -> str:
-        if self.teacher == "online":
-            return "none: the teacher runs next to the student"
-        facts = sam3_of(self.sam3.checkpoint).sizes
-        grid = self.embed.grid or facts.grid
-        size = stride(record_fields(self.embed, self.channels, grid, facts.image_size))
-        text = f"{size:,} bytes per image ({self.channels} x {grid} x {grid} {self.embed.dtype}"
-        text += " and pixels)" if self.embed.pixels else ")"
-        try:
-            total = size * sum(self._counts().values())
-        except UserError:
-            return text
-        return f"{text}, {total / 1e9:,.2f} GB in all"
+    def replaced_gflop(self, row: ImageStudent, seen: int, sam3: Sam3Row) -> dict[str, float]:
+        return {"trunk": image_gflop(row, self.head, seen, sam3)}
 
 
 def record_fields(embed: ImageEmbed, channels: int, grid: int, side: int) -> list[Field]:

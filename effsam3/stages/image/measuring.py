@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader
 
 from effsam3.benchmarks.concepts.report import concept_tables
 from effsam3.benchmarks.fidelity import feature_fidelity
 from effsam3.benchmarks.masks import prompted_mask_quality
-from effsam3.benchmarks.models import load_pair
+from effsam3.benchmarks.models import Pair, load_pair
 from effsam3.benchmarks.pictures.images import draw
 from effsam3.benchmarks.results import Results
 from effsam3.benchmarks.speed import speed
@@ -26,7 +29,7 @@ from effsam3.models.chassis.tensors import elements
 from effsam3.models.registry import is_made_up
 from effsam3.recipe.common import StageRecipe
 from effsam3.stages import concept_pairs
-from effsam3.stages.image.facts import ImageRecipe
+from effsam3.stages.image.facts import ImageRecipe, ImagesRecipe
 
 TRIED = 3  # held-out images that are opened before a training
 
@@ -87,28 +90,48 @@ def measure(
     recipe: ImageRecipe, folder: Path, chassis: Path, teacher_name: str, device: torch.device, results: Results
 ) -> None:
     """Run the recipe's benchmarks on `folder`/merged and on its teacher, a folder that is called `teacher_name`."""
-    index_path, asked = Path(recipe.data.index), recipe.evaluate
-    index = load_index(index_path, "val", recipe.data.limit)
-    measured, results.left_out = measurable(recipe)
     pair = load_pair(chassis, folder / "merged", device)
-    rows = index.select(range(min(asked.max_images, len(index))))
-    images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
-    batches = sequential_batches(len(images), recipe.embed.batch_size, 0, 1)
-    held_out = loader(images, batches, recipe.data.workers, pin=False)
+    held_out, _ = held_out_images(recipe, pair)
     if not pair.mean_C.any():  # an imported student brings no statistics of the teacher's features
         pair = pair.with_statistics(held_out)
+    measure_pair(recipe, pair, partial(feature_fidelity, pair), folder, chassis, teacher_name, results)
+
+
+def held_out_images(recipe: ImagesRecipe, pair: Pair) -> tuple[DataLoader, Any]:
+    """Return the held-out images to measure on, in batches, and the whole held-out index."""
+    index_path = Path(recipe.data.index)
+    index = load_index(index_path, "val", recipe.data.limit)
+    rows = index.select(range(min(recipe.evaluate.max_images, len(index))))
+    images = ImageFeatures(rows, index_path.parent, pair.image_size, recipe.data.resize)
+    batches = sequential_batches(len(images), recipe.embed.batch_size, 0, 1)
+    return loader(images, batches, recipe.data.workers, pin=False), index
+
+
+def measure_pair(
+    recipe: ImagesRecipe,
+    pair: Pair,
+    fidelity: Callable[[DataLoader], dict[str, Any]],
+    folder: Path,
+    chassis: Path,
+    teacher_name: str,
+    results: Results,
+) -> None:
+    """Run the benchmarks of stage image and vision, which differ in `fidelity`."""
+    asked, images = recipe.evaluate, Path(recipe.data.index).parent
+    measured, results.left_out = measurable(recipe)
+    held_out, index = held_out_images(recipe, pair)
     if "fidelity" in measured:
-        results.add("fidelity", feature_fidelity(pair, held_out))
+        results.add("fidelity", fidelity(held_out))
     if "masks" in measured:
         limits = asked.prompts, asked.max_images, asked.masks_per_image
-        results.add("masks", prompted_mask_quality(pair, index, index_path.parent, *limits))
+        results.add("masks", prompted_mask_quality(pair, index, images, *limits))
     if "concepts" in measured:
-        concept_pairs.measure(asked, folder, concept_pairs.models_of(recipe, folder, chassis), device, results)
+        concept_pairs.measure(asked, folder, concept_pairs.models_of(recipe, folder, chassis), pair.device, results)
     if "speed" in measured:
         results.add("speed", speed(pair, {"teacher": elements(chassis), "student": elements(folder / "merged")}))
     # Masks of random weights are noise: they are measured, for how far both agree, but not worth a look.
     with_masks = "masks" in measured and not is_made_up(teacher_name)
-    results.pictures += draw(pair, index, index_path.parent, asked.pictures, folder / "pictures", with_masks)
+    results.pictures += draw(pair, index, images, asked.pictures, folder / "pictures", with_masks)
 
 
 FIDELITY: list[Column] = [
@@ -132,6 +155,12 @@ def tables(results: dict[str, dict]) -> list[str]:
         mean = {"cosine": fidelity["cosine_of_mean"], "cosine_centred": 0.0, "mse": 1.0}
         rows = {"student": fidelity, "mean of the features": mean}
         parts.append(result_table(f"features, {fidelity['images']} held-out images", rows, FIDELITY))
+    return parts + shared_tables(results)
+
+
+def shared_tables(results: dict[str, dict]) -> list[str]:
+    """Return what the stages image and vision measure alike."""
+    parts = []
     if (masks := results.get("masks")) is not None:
         rows = {}
         for prompt in ("box", "point"):

@@ -10,8 +10,10 @@ from transformers import PreTrainedConfig
 
 from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.image.backbones import image_student, student_name
+from effsam3.models.image.student import StudentTrunkConfig
 from effsam3.models.merging.slots import SLOTS, MergeError, Part, image_part
 from effsam3.models.registry import IMAGE_STUDENTS
+from effsam3.models.vision.student import VisionTrunkConfig
 from effsam3.stages.base import TEACHER_FORM, CardEntry, began_with
 from effsam3.stages.image.facts import ImageRecipe
 from effsam3.stages.image.training import untrained
@@ -23,11 +25,7 @@ FEATURES_FORM = {"teacher": TEACHER_FORM, "tap": str, "channels": int, "image_si
 def part_of_run(trained: ImageRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
     """Return the part of a run of stage `image`."""
     refuse_neck(features)
-    if (side := SLOTS["image"].config_of(config).image_size) != features["image_size"]:
-        raise MergeError(
-            f"{about['origin']} learned from images of {features['image_size']} px, this SAM 3 takes {side} px: their "
-            "grids differ; put together what was trained against the same SAM 3"
-        )
+    refuse_other_size(features, config, about)
     return image_part(trained.student, trained.head, trained.student_image_size, weights, config, **about)
 
 
@@ -36,6 +34,19 @@ def untrained_part(recipe: ImageRecipe, config: PreTrainedConfig, about: dict) -
     side = sam3_of(recipe.sam3.checkpoint).sizes.image_size
     features = {"tap": recipe.embed.tap, "image_size": side, "channels": recipe.channels}
     return part_of_run(recipe, features, untrained(recipe).state_dict(), config, about)
+
+
+def refuse_other_size(features: dict, config: PreTrainedConfig, about: dict) -> None:
+    """Refuse a student of other images than the SAM 3 takes that it is merged into.
+
+    Raises:
+        MergeError: it learned from larger or smaller ones.
+    """
+    if (side := SLOTS["image"].config_of(config).image_size) != features["image_size"]:
+        raise MergeError(
+            f"{about['origin']} learned from images of {features['image_size']} px, this SAM 3 takes {side} px: their "
+            "grids differ; put together what was trained against the same SAM 3"
+        )
 
 
 def refuse_neck(features: dict) -> None:
@@ -55,7 +66,9 @@ def refuse_neck(features: dict) -> None:
 
 def describe(config: PreTrainedConfig) -> dict[str, Any]:
     """Say who fills the slot with this config: `student`, None for SAM 3's own, and for people `is`."""
-    if config.model_type != "effsam3_student_trunk":
+    if config.model_type == VisionTrunkConfig.model_type:
+        return {"student": None, "is": "part of the student in the slot vision"}
+    if config.model_type != StudentTrunkConfig.model_type:
         return {
             "student": None,
             "is": f"SAM 3's own, {config.num_hidden_layers} layers, {config.hidden_size} channels",
@@ -68,12 +81,17 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
 
 def card(filled: dict, config: PreTrainedConfig, model: Path) -> CardEntry:
     """Describe the student for the model card; `filled` is the slot's entry in `model`'s effsam3.json."""
+    return card_of_student("image", filled, config)
+
+
+def card_of_student(slot: str, filled: dict, config: PreTrainedConfig) -> CardEntry:
+    """Describe a timm trunk in the slot `image` or `vision`."""
     row = image_student(filled["student"], config.seen_size)
     called = f"{row.label} (`{filled['student']}`; {row.source})"
     if config.student_image_size is not None:
         called += f", which sees {config.student_image_size} px of the {config.image_size}"
-    origin = began_with("image", filled)
+    origin = began_with(slot, filled)
     if filled.get("student_init") == "imagenet":
-        origin = f"The image student started from timm's pretrained weights of `{row.timm_name}` ({row.source})."
-    limit = "Detector and tracker both read the image student's features: where those fail, all prompts do."
+        origin = f"The {slot} student started from timm's pretrained weights of `{row.timm_name}` ({row.source})."
+    limit = f"Detector and tracker both read the {slot} student's features: where those fail, all prompts do."
     return CardEntry(called=called, origin=origin, limits=(limit,))

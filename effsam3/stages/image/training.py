@@ -7,7 +7,7 @@ Letters: B images, C channels, G grid rows and columns, S image side in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,8 @@ from effsam3.models.image.teacher import (
 )
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.rules import names_a_model
-from effsam3.stages.base import FeatureStage, open_store
-from effsam3.stages.image.facts import SOURCES, ImageData, ImageRecipe, record_fields
+from effsam3.stages.base import FeatureStage, open_features
+from effsam3.stages.image.facts import SOURCES, ImageData, ImageRecipe, ImagesRecipe, record_fields
 from effsam3.stages.image.heads import Heads
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.training.report import Report
@@ -123,7 +123,7 @@ def both_datasets(
 FACTS = {"tap": str, "grid": int, "channels": int, "image_size": int, "resize": str}
 
 
-def make_teacher(recipe: ImageRecipe, accelerator: Accelerator) -> Teacher:
+def make_teacher(recipe: ImagesRecipe, accelerator: Accelerator) -> Teacher:
     """Load the recipe's teacher onto the accelerator's device and let the guard look at its weights."""
     sam3 = recipe.sam3
     folder = chassis_folder(sam3.checkpoint, sam3.revision)
@@ -185,32 +185,26 @@ def refuse_partial_maps(recipe: ImageRecipe, tap: str, grid: int) -> None:
         )
 
 
-class ImageStage(FeatureStage):
-    """A student trunk, images and their features."""
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """The images of a recipe, and where a trunk's features of them come from: `teacher` or `store`, the other is None.
 
-    unit = "images"
-    recipe: ImageRecipe
+    `facts` describe the features.
+    """
+
     teacher: Teacher | None
+    store: StoreReader | None
+    facts: dict[str, Any]
     train_data: ImageFeatures
     val_data: ImageFeatures
 
-    def __init__(
-        self,
-        recipe: ImageRecipe,
-        place: Place,
-        facts: dict[str, Any],
-        student: StudentTrunk,
-        teacher: Teacher | None,
-        neck: Neck | None,
-        heads: Heads | None,
-    ):
-        """`neck` is what `loss.neck` looks through, `heads` what validation does; None: neither does."""
-        super().__init__(recipe, place, facts, student, teacher)
-        self.neck, self.heads = neck, heads
-        self.max_unreadable = recipe.data.max_unreadable
-
     @classmethod
-    def from_recipe(cls, recipe: ImageRecipe, report: Report, accelerator: Accelerator) -> ImageStage:
+    def from_recipe(cls, recipe: ImagesRecipe, report: Report, accelerator: Accelerator) -> Taught:
+        """Open them. Collective.
+
+        Raises:
+            UserError: there are none, or the store holds other features.
+        """
         index = ready_index(recipe.data, accelerator, report.say)
         teacher, store = None, None
         if recipe.teacher == "online":
@@ -224,41 +218,21 @@ class ImageStage(FeatureStage):
                 "teacher": {"checkpoint": recipe.sam3.checkpoint, "fingerprint": teacher.fingerprint},
             }
         else:
-            store = open_store(recipe, FACTS, "resize")
+            # Whichever stage embedded them: both learn from the same features.
+            store = open_features(recipe.embed.to, "image", recipe.sam3, recipe.data, FACTS, "resize")
             facts = store.manifest.description
-        side = facts["image_size"]
-        train_data, val_data = both_datasets(recipe, index, side, store)
-        neck, heads = None, None
-        refuse_partial_maps(recipe, facts["tap"], facts["grid"])
-        if recipe.asks_heads:
-            heads = Heads.from_recipe(recipe, val_data)
-            heads.model.to(accelerator.device)
-        if recipe.loss.neck:
-            neck = Neck.from_folder(chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision))
-            # Only the part of SAM 3 after the trunk: the loss looks at features as the detector will see them.
-            neck = neck.to(accelerator.device)
-        student = make_student(recipe, facts["channels"], side, sam3_of(recipe.sam3.checkpoint).sizes.patch_size)
-        stage = cls(recipe, accelerator, facts, student, teacher, neck, heads)
-        stage.train_data, stage.val_data = train_data, val_data
-        stage.begin(store, report, accelerator)
-        return stage
+        train_data, val_data = both_datasets(recipe, index, facts["image_size"], store)
+        return cls(teacher=teacher, store=store, facts=facts, train_data=train_data, val_data=val_data)
 
-    @classmethod
-    def from_shapes(cls, recipe: ImageRecipe, place: Place) -> ImageStage:
-        sizes = sam3_of(recipe.sam3.checkpoint).sizes
-        facts = {
-            "tap": recipe.embed.tap,
-            "grid": recipe.embed.grid or sizes.grid,
-            "channels": recipe.channels,
-            "image_size": sizes.image_size,
-        }
-        teacher, neck = None, None
-        if recipe.teacher == "online" or recipe.loss.neck:
-            config = config_at_hand(recipe.sam3.checkpoint).detector_config.vision_config
-            teacher = Teacher(config, recipe.embed.tap, recipe.embed.grid) if recipe.teacher == "online" else None
-            neck = Neck(config) if recipe.loss.neck else None
-        heads = Heads.from_shapes(recipe) if recipe.asks_heads else None
-        return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher, neck, heads)
+
+class ImagesStage(FeatureStage):
+    """What stages image and vision share: images, and a teacher trunk's features of them."""
+
+    unit = "images"
+    recipe: ImagesRecipe
+    teacher: Teacher | None
+    train_data: ImageFeatures
+    val_data: ImageFeatures
 
     def example(self, samples: int) -> Batch:
         """Return a micro-batch of `samples` images without contents."""
@@ -270,11 +244,6 @@ class ImageStage(FeatureStage):
                 batch[field.name] = torch.empty(shape, dtype=dtype, device="meta")
         return batch | {"sizes": torch.full((samples, 2), side)}
 
-    @property
-    def frozen(self) -> list[nn.Module]:
-        more = [self.neck, None if self.heads is None else self.heads.model]
-        return super().frozen + [module for module in more if module is not None]
-
     def samples(self, batch: Batch) -> list[str]:
         return self.train_data.keys[batch["positions"].tolist()]
 
@@ -283,24 +252,6 @@ class ImageStage(FeatureStage):
         sample, size = self.train_data.sample(SAMPLE), self.recipe.embed.batch_size
         chunks = [sample[start : start + size] for start in range(0, len(sample), size)]
         return loader(self.train_data, chunks, self.recipe.data.workers, pin=False)
-
-    def describe(self) -> dict[str, str]:
-        seen = self.recipe.student_image_size or self.facts["image_size"]
-        row = image_student(self.recipe.student, seen)
-        replaced = sam3_of(self.recipe.sam3.checkpoint).sizes.trunk_params
-        own = self.student_parameters
-        grid, channels = self.facts["grid"], self.facts["channels"]
-        source = "next to the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
-        lines = {
-            "student": f"{row.label} ({self.recipe.student}, head {self.recipe.head})  {own / 1e6:.2f} M parameters "
-            f"instead of {replaced / 1e6:.2f} M, sees {seen} px",
-            "teacher": f"{self.recipe.sam3.checkpoint} {self.facts['tap']}, {channels} x {grid} x {grid}, {source}",
-            "data": f"{self.recipe.data.index}  {len(self.train_data):,} images, {len(self.val_data):,} held out, "
-            f"{self.facts['image_size']} px {self.facts['resize']}",
-        }
-        if self.heads is not None:
-            lines["judged"] = self.heads.describe()
-        return lines | self.notes
 
     def valid(self, batch: Batch) -> Tensor:
         """Valid mask (B, 1, G, G) on the device."""
@@ -320,6 +271,86 @@ class ImageStage(FeatureStage):
     def pixels(self, batch: Batch) -> Tensor:
         """Normalised pixels (B, 3, S, S) on the device."""
         return normalise(batch["pixels"].to(self.device, non_blocking=True))
+
+
+class ImageStage(ImagesStage):
+    """A student trunk, images and their features."""
+
+    recipe: ImageRecipe
+
+    def __init__(
+        self,
+        recipe: ImageRecipe,
+        place: Place,
+        facts: dict[str, Any],
+        student: StudentTrunk,
+        teacher: Teacher | None,
+        neck: Neck | None,
+        heads: Heads | None,
+    ):
+        """`neck` is what `loss.neck` looks through, `heads` what validation does; None: neither does."""
+        super().__init__(recipe, place, facts, student, teacher)
+        self.neck, self.heads = neck, heads
+        self.max_unreadable = recipe.data.max_unreadable
+
+    @classmethod
+    def from_recipe(cls, recipe: ImageRecipe, report: Report, accelerator: Accelerator) -> ImageStage:
+        taught = Taught.from_recipe(recipe, report, accelerator)
+        teacher, facts, val_data = taught.teacher, taught.facts, taught.val_data
+        neck, heads = None, None
+        refuse_partial_maps(recipe, facts["tap"], facts["grid"])
+        if recipe.asks_heads:
+            heads = Heads.from_recipe(recipe, val_data)
+            heads.model.to(accelerator.device)
+        if recipe.loss.neck:
+            neck = Neck.from_folder(chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision))
+            # Only the part of SAM 3 after the trunk: the loss looks at features as the detector will see them.
+            neck = neck.to(accelerator.device)
+        sizes = (facts["channels"], facts["image_size"], sam3_of(recipe.sam3.checkpoint).sizes.patch_size)
+        stage = cls(recipe, accelerator, facts, make_student(recipe, *sizes), teacher, neck, heads)
+        stage.train_data, stage.val_data = taught.train_data, val_data
+        stage.begin(taught.store, report, accelerator)
+        return stage
+
+    @classmethod
+    def from_shapes(cls, recipe: ImageRecipe, place: Place) -> ImageStage:
+        sizes = sam3_of(recipe.sam3.checkpoint).sizes
+        facts = {
+            "tap": recipe.embed.tap,
+            "grid": recipe.embed.grid or sizes.grid,
+            "channels": recipe.channels,
+            "image_size": sizes.image_size,
+        }
+        teacher, neck = None, None
+        if recipe.teacher == "online" or recipe.loss.neck:
+            config = config_at_hand(recipe.sam3.checkpoint).detector_config.vision_config
+            teacher = Teacher(config, recipe.embed.tap, recipe.embed.grid) if recipe.teacher == "online" else None
+            neck = Neck(config) if recipe.loss.neck else None
+        heads = Heads.from_shapes(recipe) if recipe.asks_heads else None
+        return cls(recipe, place, facts, untrained(replace(recipe, student_init="random")), teacher, neck, heads)
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        more = [self.neck, None if self.heads is None else self.heads.model]
+        return super().frozen + [module for module in more if module is not None]
+
+    def describe(self) -> dict[str, str]:
+        seen = self.recipe.student_image_size or self.facts["image_size"]
+        row = image_student(self.recipe.student, seen)
+        replaced = sam3_of(self.recipe.sam3.checkpoint).sizes.trunk_params
+        own = self.student_parameters
+        grid, channels = self.facts["grid"], self.facts["channels"]
+        source = "next to the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
+        lines = {
+            "student": f"{row.label} ({self.recipe.student}, head {self.recipe.head})  {own / 1e6:.2f} M parameters "
+            f"instead of {replaced / 1e6:.2f} M, sees {seen} px",
+            "teacher": f"{self.recipe.sam3.checkpoint} {self.facts['tap']}, {channels} x {grid} x {grid}, {source}",
+            "data": f"{self.recipe.data.index}  {len(self.train_data):,} images, {len(self.val_data):,} held out, "
+            f"{self.facts['image_size']} px {self.facts['resize']}",
+        }
+        if self.heads is not None:
+            lines["judged"] = self.heads.describe()
+        return lines | self.notes
 
     def predict(self, student: nn.Module, batch: Batch) -> Tensor:
         """Return the student's features at the targets' grid, (B, C, G, G)."""

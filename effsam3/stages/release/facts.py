@@ -24,6 +24,7 @@ class Parts(Section):
     image: str | None = None  # who fills the vision trunk
     text: str | None = None  # who fills the text encoder
     memory: str | None = None  # who fills the tracker's memory
+    vision: str | None = None  # who fills the vision trunk and both necks; instead of `image`
     adapted: Annotated[
         tuple[str, ...], each_once
     ] = ()  # runs that changed tensors in place, or folders of such tensors, see docs/formats.md

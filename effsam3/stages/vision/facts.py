@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes of stage 1, vision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from effsam3.models.flops import vision_gflop
+from effsam3.models.registry import ImageStudent, pyramid_params
+from effsam3.models.registry import Sam3 as Sam3Row
+from effsam3.recipe.common import Merge, Optim, Sam3, Train
+from effsam3.recipe.push import Push
+from effsam3.recipe.rules import (
+    FileName,
+    NonNegativeFloat,
+    PositiveInt,
+    Section,
+    image_student_name,
+    initialisation,
+    student_side,
+)
+from effsam3.stages.image.facts import ImageData, ImageEmbed, ImageEvaluate, ImagesRecipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionLoss(Section):
+    """Weights of the terms of the loss, each the mean over the six maps, in standardised channels."""
+
+    mse: NonNegativeFloat = 1.0  # mean squared error per position
+    cosine: NonNegativeFloat = 1.0  # 1 - cosine similarity per position
+
+    def check(self) -> Iterator[str]:
+        if self.mse == self.cosine == 0:
+            yield "mse: both weights (mse, cosine) are 0; nothing would be learned"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionRecipe(ImagesRecipe):
+    """Stage 1, vision: a student learns what SAM 3's necks make of its trunk, and takes the place of all three."""
+
+    starter = "stage1/vision/es_rv_m"
+    replaces = "vision trunk and necks"
+    knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher")
+
+    stage: Literal["vision"]  # the folder of effsam3/stages that reads this recipe
+    name: FileName  # name of the run folder, <train.runs>/<name>
+    hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
+    # A row of effsam3/models/registry.py (see `effsam3 compare`), or timm/NAME, any backbone with feature maps
+    student: Annotated[str, image_student_name]
+    student_image_size: Annotated[int, student_side] | None = None  # px that it sees of SAM 3's 1008; null: all
+    # imagenet, random, weights file, or a model's folder: of a run of this stage, or of stage image for its trunk
+    student_init: Annotated[str, initialisation] = "imagenet"
+    # Channels of the pyramid's maps, which both necks read: of 288, 144 and 72 a side
+    widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 64, 256)
+    teacher: Literal["stored", "online"] = "stored"  # stored: reads embed.to; online: runs the teacher next to it
+    sam3: Sam3 = Sam3()
+    data: ImageData
+    embed: ImageEmbed  # the trunk's features, as stage image has them; the necks always run next to the student
+    loss: VisionLoss = VisionLoss()
+    optim: Optim
+    train: Train
+    evaluate: ImageEvaluate = ImageEvaluate()
+    merge: Merge = Merge()
+    push: Push = Push()
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if self.embed.tap != "trunk" or self.embed.grid is not None:
+            yield (
+                f"embed.tap: SAM 3's necks run next to the student, on whole trunk maps; tap={self.embed.tap} and "
+                f"grid={self.embed.grid} are not those. Set embed.tap=trunk and embed.grid=null"
+            )
+
+    def counted(self, row: ImageStudent) -> tuple[dict[str, int], int]:
+        sizes = self.sizes
+        pyramid, necks = pyramid_params(row.channels, row.strides, self.widths, sizes.fpn_hidden_size)
+        parts = {"trunk": row.trunk_params, "pyramid": pyramid, "necks": necks}
+        return parts, sizes.trunk_params + 2 * sizes.neck_params
+
+    def replaced_gflop(self, row: ImageStudent, seen: int, sam3: Sam3Row) -> dict[str, float]:
+        return vision_gflop(row, self.widths, seen, sam3)
+
+
+RECIPE = VisionRecipe

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision student: its counts, its packed maps, its necks inside transformers' own models, where it starts from."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from run_folders import image_run, merged_run, vision_run
+from timm.layers import DropPath
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Sam3Model, Sam3TrackerVideoModel, Sam3VideoModel
+
+from effsam3 import merge
+from effsam3.models.chassis.find import chassis_folder
+from effsam3.models.chassis.tensors import read_config, read_tensors
+from effsam3.models.flops import vision_gflop
+from effsam3.models.image.backbones import feature_maps
+from effsam3.models.image.teacher import parameter_count, to_map
+from effsam3.models.merging.slots import SLOTS, MergeError
+from effsam3.models.registry import IMAGE_STUDENTS, SAM3, SAM3S, pyramid_params
+from effsam3.models.vision.slot import build_vision_student, encoder_config, start_vision_from
+from effsam3.models.vision.student import PyramidNeck, packed_channels
+from effsam3.models.vision.training import MAPS, Necks, in_whole_model
+from effsam3.recipe.reader import load_recipe
+
+WIDTHS = (4, 8, 12)
+NECK = 128  # channels of the tiny chassis' necks
+FAMILIES = {row.family: name for name, row in IMAGE_STUDENTS.items()}
+
+
+def encoder(checkpoint="tiny"):
+    return SAM3S[checkpoint].config().detector_config.vision_config
+
+
+def build(name="tiny_convnext", widths=WIDTHS, seen=None):
+    torch.manual_seed(0)
+    return build_vision_student(encoder(), name, widths, seen)
+
+
+def pixels(count=2):
+    return torch.rand(count, 3, 224, 224, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", IMAGE_STUDENTS)
+def test_counts_are_what_the_registry_says(name):
+    row = IMAGE_STUDENTS[name]
+    with torch.device("meta"):
+        student = build_vision_student(encoder("random"), name, (32, 64, 256), None)
+    pyramid, necks = pyramid_params(row.channels, row.strides, (32, 64, 256), 256)
+    assert parameter_count(student.trunk.trunk) == row.trunk_params
+    assert (parameter_count(student.trunk.head), parameter_count(student.necks)) == (pyramid, necks)
+
+
+@pytest.mark.parametrize("name", FAMILIES.values())
+def test_operations_are_counted_as_they_run(name):
+    sam3, sizes = SAM3S["random"], SAM3.sizes
+    with torch.device("meta"), torch.no_grad():
+        student = build_vision_student(encoder("random"), name, WIDTHS, None).eval()
+        pixels = torch.empty(1, 3, sizes.image_size, sizes.image_size)
+        maps = feature_maps(student.trunk.trunk, pixels)
+        with FlopCounterMode(display=False) as pyramid:
+            packed = student.trunk.head(maps, (sizes.grid, sizes.grid))
+        with FlopCounterMode(display=False) as necks:
+            student.necks(packed)
+    row = replace(IMAGE_STUDENTS[name], trunk_gflop=0.0)
+    found = vision_gflop(row, WIDTHS, sizes.image_size, sam3)
+    assert found["trunk"] == pytest.approx(pyramid.get_total_flops() / 1e9)
+    assert found["detector_neck"] + found["tracker_neck"] == pytest.approx(necks.get_total_flops() / 1e9)
+
+
+def test_the_necks_that_they_replace_are_counted_right():
+    assert SAM3.sizes.neck_params == SAM3.counts.neck
+    with torch.device("meta"):
+        assert parameter_count(Necks(encoder()).detector) == SAM3S["tiny"].sizes.neck_params
+
+
+@pytest.mark.parametrize("name", FAMILIES.values())
+def test_every_parameter_gets_a_finite_gradient(name):
+    student = build(name).train()
+    for module in student.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0  # it may drop a block for both images, and with it the block's gradient
+    for parameter in student.parameters():
+        if not parameter.any():  # RepViT and TinyViT begin with some scales at zero, which would hide what they scale
+            torch.nn.init.normal_(parameter, std=0.1)
+    maps = student(pixels())
+    assert [tuple(feat.shape) for feat in maps] == [(2, NECK, side, side) for side in (64, 32, 16)] * 2
+    sum(feat.square().mean() for feat in maps).backward()
+    idle = [key for key, value in student.named_parameters() if value.grad is None or not value.grad.any()]
+    assert idle == [] and all(value.grad.isfinite().all() for value in student.parameters())
+
+
+@torch.no_grad()
+def test_a_neck_finds_each_map_where_it_was_packed():
+    """By position and channel, against loops over what the pyramid made before it was packed."""
+    student, made = build().eval(), []
+    for finer in student.trunk.head.finer:
+        finer.register_forward_hook(lambda module, given, level: made.append(level))
+    student.trunk.head.block.register_forward_hook(lambda module, given, level: made.append(level))
+    mean, deviation = torch.randn(len(MAPS) * NECK), torch.rand(len(MAPS) * NECK) + 0.5
+    student.set_feature_statistics(mean, deviation)
+    maps = student(pixels(1))
+    levels = {"fine": made[2], "middle": made[1], "top": made[0]}
+    for place, (name, found) in enumerate(zip(MAPS, maps, strict=True)):
+        layer, level = student.necks.layers[place], levels[name.partition("_")[2]]
+        own = F.conv2d(level, layer.weight, layer.bias)
+        statistics = (one[place * NECK : (place + 1) * NECK, None, None] for one in (deviation, mean))
+        scale, shift = statistics
+        torch.testing.assert_close(found, own * scale + shift)
+    packed = to_map(student.trunk(pixels(1)).last_hidden_state)
+    assert packed.shape[1] == packed_channels(WIDTHS) == student.trunk.config.hidden_size
+    fine, offset = levels["fine"], 12 + 4 * 8  # after the top map and the middle one
+    for channel, row, column in ((0, 0, 0), (3, 5, 6), (1, 63, 2), (2, 30, 61)):
+        at = offset + channel * 16 + (row % 4) * 4 + column % 4
+        assert packed[0, at, row // 4, column // 4] == fine[0, channel, row, column]
+
+
+@torch.no_grad()
+def test_transformers_models_have_its_necks_and_sam3s_positions():
+    """Built by the config alone; the maps that detector and tracker read are the student's."""
+    student = build().eval()
+    config = read_config(chassis_folder("tiny"))
+    whole = SLOTS["vision"].install(config, student.trunk.config)
+    assert whole.detector_config.vision_config == encoder_config(
+        config.detector_config.vision_config, student.trunk.config
+    )
+    tensors = read_tensors(chassis_folder("tiny"))
+    model = Sam3VideoModel(deepcopy(whole)).eval()
+    own = {name: value for name, value in tensors.items() if not name.startswith(SLOTS["vision"].owns)}
+    model.load_state_dict(own | in_whole_model(student.state_dict()))
+    wanted = student(pixels())
+    assert isinstance(model.tracker_neck, PyramidNeck)
+    seen = model.detector_model.get_vision_features(pixels())
+    for found, expected in zip(seen.fpn_hidden_states[:-1], wanted[:3], strict=True):
+        assert torch.equal(found, expected)
+    teacher = Sam3VideoModel(config).eval()
+    for found, expected in zip(
+        seen.fpn_position_encoding,
+        teacher.detector_model.get_vision_features(pixels()).fpn_position_encoding,
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    decoder = model.tracker_model.mask_decoder
+    read = [decoder.conv_s0(wanted[3]), decoder.conv_s1(wanted[4]), wanted[5]]
+    for found, expected in zip(model.get_vision_features_for_tracker(seen)[0], read, strict=True):
+        torch.testing.assert_close(found, expected.flatten(2).permute(2, 0, 1))
+
+
+def test_sam3s_own_models_keep_their_necks():
+    necks = Necks(encoder())
+    assert sum(parameter.numel() for parameter in necks.parameters()) == 2 * SAM3S["tiny"].sizes.neck_params
+    model = Sam3Model(SAM3S["tiny"].config().detector_config)
+    assert "vision_encoder.neck.fpn_layers.0.proj2.weight" in model.state_dict()
+    assert not isinstance(model.vision_encoder.neck, PyramidNeck)
+
+
+@torch.no_grad()
+def test_it_sees_smaller_images_by_itself():
+    student = build(seen=112).eval()
+    assert [feat.shape[-1] for feat in student(pixels(1))] == [64, 32, 16] * 2
+
+
+# ---- merged, and back
+
+
+@torch.no_grad()
+def test_a_merged_run_is_one_model_and_starts_the_next(tmp_path):
+    folder = vision_run(tmp_path)
+    merge.run(load_recipe(folder / "recipe.yaml"))
+    merged = read_tensors(folder / "merged")
+    assert not [name for name in merged if "proj2" in name or "scale_layers" in name]
+    detector, tracker = (
+        Sam3Model.from_pretrained(folder / "merged"),
+        Sam3TrackerVideoModel.from_pretrained(folder / "merged"),
+    )
+    student = build()
+    start_vision_from(student, folder)
+    wanted = student.eval()(pixels())
+    for found, expected in zip(
+        detector.eval().get_vision_features(pixels()).fpn_hidden_states, [*wanted[:3], None], strict=True
+    ):
+        assert expected is None or torch.equal(found, expected)
+    embeddings = tracker.eval().get_image_embeddings(pixels())
+    lost = tracker.no_memory_embedding.reshape(1, -1, 1, 1)
+    torch.testing.assert_close(embeddings[-1], wanted[5] + lost)
+    with pytest.raises(
+        MergeError, match=r"tensors are not those of the recipe's student \(student_init: it is tiny_c"
+    ):
+        start_vision_from(build(widths=(8, 8, 12)), folder)
+
+
+def test_it_starts_from_an_image_students_trunk(tmp_path):
+    folder = merged_run(tmp_path, "image")
+    student = build()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    start_vision_from(student, folder)
+    prefix = "detector_model.vision_encoder.backbone."
+    trunk = {
+        name.removeprefix(prefix): value for name, value in read_tensors(folder / "merged").items() if prefix in name
+    }
+    for name, value in student.state_dict().items():
+        own = name.removeprefix("trunk.")
+        assert torch.equal(value, trunk[own] if own.startswith("trunk.") else before[name]), name
+    with pytest.raises(
+        MergeError, match="whose trunk is timm's test_convnext; that of the recipe's student is repvit_m0_9"
+    ):
+        start_vision_from(build("repvit_m0_9"), folder)
+
+
+@pytest.mark.parametrize("name", ["sam3", "efficientsam3"])
+def test_other_formats_say_that_they_cannot_hold_it(tmp_path, name):
+    folder = vision_run(tmp_path)
+    with pytest.raises(
+        MergeError, match=rf"{name}.pt has the layers of SAM 3's own necks.*merge.formats=\[transformers\]"
+    ):
+        merge.run(load_recipe(folder / "recipe.yaml", [f"merge.formats=[transformers,{name}]"]))
+    assert not (folder / "merged").exists()
+
+
+def test_two_students_cannot_share_the_trunk(tmp_path):
+    parts = [f"parts.image={image_run(tmp_path)}", f"parts.vision={vision_run(tmp_path)}"]
+    more = ["parts.text=null", "name=both", f"runs={tmp_path}", "sam3.checkpoint=tiny", "merge.formats=[transformers]"]
+    recipe = load_recipe("release/es_rv_m_mc_s", [*parts, *more])
+    with pytest.raises(
+        MergeError, match="both tiny_convnext in the slot image .* and tiny_convnext in the slot vision"
+    ):
+        merge.run(recipe)
