@@ -40,7 +40,7 @@ def nearest(path: Path) -> str:
     """Return the recipe that a wrong path or short name may mean, "" where none is near."""
     siblings = {file.stem: str(file) for file in sorted(path.parent.glob("*.yaml"))}
     names = {name: name for name in short_names()}
-    by_stem = {name.rpartition("/")[2]: name for name in names}
+    by_stem = {name.rpartition("/")[2]: name for name in reversed(names)}  # of several, the first
     for word, choices in ((path.stem, siblings), (short_name(path), names), (path.stem, by_stem)):
         if near := difflib.get_close_matches(word, choices, n=1):
             return choices[near[0]]

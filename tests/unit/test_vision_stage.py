@@ -61,7 +61,7 @@ def test_it_teaches_the_maps_that_detector_and_tracker_read(own):
         torch.testing.assert_close(layer.feature_mean, expected.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(layer.feature_scale, expected.std((0, 2, 3), correction=0), rtol=1e-3, atol=1e-5)
     loss = stored.loss(stored.student, stored.train_data.__getitems__([0, 1, 2, 3]))
-    assert 0.5 < float(loss["mse"]) < 3 and loss["loss"] == loss["mse"] + loss["cosine"]
+    assert 0.5 < loss["mse"] < 3 and loss["loss"] == loss["mse"] + loss["cosine"]
 
 
 def test_a_perfect_student_is_told(own):
