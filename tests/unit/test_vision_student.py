@@ -53,7 +53,7 @@ def test_counts_are_what_the_registry_says(name):
     assert (parameter_count(student.trunk.head), parameter_count(student.necks)) == (pyramid, necks)
 
 
-@pytest.mark.parametrize("name", FAMILIES.values())
+@pytest.mark.parametrize("name", [name for name in FAMILIES.values() if IMAGE_STUDENTS[name].published_millions])
 def test_operations_are_counted_as_they_run(name):
     sam3, sizes = SAM3S["random"], SAM3.sizes
     with torch.device("meta"), torch.no_grad():
