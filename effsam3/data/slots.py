@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -31,16 +32,22 @@ class Slots:
 
     def watch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Free the slots of a batch when the last of what looks at it has gone."""
-        taken = self._taken.numpy()
-        for name, slot in batch.pop(TAKEN, ()):
+        marks = batch.pop(TAKEN, ())
+        left = Counter(slot for _, slot in marks)  # tensors of each slot that are still looked at
+        for name, slot in marks:
             if not batch[name].is_shared():  # it has been copied, into page-locked memory
-                taken[slot] = 0
+                self._release(left, slot)
                 continue
             # Tensors come back to life; an array that they are made on lives exactly as long as the last of them.
             values = batch[name].numpy()
-            weakref.finalize(values, taken.__setitem__, slot, 0).atexit = False
+            weakref.finalize(values, self._release, left, slot).atexit = False
             batch[name] = torch.from_numpy(values)
         return batch
+
+    def _release(self, left: Counter[int], slot: int) -> None:
+        left[slot] -= 1
+        if not left[slot]:
+            self._taken[slot] = 0
 
 
 class WorkerSlots:

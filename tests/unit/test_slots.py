@@ -107,3 +107,14 @@ def test_what_was_copied_frees_its_slot_at_once():
     assert len(worker) == 1 and taken.any()
     del view
     assert not taken.any()
+
+
+def test_two_tensors_of_one_slot():
+    both = slots.Slots(1)
+    worker, taken = both.of(0), both._taken.numpy()
+    whole = worker.tensor((2, LARGE), torch.float32)
+    batch = both.watch(worker.mark({"upper": whole[0], "lower": whole[1]}))
+    for name in ("lower", "upper"):
+        assert taken.any()
+        del batch[name]
+    assert not taken.any()
