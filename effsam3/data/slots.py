@@ -17,6 +17,7 @@ import torch
 
 LEAST_BYTES = 1 << 20  # of a slot; smaller tensors are not worth one
 PER_WORKER = 32  # slots at most; what finds none free gets memory of its own
+LATELY = 16  # tensors that a worker has made since: a free slot that none of them fitted goes
 TAKEN = "slots"  # key of a batch on its way: pairs (name of a tensor, number of its slot)
 
 
@@ -54,8 +55,11 @@ class WorkerSlots:
     """The slots of one data worker."""
 
     def __init__(self, taken: np.ndarray, first: int):
-        self._taken, self._first = taken, first
-        self._storages: list[torch.UntypedStorage] = []
+        self._taken = taken[first : first + PER_WORKER]
+        self._first = first
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._used: dict[int, int] = {}  # when each was taken last, counted in tensors
+        self._count = 0
 
     def __len__(self) -> int:
         return len(self._storages)
@@ -69,22 +73,28 @@ class WorkerSlots:
         return torch.empty(0, dtype=dtype).set_(storage)[:count].view(shape)
 
     def _free(self, size: int) -> torch.UntypedStorage | None:
-        """Take a free slot of about this size; make one in the place of another, or None: all are taken."""
-        free = [slot for slot in range(len(self)) if not self._taken[self._first + slot]]
+        """Take a free slot of about this size, make one, or return None: all are taken."""
+        self._count += 1
+        free = [slot for slot in self._storages if not self._taken[slot]]
         for slot in free:
-            if size <= self._storages[slot].nbytes() <= 2 * size:
-                break
-        else:
-            slot = len(self) if len(self) < PER_WORKER else free[0] if free else PER_WORKER
-            if slot == PER_WORKER:
+            if self._count - self._used[slot] > LATELY:  # of a size that is no longer asked for
+                del self._storages[slot]
+        fitting = [slot for slot in free if size <= self._bytes(slot) <= 2 * size]
+        slot = next(iter(fitting), -1)
+        if not fitting:
+            slot = next((slot for slot in range(PER_WORKER) if slot not in self._storages), -1)
+            if slot < 0:
                 return None
-            self._storages[slot : slot + 1] = [torch.UntypedStorage._new_shared(size)]
-        self._taken[self._first + slot] = 1
+            self._storages[slot] = torch.UntypedStorage._new_shared(size)
+        self._taken[slot], self._used[slot] = 1, self._count
         return self._storages[slot]
+
+    def _bytes(self, slot: int) -> int:
+        return self._storages[slot].nbytes() if slot in self._storages else 0
 
     def mark(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Note in a batch which of its tensors are in slots."""
-        slots = {storage.data_ptr(): self._first + slot for slot, storage in enumerate(self._storages)}
+        slots = {storage.data_ptr(): self._first + slot for slot, storage in self._storages.items()}
         tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
         places = {name: slots.get(value.untyped_storage().data_ptr()) for name, value in tensors.items()}
         return batch | {TAKEN: [(name, slot) for name, slot in places.items() if slot is not None]}

@@ -118,3 +118,17 @@ def test_two_tensors_of_one_slot():
         assert taken.any()
         del batch[name]
     assert not taken.any()
+
+
+def test_sizes_that_are_no_longer_asked_for_are_given_back():
+    """Masks of as many objects as a batch has would else fill the shared memory with every size there was."""
+    both = slots.Slots(1)
+    worker = both.of(0)
+    for size in range(1, 60):
+        shapes = {"same": (LARGE,), "other": (size * LARGE // 3 + LARGE,)}
+        batch = both.watch(worker.mark({name: worker.tensor(one, torch.float32) for name, one in shapes.items()}))
+        assert {name: tuple(value.shape) for name, value in batch.items()} == shapes
+        assert len(worker) <= slots.LATELY // 2 + 2  # two tensors a batch
+    del batch
+    worker.tensor((LARGE,), torch.float32)
+    assert worker._storages.keys() >= set(both._taken.numpy().nonzero()[0].tolist())
