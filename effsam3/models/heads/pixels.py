@@ -45,26 +45,23 @@ def convolve_doubled(coarse_RCHW: Tensor, weight: Tensor) -> Tensor:
     Each of the nine taps is applied to the coarse map, where there is a quarter of the places, and put where it
     belongs.
     """
-    padded = F.pad(coarse_RCHW, (1, 1, 1, 1))
     each_tap = weight.permute(2, 3, 0, 1).flatten(0, 2)[..., None, None]  # 1x1, one after another
-    rows = max(1, TAPS_AT_ONCE // (len(each_tap) * padded[0, 0].numel()))
-    found = [_put(F.conv2d(some, each_tap).unflatten(1, (3, 3, -1))) for some in padded.split(rows)]
+    rows = max(1, TAPS_AT_ONCE // (len(each_tap) * coarse_RCHW[0, 0].numel()))
+    found = []
+    for some in coarse_RCHW.split(rows):
+        taps_R33CHW = F.conv2d(some, each_tap).unflatten(1, (3, 3, -1))  # by row, by column
+        found.append(_between(_between(taps_R33CHW, -2), -1))
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _put(taps_R33CHW: Tensor) -> Tensor:
-    """Add up the taps (by row, by column) of a map with one zero around it where they belong in the doubled map."""
-    return _between(_between(taps_R33CHW, -2), -1)
-
-
 def _between(taps_R3: Tensor, dim: int) -> Tensor:
-    """Add up three taps (second axis) along `dim`, which doubles.
+    """Add up three taps (second axis) where they belong along `dim`, which doubles.
 
     Place 2y of the doubled map has y - 1 before it and y after it, place 2y + 1 has y before it and y + 1 after it.
     """
     before, own, after = taps_R3.unbind(1)
-    count = own.shape[dim] - 2
-    middle = own.narrow(dim, 1, count)
-    even = before.narrow(dim, 0, count) + middle + after.narrow(dim, 1, count)
-    odd = before.narrow(dim, 1, count) + middle + after.narrow(dim, 2, count)
+    most = own.shape[dim] - 1
+    even, odd = own + after, before + own
+    even.narrow(dim, 1, most).add_(before.narrow(dim, 0, most))
+    odd.narrow(dim, 0, most).add_(after.narrow(dim, 1, most))
     return torch.stack([even, odd], dim).flatten(dim - 1, dim)
