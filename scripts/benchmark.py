@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import torch
+from benchmark_phrases import concept_step, phrases_of_image
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -332,6 +333,8 @@ BENCHMARKS = {
     "index-opening": Benchmark(index_opening, most=1 / 10),
     "vision-pass-repvit": Benchmark(partial(vision_pass, "repvit_m1_1"), most=1.35),
     "vision-pass-tinyvit": Benchmark(partial(vision_pass, "tiny_vit_5m"), most=1.35),
+    "concept-step": Benchmark(concept_step, most=2.2),
+    "phrases": Benchmark(phrases_of_image, most=1 / 1.8),
 }
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[2] / "scripts/benchmark.py"
+sys.path.insert(0, str(SCRIPT.parent))
 spec = importlib.util.spec_from_file_location("benchmark_script", SCRIPT)
 benchmark = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = benchmark
