@@ -13,8 +13,13 @@ from effsam3.errors import UserError
 from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.find import config_at_hand
 from effsam3.models.chassis.tensors import load_whole, read_config
+from effsam3.models.image.student import student_config
+from effsam3.models.merging.slots import SLOTS
 from effsam3.recipe.common import Data
+from effsam3.recipe.reader import load_recipe
+from effsam3.shipped import texts
 from effsam3.stages.base import open_features
+from effsam3.stages.image.facts import ImageRecipe
 from effsam3.stages.image.training import FACTS
 
 
@@ -26,6 +31,27 @@ def load_sam3(folder: Path) -> Any:
 def trunk_config(config: Any) -> Any:
     """Return the config of the trunk of a whole SAM 3."""
     return config.detector_config.vision_config.backbone_config
+
+
+def config_to_come(checkpoint: str) -> Any:
+    """Return the config of a whole SAM 3 without its weights or a download, even where it is still to be trained.
+
+    A run that is not merged yet is taken for that of the shipped stage 1 recipe with its name: the chassis of that
+    recipe with its image student.
+
+    Raises:
+        UserError: the sizes are not known.
+    """
+    path = Path(checkpoint)
+    merged = any((folder / "config.json").is_file() for folder in (path / "merged", path))
+    named = [short for short, text in texts().items() if f"\nname: {path.name}\n" in text]
+    recipe = load_recipe(named[0]) if named and not merged else None
+    if not isinstance(recipe, ImageRecipe):
+        return config_at_hand(checkpoint)
+    config = config_at_hand(recipe.sam3.checkpoint)
+    sizes = {name: getattr(trunk_config(config), name) for name in ("hidden_size", "image_size", "patch_size")}
+    student = student_config(recipe.student, recipe.head, recipe.student_image_size, **sizes)
+    return SLOTS["image"].install(config, student)
 
 
 def without_trunk(model: Any) -> Any:

@@ -42,7 +42,7 @@ from effsam3.stages.base import StageBase, keep_whole
 from effsam3.stages.concepts.facts import SOURCES, ConceptsRecipe
 from effsam3.stages.concepts.phrases import draw_concepts, pairs_to_learn_from, phrases_of
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.taught import load_sam3, open_trunk_store, trunk_config, without_trunk
+from effsam3.stages.taught import config_to_come, load_sam3, open_trunk_store, trunk_config, without_trunk
 from effsam3.training.report import Report, table
 
 SHOWN = 3  # places of a module in the header; the others are counted
@@ -191,7 +191,7 @@ class ConceptsStage(StageBase):
         teacher = empty_model(config_at_hand(recipe.teacher.checkpoint)) if recipe.is_taught else None
         if recipe.teacher.store is not None:
             teacher = without_trunk(teacher)
-        return cls(recipe, place, empty_model(config_at_hand(recipe.sam3.checkpoint)), teacher)
+        return cls(recipe, place, empty_model(config_to_come(recipe.sam3.checkpoint)), teacher)
 
     def example(self, samples: int) -> Batch:
         """Return a micro-batch of `samples` images with all phrases, each with as many instances as allowed."""

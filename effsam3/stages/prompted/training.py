@@ -35,7 +35,7 @@ from effsam3.stages.image.training import both_datasets, both_splits, ready_inde
 from effsam3.stages.prompted.facts import FEATURES, TERMS, PromptedRecipe
 from effsam3.stages.prompted.prompts import asks, draw_exemplars, draw_prompts
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.taught import load_sam3, open_trunk_store, trunk_config, without_trunk
+from effsam3.stages.taught import config_to_come, load_sam3, open_trunk_store, trunk_config, without_trunk
 from effsam3.training.report import Report, table
 
 MASK_SIDE = 4  # side of a mask, in positions of the trunk's grid
@@ -147,7 +147,8 @@ class PromptedStage(StageBase):
 
     @classmethod
     def from_shapes(cls, recipe: PromptedRecipe, place: Place) -> PromptedStage:
-        model, teacher = (empty_model(config_at_hand(one.checkpoint)) for one in (recipe.sam3, recipe.teacher))
+        model = empty_model(config_to_come(recipe.sam3.checkpoint))
+        teacher = empty_model(config_at_hand(recipe.teacher.checkpoint))
         online = recipe.teacher.features == "online"
         trunk = Teacher(teacher.config.detector_config.vision_config) if online else None
         return cls(recipe, place, model, without_trunk(teacher), trunk)
