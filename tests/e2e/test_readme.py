@@ -54,6 +54,7 @@ RUN_BY_PAGE = {
 # Recipes for a CPU, and the test that takes each through its verbs, or why there is none.
 RUN_BY_RECIPE = {
     "smoke/image": "e2e/test_pipeline.py",
+    "smoke/vision": "e2e/test_vision.py",
     "smoke/text": "e2e/test_text.py",
     "smoke/lora": "e2e/test_adapt.py",
     "smoke/memory": "e2e/test_memory_training.py",

@@ -104,7 +104,7 @@ def test_measured_and_predicted_with(runs, tmp_path):
     assert sorted(fidelity["maps"]) == sorted(MAPS)
     assert 0 < json.loads((results / "masks.json").read_text())["box"]["agreement"] <= 1
     image = next((folder / "data").rglob("*.jpg"))
-    line = [sys.executable, "-m", "effsam3.cli", "predict", str(image), "--model", str(folder / "runs/smoke-vision")]
+    line = [sys.executable, "-m", "effsam3.cli", "predict", str(folder / "runs/smoke-vision"), str(image)]
     run_line(tmp_path, [*line, "--box", "20,20,90,90", "--out", "by_box"])
     run_line(tmp_path, [*line, "--text", "red circle", "--out", "by_text"])
     assert (tmp_path / "by_box/overlay.png").is_file() and (tmp_path / "by_text/predictions.json").is_file()
