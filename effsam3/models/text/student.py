@@ -27,6 +27,7 @@ from transformers.models.sam3_lite_text.modeling_sam3_lite_text import (
 from effsam3.models.chassis.tensors import ChassisError, fingerprint, load_part, read_config, read_tensors
 from effsam3.models.registry import of_type, text_student_row
 from effsam3.models.text.padding import RULES, padding_of
+from effsam3.models.text.shortened import first_positions, shorten
 from effsam3.models.text.tokens import PAD_ID
 
 DETECTOR = "detector_model."
@@ -127,17 +128,22 @@ class StudentText(nn.Module):
     It computes what `Sam3LiteTextModel.get_text_features` will on the same texts padded to `context_length`, which is
     the length of its table of positions. transformers stretches the table over any other length, and its SAM 3
     processors always pad to 32: a student for them has `context_length` 32, however short its training texts are.
-    `padding` is its padding rule, kept in the config.
+    `padding` is its padding rule, kept in the config. Where tokens do not attend to padding, short texts are computed
+    in less than the whole length, to the same features.
+
+    `norms` tells what the BatchNorms of RepMixer blocks do in training: `batch` takes the statistics of each
+    micro-batch, of all `context_length` positions, as in use; `kept` leaves those that the weights came with, as in
+    eval mode, and so lets short texts be short in training, too.
 
     `feature_scale` and `feature_mean` are the teacher's per-channel deviation and mean: the network works in
     standardised units. `to_lite_text_tensors` multiplies them into the projection.
     """
 
-    def __init__(self, config: Sam3LiteTextTextConfig, channels: int):
+    def __init__(self, config: Sam3LiteTextTextConfig, channels: int, norms: str = "batch"):
         super().__init__()
         self.context_length = config.max_position_embeddings
-        self.padding = padding_of(config)
-        self.text_encoder = RULES[self.padding].text_model(config)
+        self.padding, self.norms = padding_of(config), norms
+        self.text_encoder = shorten(RULES[self.padding].text_model(config))
         embeddings = self.text_encoder.embeddings
         table = embeddings.position_embedding.position_embedding
         # The same table under the same name: checkpoints and merged models stay transformers' own.
@@ -162,14 +168,30 @@ class StudentText(nn.Module):
         """The layer whose output `feature_scale` and `feature_mean` turn into features."""
         return self.text_projection
 
+    def train(self, mode: bool = True) -> StudentText:
+        """Set the mode, of BatchNorms whose statistics are kept always that of inference."""
+        super().train(mode)
+        if self.norms == "kept":
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+                    module.eval()
+        return self
+
+    @property
+    def reads_padding(self) -> bool:
+        """Whether tokens depend on all positions: these are attended, or counted in the statistics of a BatchNorm."""
+        counts = self.training and self.norms == "batch" and self.text_encoder.config.use_repmixer_blocks
+        return self.padding == "attended" or counts
+
     def forward(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Return features (B, L, C); L is at most `context_length`, and features at padding are meaningless."""
         length, missing = ids_BL.shape[1], self.context_length - ids_BL.shape[1]
         assert missing >= 0, f"{length} tokens, the student reads {self.context_length}"
-        if missing and (self.padding == "attended" or self.text_encoder.config.use_repmixer_blocks):
-            # The convolutions know no mask, either: what follows a text must be what follows it in use.
+        if self.reads_padding:
             ids_BL, mask_BL = F.pad(ids_BL, (0, missing), value=PAD_ID), F.pad(mask_BL, (0, missing))
-        hidden_BLD = self.text_encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state[:, :length]
+            hidden_BLD = self.text_encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state[:, :length]
+        else:
+            hidden_BLD = first_positions(self.text_encoder, ids_BL, mask_BL, self.context_length)
         # float(): under bf16 autocast large channels would lose the small differences that matter.
         return self.text_projection(hidden_BLD).float() * self.feature_scale + self.feature_mean
 
@@ -188,9 +210,11 @@ def lite_text_config(name: str, context_length: int, padding: str = "masked") ->
     )
 
 
-def text_student(name: str, context_length: int, channels: int, padding: str = "masked") -> StudentText:
+def text_student(
+    name: str, context_length: int, channels: int, padding: str = "masked", norms: str = "batch"
+) -> StudentText:
     """Build the text student `name`, randomly initialised, for features of `channels`; see `StudentText`."""
-    return StudentText(lite_text_config(name, context_length, padding), channels)
+    return StudentText(lite_text_config(name, context_length, padding), channels, norms)
 
 
 def lite_text_detector_config(detector_config, text_config: Sam3LiteTextTextConfig) -> Sam3LiteTextConfig:
@@ -243,6 +267,7 @@ class FoldedRepMixer(nn.Module):
             *_fold_norm(feed_forward.depthwise_conv.weight[:, :, 0], feed_forward.depthwise_batchnorm)
         )
         fc1, fc2, scale_D = feed_forward.mlp.fc1, feed_forward.mlp.fc2, block.layer_scale[:, 0, 0]
+        self.reach = 2 * (self.mixer.kernel_size[0] // 2)
         self.activation_fn = feed_forward.mlp.activation_fn
         assert fc1.bias is not None and fc2.bias is not None  # RepMixer's have one
         self.fc1 = _filled(nn.Linear(fc1.in_channels, fc1.out_channels), fc1.weight[:, :, 0, 0], fc1.bias)
@@ -252,11 +277,13 @@ class FoldedRepMixer(nn.Module):
             scale_D * fc2.bias,
         )
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs) -> Tensor:
-        """Take and return (B, L, D), as the block does."""
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, positions: int | None = None, **kwargs
+    ) -> Tensor:
+        """Take (B, L, D) and return its first `positions`, as `RepMixerBlock` does."""
         mixed_BDL = self.mixer(hidden_states.transpose(1, 2))
-        update_BLD = self.depthwise_conv(mixed_BDL).transpose(1, 2)
-        return mixed_BDL.transpose(1, 2) + self.fc2(self.activation_fn(self.fc1(update_BLD)))
+        update_BLD = self.depthwise_conv(mixed_BDL)[..., :positions].transpose(1, 2)
+        return mixed_BDL[..., :positions].transpose(1, 2) + self.fc2(self.activation_fn(self.fc1(update_BLD)))
 
 
 def _fold_norm(weight_D1K: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,9 @@ class TextRecipe(FeatureRecipe):
     student_init: Annotated[str, text_initialisation] = "mobileclip"  # mobileclip, random, file or model folder
     # What tokens see after a short text: nothing, or padding of id 0, as in EfficientSAM3 and its checkpoints.
     student_padding: Literal["masked", "attended"] = "masked"
+    # BatchNorms of a RepMixer tower in training. batch: statistics of each micro-batch, of all 32 positions, as in
+    # use; kept: those that its weights came with, so that short texts are computed short: half the time a step
+    student_norms: Literal["batch", "kept"] = "batch"
     teacher: Literal["stored", "online"] = "online"  # online: costs less than reading stored targets
     sam3: Sam3 = Sam3()
     data: TextData
@@ -125,6 +128,11 @@ class TextRecipe(FeatureRecipe):
 
     def check(self) -> Iterator[str]:
         yield from super().check()
+        if self.student_norms == "kept" and self.student_init == "random":
+            yield (
+                "student_norms: kept keeps the statistics of trained weights, student_init=random has none; name "
+                "weights, or set student_norms=batch"
+            )
 
     def limits(self) -> list[str]:
         return [*super().limits(), f"Prompts were learned up to {self.data.context_length} tokens."]

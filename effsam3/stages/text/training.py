@@ -96,7 +96,7 @@ def make_student(recipe: TextRecipe, channels: int) -> tuple[StudentText, Weight
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
         # Always SAM 3's own length: transformers' processors pad every prompt to it, however short the training texts.
         length = sam3_of(recipe.sam3.checkpoint).context_length
-        student = text_student(recipe.student, length, channels, recipe.student_padding)
+        student = text_student(recipe.student, length, channels, recipe.student_padding, recipe.student_norms)
     if recipe.student_init == "random" or names_a_model(recipe.student_init):
         return student, None
     own = text_student_row(recipe.student).weights
