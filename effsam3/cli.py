@@ -122,6 +122,9 @@ def refuse_dashes(argv: Sequence[str]) -> None:
     Raises:
         UserError: naming the right spelling.
     """
+    if not any(word.startswith("-") for word in argv):
+        return  # every stage would be imported for nothing
+
     from effsam3 import stages
 
     sections = {field for stage in stages.STAGES for field in stages.recipe_class(stage).__dataclass_fields__}

@@ -41,7 +41,6 @@ from effsam3.hardware.budget.estimates import (
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.derived import accumulation, total_steps, warmup_steps
 from effsam3.recipe.reader import dump_recipe, flat
-from effsam3.stages import needs
 from effsam3.stages.protocol import Stage
 from effsam3.stopping import STOP, STOPPED
 from effsam3.training import checkpoint, optimizer_state
@@ -113,6 +112,8 @@ def learn(
     last = resumable(recipe, folder, resume)
     accelerator.wait_for_everyone()  # nobody writes before everybody has looked
     stage = stages.training(recipe.stage).STAGE.from_recipe(recipe, report, accelerator)
+    from effsam3.stages import needs  # with transformers' models, which take as long to import as torch: not before
+
     on_main(accelerator, partial(needs.room_for_checkpoints, recipe, stage.student_parameters))
     # Only a fresh run may search: a resumed one must keep the size that it has learned with.
     if recipe.train.find_micro_batch and last is None:
@@ -342,6 +343,8 @@ def announce(
     if sizes is not None:
         lines |= header_lines(recipe, running_hardware(accelerator, recipe.hardware), sizes)
     if accelerator.is_main_process and not state["ended"]:
+        from effsam3.stages import needs
+
         lines |= needs.header_lines(recipe, ("merge", "evaluate", "push"))
     report.header(f"train    {recipe.name}   {describe_hardware(accelerator)}   {recipe.train.precision}", lines)
     declared = read_config(recipe.hardware).processes

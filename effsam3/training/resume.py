@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from effsam3.checked_files import read_json
 from effsam3.errors import UserError
-from effsam3.models.merging.slots import refuse_other_student
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.reader import differing_keys, load_recipe
 from effsam3.training import checkpoint, loss_scale, optimizer_state
@@ -125,6 +124,8 @@ def resume_weights(last: Path, student: nn.Module, ema: ModelEmaV3 | None) -> di
     Raises:
         UserError: they are another student's.
     """
+    from effsam3.models.merging.slots import refuse_other_student  # with transformers' models: only where one resumes
+
     weights, moments = checkpoint.read_trained(last)
     refuse_other_student(student.state_dict(), weights, f"the recipe's student ({last})")
     optimizer_state.refuse_other_moments(student, moments, f"{last / checkpoint.OPTIMIZER}")

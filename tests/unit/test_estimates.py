@@ -165,7 +165,7 @@ def test_a_run_on_a_gpu_is_announced_without_another_dry_run(tmp_path, monkeypat
     recipe = load_recipe(IMAGE, ["hardware=gpu"])
     sizes = measure(recipe)
     assert sizes.micro_batch > 1e6 and sizes.flops > 1e9
-    monkeypatch.setattr("effsam3.hardware.budget.estimates.dry_stage", None)
+    monkeypatch.setattr("effsam3.hardware.budget.dry_run.dry_stage", None)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA L4")
     accelerator = SimpleNamespace(
         device=torch.device("cuda"),

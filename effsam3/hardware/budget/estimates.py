@@ -21,7 +21,6 @@ from accelerate import Accelerator
 
 from effsam3.errors import UserError
 from effsam3.hardware.accelerate_configs import REDUCE_BUCKET, config_file, read_config
-from effsam3.hardware.budget.dry_run import cost, dry_stage
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.reader import flat
 
@@ -56,6 +55,8 @@ def measure(recipe: StageRecipe) -> Sizes:
     Raises:
         UserError: the sizes of the recipe's SAM 3 are not known.
     """
+    from effsam3.hardware.budget.dry_run import cost, dry_stage  # with torch.fx: only where something is measured
+
     whole = recipe.train.micro_batch_size
     # Separate samples cost alike: one of them, times the batch, is measured in a fraction of the time.
     samples = 1 if recipe.samples_are_separate else whole

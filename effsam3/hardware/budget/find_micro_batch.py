@@ -18,7 +18,6 @@ from torch import nn
 
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import frozen_autocast
-from effsam3.hardware.budget.dry_run import is_meta
 from effsam3.hardware.budget.estimates import FP32, MICRO_BATCH, micro_batches, running_hardware, states
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.derived import accumulation
@@ -84,7 +83,7 @@ def trial(stage: Stage, device: torch.device, precision: str, reserved: int, siz
             # Held during the trial: optimizer state and averaged weights come later and must fit as well.
             held = torch.empty(reserved, dtype=torch.uint8, device=device)
             batch = {
-                name: torch.zeros_like(value, device="cpu") if is_meta(value) else value
+                name: torch.zeros_like(value, device="cpu") if getattr(value, "is_meta", False) else value
                 for name, value in stage.example(size).items()
             }
             # accelerate's own autocast begins with `prepare` under DeepSpeed; this is the same one.

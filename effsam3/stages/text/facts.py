@@ -113,7 +113,7 @@ class TextRecipe(FeatureRecipe):
     # What tokens see after a short text: nothing, or padding of id 0, as in EfficientSAM3 and its checkpoints.
     student_padding: Literal["masked", "attended"] = "masked"
     # BatchNorms of a RepMixer tower in training. batch: statistics of each micro-batch, of all 32 positions, as in
-    # use; kept: those that its weights came with, so that short texts are computed short: half the time a step
+    # use; kept: those that its weights came with, so that short texts are computed short, at half the operations
     student_norms: Literal["batch", "kept"] = "batch"
     teacher: Literal["stored", "online"] = "online"  # online: costs less than reading stored targets
     sam3: Sam3 = Sam3()
