@@ -8,10 +8,8 @@ effsam3 new small --from stage1/image/es_rv_m            small.yaml: inherits wh
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from effsam3 import stages
 from effsam3.errors import UserError, did_you_mean
@@ -69,19 +67,22 @@ def on_its_own(short: str, text: str) -> str:
 
 
 def whole(short: str, text: str) -> str:
-    """Return a shipped recipe with the text of its parent in place of `inherits`; the parent's comments stay."""
+    """Return a shipped recipe with the text of its parents in place of `inherits`; all comments stay."""
     parent = parent_of(short, text)
     if parent is None:
         return text
-    own = yaml.safe_load(text)
-    del own["inherits"]
-    head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    lines = whole(parent, (shipped("recipes") / f"{parent}.yaml").read_text(encoding="utf-8")).splitlines()
+    head, own = _divided(text)
     # The parent's first lines say what its children are; the child's say what this one is.
-    lines = lines[next(place for place, line in enumerate(lines) if not line.startswith("#")) :]
-    for key, value in reversed(own.items()):
-        _enter(lines, key, value)
-    return head + "\n".join(lines) + "\n"
+    _, lines = _divided(whole(parent, (shipped("recipes") / f"{parent}.yaml").read_text(encoding="utf-8")))
+    section, keys = "", []
+    for line in own:
+        if not line.startswith(" "):
+            section = line if line.endswith(":") else ""
+        if line and line != section and not PARENT.match(line):
+            keys.append((section, line))
+    for section, line in reversed(keys):
+        _enter(lines, section, line)
+    return "\n".join([*head, *lines]) + "\n"
 
 
 def parent_of(short: str, text: str) -> str | None:
@@ -91,14 +92,26 @@ def parent_of(short: str, text: str) -> str | None:
     return short_name((folder / short / ".." / parent[1]).resolve().relative_to(folder)) if parent else None
 
 
-def _enter(lines: list[str], key: str, value: Any) -> None:
-    """Enter a key into the lines of a recipe that lacks it: behind `stage`, or into its section."""
-    here = next((place for place, line in enumerate(lines) if line == f"{key}:"), None)
-    if here is None:
-        below = next(place for place, line in enumerate(lines) if line.startswith("stage:"))
-        lines.insert(below + 1, f"{key}: {value}")
-    else:
-        lines[here + 1 : here + 1] = [f"  {name}: {one}" for name, one in value.items()]
+def _divided(text: str) -> tuple[list[str], list[str]]:
+    """Return the lines of comments that a recipe begins with, and the others."""
+    lines = text.splitlines()
+    count = next(place for place, line in enumerate(lines) if not line.startswith("#"))
+    return lines[:count], lines[count:]
+
+
+def _enter(lines: list[str], section: str, line: str) -> None:
+    """Enter a key into the lines of a recipe: where it has it, else behind `stage` or first in its section."""
+    first = next(place for place, one in enumerate(lines) if one.startswith("stage:")) + 1
+    if section:
+        if section not in lines:
+            lines.insert(first, section)
+        first = lines.index(section) + 1
+    name = line.partition(":")[0] + ":"
+    # A name is indented where it is in a section, and a section's lines end where the next one begins.
+    places = range(first, len(lines)) if section else range(len(lines))
+    inside = takewhile(lambda place: not section or lines[place].startswith(" "), places)
+    here = next((place for place in inside if lines[place].startswith(name)), None)
+    lines[first if here is None else here : first if here is None else here + 1] = [line]
 
 
 def _marked(line: re.Match) -> str:

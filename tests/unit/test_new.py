@@ -55,8 +55,8 @@ def test_nothing_is_overwritten(tmp_path, capsys):
     (("mine", "--from", "stage1/image/es_rvm"),
      "no recipe called stage1/image/es_rvm comes with effsam3; did you mean stage1/image/es_rv_m?"),
     (("mine", "--stage", "imag"), "--stage: 'imag' is not a stage; did you mean image?"),
-    (("mine",), "begin with --stage image|text|"),
-    (("mine", "--stage", "image", "--from", "stage2/memory"), "begin with --stage image|text|"),
+    (("mine",), "begin with --stage image|vision|text|"),
+    (("mine", "--stage", "image", "--from", "stage2/memory"), "begin with --stage image|vision|text|"),
     (("my/own", "--stage", "image"), "'my/own' must be letters"),
 ])  # fmt: skip
 def test_what_cannot_be_begun(options, meant, capsys, tmp_path):
