@@ -1,5 +1,5 @@
 # Shortcuts for the scripts; `make test` is what CI runs.
-.PHONY: setup demo test unit style leaderboard pictures
+.PHONY: setup demo test unit style leaderboard zoo pictures
 
 setup:
 	bash scripts/setup.sh dev
@@ -28,3 +28,7 @@ pictures: setup demo
 RUNS ?= $(wildcard runs/*)
 leaderboard:
 	.venv/bin/effsam3 leaderboard $(RUNS) --out docs/leaderboard
+
+# Of the models in RELEASES="runs/a runs/b"; without any the page says that there are none.
+zoo:
+	.venv/bin/effsam3 zoo $(RELEASES) --out docs/zoo.md

@@ -363,6 +363,19 @@ VERBS = {
         "leaderboard:leaderboard",
         [RUNS, arg("--out", "folder for leaderboard.md, .json and .png", metavar="FOLDER")],
     ),
+    "zoo": Verb(
+        "write the page of released models: slots, parameters, operations, scores, formats, licence",
+        "zoo:zoo",
+        [
+            arg(
+                "runs",
+                "a folder of a release, or its recipe; without any the page says so",
+                metavar="RUN",
+                nargs="*",
+            ),
+            arg("--out", "the page, such as docs/zoo.md", metavar="FILE"),
+        ],
+    ),
     "inspect": Verb(
         "tell what a checkpoint is, who fills its slots, how big its parts are; loads nothing",
         "inspect_model:inspect",

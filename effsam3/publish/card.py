@@ -76,11 +76,11 @@ def _introduction(release: Release) -> str:
 
 def slots(release: Release) -> str:
     """Tell who fills the slots, and what has been changed in place."""
-    rows, entries = [], _entries(release)
+    rows, filled = [], entries(release)
     for slot in counted_slots(release.merged["slots"]):
         row = [f"`{slot}`", stages.recipe_class(slot).replaces, "not replaced", ""]
-        if slot in entries:
-            row[2:] = [entries[slot].called, f"`{release.merged['slots'][slot]['from']}`"]
+        if slot in filled:
+            row[2:] = [filled[slot].called, f"`{release.merged['slots'][slot]['from']}`"]
         rows.append(row)
     for one in release.merged.get("adapted", ()):
         places = {".".join(name.split(".")[:2]) for name in one["tensors"]}
@@ -89,7 +89,7 @@ def slots(release: Release) -> str:
     return table(rows, ["slot", "part of SAM 3", "replaced by", "from"], text_columns=4)
 
 
-def _entries(release: Release) -> dict[str, CardEntry]:
+def entries(release: Release) -> dict[str, CardEntry]:
     """Describe every student by its stage."""
     config = read_config(release.model)
     return {
@@ -267,7 +267,7 @@ def limitations(release: Release) -> str:
         else "Nothing but the numbers above has been measured: accuracy elsewhere is not known."
     )
     points += [limit for recipe in release.recipes.values() for limit in recipe.limits()]
-    points += [limit for entry in _entries(release).values() for limit in entry.limits]
+    points += [limit for entry in entries(release).values() for limit in entry.limits]
     return "\n".join(f"- {point}" for point in points)
 
 
@@ -283,4 +283,4 @@ def licence(release: Release) -> str:
             if release.license_file is not None
             else "**Its full text must accompany them and has still to be added here:** `LICENSE` is a notice only."
         )
-    return "\n\n".join([text, *filter(None, (entry.origin for entry in _entries(release).values()))])
+    return "\n\n".join([text, *filter(None, (entry.origin for entry in entries(release).values()))])

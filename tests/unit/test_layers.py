@@ -87,6 +87,7 @@ LAYERS = [
         "plot",
         "leaderboard",
         "report",
+        "zoo",
         "launch",
     },
     {"cli", "verbs", "data_verbs", "verb"},

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from run_folders import merged_run
 
+from effsam3.benchmarks.boards import BOARDS, read_rows
 from effsam3.benchmarks.published import PUBLISHED
 from effsam3.cli import main
 from effsam3.errors import UserError
-from effsam3.leaderboard import BOARDS, draw, leaderboard, read_rows
+from effsam3.leaderboard import draw, leaderboard
 
 MASKS = {"box": {"student": 0.61, "teacher": 0.725}, "point": {"student": 0.5, "teacher": 0.625}, "images": 32}
 SPEED = {
