@@ -169,6 +169,8 @@ ALLOWED = {
     ("data.store.writer", "StoreWriter._open_shard"): GROWS,
     ("data.store.writer", "StoreWriter.skip"): GROWS,
     ("data.synthetic.videos", "mp4_bytes"): "writes into memory",
+    ("report", "_curve"): "writes into memory",
+    ("report", "_jpeg"): "writes into memory",
     ("train", "learn"): "calls checkpoint.save",
     ("models.merging.formats", "save_pickled"): INSIDE,
     ("models.chassis.sam3_pt", "_write"): INSIDE,

@@ -128,7 +128,7 @@ from effsam3.stopping import REQUESTS, STOP
 
 class Samples:
     def __len__(self): return 4
-    def __getitems__(self, positions): return positions
+    def __getitems__(self, positions): return {"positions": positions}
 
 def record():
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -190,7 +190,7 @@ class Samples:
     def __len__(self): return 10_000
     def __getitems__(self, positions):
         time.sleep(STUCK if positions[0] == 40 else 0.01)
-        return positions
+        return {"positions": positions}
 
 with STOP.noted(), worker_failures_explained():
     iterator = iter(loader(Samples(), [[n] for n in range(10_000)], 2, pin=False))
