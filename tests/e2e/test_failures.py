@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -336,7 +337,9 @@ def test_a_worker_that_hangs_for_a_while_and_one_that_is_killed(shared, whole):
     worker.kill()
     printed = end(process)
     assert process.returncode == 2, printed
-    assert "is killed by signal: Killed. A worker without memory" in printed and "data.workers=0" in printed
+    # What torch sees first: the signal, or in its next look at its workers that one is gone.
+    found = r"DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexpectedly)\. A worker without memory"
+    assert re.search(found, printed) and "data.workers=0" in printed
     assert "Traceback" not in printed
     waited = {step: line["perf/data_wait"] for step, line in metrics(mine).items()}
     assert waited[waiting] > max(0.2, waited[1])
