@@ -192,14 +192,14 @@ def learn(
             batch = window.wait_for(batches)
             unreadable.note(batch, step + 1)
             # Dropout and drop path depend on where in the run they are drawn, not on what ran before.
-            torch.manual_seed(sample_seed(recipe.train.seed, step, micro, accelerator.process_index))
+            seed_torch(accelerator.device, sample_seed(recipe.train.seed, step, micro, accelerator.process_index))
             with accelerator.accumulate(student):
                 terms = finite.loss(student, batch)
                 accelerator.backward(terms["loss"])
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(student.parameters(), optim.clip_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
+                    optimizer.step()
+                    optimizer.zero_grad()
             # Kept on the device: reading a loss here would make the CPU wait for the GPU in every micro-batch.
             window.add(terms)
         if ema is not None:
@@ -319,6 +319,17 @@ def end_stopped(progress: Progress, report: Report, loggers: Loggers, step: int,
 def sample_seed(seed: int, step: int, micro: int, rank: int) -> int:
     """One random stream for every (seed, step, micro-batch, rank), the same in every version of Python and numpy."""
     return int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0])
+
+
+def seed_torch(device: torch.device, seed: int) -> None:
+    """Seed the random streams that training draws from.
+
+    As `torch.manual_seed` does it, which also formats the call stack for each kind of device that is not there, and
+    keeps it.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def announce(

@@ -30,6 +30,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import torch
+from benchmark_loop import loop_step
 from benchmark_phrases import concept_step, phrases_of_image
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -325,6 +326,7 @@ def vision_pass(student: str, device: torch.device, tiny: bool) -> Sides:
 
 
 BENCHMARKS = {
+    "loop-step": Benchmark(loop_step, most=5),
     "video-step": Benchmark(video_step, most=0.5),
     "lora-step": Benchmark(lora_step, most=1.3),
     "decoding": Benchmark(decoding, most=0.85),

@@ -55,7 +55,8 @@ def adamw(
     lr_scales: Mapping[str, float] | None = None,
 ) -> AdamW:
     """AdamW over `parameter_groups`."""
-    return AdamW(parameter_groups(model, weight_decay, lr_scales), lr=lr, betas=betas, eps=eps)
+    # Fused: one kernel for all parameters, which also skips a step that has overflowed without asking the device.
+    return AdamW(parameter_groups(model, weight_decay, lr_scales), lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def lr_at(step: int, steps: int, warmup_steps: int, lr: float, min_lr: float, warmup_lr: float) -> float:

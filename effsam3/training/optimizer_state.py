@@ -127,7 +127,9 @@ def _link(zero) -> None:
 
 def _fresh(parameter: Tensor, step: int, optimizer) -> dict:
     """State after `step` steps with moments of zero; torch's AdamW counts in a tensor, DeepSpeed's in a number."""
-    count = torch.tensor(float(step)) if isinstance(optimizer, torch.optim.AdamW) else step
+    # Next to the parameter, where the fused kernel reads it.
+    counts = isinstance(optimizer, torch.optim.AdamW)
+    count = torch.tensor(float(step), device=parameter.device) if counts else step
     return {"step": count, **{moment: torch.zeros_like(parameter.data) for moment in MOMENTS}}
 
 
