@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,16 +17,16 @@ from transformers import PreTrainedConfig
 
 from effsam3 import stages
 from effsam3.benchmarks.parts import Counter
-from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.classes import empty_model, model_class
 from effsam3.models.chassis.find import config_at_hand
+from effsam3.models.chassis.sizes import first_of
 from effsam3.models.chassis.tensors import read_config
 from effsam3.models.exporting.flow import TRACED, flow
 from effsam3.models.exporting.memory_parts import memory_parts
 from effsam3.models.exporting.parts import parts_of
 from effsam3.models.flops import PARTS, USES, title
 from effsam3.models.inference.concepts import encode_geometry_always
-from effsam3.models.merging.slots import SLOTS, MergeError, first_chassis, model_folder, read_card
+from effsam3.models.merging.slots import SLOTS, MergeError, model_folder
 from effsam3.models.registry import Sam3, named
 from effsam3.recipe.common import FeatureRecipe, Recipe
 from effsam3.training.report import table
@@ -99,12 +98,9 @@ def chassis_row(checkpoint: str) -> Sam3:
     """Return the SAM 3 that a checkpoint began as, whichever students it has by now.
 
     Raises:
-        MergeError: its effsam3.json is damaged.
+        UserError: its effsam3.json is damaged.
     """
-    folder = model_folder(Path(checkpoint))
-    if folder is not None and (folder / CARD).is_file():
-        checkpoint = first_chassis(read_card(folder, {"chassis": str, "revision": (str, None)}))[0]
-    return named(checkpoint)
+    return named(first_of(checkpoint))
 
 
 def gflop_table(model: Mapping[str, float], teacher: Mapping[str, float] | None, label: str) -> str:

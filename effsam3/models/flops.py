@@ -84,13 +84,18 @@ def head_flops(head: str, student: ImageStudent, seen: int, grid: int, width: in
 
 
 def vision_gflop(student: ImageStudent, widths: tuple[int, ...], seen: int, sam3: Sam3) -> dict[str, float]:
-    """Return the GFLOP of a vision student, as `trunk_gflop`: {part: GFLOP}; its pyramid belongs to the trunk."""
+    """Return the GFLOP of a vision student, as `trunk_gflop`: {part: GFLOP}; its pyramid belongs to the trunk.
+
+    What the mask decoder makes of the fine and the middle map, once an image, counts with the tracker's neck.
+    """
     grid, channels = sam3.sizes.grid, sam3.sizes.fpn_hidden_size
     pyramid = pyramid_flops(student, widths, seen, grid)
+    narrowed = 2 * ((4 * grid) ** 2 * channels * channels // 8 + (2 * grid) ** 2 * channels * channels // 4) / 1e9
     neck = (
         2 * sum((scale * grid) ** 2 * width * channels for width, scale in zip(widths, (4, 2, 1), strict=True)) / 1e9
     )
-    return {"trunk": trunk_gflop(student, seen) + pyramid / 1e9, "detector_neck": neck, "tracker_neck": neck}
+    trunk = trunk_gflop(student, seen) + pyramid / 1e9
+    return {"trunk": trunk, "detector_neck": neck, "tracker_neck": neck + narrowed}
 
 
 def pyramid_flops(student: ImageStudent, widths: tuple[int, ...], seen: int, grid: int) -> int:

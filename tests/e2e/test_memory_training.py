@@ -13,8 +13,8 @@ import pytest
 import torch
 from commands import ENVIRONMENT, REPOSITORY, command, metrics, run, run_here
 from PIL import Image
-from run_folders import image_run, text_run
-from safetensors.torch import load_file, save_file
+from run_folders import image_run, sure_chassis, text_run
+from safetensors.torch import load_file
 from test_trajectories import wait_for
 from transformers import AutoModel, Sam3TrackerVideoModel, Sam3VideoModel
 from vos_folders import write_vos_trees
@@ -47,14 +47,10 @@ KEYS = ("loss", "focal", "dice", "iou", "presence", "memory", "grad_norm", "lr")
 def runs(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     """A folder with drawn videos and a run of one process, `reference`, and the overrides that made it."""
     folder = tmp_path_factory.mktemp("memory")
-    # The tiny chassis scores every object absent, so that all masks would be empty and all of them equal.
-    shutil.copytree(chassis_folder("tiny"), folder / "chassis")
-    tensors = {name: tensor.clone() for name, tensor in read_tensors(folder / "chassis").items()}
-    tensors["tracker_model.mask_decoder.pred_obj_score_head.proj_out.bias"].fill_(5.0)
-    save_file(tensors, folder / "chassis/model.safetensors", {"format": "pt"})
     overrides = (
-        *SHORT, f"sam3.checkpoint={folder}/chassis", f"train.runs={folder}/runs", "data.synthetic_videos=10",
-        "data.synthetic_frames=16", "data.synthetic_side_px=64", f"data.index={folder}/videos/index.parquet",
+        *SHORT, f"sam3.checkpoint={sure_chassis(folder / 'chassis')}", f"train.runs={folder}/runs",
+        "data.synthetic_videos=10", "data.synthetic_frames=16", "data.synthetic_side_px=64",
+        f"data.index={folder}/videos/index.parquet",
     )  # fmt: skip
     run_here(folder, "train", *overrides, "name=reference", recipe=MEMORY)
     return folder, overrides

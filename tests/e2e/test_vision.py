@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage vision from the recipe to masks: trained from the trunk of a stage 1 student, merged, loaded elsewhere."""
+"""Stage vision from the recipe to masks: trained from the trunk of a stage 1 student, merged, loaded elsewhere; and to
+a small video model, with a memory that learns on top of it."""
 
 from __future__ import annotations
 
@@ -10,17 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 from commands import REPOSITORY, metrics, run, run_here, run_line
+from run_folders import sure_chassis
 from safetensors.torch import load_file
 
+from effsam3.errors import UserError
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import TRUNK, read_config, read_tensors
 from effsam3.models.merging.slots import SLOTS
 from effsam3.models.vision.slot import build_vision_student
 from effsam3.models.vision.training import MAPS
 from effsam3.recipe.reader import load_recipe
+from effsam3.stages.memory.training import load_trackers
 from effsam3.training import checkpoint
 
-IMAGE, SMOKE = REPOSITORY / "recipes/smoke/image.yaml", REPOSITORY / "recipes/smoke/vision.yaml"
+IMAGE, SMOKE, MEMORY, RELEASE = (
+    REPOSITORY / f"recipes/smoke/{name}.yaml" for name in ("image", "vision", "memory", "release")
+)
 STEPS = 12
 # Without effsam3's own loader: transformers' classes, once effsam3.auto has been imported.
 RELOAD = """
@@ -43,6 +49,7 @@ def runs(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
     """A folder with a student of stage image, and one of stage vision that begins with its trunk, merged."""
     folder = tmp_path_factory.mktemp("vision")
     common = (
+        f"sam3.checkpoint={sure_chassis(folder / 'chassis')}",
         f"data.index={folder}/data/index.parquet", "data.synthetic_images=24", f"embed.to={folder}/teacher",
         f"train.runs={folder}/runs", "train.global_batch_size=4", "train.micro_batch_size=4", "train.eval_samples=8",
         "train.log_every=1", "optim.warmup_steps=2", "evaluate.max_images=4", "evaluate.pictures=1",
@@ -69,7 +76,7 @@ def test_every_map_comes_nearer(runs):
 
 
 def test_each_tensor_has_one_owner_and_the_rest_is_sam3s(runs):
-    before, after = read_tensors(chassis_folder("tiny")), read_tensors(runs[0] / "runs/smoke-vision/merged")
+    before, after = read_tensors(runs[0] / "chassis"), read_tensors(runs[0] / "runs/smoke-vision/merged")
     owns = SLOTS["vision"].owns
     rest, there = ({name for name in one if not name.startswith(owns)} for one in (before, after))
     assert rest == there and all(torch.equal(before[name], after[name]) for name in rest)
@@ -108,6 +115,45 @@ def test_measured_and_predicted_with(runs, tmp_path):
     run_line(tmp_path, [*line, "--box", "20,20,90,90", "--out", "by_box"])
     run_line(tmp_path, [*line, "--text", "red circle", "--out", "by_text"])
     assert (tmp_path / "by_box/overlay.png").is_file() and (tmp_path / "by_text/predictions.json").is_file()
+
+
+def test_a_small_video_model(runs, tmp_path):
+    """A memory learns on top of the student; both are released in one model, measured next to SAM 3's dense memory on
+    its own trunk, and predicted with."""
+    folder, _ = runs
+    vision, memory = folder / "runs/smoke-vision", folder / "runs/smoke-memory"
+    own = (
+        f"sam3.checkpoint={vision}", f"train.runs={folder}/runs", f"data.index={tmp_path}/videos/index.parquet",
+        "data.synthetic_videos=10", "data.synthetic_frames=16", "data.synthetic_side_px=64", "data.frames=3",
+        "train.steps=2", "train.eval_every=2", "train.save_every=2", "train.log_every=1", "train.eval_samples=1",
+        "train.global_batch_size=2", "train.micro_batch_size=2", "train.loggers=[]", "optim.warmup_steps=1",
+        "loss.side_px=56", "evaluate.modes=[dense]", "evaluate.untrained=false", "evaluate.max_videos=1",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="memory.trains: neck: in .* one student is trunk and both necks"):
+        load_trackers(load_recipe(MEMORY, [*own, "memory.trains=[memory,neck]"]), vision / "merged")
+    printed = run_here(folder, "train", *own, recipe=MEMORY)
+    assert "184 tokens for a frame to read, 1,824 when dense" in printed
+    assert all(line["train/memory"] > 0 for line in list(metrics(memory).values())[1:])  # the first step: as it starts
+    run_here(folder, "merge", recipe=memory)
+    parts = (f"parts.vision={vision}", f"parts.memory={memory}", "parts.image=null", "parts.text=null")
+    own = (*parts, f"sam3.checkpoint={folder}/chassis", "merge.formats=[transformers]", f"runs={folder}/runs")
+    run_here(folder, "merge", *own, recipe=RELEASE)
+    release = folder / "runs/smoke-release"
+    student, built_on, whole = (read_tensors(place / "merged") for place in (vision, memory, release))
+    assert whole.keys() == built_on.keys() and all(torch.equal(whole[name], built_on[name]) for name in whole)
+    owned = [name for name in student if name.startswith(SLOTS["vision"].owns)]
+    assert owned and all(torch.equal(whole[name], student[name]) for name in owned)
+    printed = run_here(folder, "evaluate", *own, recipe=RELEASE)
+    assert "| hybrid, trained " in printed and "| tracker, top " in printed
+    trackers = json.loads((release / "eval/memory_vos.json").read_text())["trackers"]
+    dense, trained = trackers[f"{folder}/chassis, dense"], trackers["hybrid, trained"]
+    assert dense["agreement"] == 1 and 0 < trained["agreement"] < 1 and dense["J&F"] > 0.005 < trained["J&F"]
+    # Not only the memory is another: with SAM 3's on every cell it is another model still.
+    assert 0 < trackers["dense, same weights"]["agreement"] < 1
+    assert trained["memory_tokens"] < trackers["dense, same weights"]["memory_tokens"] == dense["memory_tokens"]
+    video = next((tmp_path / "videos").rglob("*.mp4"))
+    run_here(tmp_path, "predict", str(video), "--box", "10,10,40,40", "--out", "tracked", recipe=release)
+    assert len(list((tmp_path / "tracked/masks").iterdir())) == 16
 
 
 def test_two_processes_learn_the_same(runs):

@@ -13,7 +13,7 @@ from effsam3.benchmarks.flops import chassis_row, config_of, full_memory, part_g
 from effsam3.benchmarks.parts import Counter, costs
 from effsam3.cli import main
 from effsam3.models.chassis.find import chassis_folder
-from effsam3.models.chassis.sizes import sam3_of
+from effsam3.models.chassis.sizes import first_of, sam3_of
 from effsam3.models.exporting.flow import flow
 from effsam3.models.exporting.memory_parts import memory_parts
 from effsam3.models.exporting.parts import parts_of
@@ -167,6 +167,11 @@ def test_what_will_be_merged_is_known_before(tmp_path):
     assert f"unknown yet: parts.image: there is neither a run nor a model in {tmp_path}/nothing" in flops(missing)
     # The SAM 3 that stands next to it is the one that a model began with.
     assert chassis_row(str(image)) is SAM3S["tiny"] and chassis_row("facebook/sam3") is SAM3
+    on_student = show(load_recipe("smoke/memory", [f"sam3.checkpoint={image}"]))
+    assert "# memory    hybrid: 184 tokens of 7 frames and 16 pointers, 1,824 when dense" in on_student
+    card = json.loads((image / "merged/effsam3.json").read_text()) | {"chassis": str(image)}
+    (image / "merged/effsam3.json").write_text(json.dumps(card))
+    assert first_of(str(image)) == str(image)  # merged into itself, as it says
 
 
 def test_a_local_sam3_is_known_and_one_with_students_is_not(tmp_path):

@@ -42,6 +42,7 @@ LAYERS = [
         "stages.release.facts",
         "data.store.format",
         "models.registry",
+        "models.chassis.card",
         "models.chassis.sizes",
         "models.chassis.tiny",
         "models.chassis.tiny_concepts",

@@ -25,7 +25,7 @@ from effsam3.show import show
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "recipes" / "smoke" / "release.yaml"
-ZOO = sorted(path for path in (ROOT / "recipes" / "release").glob("*.yaml") if path.name != "base.yaml")
+ZOO = sorted((ROOT / "recipes" / "release").glob("es_*.yaml"))
 
 
 def release_of(runs, *overrides):
@@ -48,6 +48,15 @@ def test_the_zoo_joins_every_image_student_with_the_smallest_text_student():
         assert (image.stage, image.name) == ("image", f"stage1-image-{name.removesuffix('_mc_s')}")
         assert (text.stage, text.student) == ("text", "mobileclip_s0")
         assert (Path(image.train.runs), image.sam3, text.sam3) == (Path("runs"), image.sam3, image.sam3)
+
+
+def test_the_parts_of_the_small_video_model_are_trained_on_top_of_each_other():
+    names = ("release/vision_es_rv_m_mc_s", "stage1/vision/es_rv_m", "stage1/text/es_mc_s")
+    release, vision, text = (load_recipe(name) for name in names)
+    memory = load_recipe("stage2/memory_vision_es_rv_m")
+    filled = {"vision": vision.folder, "text": text.folder, "memory": memory.folder}
+    assert release.sources() == filled and release.sam3.checkpoint == vision.sam3.checkpoint
+    assert Path(memory.sam3.checkpoint) == vision.folder / "merged"
 
 
 def test_a_release_without_parts():
@@ -78,7 +87,8 @@ def test_show_says_who_fills_the_slots(tmp_path):
     text = show(release_of(tmp_path))
     assert f"# image     {tmp_path}/image: tiny_convnext, 207,000 trunk + " in text
     assert f"# text      unknown yet: there is no run and no model in {tmp_path}/text" in text
-    assert "# text      SAM 3's own" in show(release_of(tmp_path, "parts.text=null"))
+    assert "# text      SAM 3's own" in show(release_of(tmp_path, "parts.text=null")) and "# vision" not in text
+    assert "# image" not in show(release_of(tmp_path, "parts.image=null", f"parts.vision={tmp_path}/vision"))
 
 
 # ---- merging

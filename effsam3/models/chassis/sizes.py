@@ -9,8 +9,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
-from effsam3.checked_files import mismatch, parse_json, read_text
+from effsam3.checked_files import mismatch, parse_json, read_json, read_text
 from effsam3.errors import UserError
+from effsam3.models.chassis.card import CARD, CARD_FORM
 from effsam3.models.chassis.foreign import refuse_foreign, refuse_foreign_id
 from effsam3.models.registry import SAM3, SAM3S, Sam3, Sizes, of_type
 
@@ -27,6 +28,22 @@ FORM = {
 STUDENTS = ('"effsam3_', '"sam3_lite_text')  # how the types of students in a config.json begin
 # What listing a file that is no sam3.pt may raise.
 NOT_LISTED = (BadZipFile, EOFError, LookupError, NotImplementedError, OSError, RuntimeError, ValueError, struct.error)
+
+
+def first_of(checkpoint: str) -> str:
+    """Return the checkpoint that a merged model began with, through all merges before it; of any other itself.
+
+    Raises:
+        UserError: an effsam3.json on the way is damaged.
+    """
+    seen: set[Path] = set()
+    while True:
+        places = (Path(checkpoint) / CARD, Path(checkpoint) / "merged" / CARD)
+        card = next((place for place in places if place.is_file()), None)
+        if card is None or card in seen:  # cards are files that anybody may edit: a circle ends at a merged model
+            return checkpoint
+        seen.add(card)
+        checkpoint = read_json(card, CARD_FORM, "merge or import the model again").get("chassis", checkpoint)
 
 
 def sam3_of(checkpoint: str) -> Sam3:

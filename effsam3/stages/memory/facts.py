@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from effsam3.models.chassis.sizes import sam3_of
+from effsam3.models.chassis.sizes import first_of, sam3_of
 from effsam3.models.flops import memory_attention_gflop
 from effsam3.models.memory.token_counts import CHANNELS, count_tokens
 from effsam3.recipe.clips import CLIP_KNOBS, ClipTrain, clip_savings
@@ -201,7 +201,8 @@ class MemoryRecipe(StageRecipe):
         return f"{self.train.steps:,} steps of {self.train.global_batch_size} clips" if self.train.steps else ""
 
     def student_line(self) -> str:
-        asked, sam3 = self.memory, sam3_of(self.sam3.checkpoint)
+        # A student may be in the trunk's place; the tracker is that of the SAM 3 that it was put into.
+        asked, sam3 = self.memory, sam3_of(first_of(self.sam3.checkpoint))
         count = partial(
             count_tokens,
             grid=sam3.sizes.grid,

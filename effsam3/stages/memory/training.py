@@ -34,6 +34,7 @@ from effsam3.models.memory.slot import MEMORY, tracker_config
 from effsam3.models.memory.student import Scoring, TrackerStudent
 from effsam3.models.memory.tracker import EfficientTracker, efficient_tracker_tensors
 from effsam3.models.memory.training import PARTS, Prompts, read_tracker_tensors
+from effsam3.models.vision.student import VisionTrunkConfig
 from effsam3.stages.base import keep_whole
 from effsam3.stages.memory.facts import MemoryData, MemoryRecipe
 from effsam3.stages.protocol import Batch, Place, Stage
@@ -83,13 +84,20 @@ def load_trackers(recipe: MemoryRecipe, folder: Path) -> tuple[EfficientTracker,
     """Build them with the weights of one chassis folder.
 
     Raises:
-        UserError: the chassis' tracker has an efficient memory already.
+        UserError: the chassis' tracker has an efficient memory already, or a student's trunk and necks, of which the
+            recipe trains a part.
     """
     own = read_config(folder).tracker_config
     if isinstance(own, EfficientTrackerConfig):
         raise UserError(
             f"sam3.checkpoint: {folder} has an efficient memory already ({own.memory_mode}); the teacher must be a "
             "SAM 3, or a stage 1 release, with SAM 3's own memory"
+        )
+    inside = {"neck", "trunk"}.intersection(recipe.memory.trains)
+    if inside and isinstance(own.vision_config.backbone_config, VisionTrunkConfig):
+        raise UserError(
+            f"memory.trains: {', '.join(sorted(inside))}: in {folder} one student is trunk and both necks, of which "
+            "`merge` could not replace a part; leave it out"
         )
     tensors = read_tracker_tensors(folder)
     # The teacher shares the student's vision features: a second frozen trunk would cost 1.8 GB.

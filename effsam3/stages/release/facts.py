@@ -77,7 +77,8 @@ class ReleaseRecipe(Recipe):
         return {owner: load_recipe(file) for owner, file in files.items() if file.is_file()}
 
     def derived(self) -> dict[str, Callable[[], str]]:
-        lines = {slot: partial(self._part_line, slot) for slot in self.parts.slots()}
+        unused = "vision" if self.parts.vision is None else "image"  # a student of one takes the place of the other
+        lines = {slot: partial(self._part_line, slot) for slot in self.parts.slots() if slot != unused}
         return lines | ({"adapted": lambda: ", ".join(self.parts.adapted)} if self.parts.adapted else {})
 
     def _part_line(self, slot: str) -> str:
