@@ -73,5 +73,5 @@ PUBLISHED = (
     _tracker("SAM 2.1 S", 76.6, _SAM2, 46.0),
     _tracker("SAM 2.1 B+", 78.2, _SAM2, 80.8),
     _tracker("SAM 2.1 L", 79.5, _SAM2, 224.4),
-    _tracker("EdgeTAM", 71.7, "github.com/facebookresearch/EdgeTAM, README.md"),
+    _tracker("EdgeTAM", 71.7, "github.com/facebookresearch/EdgeTAM, README.md; parameters: arXiv 2501.07256", 13.9),
 )

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from commands import REPOSITORY
 from run_folders import merged_run, text_run
 from transformers import Sam3LiteTextTextModel
 
@@ -172,6 +173,15 @@ def test_what_will_be_merged_is_known_before(tmp_path):
     card = json.loads((image / "merged/effsam3.json").read_text()) | {"chassis": str(image)}
     (image / "merged/effsam3.json").write_text(json.dumps(card))
     assert first_of(str(image)) == str(image)  # merged into itself, as it says
+
+
+def test_the_page_of_the_small_model_says_what_is_counted(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    import small_table
+
+    name = "RV-M, two layers"
+    cells = small_table.counts(small_table.whole("random", small_table.MODELS[name]))
+    assert f"| **{name}** | {' | '.join(cells)} | |" in (REPOSITORY / "docs/small.md").read_text()
 
 
 def test_a_local_sam3_is_known_and_one_with_students_is_not(tmp_path):
