@@ -31,6 +31,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import torch
 from benchmark_loop import loop_step
+from benchmark_memory import clip_step, frame_memory
 from benchmark_phrases import concept_step, phrases_of_image
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -47,17 +48,11 @@ from effsam3.data.store.writer import StoreWriter, finish_store
 from effsam3.data.synthetic.pairs import make_synthetic_pairs
 from effsam3.files import write_text
 from effsam3.hardware.budget.dry_run import DryPlace
-from effsam3.losses.masks import object_weights
 from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.heads.tracker import decode_shown, tracker_levels
 from effsam3.models.heads.trunk import trunk_features
-from effsam3.models.memory.config import EfficientTrackerConfig
-from effsam3.models.memory.prompts import draw_prompt
-from effsam3.models.memory.student import Scoring, TrackerStudent
-from effsam3.models.memory.tracker import EfficientTracker
-from effsam3.models.memory.training import Prompts
 from effsam3.models.registry import SAM3S
 from effsam3.models.vision.slot import build_vision_student
 from effsam3.recipe.reader import load_recipe
@@ -65,7 +60,6 @@ from effsam3.stages.adapt.images import own_images
 from effsam3.stages.adapt.training import AdaptStage
 from effsam3.training.report import table
 
-TRUNK_LAYERS = 75  # times the tiny chassis', see `video_step`
 Sides = dict[str, Callable[[], object]]
 
 
@@ -108,47 +102,6 @@ def _cpu_seconds() -> float:
 
 
 # ---- benchmarks: a function (device, whether tiny) -> named sides, and its entry in BENCHMARKS
-
-
-def video_step(device: torch.device, tiny: bool) -> Sides:
-    """One training step of a tracker with a hybrid memory on a clip of 8 frames with 3 objects, and object by object.
-
-    SAM 3's trunk takes 5.4 TFLOP a frame, an object on it 0.8, its backward pass among them: seven to one. The tiny
-    chassis has next to no trunk, so on a CPU it gets as many layers as make it three to one in time.
-    """
-    frames, objects = (2, 2) if tiny else (8, 3)
-    own = read_config(chassis_folder("random" if device.type == "cuda" else "tiny")).tracker_config.to_dict()
-    own.pop("model_type")
-    if device.type == "cpu" and not tiny:
-        own["vision_config"]["backbone_config"]["num_hidden_layers"] *= TRUNK_LAYERS
-    config = EfficientTrackerConfig(**own, memory_mode="hybrid")
-    tracker = EfficientTracker(config)  # random weights: as fast as any
-    weights = {"focal": 20.0, "dice": 1.0, "iou": 1.0, "presence": 1.0}
-    student = TrackerStudent(
-        tracker.to(device), ["memory_attention", "memory_encoder", "mask_decoder"], None,
-        Scoring(weights, config.image_size), trunk_batch=8, objects_at_once=None, recompute=False,
-    ).train()  # fmt: skip
-    side = config.image_size
-    pixels = torch.randn(1, frames, 3, side, side, device=device)
-    masks = torch.zeros(objects, frames, side, side, dtype=torch.bool, device=device)
-    for index in range(objects):
-        masks[index, :, index * side // 8 : (index + 2) * side // 8, side // 4 : side // 2] = True
-    clip = torch.zeros(objects, dtype=torch.long, device=device)
-    prompts = Prompts.of([{0: (*draw_prompt(masks[0, 0], "mask", np.random.default_rng(0)), True)}] * objects).to(
-        device
-    )
-
-    def step(objects_N: torch.Tensor) -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            weight_NT = object_weights(clip[objects_N], 1)[:, None].expand(-1, frames)
-            given = (masks[objects_N], clip[objects_N], weight_NT, prompts.some(objects_N))
-            student(pixels, *given)["loss"].backward()
-
-    every = torch.arange(objects, device=device)
-    return {
-        "all objects at once": lambda: step(every),
-        "object by object": lambda: [step(one) for one in every[:, None]],
-    }
 
 
 def lora_step(device: torch.device, tiny: bool) -> Sides:
@@ -327,7 +280,9 @@ def vision_pass(student: str, device: torch.device, tiny: bool) -> Sides:
 
 BENCHMARKS = {
     "loop-step": Benchmark(loop_step, most=5),
-    "video-step": Benchmark(video_step, most=0.5),
+    "video-step": Benchmark(partial(clip_step, False), most=0.5),
+    "memory-step": Benchmark(partial(clip_step, True), most=0.6),
+    "memory-frame": Benchmark(frame_memory, most=1.2),
     "lora-step": Benchmark(lora_step, most=1.3),
     "decoding": Benchmark(decoding, most=0.85),
     "loading": Benchmark(loading, most=1 / 3),
