@@ -63,7 +63,7 @@ def own_data(stage: str, folder: Path) -> tuple[str, ...]:
     if stage == "image":
         return (
             "data.synthetic_images=12", f"data.index={folder}/images/index.parquet", "train.eval_samples=9",
-            "evaluate.benchmarks=[fidelity,masks]", "evaluate.max_images=9", "evaluate.pictures=1",
+            "evaluate.benchmarks=[fidelity]", "evaluate.max_images=9", "evaluate.pictures=1",
         )  # fmt: skip
     return (
         "data.synthetic_captions=40", f"data.captions={folder}/recap", f"data.phrases=[{folder}/phrases.txt]",

@@ -86,7 +86,7 @@ def test_real_captions_are_never_overwritten(texts, tmp_path):
     assert (tmp_path / "phrases.txt").read_text() == "a dog\n"
 
 
-@pytest.mark.parametrize("hardware", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero3_cpu"])
+@pytest.mark.parametrize("hardware", ["ddp_cpu", "zero3_cpu"])
 def test_two_processes(texts, hardware):
     folder, overrides = texts
     run(folder, "train", *overrides, *SHORT, f"hardware={hardware}", f"name={hardware}", recipe=TEXT, launch=True)

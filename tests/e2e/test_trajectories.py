@@ -7,12 +7,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
-from commands import ENVIRONMENT, command, metrics, run, run_here
+from commands import ENVIRONMENT, REPOSITORY, SMOKE, command, metrics, run, run_here, run_line
 from safetensors.torch import load_file
 
 STEPS = 8
@@ -47,7 +48,13 @@ def test_micro_batch_times_accumulation(shared, reference, micro):
 @pytest.mark.parametrize("hardware", ["ddp_cpu", "zero1_cpu", "zero2_cpu", "zero2_offload_cpu", "zero3_cpu"])
 def test_two_processes(shared, reference, hardware):
     folder, overrides = shared
-    printed = run(folder, "train", *overrides, *SHORT, f"hardware={hardware}", f"name={hardware}", launch=True)
+    arguments = (*overrides, *SHORT, f"hardware={hardware}", f"name={hardware}")
+    if hardware == "zero2_cpu":  # by accelerate's own command, as the README has it
+        config = REPOSITORY / f"accelerate_configs/{hardware}.yaml"
+        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+        printed = run_line(folder, [*accelerate, str(REPOSITORY / "scripts/train.py"), str(SMOKE), *arguments])
+    else:
+        printed = run(folder, "train", *arguments, launch=True)
     assert "2 x cpu" in printed
     assert_same(reference, metrics(folder / "runs" / hardware), 1e-4)
     # The held-out images are divided among the ranks: the same numbers all the same.
@@ -101,19 +108,18 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_interrupted_and_resumed(shared, reference, how):
+def test_killed_and_resumed(shared, reference):
     folder, overrides = shared
-    name = f"interrupted-{how.name}"
+    name = "killed"
     arguments = ("train", *overrides, *SHORT, f"name={name}")
     checkpoints = folder / "runs" / name / "checkpoints"
     process = subprocess.Popen(
         command(*arguments), cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     wait_for(lambda: (checkpoints / "step-000002").is_dir(), process)
-    process.send_signal(how)
+    process.kill()
     printed, _ = process.communicate(timeout=120)
-    assert process.returncode == (75 if how == signal.SIGTERM else -signal.SIGKILL), printed
+    assert process.returncode == -signal.SIGKILL, printed
     assert not (checkpoints / f"step-{STEPS:06d}").is_dir()
     printed = run_here(folder, *arguments)
     assert "resuming from step" in printed
