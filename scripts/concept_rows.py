@@ -125,7 +125,7 @@ def family(name: str, title: str, first: Row) -> dict[str, Row]:
             recipe=IMAGE,
             after=name,
             overrides=(first.overrides[0], "optim.lr=1e-3"),
-            as_long_as=f"{name}-taught",
+            as_long_as=f"{name}-both",
         ),
     }
 

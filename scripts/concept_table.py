@@ -6,7 +6,7 @@
 
 Every row is one run of a stage in a folder of its own; a finished one is not repeated, so rows and seeds can be added
 (`--rows`, `--seeds`), and two processes can share the work by seeds once `--rows teacher` is done. Rows `control`
-learn features for as much processor time as the row `taught` takes.
+learn features for as much processor time as the row `both` takes.
 
 Rows after `ruined` repeat choices of EfficientSAM3's training, one at a time and together. Those that are keys of a
 recipe are overrides; the others, which no recipe offers, are context managers of `concept_rows.py`, marked WRONG.
@@ -103,8 +103,9 @@ class Bench:
             own = [
                 "data.source=concepts", "data.synthetic_images=0", f"data.path={self.data / 'train.json'}",
                 f"data.val_path={self.data / 'held_out.json'}", f"sam3.checkpoint={start}",
-                f"teacher.checkpoint={self.teacher}", "model.trainable=[vision_encoder.backbone]",
-                "optim.lr=2e-3", "optim.warmup_steps=20", "train.global_batch_size=6", "train.micro_batch_size=6",
+                f"teacher.checkpoint={self.teacher}",
+                "model.trainable=[vision_encoder.backbone, vision_encoder.neck]", "optim.lr=4e-3",
+                "optim.warmup_steps=20", "train.global_batch_size=6", "train.micro_batch_size=6",
             ]  # fmt: skip
         # Later overrides win, so a row's own come last.
         lines = [*common, *own, f"train.steps={usual}", *row.overrides, *([f"train.steps={steps}"] if steps else [])]
