@@ -39,7 +39,7 @@ def weights(folder, name):
     return load_file(folder / "runs" / name / "checkpoints/step-000006/student.safetensors")
 
 
-def alike(folder, name, rel=1e-3):
+def alike(folder, name, rel=3e-3):
     for step, values in metrics(folder / "runs/reference").items():
         other = metrics(folder / "runs" / name)[step]
         assert all(other[f"train/{key}"] == pytest.approx(values[f"train/{key}"], rel=rel) for key in KEYS), step
