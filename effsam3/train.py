@@ -45,6 +45,7 @@ from effsam3.stages.protocol import Stage
 from effsam3.stopping import STOP, STOPPED
 from effsam3.training import checkpoint, optimizer_state
 from effsam3.training.batchnorm import share_batchnorm, share_buffers
+from effsam3.training.compiling import compiling_explained
 from effsam3.training.debug_run import Detail, debug_recipe, replace_folder
 from effsam3.training.loggers import Loggers
 from effsam3.training.loss_scale import LossScale
@@ -92,7 +93,8 @@ def run(recipe: StageRecipe, resume: str = AUTO, debug: bool = False) -> None:
     report = Report(folder, accelerator.is_main_process)
     hardware = describe_hardware(accelerator)
     progress = Progress(folder, accelerator.is_main_process, hardware, recipe.train.global_batch_size)
-    with progress, worker_failures_explained(), out_of_memory_explained(recipe):
+    compiling = compiling_explained(recipe.train.compile)
+    with progress, worker_failures_explained(), out_of_memory_explained(recipe), compiling:
         learn(recipe, resume, accelerator, micros, report, progress, debug)
 
 
@@ -137,6 +139,8 @@ def learn(
     if last is not None:
         state |= resumed_state(last, folder, steps)
         moments = resume_weights(last, bare, ema)
+    if recipe.train.compile:
+        stage.compile(bare)
     student, optimizer = accelerator.prepare(bare.train(), optimizer)
     scale = LossScale(accelerator, student, optimizer, recipe.train.precision)
     detail = Detail(accelerator, student, optimizer) if debug else None

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from effsam3 import stages, train
+from effsam3.losses.features import feature_loss, mean_over_images, mse_per_position
 from effsam3.recipe.reader import load_recipe
 from effsam3.stages.base import StageBase
 
@@ -110,3 +112,32 @@ def loop_step(device: torch.device, tiny: bool) -> Sides:
             optimizer.zero_grad()
 
     return {"our loop": ours, "plain torch": bare}
+
+
+def masked_loss(device: torch.device, tiny: bool) -> Sides:
+    """The loss on features of SAM 3's trunk and its gradient, of two images, and the same by torch's own functions.
+
+    The third side is ours as `train.compile` has it; its first round compiles.
+    """
+    shape = (2, 8, 4, 4) if tiny else (2, 1024, 72, 72)
+    pred = torch.randn(shape, device=device, requires_grad=True)
+    target = pred.detach() + torch.randn(shape, device=device)
+    valid = torch.ones(2, 1, *shape[2:], device=device)
+
+    def plain() -> dict[str, torch.Tensor]:
+        distance = 1 - F.cosine_similarity(pred, target, dim=1)
+        error = mse_per_position(pred, target, "mean")
+        return {"mse": mean_over_images(error, valid), "cosine": mean_over_images(distance, valid)}
+
+    def gradient(loss: Callable[[], dict[str, torch.Tensor]]) -> None:
+        pred.grad = None
+        sum(loss().values()).backward()
+
+    compiled = torch.compile(feature_loss, fullgraph=True)
+    sides = {
+        "one formula": lambda: gradient(lambda: feature_loss(pred, target, valid, "mean")),
+        "torch's own": lambda: gradient(plain),
+    }
+    # Compiling takes longer than all the rest of a trial of the script.
+    more = {} if tiny else {"compiled": lambda: gradient(lambda: compiled(pred, target, valid, "mean"))}
+    return sides | more

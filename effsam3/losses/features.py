@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,6 +28,34 @@ def mean_over_images(value_BHW: Tensor, valid_B1HW: Tensor) -> Tensor:
     return mean_B.sum() / (count_B > 0).sum().clamp(min=1)
 
 
+class _Compared(torch.autograd.Function):
+    """Squared error, summed over channels, and cosine distance of float32 maps, (B, H, W) each.
+
+    By a formula for both gradients at once: torch's own keep and read several more copies of the maps. The target gets
+    no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, pred_BCHW: Tensor, target_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        assert not ctx.needs_input_grad[1], "the target is a teacher's"
+        error_BHW = (pred_BCHW - target_BCHW).square_().sum(1)
+        # As small as F.cosine_similarity lets a norm be.
+        pred_norm_BHW, target_norm_BHW = (
+            torch.linalg.vector_norm(feat, dim=1).clamp(min=1e-8) for feat in (pred_BCHW, target_BCHW)
+        )
+        cosine_BHW = (pred_BCHW * target_BCHW).sum(1) / (pred_norm_BHW * target_norm_BHW)
+        ctx.save_for_backward(pred_BCHW, target_BCHW, pred_norm_BHW, target_norm_BHW, cosine_BHW)
+        return error_BHW, 1 - cosine_BHW
+
+    @staticmethod
+    def backward(ctx, by_error_BHW: Tensor, by_distance_BHW: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's own is (ctx, *grads)
+        pred_BCHW, target_BCHW, pred_norm_BHW, target_norm_BHW, cosine_BHW = ctx.saved_tensors
+        of_pred_BHW = 2 * by_error_BHW + by_distance_BHW * cosine_BHW / pred_norm_BHW.square()
+        of_target_BHW = -2 * by_error_BHW - by_distance_BHW / (pred_norm_BHW * target_norm_BHW)
+        grad_BCHW = (pred_BCHW * of_pred_BHW[:, None]).addcmul_(target_BCHW, of_target_BHW[:, None])
+        return grad_BCHW, None
+
+
 def mse_per_position(pred_BCHW: Tensor, target_BCHW: Tensor, channels: str) -> Tensor:
     """Squared error (B, H, W), averaged (`channels: mean`) or summed (`channels: sum`, EfficientSAM3's) over C."""
     # In float32, because differences of bf16 features lose most of their digits.
@@ -34,21 +63,25 @@ def mse_per_position(pred_BCHW: Tensor, target_BCHW: Tensor, channels: str) -> T
     return error_BCHW.mean(1) if channels == "mean" else error_BCHW.sum(1)
 
 
-def cosine_distance_per_position(pred_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """1 - cosine between the channel vectors, (B, H, W), 0..2."""
-    return 1 - F.cosine_similarity(pred_BCHW.float(), target_BCHW.float(), dim=1)
-
-
-def feature_loss(pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor, channels: str) -> dict[str, Tensor]:
+def feature_loss(
+    pred_BCHW: Tensor,
+    target_BCHW: Tensor,
+    valid_B1HW: Tensor,
+    channels: str,
+    statistics: tuple[Tensor, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Masked MSE and masked cosine distance between feature maps, as scalars `mse` and `cosine`.
 
+    Both maps are standardised first by `statistics`, the teacher's mean and deviation (C each), where they are given.
     With `channels: sum` on raw features this is EfficientSAM3's stage 1 loss: the mean over images of
     sum((p - t)^2 m) / max(sum(m), 1) and of sum((1 - cos) m) / max(sum(m), 1).
     """
-    return {
-        "mse": mean_over_images(mse_per_position(pred_BCHW, target_BCHW, channels), valid_B1HW),
-        "cosine": mean_over_images(cosine_distance_per_position(pred_BCHW, target_BCHW), valid_B1HW),
-    }
+    maps = (pred_BCHW, target_BCHW)
+    maps = [feat.float() if statistics is None else standardise(feat, *statistics) for feat in maps]
+    error_BHW, distance_BHW = _Compared.apply(*maps)
+    if channels == "mean":
+        error_BHW = error_BHW / pred_BCHW.shape[1]
+    return {"mse": mean_over_images(error_BHW, valid_B1HW), "cosine": mean_over_images(distance_BHW, valid_B1HW)}
 
 
 def relative_error(pred_BCHW: Tensor, target_BCHW: Tensor, valid_B1HW: Tensor) -> Tensor:

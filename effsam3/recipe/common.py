@@ -76,6 +76,7 @@ class Train(Section):
     find_micro_batch: bool = False  # on GPUs: start with the largest micro_batch_size that fits, found by trying
     # of the forward; weights and optimizer stay fp32. fp16 scales the loss and skips steps whose gradient overflows
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    compile: bool = False  # torch.compile the student (image and vision): minutes at the start, then faster steps
     seed: NonNegativeInt = 0  # seed of initialisation and sample order
     ema: Decay = 0.0  # decay per step of the averaged weights; 0: no averaging
     log_every: PositiveInt = 20  # steps between lines of numbers
@@ -219,6 +220,7 @@ class StageRecipe(Recipe):
     verbs: ClassVar[tuple[str, ...]] = ("train", "merge", "evaluate")
     runs_key = "train.runs"
     metric: ClassVar[str]
+    compiles: ClassVar[bool] = False  # whether torch.compile takes the stage's students whole
     packages: ClassVar[dict[str, str]] = {}  # that `train` needs: package -> extra of setup.py
     # The model card: how the student learned, title -> key; what it calls a data.source that has another name there
     card_keys: ClassVar[dict[str, str]] = {
@@ -256,6 +258,8 @@ class StageRecipe(Recipe):
             warmup, length = getattr(self.optim, f"warmup_{name}"), getattr(self.train, name)
             if warmup is not None and length is not None and warmup >= length:
                 yield f"optim.warmup_{name}: {warmup:g} is not below train.{name} ({length:g})"
+        if self.train.compile and not self.compiles:
+            yield f"train.compile: torch.compile does not take students of stage {self.stage} whole; set it to false"
         if self.train.pictures and not self.draws:
             yield f"train.pictures: stage {self.stage} draws none while it trains; set it to 0, `evaluate` draws some"
         if (asked := self.train.monitor) is not None and asked not in self.metrics:

@@ -23,7 +23,7 @@ from effsam3.data.store.format import RESTORE, StoreError, untied
 from effsam3.data.store.reader import StoreReader
 from effsam3.errors import UserError
 from effsam3.hardware.accelerator import on_main
-from effsam3.losses.features import agreement_sums
+from effsam3.losses.features import agreement_sums, feature_loss
 from effsam3.models.image.student import StudentTrunk
 from effsam3.models.image.teacher import parameter_count
 from effsam3.models.merging.slots import start_from
@@ -84,6 +84,11 @@ class StageBase:
     def saved(self, run: Path) -> None:
         """Nothing goes next to the checkpoints."""
 
+    def compile(self, student: nn.Module) -> None:
+        """Let torch.compile the student where it is: its tensors keep their names."""
+        # The whole forward or an error: parts that torch leaves out would be slow without a word.
+        student.compile(fullgraph=True)
+
     def summarise(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Turn the sums of `validate` into means."""
         positions = max(float(sums.pop("positions")), 1.0)
@@ -121,6 +126,7 @@ class FeatureStage(StageBase):
         super().__init__(recipe, place)
         self.facts, self.student, self.teacher = facts, student, teacher
         self.student_parameters = parameter_count(student)
+        self.feature_loss = feature_loss
         self.mean_C = torch.zeros(self.channels, device=self.device)
         self.deviation_C = torch.ones(self.channels, device=self.device)
         self.notes: dict[str, str] = {}  # lines for the header
@@ -130,6 +136,10 @@ class FeatureStage(StageBase):
         known = self.online_statistics(report, accelerator) if store is None else store.manifest.statistics
         self.set_statistics(known)
         self.notes = self.initialise_from_model() | untied_note(store)
+
+    def compile(self, student: nn.Module) -> None:
+        super().compile(student)
+        self.feature_loss = torch.compile(feature_loss, fullgraph=True)
 
     @property
     def channels(self) -> int:

@@ -89,6 +89,9 @@ class Stage(Protocol):
 
     # ---- what the loop calls
 
+    def compile(self, student: nn.Module) -> None:
+        """Compile the student, which is not wrapped yet, and what else `train.compile` is about."""
+
     def describe(self) -> dict[str, str]:
         """Return lines for the run's header by title: what is learned, from what."""
 

@@ -44,7 +44,7 @@ class CountingRecipe(StageRecipe):
 
     why_no_more = "apples are counted as they lie: begin with train"
     metric = "val/apples"
-    draws = True
+    draws = compiles = True
     metrics = {"val/apples": "higher", "val/error": "lower"}
 
     stage: Literal["counting"]

@@ -3,8 +3,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from effsam3.losses.features import agreement_sums, feature_loss, relative_error, standardise
+from effsam3.losses.features import agreement_sums, feature_loss, mean_over_images, relative_error, standardise
 from effsam3.recipe.common import FeatureRecipe
 
 
@@ -36,6 +37,28 @@ def test_equals_the_plain_loop(maps, channels):
     mse, cosine = loop(*maps, channels)
     torch.testing.assert_close(terms["mse"], mse)
     torch.testing.assert_close(terms["cosine"], cosine)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_values_and_gradients_are_autograds(maps, compiled):
+    """Of the formula for both, against torch's own functions; also where a prediction is zero."""
+    pred, target, valid = maps
+    pred[0, :, 0, 0] = 0
+    statistics = target.mean((0, 2, 3)), target.std((0, 2, 3))
+    own, plain = (pred.clone().requires_grad_() for _ in range(2))
+    loss = torch.compile(feature_loss, fullgraph=True, backend="aot_eager") if compiled else feature_loss
+    found = loss(own, target, valid, "mean", statistics)
+    standard = [standardise(feat, *statistics) for feat in (plain, target)]
+    expected = {
+        "mse": mean_over_images((standard[0] - standard[1]).square().mean(1), valid),
+        "cosine": mean_over_images(1 - F.cosine_similarity(*standard, dim=1), valid),
+    }
+    torch.testing.assert_close(dict(found), expected)
+    gradients = [
+        (terms["mse"] + 3 * terms["cosine"]).backward() or leaf.grad
+        for terms, leaf in ((found, own), (expected, plain))
+    ]
+    torch.testing.assert_close(*gradients)
 
 
 def test_sum_is_mean_times_channels(maps):

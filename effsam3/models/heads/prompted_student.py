@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from effsam3.losses.agreement import answer_sums
 from effsam3.losses.answers import teacher_loss
-from effsam3.losses.features import feature_loss, standardise
+from effsam3.losses.features import feature_loss
 from effsam3.losses.masks import distilled
 from effsam3.models.heads.detector import Asked, answer, detector_levels
 from effsam3.models.heads.tracker import Shown, decode_alike, tracker_levels
@@ -166,8 +166,8 @@ class PromptedStudent(TrainedParts):
 
     def of_features(self, feat_BDGG: Tensor, taught: Taught) -> dict[str, Tensor]:
         """Return the terms of the trunk's features, by channels standardised as the teacher's are."""
-        own, target = (standardise(feat, taught.mean_D, taught.deviation_D) for feat in (feat_BDGG, taught.feat_BDGG))
-        return feature_loss(own, target, taught.valid_B1GG, "mean")
+        maps = (feat_BDGG, taught.feat_BDGG, taught.valid_B1GG)
+        return feature_loss(*maps, "mean", (taught.mean_D, taught.deviation_D))
 
     def of_prompts(
         self, levels: tuple[Tensor, ...], taught_levels: tuple[Tensor, ...], prompts: Prompts, side: int

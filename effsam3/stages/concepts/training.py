@@ -26,7 +26,7 @@ from effsam3.errors import ChassisError, UserError
 from effsam3.hardware.accelerator import on_main
 from effsam3.losses.answers import teacher_loss
 from effsam3.losses.detection import Instances, annotated_loss
-from effsam3.losses.features import feature_loss, standardise
+from effsam3.losses.features import feature_loss
 from effsam3.models.chassis.classes import empty_model
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.tensors import TRUNK, fingerprint, read_tensors
@@ -311,8 +311,8 @@ class ConceptsStage(StageBase):
             each["teacher"] = teacher_loss(answers, taught.answers, inputs.seen_R)
             sums["teacher"] = weighted(each["teacher"], weights.taught)
         if weights.features and taught is not None:
-            own, other = (standardise(feat, *self.trunk_statistics()) for feat in (feat_BDGG, taught.feat_BDGG))
-            each["features"] = feature_loss(own, other, inputs.valid_B1GG, "mean")
+            maps = (feat_BDGG, taught.feat_BDGG, inputs.valid_B1GG)
+            each["features"] = feature_loss(*maps, "mean", self.trunk_statistics())
             sums["features"] = torch.stack(list(each["features"].values())).sum()
         total = torch.stack([getattr(weights, source) * value for source, value in sums.items()]).sum()
         named = {f"{source}_{name}": value for source, own in each.items() for name, value in own.items()}

@@ -154,6 +154,7 @@ class ImagesRecipe(FeatureRecipe):
 
     card_keys = FeatureRecipe.card_keys | {"student sees, px": "student_image_size"}
     data_names = {source: row.label for source, row in SOURCES.items()}
+    compiles = True
 
     student_image_size: int | None
     data: ImageData

@@ -30,7 +30,7 @@ from effsam3.errors import UserError
 from effsam3.files import stamp
 from effsam3.hardware.accelerator import frozen_autocast, on_main
 from effsam3.losses.agreement import agreement
-from effsam3.losses.features import feature_loss, relative_error, standardise
+from effsam3.losses.features import relative_error
 from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.sizes import sam3_of
@@ -378,9 +378,8 @@ class ImageStage(ImagesStage):
             # On raw features, because the neck has learned the teacher's own scale.
             terms["neck"] = relative_error(self.neck(pred), self.neck(target), valid)
         # Standardised, a few channels with large values no longer decide the loss; `sum` keeps upstream's behaviour.
-        if weights.channels == "mean":
-            pred, target = (standardise(feat, self.mean_C, self.deviation_C) for feat in (pred, target))
-        terms |= feature_loss(pred, target, valid, weights.channels)
+        statistics = (self.mean_C, self.deviation_C) if weights.channels == "mean" else None
+        terms |= self.feature_loss(pred, target, valid, weights.channels, statistics)
         total = sum(getattr(weights, name) * value for name, value in terms.items())
         return {"loss": total, **terms}
 

@@ -25,7 +25,6 @@ from effsam3.data.synthetic.captions import make_synthetic_phrases, make_synthet
 from effsam3.errors import UserError
 from effsam3.files import stamp
 from effsam3.hardware.accelerator import frozen_autocast, on_main, processes_here
-from effsam3.losses.features import feature_loss, standardise
 from effsam3.models.chassis.claims import check_weights
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.sizes import sam3_of
@@ -262,8 +261,7 @@ class TextStage(FeatureStage):
         weights = self.recipe.loss
         target, pred = self.target(batch), self.predict(student, batch)
         valid = valid_tokens(batch, padding_too=not weights.padding_mask).to(self.device)
-        pred, target = (standardise(feat, self.mean_C, self.deviation_C) for feat in (pred, target))
-        terms = feature_loss(pred, target, valid, "mean")
+        terms = self.feature_loss(pred, target, valid, "mean", (self.mean_C, self.deviation_C))
         total = sum(getattr(weights, name) * value for name, value in terms.items())
         return {"loss": total, **terms}
 

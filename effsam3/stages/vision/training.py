@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from effsam3.data.statistics import FeatureStatistics
 from effsam3.data.transforms import valid_mask
 from effsam3.hardware.accelerator import frozen_autocast
-from effsam3.losses.features import agreement_sums, feature_loss, map_means, standardise
+from effsam3.losses.features import agreement_sums, map_means
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.chassis.tensors import fingerprint, read_tensors
@@ -152,8 +152,7 @@ class VisionStage(ImagesStage):
             preds = student(self.pixels(batch))
         statistics = zip(self.mean_C.chunk(len(MAPS)), self.deviation_C.chunk(len(MAPS)), strict=True)
         for pred, target, own in zip(preds, targets, statistics, strict=True):
-            pred, target = (standardise(feat, *own) for feat in (pred, target))
-            for name, value in feature_loss(pred, target, self.valid_at(batch, target), "mean").items():
+            for name, value in self.feature_loss(pred, target, self.valid_at(batch, target), "mean", own).items():
                 terms[name].append(value)
         means = {name: torch.stack(values).mean() for name, values in terms.items()}
         total = weights.mse * means["mse"] + weights.cosine * means["cosine"]
