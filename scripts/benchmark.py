@@ -33,6 +33,7 @@ import torch
 from benchmark_loop import loop_step, masked_loss
 from benchmark_memory import clip_step, frame_memory
 from benchmark_phrases import concept_step, phrases_of_image
+from benchmark_text import text_step
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -289,6 +290,7 @@ BENCHMARKS = {
     "loading": Benchmark(loading, most=1 / 3),
     "key-lookup": Benchmark(key_lookup, most=1 / 100),
     "index-opening": Benchmark(index_opening, most=1 / 10),
+    "text-step": Benchmark(text_step, most=0.5),
     "vision-pass-repvit": Benchmark(partial(vision_pass, "repvit_m1_1"), most=1.35),
     "vision-pass-tinyvit": Benchmark(partial(vision_pass, "tiny_vit_5m"), most=1.35),
     "concept-step": Benchmark(concept_step, most=2.2),
