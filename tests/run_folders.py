@@ -43,11 +43,15 @@ def image_run(
     head: str = "fused",
     seen: int | None = None,
     chassis: str = "tiny",
+    side: int | None = None,
     **facts,
 ) -> Path:
-    """A run of stage image on a small chassis; `facts` replace what the provenance says of the features."""
+    """A run of stage image on a small chassis; `facts` replace what the provenance says of the features.
+
+    `side` is the recipe's `image_size`, `seen` its `student_image_size`.
+    """
     asked = [f"name={name}", f"student={student}", f"head={head}", f"train.runs={runs}", f"sam3.checkpoint={chassis}"]
-    asked += [f"student_image_size={seen or 'null'}"]
+    asked += [f"student_image_size={seen or 'null'}", f"image_size={side or 'null'}"]
     recipe = load_recipe(RECIPES / "smoke/image.yaml", asked)
     trunk, sizes = tiny_trunk(student, head, seen, chassis), sam3_of(chassis).sizes
     teacher = fingerprint(read_tensors(chassis_folder(chassis), TRUNK))

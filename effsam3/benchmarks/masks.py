@@ -40,9 +40,15 @@ def choose_annotations(annotations: list[dict], count: int) -> list[dict]:
     return evenly(sorted(annotations, key=lambda annotation: annotation["area"]), count)
 
 
-def segment(model, embeddings, annotations: list[dict], prompt: str, height: int, width: int, side: int) -> Tensor:
+def embeddings_of(model, image_HW3: np.ndarray) -> list[Tensor]:
+    """Return what a tracker makes of an image (uint8), resized as it takes it."""
+    pixels_3SS = normalise(resize_image(image_HW3, model.config.image_size, "square")[0])
+    return model.get_image_embeddings(pixels_3SS[None].to(model.device))
+
+
+def segment(model, embeddings, annotations: list[dict], prompt: str, height: int, width: int) -> Tensor:
     """Masks (O, H, W), bool, of one image's annotations, prompted by their `bbox` or first `point_coords`."""
-    device = embeddings[-1].device
+    device, side = embeddings[-1].device, model.config.image_size
     scale_xy = torch.tensor([side / width, side / height])
     boxes = points = None
     if prompt == "box":
@@ -97,12 +103,11 @@ def prompted_mask_quality(pair: Pair, index, folder, prompts: tuple[str, ...], m
         images += 1
         height, width = image.shape[:2]
         chosen = choose_annotations(annotations, per_image)
-        pixels = normalise(resize_image(image, pair.image_size, "square")[0])[None].to(pair.device)
         truths = [annotation["segmentation"] for annotation in chosen]
-        embeddings = {name: model.get_image_embeddings(pixels) for name, model in pair.models.items()}
+        embeddings = {name: embeddings_of(model, image) for name, model in pair.models.items()}
         for prompt in prompts:
             masks = {
-                name: segment(model, embeddings[name], chosen, prompt, height, width, pair.image_size)
+                name: segment(model, embeddings[name], chosen, prompt, height, width)
                 for name, model in pair.models.items()
             }
             teacher_rles = rles_of(masks["teacher"].numpy())

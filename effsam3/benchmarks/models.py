@@ -13,6 +13,7 @@ from transformers import Sam3TrackerVideoModel
 
 from effsam3.data.statistics import FeatureStatistics
 from effsam3.data.transforms import normalise, valid_mask
+from effsam3.models.image.student import resize_BCHW
 from effsam3.models.image.teacher import to_map
 from effsam3.models.inference.prompted import load_tracker, trunk_of
 from effsam3.models.vision.training import Necks
@@ -47,22 +48,28 @@ class Pair:
 
     @property
     def image_size(self) -> int:
-        """Side of the square input in pixels."""
+        """Side of the teacher's square input in pixels."""
         return self.teacher.config.image_size
 
     @property
     def seen_size(self) -> int:
-        """Side of the square that the student's trunk makes of the input, in pixels."""
+        """Side of the square that the student's trunk makes of its input, in pixels."""
         config: Any = trunk_of(self.student).config
         return config.seen_size
 
     @torch.no_grad()
-    def features(self, pixels_B3SS: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the teacher's and the student's trunk features, (B, C, G, G) each."""
+    def trunk_features(self, pixels_B3SS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the teacher's and the student's trunk features, (B, C, G, G), of the teacher's pixels."""
         teacher, student = (
-            to_map(trunk_of(model)(pixels_B3SS.to(self.device)).last_hidden_state) for model in self.models.values()
+            to_map(trunk_of(model)(resize_BCHW(pixels_B3SS.to(self.device), (side, side))).last_hidden_state)
+            for model, side in ((model, model.config.image_size) for model in self.models.values())
         )
         return teacher, student
+
+    def features(self, pixels_B3SS: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same on the student's grid, (B, C, G, G) each."""
+        teacher, student = self.trunk_features(pixels_B3SS)
+        return resize_BCHW(teacher, (student.shape[-1],) * 2), student
 
     def with_statistics(self, batches) -> Pair:
         """Return the same pair with the teacher's statistics over all images in `batches` (of `ImageFeatures`)."""
@@ -108,9 +115,10 @@ class MapPair(Pair):
 
     @torch.no_grad()
     def maps(self, pixels_B3SS: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the teacher's and the student's `MAPS`."""
-        teacher, student = (necks(feat) for necks, feat in zip(self.necks, super().features(pixels_B3SS), strict=True))
-        return teacher, student
+        """Return the teacher's and the student's `MAPS`, of the student's sizes."""
+        trunks = self.trunk_features(pixels_B3SS)
+        teacher, student = (necks(feat) for necks, feat in zip(self.necks, trunks, strict=True))
+        return [resize_BCHW(own, (other.shape[-1],) * 2) for own, other in zip(teacher, student, strict=True)], student
 
     def features(self, pixels_B3SS: Tensor) -> tuple[Tensor, Tensor]:
         """Return both trackers' top maps, (B, C, G, G) each: what is looked at."""

@@ -30,18 +30,19 @@ def speed(pair: Pair, elements: dict[str, int]) -> dict:
     batch of `batch`), `model_ms` and `model_images_per_s` (one image: embed it, segment one box); their ratios; and
     `image_size`, the pixels that either trunk sees (a student's resizing is part of its time).
     """
-    models, side = pair.models, pair.image_size
+    models, sides = pair.models, {name: model.config.image_size for name, model in pair.models.items()}
     batch = BATCH[pair.device.type]
     # Noise will do: no model's time depends on what an image shows.
-    pixels = torch.rand(batch, 3, side, side, device=pair.device) * 2 - 1
-    box = torch.tensor([[side / 4, side / 4, side / 2, side / 2]], device=pair.device)
+    noise = {side: torch.rand(batch, 3, side, side, device=pair.device) * 2 - 1 for side in sides.values()}
 
     @torch.no_grad()
     def trunk(model: Sam3TrackerVideoModel, count: int) -> None:
-        trunk_of(model)(pixels[:count])
+        trunk_of(model)(noise[model.config.image_size][:count])
 
     def whole(model: Sam3TrackerVideoModel) -> None:
-        prompted_masks(model, model.get_image_embeddings(pixels[:1]), box, None)
+        side = model.config.image_size
+        box = torch.tensor([[side / 4, side / 4, side / 2, side / 2]], device=pair.device)
+        prompted_masks(model, model.get_image_embeddings(noise[side][:1]), box, None)
 
     times = {
         "trunk_ms": alternate({name: partial(trunk, model, 1) for name, model in models.items()}, pair.device),
@@ -59,7 +60,7 @@ def speed(pair: Pair, elements: dict[str, int]) -> dict:
         }
         for name, model in models.items()
     }
-    seen = {"teacher": side, "student": pair.seen_size}
+    seen = sides | {"student": pair.seen_size}
     return with_ratio(result) | {"device": device_name(pair.device), "batch": batch, "image_size": seen}
 
 

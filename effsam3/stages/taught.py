@@ -50,6 +50,7 @@ def config_to_come(checkpoint: str) -> Any:
         return config_at_hand(checkpoint)
     config = config_at_hand(recipe.sam3.checkpoint)
     sizes = {name: getattr(trunk_config(config), name) for name in ("hidden_size", "image_size", "patch_size")}
+    sizes["image_size"] = recipe.image_size or sizes["image_size"]
     student = student_config(recipe.student, recipe.head, recipe.student_image_size, **sizes)
     return SLOTS["image"].install(config, student)
 
@@ -58,6 +59,22 @@ def without_trunk(model: Any) -> Any:
     """Take the trunk out of a whole SAM 3, half of its weights."""
     model.detector_model.vision_encoder.backbone = nn.Identity()
     return model
+
+
+def refuse_other_sizes(own: Any, teacher: Any) -> None:
+    """Refuse a teacher of another image or grid: its features would not fit the student's.
+
+    Raises:
+        UserError: it is one.
+    """
+    for name in ("image_size", "patch_size", "hidden_size"):
+        mine, other = (getattr(trunk_config(config), name) for config in (own, teacher))
+        if mine != other:
+            raise UserError(
+                f"teacher.checkpoint: its {name} is {other}, that of sam3.checkpoint {mine}; name the SAM 3 that the "
+                "student was made for. One with an image_size of its own has no teacher here: of these stages only "
+                "`concepts` trains it, by annotations (loss.teacher=0)"
+            )
 
 
 def open_trunk_store(teacher: Any, data: Data) -> StoreReader | None:

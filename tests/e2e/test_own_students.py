@@ -21,13 +21,13 @@ from effsam3.models.image.student import StudentTrunk, student_config
 from effsam3.models.registry import head_params
 from effsam3.recipe.reader import load_recipe
 
-# student, student_image_size, head: of every kind of backbone; 150 is a multiple of no stride
+# student, student_image_size, head, image_size: of every kind of backbone; 150 is a multiple of no stride
 STUDENTS = {
-    "resnet": ("timm/test_resnet", 128, "stride32"),
-    "mobilenet": ("timm/mobilenetv3_small_050", None, "fused"),
-    "vit": ("timm/test_vit", 112, "fused"),
-    "efficientvit": ("timm/efficientvit_m0", None, "fused"),
-    "convnext": ("tiny_convnext", 150, "fused"),
+    "resnet": ("timm/test_resnet", 128, "stride32", None),
+    "mobilenet": ("timm/mobilenetv3_small_050", None, "fused", None),
+    "vit": ("timm/test_vit", 112, "fused", None),
+    "efficientvit": ("timm/efficientvit_m0", None, "fused", None),
+    "convnext": ("tiny_convnext", 150, "fused", 196),
 }
 
 
@@ -42,8 +42,9 @@ def runs(tmp_path_factory):
         "evaluate.pictures=0", "merge.formats=[sam3]",
     ]  # fmt: skip
     assert main(["embed", str(SMOKE), *shared]) == 0
-    for name, (student, seen, head) in STUDENTS.items():
+    for name, (student, seen, head, side) in STUDENTS.items():
         own = [f"name={name}", f"student={student}", f"student_image_size={seen or 'null'}", f"head={head}"]
+        own.append(f"image_size={side or 'null'}")
         for verb in ("train", "merge", "evaluate"):
             assert main([verb, str(SMOKE), *shared, *own]) == 0, (verb, name)
     return folder
@@ -52,7 +53,7 @@ def runs(tmp_path_factory):
 def trained(run):
     """The student as training left it."""
     recipe = load_recipe(run / "recipe.yaml")
-    sizes = dict(hidden_size=64, image_size=224, patch_size=14)
+    sizes = dict(hidden_size=64, image_size=recipe.side, patch_size=14)
     student = StudentTrunk(student_config(recipe.student, recipe.head, recipe.student_image_size, **sizes))
     (best,) = (run / "checkpoints").glob("best-*")
     student.load_state_dict(load_file(best / "student.safetensors"))
@@ -61,7 +62,7 @@ def trained(run):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_it_is_measured_as_it_was_validated(runs, name):
-    """The merged model, given images of SAM 3's size, computes what training computed of the same images."""
+    """The merged model computes of images of SAM 3's size, or of its own, what training computed of the same ones."""
     (trainer,) = (runs / name / "checkpoints").glob("best-*/trainer.json")
     best = json.loads(trainer.read_text())["best"]
     fidelity = json.loads((runs / name / "eval/fidelity.json").read_text())
@@ -71,15 +72,15 @@ def test_it_is_measured_as_it_was_validated(runs, name):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_counts_and_sizes_are_told(runs, name):
-    student, seen, head = STUDENTS[name]
-    row = image_student(student, seen or 224)
+    student, seen, head, side = STUDENTS[name]
+    row = image_student(student, seen or side or 224)
     speed = json.loads((runs / name / "eval/speed.json").read_text())
     assert speed["student"]["trunk_parameters"] == row.trunk_params + head_params(head, row.channels, 64)
-    assert speed["image_size"] == {"teacher": 224, "student": seen or 224}
-    assert f"student, {seen or 224} px" in (runs / name / "eval/summary.md").read_text()
+    assert speed["image_size"] == {"teacher": 224, "student": seen or side or 224}
+    assert f"student, {seen or side or 224} px" in (runs / name / "eval/summary.md").read_text()
     config = json.loads((runs / name / "merged/config.json").read_text())
     trunk = config["detector_config"]["vision_config"]["backbone_config"]
-    assert (trunk["student_image_size"], trunk["image_size"]) == (seen, 224)
+    assert (trunk["student_image_size"], trunk["image_size"]) == (seen, side or 224)
     for path in (runs / name / "merged", runs / name / "merged/sam3.pt"):
         found = examine(str(path))["slots"]["image"]
         assert found["student"] == student and (f"sees {seen} px" in found["is"]) == (seen is not None)
@@ -88,7 +89,7 @@ def test_counts_and_sizes_are_told(runs, name):
 @pytest.mark.parametrize("name", ["resnet", "vit", "convnext"])
 def test_it_resizes_as_torchvision_does(runs, name):
     """Step by step: antialiased pixels, timm's maps, the head onto SAM 3's grid, the statistics."""
-    student, (_, seen, _) = trained(runs / name), STUDENTS[name]
+    student, seen = trained(runs / name), STUDENTS[name][1]
     torch.manual_seed(0)
     pixels = torch.rand(2, 3, 224, 224) * 2 - 1
     with torch.no_grad():
@@ -147,7 +148,7 @@ def test_efficientsam3_cannot_hold_a_smaller_size(runs, tmp_path, capsys):
     overrides = [f"train.runs={runs}", "name=convnext", "merge.formats=[efficientsam3]"]
     before = sorted((runs / "convnext/merged").iterdir())
     assert main(["merge", f"{folder}/recipe.yaml", *overrides]) == 2
-    assert "sees 150 px, EfficientSAM3's builder gives its students the whole 224" in capsys.readouterr().err
+    assert "sees 196 px, EfficientSAM3's builder gives its students SAM 3's own size" in capsys.readouterr().err
     assert main(["merge", f"{runs}/mobilenet/recipe.yaml", f"train.runs={runs}", "merge.formats=[efficientsam3]"]) == 2
     assert "EfficientSAM3 has no student with the trunk mobilenetv3_small_050" in capsys.readouterr().err
     assert sorted((runs / "convnext/merged").iterdir()) == before

@@ -201,9 +201,9 @@ def test_show_counts_it():
         (["student=timm/regnetx_002.none"], "timm has no weights 'none' of regnetx_002"),
         (["student=timm/resnest14d", "student_init=imagenet", "student_image_size=64"], None),
         (["student=timm/cs3darknet_s", "student_init=imagenet"], "student_init: timm has no weights of cs3darknet_s"),
-        (["train.image_size=512"], "unknown key train.image_size; did you mean student_image_size"),
-        (["student.image_size=512"], r"student: expected text, got .+; did you mean student_image_size\?"),
-        (["image_size=512"], "unknown key image_size; did you mean student_image_size"),
+        (["train.image_size=512"], "unknown key train.image_size; did you mean image_size"),
+        (["student.image_size=512"], r"student: expected text, got .+; did you mean (student_)?image_size\?"),
+        (["image_size=512"], "image_size: 512 px is more than SAM 3's own 224"),
     ],
 )
 def test_what_cannot_be_a_student_is_refused_with_a_sentence(overrides, message):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import SMOKE, run_here
+from torchvision.transforms.v2 import functional
 from transformers import Sam3TrackerVideoModel, Sam3VideoModel
 
 from effsam3.data.store.format import StoreError
@@ -62,6 +63,21 @@ def test_it_teaches_the_maps_that_detector_and_tracker_read(own):
         torch.testing.assert_close(layer.feature_scale, expected.std((0, 2, 3), correction=0), rtol=1e-3, atol=1e-5)
     loss = stored.loss(stored.student, stored.train_data.__getitems__([0, 1, 2, 3]))
     assert 0.5 < loss["mse"] < 3 and loss["loss"] == loss["mse"] + loss["cosine"]
+
+
+def test_maps_of_smaller_images_are_averaged(own):
+    """`image_size: 126`: the teacher's necks read its whole features, what they make is brought to 36, 18 and 9."""
+    whole, small = stage_of(own, "name=whole"), stage_of(own, "image_size=126", "name=small")
+    batch = small.val_data.__getitems__([0, 1])
+    found = small.targets(batch)
+    for feat, target in zip(whole.targets(batch), found, strict=True):
+        side = feat.shape[-1] * 9 // 16
+        torch.testing.assert_close(target, functional.resize(feat, [side, side], antialias=True))
+    assert [target.shape[-1] for target in found] == [36, 18, 9] * 2
+    pixels = functional.resize(small.pixels(batch), [126, 126], antialias=True)
+    torch.testing.assert_close(small.student_pixels(batch), pixels, rtol=1e-4, atol=1e-4)
+    assert [feat.shape for feat in small.student(pixels)] == [target.shape for target in found]
+    assert small.loss(small.student, batch)["loss"].isfinite()
 
 
 def test_a_perfect_student_is_told(own):

@@ -22,10 +22,9 @@ from torch import Tensor
 from effsam3.benchmarks.concepts.cgf1 import SCORE
 from effsam3.benchmarks.concepts.scoring import Detection, Found
 from effsam3.benchmarks.journal import Journal
-from effsam3.benchmarks.masks import choose_annotations, iou_each, segment
+from effsam3.benchmarks.masks import choose_annotations, embeddings_of, iou_each, segment
 from effsam3.data import coco
 from effsam3.data.concepts.pairs import ConceptPair, Subset
-from effsam3.data.transforms import normalise, resize_image
 from effsam3.data.unreadable import Unreadable
 from effsam3.models.inference.concepts import PHRASES, ConceptModel
 from effsam3.models.inference.prompted import at_full_size, load_tracker
@@ -224,12 +223,11 @@ def record_shown(
 
         def on_image(image_HW3: np.ndarray, job: Image) -> list[dict]:
             objects = choose_annotations(list(_objects(job[2])), most)
-            (height, width), side = image_HW3.shape[:2], tracker.config.image_size
-            pixels = normalise(resize_image(image_HW3, side, "square")[0])[None].to(place.device)
-            embeddings = tracker.get_image_embeddings(pixels)
+            height, width = image_HW3.shape[:2]
+            embeddings = embeddings_of(tracker, image_HW3)
             found = [{"area": one["area"]} for one in objects]
             for prompt in prompts if objects else ():
-                masks = segment(tracker, embeddings, objects, prompt, height, width, side)
+                masks = segment(tracker, embeddings, objects, prompt, height, width)
                 for one, iou in zip(found, iou_each(masks, [one["segmentation"] for one in objects]), strict=True):
                     one[prompt] = iou
             return [{"key": image_key(job), "objects": found}]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effsam3.benchmarks.masks import choose_annotations, segment
+from effsam3.benchmarks.masks import choose_annotations, embeddings_of, segment
 from effsam3.benchmarks.models import Pair
 from effsam3.benchmarks.pictures.drawing import Comparison, comparison_notes, paint
 from effsam3.data.images.sa1b import mask_of, read_annotations, read_image
@@ -75,7 +75,7 @@ def draw(pair: Pair, index, folder: Path, count: int, out: Path, masks: bool) ->
         panels = [("image", image), ("teacher features", colours[0]), ("student features", colours[1])]
         panels.append((f"agreement, mean {agreement.mean():.2f}", agreement.numpy()))
         if annotations:
-            panels += _mask_panels(pair, annotations, image, pixels)
+            panels += _mask_panels(pair, annotations, image)
         rows = -(-len(panels) // 4)
         figure = Figure(figsize=(3.2 * 4, (3.2 * height / width + 0.3) * rows), layout="constrained", dpi=100)
         for axis, (title, content) in zip(figure.subplots(rows, 4).flat, panels, strict=False):
@@ -111,9 +111,7 @@ def picture_name(row: dict) -> str:
     return key.name if len(key.parts) == 1 else f"{key.stem}-{row['image_digest'][:8]}"
 
 
-def _mask_panels(
-    pair: Pair, annotations: list[dict], image: np.ndarray, pixels: Tensor
-) -> list[tuple[str, np.ndarray]]:
+def _mask_panels(pair: Pair, annotations: list[dict], image: np.ndarray) -> list[tuple[str, np.ndarray]]:
     height, width = image.shape[:2]
     annotations = choose_annotations(annotations, OBJECTS)
     truth = np.stack([mask_of(annotation, height, width) for annotation in annotations])
@@ -124,7 +122,6 @@ def _mask_panels(
 
     panels = [("annotated masks", drawn(truth))]
     for name, model in pair.models.items():
-        embeddings = model.get_image_embeddings(pixels.to(pair.device))
-        masks = segment(model, embeddings, annotations, "box", height, width, pair.image_size).numpy()
+        masks = segment(model, embeddings_of(model, image), annotations, "box", height, width).numpy()
         panels.append((f"{name}, box prompts", drawn(masks)))
     return panels

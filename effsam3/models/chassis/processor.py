@@ -1,21 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAM 3's processor: the files a release carries unchanged, and the processor itself for any image size."""
+"""SAM 3's processor: the files that a release carries, and the processor itself, for any image size."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from effsam3.checked_files import read_json
+from effsam3.files import write_json
 from effsam3.models.text.tokens import clip_tokenizer
 
-# What a student's release inherits unchanged: image and video processors, tokenizer.
+# Of images and videos, both in one file or each in one of its own.
+RESIZING_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+# What a student's release inherits: image and video processors, tokenizer.
 PROCESSOR_FILES = (
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
+    *RESIZING_FILES,
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.json",
     "merges.txt",
 )
+
+
+def resize_processor(folder: Path, side: int) -> None:
+    """Let the processors in a folder bring images and prompts to `side` pixels; files that do already stay untouched.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    wanted = {"size": {"height": side, "width": side}, "target_size": side}
+    for path in (folder / name for name in RESIZING_FILES if (folder / name).is_file()):
+        content = read_json(path, dict, "restore it, or fetch the SAM 3 again")
+        changed = False
+        for part in (content, *(part for part in content.values() if isinstance(part, dict))):
+            own = {key: value for key, value in wanted.items() if part.get(key, value) != value}
+            part.update(own)
+            changed = changed or bool(own)
+        if changed:
+            write_json(path, content)
 
 
 def processor(config):

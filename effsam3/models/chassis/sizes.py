@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import pickletools
 import struct
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 from effsam3.checked_files import mismatch, parse_json, read_json, read_text
@@ -94,6 +97,35 @@ def sam3_of(checkpoint: str) -> Sam3:
         counts=row.counts if sizes == row.sizes else None,
         gflop=row.gflop if is_whole else {},
     )
+
+
+def refused_side(side: int | None, sizes: Sizes) -> Iterator[str]:
+    """Yield why the heads of a SAM 3 with these sizes cannot work on images of `side` pixels; None: its own."""
+    if side is None:
+        return
+    patch, most = sizes.patch_size, sizes.image_size
+    if side > most:
+        yield f"image_size: {side} px is more than SAM 3's own {most}, of which the student learns; set at most {most}"
+    elif side % patch:
+        below = side // patch * patch
+        yield (
+            f"image_size: {side} px is no multiple of {patch} px, a position of SAM 3's grid; set {below} (a grid of "
+            f"{below // patch}) or {below + patch} ({below // patch + 1}). What only the student's trunk sees is "
+            "student_image_size, which may be any"
+        )
+
+
+def at_image_size(config: Any, side: int) -> Any:
+    """Return the config of a whole SAM 3 for square images of `side` pixels: grid, maps and masks follow.
+
+    No tensor has another shape for it: heads and memory compute all that depends on the grid.
+    """
+    config = deepcopy(config)
+    detector, tracker = config.detector_config.vision_config, config.tracker_config
+    detector.image_size = tracker.image_size = side  # the tracker's setter sets its prompts, maps and positions too
+    detector.backbone_feature_sizes = deepcopy(tracker.vision_config.backbone_feature_sizes)
+    config.low_res_mask_size = detector.backbone_feature_sizes[0][0]
+    return config
 
 
 def _texts_in(file: Path) -> list[str]:

@@ -153,8 +153,10 @@ def map_tensors(folder: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     return tensors
 
 
-def load_whole(model_class: type[Model], folder: Path) -> Model:
+def load_whole(model_class: type[Model], folder: Path, config: Any = None) -> Model:
     """Load a model by transformers' `from_pretrained`: float32, frozen, in eval mode.
+
+    `config` takes the place of the folder's own.
 
     Raises:
         ChassisError: the folder lacks tensors or holds others, or some that are not finite.
@@ -162,7 +164,7 @@ def load_whole(model_class: type[Model], folder: Path) -> Model:
     refuse_unusable(map_tensors(folder), str(folder), AGAIN, ChassisError)  # transformers reads whatever there is
     with quiet_transformers():
         loaded: Any = model_class.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
         )
     model, info = loaded  # transformers declares the model only
     refuse_partial(info, f"{folder} is not a whole {model_class.__name__}")

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from effsam3.models.chassis.classes import empty_tensors
 from effsam3.models.merging.adapt import Adapted, adapt
-from effsam3.models.merging.slots import SLOTS, MergeError, Part
+from effsam3.models.merging.slots import SLOTS, MergeError, Part, Slot
 from effsam3.training.report import table
 
 Shapes = dict[str, tuple[int, ...]]
@@ -48,7 +48,7 @@ def combine(
     dropped = {}
     for part in parts:
         slot = SLOTS[part.slot]
-        refuse_misfit(part, slot.config_of(config), slot.alike)
+        refuse_misfit(part, slot.config_of(config), slot)
         # Configs change one after the other, because the model that the result must fit depends on all of them.
         config = slot.install(config, part.config)
         # Counted before they go, so that the table of a merge shows what a student has saved.
@@ -91,7 +91,7 @@ def refuse_overlap(parts: Sequence[Part]) -> None:
             )
 
 
-def refuse_misfit(part: Part, own: PreTrainedConfig, alike: dict[str, str]) -> None:
+def refuse_misfit(part: Part, own: PreTrainedConfig, slot: Slot) -> None:
     """Refuse a part whose sizes are not those of what it replaces, whose config is `own`.
 
     Raises:
@@ -99,8 +99,8 @@ def refuse_misfit(part: Part, own: PreTrainedConfig, alike: dict[str, str]) -> N
     """
     theirs, ours = part.config.to_dict(), own.to_dict()
     # Every size that other parts of the model rely on; the student's own sizes are free.
-    for key, meaning in alike.items():
-        if theirs[key] != ours[key]:
+    for key, meaning in slot.alike.items():
+        if theirs[key] != ours[key] and not (key in slot.at_most and theirs[key] < ours[key]):
             raise MergeError(
                 f"the student {part.student} in the slot {part.slot} ({part.origin}) has the {meaning} {theirs[key]}, "
                 f"this SAM 3 {ours[key]}; put together what was trained against the same SAM 3"

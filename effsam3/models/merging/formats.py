@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from effsam3.files import atomic_folder, write_json
 from effsam3.models.chassis.card import CARD
 from effsam3.models.chassis.classes import empty_model, key_map
-from effsam3.models.chassis.processor import PROCESSOR_FILES, processor
+from effsam3.models.chassis.processor import PROCESSOR_FILES, processor, resize_processor
 from effsam3.models.chassis.tensors import (
     AGAIN,
     EXTRAS_FILE,
@@ -90,6 +90,7 @@ def write_model(
         for name in PROCESSOR_FILES:
             if chassis is not None and (chassis / name).is_file():
                 shutil.copyfile(chassis / name, partial / name)
+        resize_processor(partial, SLOTS["image"].config_of(merged.config).image_size)
         if extra:
             save_file(extra, partial / EXTRAS_FILE, {"format": "pt"})
         card = card | {"weights": fingerprint(merged.tensors)}  # what an evaluation is tied to
@@ -243,12 +244,14 @@ def efficientsam3_file(merged: Merged, extra: dict[str, Tensor], slots: dict) ->
     trunk, text = (SLOTS[slot].config_of(merged.config) for slot in ("image", "text"))
     arguments = {"checkpoint_path": "efficientsam3.pt", "backbone_type": "sam3"}
     if "image" in slots:
-        if trunk.student_image_size is not None:
-            raise MergeError(
-                f"merge.formats: this image student sees {trunk.student_image_size} px, EfficientSAM3's builder gives "
-                f"its students the whole {trunk.image_size}; leave efficientsam3 out (merge.formats=[transformers,"
-                "sam3]), or train with student_image_size=null"
-            )
+        own = {"image_size": slots["image"].get("image_size"), "student_image_size": trunk.student_image_size}
+        for key, side in own.items():
+            if side is not None:
+                raise MergeError(
+                    f"merge.formats: this image student sees {side} px, EfficientSAM3's builder gives its students "
+                    "SAM 3's own size; leave efficientsam3 out (merge.formats=[transformers,sam3]), or train with "
+                    f"{key}=null"
+                )
         own = {name.removeprefix(TRUNK): rest.pop(name) for name in merged.tensors if name.startswith(TRUNK)}
         tensors |= {IMAGE_PREFIX + name: tensor for name, tensor in image_to_upstream(own, trunk.timm_name).items()}
         arguments["backbone_type"], arguments["model_name"] = BUILDER_NAMES[student_name(trunk.timm_name)]

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, Sam3LiteTextTextConfig
 from effsam3.checked_files import can_be_path, read_json
 from effsam3.errors import UserError
 from effsam3.models.chassis.card import CARD, CARD_FORM
+from effsam3.models.chassis.sizes import at_image_size
 from effsam3.models.chassis.tensors import (
     NECK,
     TRACKER_NECK,
@@ -88,8 +89,8 @@ def _image_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.detector_config.vision_config.backbone_config
 
 
-def _with_image(config: PreTrainedConfig, student: PreTrainedConfig) -> PreTrainedConfig:
-    config = deepcopy(config)
+def _with_image(config: PreTrainedConfig, student: Any) -> PreTrainedConfig:
+    config = at_image_size(config, student.image_size)
     # Detector and tracker see the same trunk, each through a neck of its own.
     config.detector_config.vision_config.backbone_config = deepcopy(student)
     config.tracker_config.vision_config.backbone_config = deepcopy(student)
@@ -112,7 +113,7 @@ class Slot:
     """What a student of this slot owns in a `Sam3VideoModel`, where its config is, and what must be as in the chassis.
 
     `module` is where the student's module is. `alike` maps an attribute of the slot's config to its name in
-    messages.
+    messages; of those in `at_most` the student's may be smaller.
     """
 
     owns: tuple[str, ...]
@@ -120,6 +121,7 @@ class Slot:
     config_of: Callable[[PreTrainedConfig], PreTrainedConfig]
     install: Callable[[PreTrainedConfig, PreTrainedConfig], PreTrainedConfig]
     alike: dict[str, str]
+    at_most: tuple[str, ...] = ()
 
 
 SLOTS = {
@@ -129,6 +131,7 @@ SLOTS = {
         config_of=_image_config,
         install=_with_image,
         alike={"hidden_size": "channels", "image_size": "image size", "patch_size": "patch size (with it the grid)"},
+        at_most=("image_size",),
     ),
     "text": Slot(
         owns=(TEXT_ENCODER, TEXT_PROJECTION),
@@ -155,6 +158,7 @@ SLOTS = {
         config_of=_image_config,
         install=_with_image,
         alike={"image_size": "image size", "patch_size": "patch size (with it the grid)"},
+        at_most=("image_size",),
     ),
 }
 

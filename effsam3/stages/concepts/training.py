@@ -42,7 +42,14 @@ from effsam3.stages.base import StageBase, keep_whole
 from effsam3.stages.concepts.facts import SOURCES, ConceptsRecipe
 from effsam3.stages.concepts.phrases import draw_concepts, pairs_to_learn_from, phrases_of
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.taught import config_to_come, load_sam3, open_trunk_store, trunk_config, without_trunk
+from effsam3.stages.taught import (
+    config_to_come,
+    load_sam3,
+    open_trunk_store,
+    refuse_other_sizes,
+    trunk_config,
+    without_trunk,
+)
 from effsam3.training.report import Report, table
 
 SHOWN = 3  # places of a module in the header; the others are counted
@@ -59,9 +66,11 @@ def load_teacher(recipe: ConceptsRecipe) -> Any:
 
     Raises:
         ChassisError: its trunk is another one than the recipe asks for.
+        UserError: it takes other images than the SAM 3 that learns.
     """
     asked = recipe.teacher
     folder = chassis_folder(asked.checkpoint, asked.revision)
+    refuse_other_sizes(config_at_hand(recipe.sam3.checkpoint), config_at_hand(str(folder)))
     if asked.fingerprint is not None and (found := fingerprint(read_tensors(folder, TRUNK))) != asked.fingerprint:
         raise ChassisError(
             f"teacher.fingerprint: the trunk of {asked.checkpoint} has the fingerprint {found}, the recipe asks for "

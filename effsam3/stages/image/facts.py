@@ -9,7 +9,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from effsam3.data.store.format import Field, stride
 from effsam3.errors import UserError
-from effsam3.models.chassis.sizes import sam3_of
+from effsam3.models.chassis.sizes import refused_side, sam3_of
 from effsam3.models.flops import flops_line, image_gflop
 from effsam3.models.image.backbones import PREFIX, image_student, pretrained_cfg
 from effsam3.models.registry import SAM3, ImageStudent, Sizes, head_params
@@ -152,10 +152,11 @@ class ImageEvaluate(ConceptEvaluate):
 class ImagesRecipe(FeatureRecipe):
     """A recipe of a timm trunk that learns from images: what the stages image and vision share."""
 
-    card_keys = FeatureRecipe.card_keys | {"student sees, px": "student_image_size"}
+    card_keys = FeatureRecipe.card_keys | {"images, px": "image_size", "student sees, px": "student_image_size"}
     data_names = {source: row.label for source, row in SOURCES.items()}
     compiles = True
 
+    image_size: int | None
     student_image_size: int | None
     data: ImageData
     embed: ImageEmbed
@@ -168,16 +169,20 @@ class ImagesRecipe(FeatureRecipe):
     def _student_fits(self) -> Iterator[str]:
         """Yield why the student cannot be built, as far as that is known without weights."""
         try:
-            side = sam3_of(self.sam3.checkpoint).sizes.image_size
+            sizes = self.sizes
         except UserError:  # not on this machine yet: its sizes are told when it is
-            side = None
-        if side is not None and self.student_image_size is not None and self.student_image_size > side:
-            yield (
-                f"student_image_size: {self.student_image_size} px is more than the {side} px that the SAM 3 "
-                f"{self.sam3.checkpoint} sees, and nothing would be gained; set at most {side}, or null"
-            )
+            seen = self.student_image_size or self.image_size or SAM3.sizes.image_size
+        else:
+            yield from refused_side(self.image_size, sizes)
+            seen = self.seen
+            if seen > self.side:
+                takes = f"the SAM 3 {self.sam3.checkpoint} sees" if self.image_size is None else "image_size names"
+                yield (
+                    f"student_image_size: {seen} px is more than the {self.side} px that {takes}, and nothing would "
+                    f"be gained; set at most {self.side}, or null"
+                )
         try:
-            row = image_student(self.student, self.student_image_size or side or SAM3.sizes.image_size)
+            row = image_student(self.student, seen)
         except UserError as error:
             yield str(error)
             return
@@ -199,6 +204,24 @@ class ImagesRecipe(FeatureRecipe):
             UserError: they are not known.
         """
         return sam3_of(self.sam3.checkpoint).sizes
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of the images that the student's model takes.
+
+        Raises:
+            UserError: the sizes of the recipe's SAM 3 are not known.
+        """
+        return self.image_size or self.sizes.image_size
+
+    @property
+    def seen(self) -> int:
+        """Side in pixels of what the student's trunk is given.
+
+        Raises:
+            UserError: the sizes of the recipe's SAM 3 are not known.
+        """
+        return self.student_image_size or self.side
 
     @property
     def channels(self) -> int:
@@ -243,8 +266,7 @@ class ImagesRecipe(FeatureRecipe):
         raise NotImplementedError
 
     def student_line(self) -> str:
-        facts = self.sizes
-        seen = self.student_image_size or facts.image_size
+        facts, seen = self.sizes, self.seen
         parts, replaced = self.counted(image_student(self.student, seen))
         total = sum(parts.values())
         saved = 100 * (1 - total / replaced)
@@ -263,8 +285,7 @@ class ImagesRecipe(FeatureRecipe):
 
     def _flops_line(self) -> str:
         sam3 = sam3_of(self.sam3.checkpoint)
-        seen = self.student_image_size or sam3.sizes.image_size
-        return flops_line(sam3, self.replaced_gflop(image_student(self.student, seen), seen, sam3))
+        return flops_line(sam3, self.replaced_gflop(image_student(self.student, self.seen), self.seen, sam3))
 
     def _store_line(self) -> str:
         if self.teacher == "online":
@@ -287,7 +308,9 @@ class ImageRecipe(ImagesRecipe):
 
     starter = "stage1/image/es_rv_m"
     replaces = "vision trunk"
-    knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher", "loss.neck")
+    knobs = (
+        "train.micro_batch_size", "hardware", "train.ema", "image_size", "student_image_size", "teacher", "loss.neck"
+    )  # fmt: skip
 
     metrics = FeatureRecipe.metrics | {
         HEADS: "higher",
@@ -299,7 +322,9 @@ class ImageRecipe(ImagesRecipe):
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     # A row of effsam3/models/registry.py (see `effsam3 compare`), or timm/NAME, any backbone with feature maps
     student: Annotated[str, image_student_name]
-    student_image_size: Annotated[int, student_side] | None = None  # px that it sees of SAM 3's 1008; null: all
+    # px of the images that its model takes: SAM 3's heads work on the grid that follows; null: SAM 3's own 1008
+    image_size: Annotated[int, student_side] | None = None
+    student_image_size: Annotated[int, student_side] | None = None  # px that it sees of these; null: all
     student_init: Annotated[str, initialisation] = "imagenet"  # imagenet, random, weights file or model folder
     # fused: strides 8, 16, 32; stride32: upstream's; linear: 1x1 on the coarsest map, a demonstration's
     head: Literal["fused", "stride32", "linear"] = "fused"

@@ -16,6 +16,7 @@ from effsam3.data.images.boxes import boxes_to_show
 from effsam3.data.images.features import ImageFeatures
 from effsam3.models.chassis.classes import empty_model, model_class
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
+from effsam3.models.chassis.sizes import at_image_size
 from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.heads.agreement import agreement_sums
 from effsam3.models.heads.detector import ask
@@ -39,6 +40,7 @@ class Heads:
             TextTooLong: a phrase has more tokens than SAM 3 reads.
         """
         self.asked, self.tokenizer = recipe.validate, PromptTokenizer()
+        self.scale = recipe.side / recipe.sizes.image_size  # pixels of the heads' images to one of the teacher's
         self.model = only_heads(model, self.asked.phrases, self.tokenizer)
         self.boxes: list[np.ndarray] = []  # of each held-out image, in shares of its sides
 
@@ -46,14 +48,15 @@ class Heads:
     def from_recipe(cls, recipe: ImageRecipe, images: ImageFeatures) -> Heads:
         """Load them, and read the boxes of the held-out images."""
         folder = chassis_folder(recipe.sam3.checkpoint, recipe.sam3.revision)
-        heads = cls(recipe, load_whole(model_class(read_config(folder).model_type), folder))
+        config = at_image_size(read_config(folder), recipe.side)
+        heads = cls(recipe, load_whole(model_class(config.model_type), folder, config))
         heads.boxes = [boxes_to_show(row, images.folder, heads.asked.boxes_per_image) for row in images.index]
         return heads
 
     @classmethod
     def from_shapes(cls, recipe: ImageRecipe) -> Heads:
         """Build them without weights and data."""
-        return cls(recipe, empty_model(config_at_hand(recipe.sam3.checkpoint)))
+        return cls(recipe, empty_model(at_image_size(config_at_hand(recipe.sam3.checkpoint), recipe.side)))
 
     def describe(self) -> str:
         """Say what judges the student, for the run's header."""
@@ -76,7 +79,9 @@ class Heads:
             if not size[0]:
                 continue
             rows, columns = size
-            own_O22 = torch.from_numpy(self.boxes[position]).view(-1, 2, 2) * torch.tensor([columns, rows])
+            own_O22 = (
+                torch.from_numpy(self.boxes[position]).view(-1, 2, 2) * torch.tensor([columns, rows]) * self.scale
+            )
             points.append(own_O22)
             image_O += [image] * len(own_O22)
             first, count = position * self.asked.phrases_per_image, self.asked.phrases_per_image

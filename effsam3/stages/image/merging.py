@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from effsam3.models.chassis.sizes import sam3_of
+from effsam3.models.chassis.sizes import at_image_size, sam3_of
 from effsam3.models.image.backbones import image_student, student_name
 from effsam3.models.image.student import StudentTrunkConfig
 from effsam3.models.merging.slots import SLOTS, MergeError, Part, image_part
 from effsam3.models.registry import IMAGE_STUDENTS
 from effsam3.models.vision.student import VisionTrunkConfig
 from effsam3.stages.base import TEACHER_FORM, CardEntry, began_with
-from effsam3.stages.image.facts import ImageRecipe
+from effsam3.stages.image.facts import ImageRecipe, ImagesRecipe
 from effsam3.stages.image.training import untrained
 
 # What a run must record of the features that it learned.
@@ -25,7 +25,7 @@ FEATURES_FORM = {"teacher": TEACHER_FORM, "tap": str, "channels": int, "image_si
 def part_of_run(trained: ImageRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
     """Return the part of a run of stage `image`."""
     refuse_neck(features)
-    refuse_other_size(features, config, about)
+    config = for_student(trained, features, config, about)
     return image_part(trained.student, trained.head, trained.student_image_size, weights, config, **about)
 
 
@@ -36,17 +36,20 @@ def untrained_part(recipe: ImageRecipe, config: PreTrainedConfig, about: dict) -
     return part_of_run(recipe, features, untrained(recipe).state_dict(), config, about)
 
 
-def refuse_other_size(features: dict, config: PreTrainedConfig, about: dict) -> None:
-    """Refuse a student of other images than the SAM 3 takes that it is merged into.
+def for_student(trained: ImagesRecipe, features: dict, config: PreTrainedConfig, about: dict) -> PreTrainedConfig:
+    """Return the chassis' config for images of the size that the student takes; `about` records another than its own.
 
     Raises:
-        MergeError: it learned from larger or smaller ones.
+        MergeError: it learned from a teacher of other images than this SAM 3 takes.
     """
     if (side := SLOTS["image"].config_of(config).image_size) != features["image_size"]:
         raise MergeError(
             f"{about['origin']} learned from images of {features['image_size']} px, this SAM 3 takes {side} px: their "
             "grids differ; put together what was trained against the same SAM 3"
         )
+    if trained.side != side:
+        about["facts"]["image_size"] = trained.side
+    return at_image_size(config, trained.side)
 
 
 def refuse_neck(features: dict) -> None:
@@ -88,6 +91,8 @@ def card_of_student(slot: str, filled: dict, config: PreTrainedConfig) -> CardEn
     """Describe a timm trunk in the slot `image` or `vision`."""
     row = image_student(filled["student"], config.seen_size)
     called = f"{row.label} (`{filled['student']}`; {row.source})"
+    if "image_size" in filled:
+        called += f", for images of {filled['image_size']} px"
     if config.student_image_size is not None:
         called += f", which sees {config.student_image_size} px of the {config.image_size}"
     origin = began_with(slot, filled)

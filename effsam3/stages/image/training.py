@@ -36,11 +36,7 @@ from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.sizes import sam3_of
 from effsam3.models.image.backbones import image_student
 from effsam3.models.image.student import StudentTrunk, load_timm_weights, resize_BCHW, student_config
-from effsam3.models.image.teacher import (
-    Neck,
-    Teacher,
-    to_map,
-)
+from effsam3.models.image.teacher import Neck, Teacher, to_map
 from effsam3.recipe.common import StageRecipe
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.base import FeatureStage, open_features
@@ -133,8 +129,8 @@ def make_teacher(recipe: ImagesRecipe, accelerator: Accelerator) -> Teacher:
 
 
 def make_student(recipe: ImageRecipe, channels: int, image_size: int, patch_size: int) -> StudentTrunk:
-    """Build the recipe's student for features of this width and images of this size, and initialise it."""
-    sizes = {"hidden_size": channels, "image_size": image_size, "patch_size": patch_size}
+    """Build the recipe's student for features of this width and images of this or the recipe's own size."""
+    sizes = {"hidden_size": channels, "image_size": recipe.image_size or image_size, "patch_size": patch_size}
     config = student_config(recipe.student, recipe.head, recipe.student_image_size, **sizes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
@@ -253,9 +249,9 @@ class ImagesStage(FeatureStage):
         chunks = [sample[start : start + size] for start in range(0, len(sample), size)]
         return loader(self.train_data, chunks, self.recipe.data.workers, pin=False)
 
-    def valid(self, batch: Batch) -> Tensor:
-        """Valid mask (B, 1, G, G) on the device."""
-        return valid_mask(batch["sizes"], self.facts["image_size"], self.facts["grid"]).to(self.device)
+    def valid_at(self, batch: Batch, grid: int) -> Tensor:
+        """Return the valid mask (B, 1, `grid`, `grid`) on the device."""
+        return valid_mask(batch["sizes"], self.facts["image_size"], grid).to(self.device)
 
     def target(self, batch: Batch) -> Tensor:
         """Return the teacher's features (B, C, G, G), float32: read from the store or made here."""
@@ -269,8 +265,12 @@ class ImagesStage(FeatureStage):
             return self.teacher(self.pixels(batch))
 
     def pixels(self, batch: Batch) -> Tensor:
-        """Normalised pixels (B, 3, S, S) on the device."""
+        """Normalised pixels (B, 3, S, S) on the device, as the teacher takes them."""
         return normalise(batch["pixels"].to(self.device, non_blocking=True))
+
+    def student_pixels(self, batch: Batch) -> Tensor:
+        """The same as the student's model takes them."""
+        return resize_BCHW(self.pixels(batch), (self.recipe.side,) * 2)
 
 
 class ImageStage(ImagesStage):
@@ -290,6 +290,8 @@ class ImageStage(ImagesStage):
     ):
         """`neck` is what `loss.neck` looks through, `heads` what validation does; None: neither does."""
         super().__init__(recipe, place, facts, student, teacher)
+        # A store may hold a coarser grid than the student's, to save space; that of smaller images is coarser as well.
+        self.grid = min(facts["grid"], recipe.side // student.config.patch_size)
         self.neck, self.heads = neck, heads
         self.max_unreadable = recipe.data.max_unreadable
 
@@ -335,16 +337,18 @@ class ImageStage(ImagesStage):
         return super().frozen + [module for module in more if module is not None]
 
     def describe(self) -> dict[str, str]:
-        seen = self.recipe.student_image_size or self.facts["image_size"]
+        seen = self.recipe.seen
         row = image_student(self.recipe.student, seen)
         replaced = sam3_of(self.recipe.sam3.checkpoint).sizes.trunk_params
         own = self.student_parameters
         grid, channels = self.facts["grid"], self.facts["channels"]
+        compared = "" if self.grid == grid else f", compared at {self.grid} x {self.grid}"
         source = "next to the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
         lines = {
             "student": f"{row.label} ({self.recipe.student}, head {self.recipe.head})  {own / 1e6:.2f} M parameters "
             f"instead of {replaced / 1e6:.2f} M, sees {seen} px",
-            "teacher": f"{self.recipe.sam3.checkpoint} {self.facts['tap']}, {channels} x {grid} x {grid}, {source}",
+            "teacher": f"{self.recipe.sam3.checkpoint} {self.facts['tap']}, {channels} x {grid} x {grid}{compared}, "
+            f"{source}",
             "data": f"{self.recipe.data.index}  {len(self.train_data):,} images, {len(self.val_data):,} held out, "
             f"{self.facts['image_size']} px {self.facts['resize']}",
         }
@@ -352,12 +356,17 @@ class ImageStage(ImagesStage):
             lines["judged"] = self.heads.describe()
         return lines | self.notes
 
+    def valid(self, batch: Batch) -> Tensor:
+        return self.valid_at(batch, self.grid)
+
+    def target(self, batch: Batch) -> Tensor:
+        return resize_BCHW(super().target(batch), (self.grid,) * 2)
+
     def predict(self, student: nn.Module, batch: Batch) -> Tensor:
         """Return the student's features at the targets' grid, (B, C, G, G)."""
         with self.place.autocast():
-            feat_BND = student(self.pixels(batch)).last_hidden_state
-        # A store may hold a coarser grid than the student's, to save space.
-        return resize_BCHW(to_map(feat_BND), (self.facts["grid"],) * 2)
+            feat_BND = student(self.student_pixels(batch)).last_hidden_state
+        return resize_BCHW(to_map(feat_BND), (self.grid,) * 2)
 
     def compare(self, batch: Batch, pred: Tensor, target: Tensor) -> dict[str, Tensor]:
         through_heads = {} if self.heads is None else self.heads.sums(batch, pred, target)

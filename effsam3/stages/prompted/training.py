@@ -35,7 +35,14 @@ from effsam3.stages.image.training import both_datasets, both_splits, ready_inde
 from effsam3.stages.prompted.facts import FEATURES, TERMS, PromptedRecipe
 from effsam3.stages.prompted.prompts import asks, draw_exemplars, draw_prompts
 from effsam3.stages.protocol import Batch, Place, Stage
-from effsam3.stages.taught import config_to_come, load_sam3, open_trunk_store, trunk_config, without_trunk
+from effsam3.stages.taught import (
+    config_to_come,
+    load_sam3,
+    open_trunk_store,
+    refuse_other_sizes,
+    trunk_config,
+    without_trunk,
+)
 from effsam3.training.report import Report, table
 
 MASK_SIDE = 4  # side of a mask, in positions of the trunk's grid
@@ -299,21 +306,6 @@ class PromptedStage(StageBase):
         ]
         titles = [name.removeprefix("val/").replace("heads_", "").replace("_", " ") for name in names]
         return table(rows, ["held-out images, next to the teacher", *titles])
-
-
-def refuse_other_sizes(own: Any, teacher: Any) -> None:
-    """Refuse a teacher of another image or grid: its features would not fit the student's.
-
-    Raises:
-        UserError: it is one.
-    """
-    for name in ("image_size", "patch_size", "hidden_size"):
-        mine, other = (getattr(trunk_config(config), name) for config in (own, teacher))
-        if mine != other:
-            raise UserError(
-                f"teacher.checkpoint: its {name} is {other}, that of sam3.checkpoint {mine}; name the SAM 3 that the "
-                "student was made for"
-            )
 
 
 STAGE: type[Stage] = PromptedStage  # what `train` builds

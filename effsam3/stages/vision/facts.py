@@ -42,14 +42,16 @@ class VisionRecipe(ImagesRecipe):
 
     starter = "stage1/vision/es_rv_m"
     replaces = "vision trunk and necks"
-    knobs = ("train.micro_batch_size", "hardware", "train.ema", "student_image_size", "teacher")
+    knobs = ("train.micro_batch_size", "hardware", "train.ema", "image_size", "student_image_size", "teacher")
 
     stage: Literal["vision"]  # the folder of effsam3/stages that reads this recipe
     name: FileName  # name of the run folder, <train.runs>/<name>
     hardware: FileName = "cpu"  # names accelerate_configs/<hardware>.yaml; the learning does not depend on it
     # A row of effsam3/models/registry.py (see `effsam3 compare`), or timm/NAME, any backbone with feature maps
     student: Annotated[str, image_student_name]
-    student_image_size: Annotated[int, student_side] | None = None  # px that it sees of SAM 3's 1008; null: all
+    # px of the images that its model takes: SAM 3's heads work on the grid that follows; null: SAM 3's own 1008
+    image_size: Annotated[int, student_side] | None = None
+    student_image_size: Annotated[int, student_side] | None = None  # px that it sees of these; null: all
     # imagenet, random, weights file, or a model's folder: of a run of this stage, or of stage image for its trunk
     student_init: Annotated[str, initialisation] = "imagenet"
     # Channels of the pyramid's maps, which both necks read: of 288, 144 and 72 a side

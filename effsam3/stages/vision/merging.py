@@ -15,7 +15,7 @@ from effsam3.models.registry import IMAGE_STUDENTS
 from effsam3.models.vision.slot import vision_part
 from effsam3.models.vision.student import VisionTrunkConfig
 from effsam3.stages.base import TEACHER_FORM, CardEntry
-from effsam3.stages.image.merging import card_of_student, refuse_other_size
+from effsam3.stages.image.merging import card_of_student, for_student
 from effsam3.stages.vision.facts import VisionRecipe
 from effsam3.stages.vision.training import untrained
 
@@ -25,7 +25,7 @@ FEATURES_FORM = {"teacher": TEACHER_FORM, "image_size": int}
 
 def part_of_run(trained: VisionRecipe, features: dict, weights: dict, config: PreTrainedConfig, about: dict) -> Part:
     """Return the part of a run of stage `vision`."""
-    refuse_other_size(features, config, about)
+    config = for_student(trained, features, config, about)
     return vision_part(trained.student, trained.widths, trained.student_image_size, weights, config, **about)
 
 

@@ -14,14 +14,13 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from effsam3.data.statistics import FeatureStatistics
-from effsam3.data.transforms import valid_mask
 from effsam3.hardware.accelerator import frozen_autocast
 from effsam3.losses.features import agreement_sums, map_means
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
-from effsam3.models.chassis.sizes import sam3_of
+from effsam3.models.chassis.sizes import at_image_size, sam3_of
 from effsam3.models.chassis.tensors import fingerprint, read_tensors
 from effsam3.models.image.backbones import image_student
-from effsam3.models.image.student import load_timm_weights
+from effsam3.models.image.student import load_timm_weights, resize_BCHW
 from effsam3.models.image.teacher import Teacher
 from effsam3.models.merging.slots import SLOTS
 from effsam3.models.vision.slot import build_vision_student
@@ -36,7 +35,7 @@ from effsam3.training.report import Report
 
 def make_student(recipe: VisionRecipe, config: Any) -> VisionStudent:
     """Build the recipe's student for the SAM 3 with this config, and initialise it."""
-    encoder = config.detector_config.vision_config
+    encoder = at_image_size(config, recipe.side).detector_config.vision_config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # every rank builds the same student
         student = build_vision_student(encoder, recipe.student, recipe.widths, recipe.student_image_size)
@@ -109,7 +108,7 @@ class VisionStage(ImagesStage):
         return [*super().frozen, self.necks]
 
     def describe(self) -> dict[str, str]:
-        seen = self.recipe.student_image_size or self.facts["image_size"]
+        seen = self.recipe.seen
         row, sizes = image_student(self.recipe.student, seen), sam3_of(self.recipe.sam3.checkpoint).sizes
         replaced = sizes.trunk_params + 2 * sizes.neck_params
         source = "next to the student" if self.teacher is not None else f"from {self.recipe.embed.to}"
@@ -129,30 +128,29 @@ class VisionStage(ImagesStage):
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> list[Tensor]:
-        """Return what the teacher's necks make of its trunk's features, `MAPS`."""
+        """Return what the teacher's necks make of its trunk's features, `MAPS`, of the sizes of the student's."""
         with frozen_autocast(self.device, self.recipe.train.precision):
-            return self.necks(self.target(batch))
+            maps = self.necks(self.target(batch))
+        side, own = self.recipe.side, self.facts["image_size"]
+        return [resize_BCHW(feat, (feat.shape[-1] * side // own,) * 2) for feat in maps]
 
     def measured_statistics(self) -> dict[str, list[float]]:
         each = [FeatureStatistics(self.channels // len(MAPS)) for _ in MAPS]
         for batch in self.statistics_batches():
             for statistics, target in zip(each, self.targets(batch), strict=True):
-                statistics.update(target, self.valid_at(batch, target))
+                statistics.update(target, self.valid_at(batch, target.shape[-1]))
         found = [statistics.result() for statistics in each]
         return {name: [value for result in found for value in result[name]] for name in ("mean", "deviation")}
-
-    def valid_at(self, batch: Batch, feat: Tensor) -> Tensor:
-        """Return the valid mask (B, 1, H, W) for a map."""
-        return valid_mask(batch["sizes"], self.facts["image_size"], feat.shape[-1]).to(self.device)
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         weights, targets = self.recipe.loss, self.targets(batch)
         terms: dict[str, list[Tensor]] = {"mse": [], "cosine": []}
         with self.place.autocast():
-            preds = student(self.pixels(batch))
+            preds = student(self.student_pixels(batch))
         statistics = zip(self.mean_C.chunk(len(MAPS)), self.deviation_C.chunk(len(MAPS)), strict=True)
         for pred, target, own in zip(preds, targets, statistics, strict=True):
-            for name, value in self.feature_loss(pred, target, self.valid_at(batch, target), "mean", own).items():
+            valid = self.valid_at(batch, target.shape[-1])
+            for name, value in self.feature_loss(pred, target, valid, "mean", own).items():
                 terms[name].append(value)
         means = {name: torch.stack(values).mean() for name, values in terms.items()}
         total = weights.mse * means["mse"] + weights.cosine * means["cosine"]
@@ -161,11 +159,11 @@ class VisionStage(ImagesStage):
     @torch.no_grad()
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         with self.place.autocast():
-            preds = student(self.pixels(batch))
+            preds = student(self.student_pixels(batch))
         statistics = zip(self.mean_C.chunk(len(MAPS)), self.deviation_C.chunk(len(MAPS)), strict=True)
         sums: dict[str, Tensor] = {}
         for name, pred, target, own in zip(MAPS, preds, self.targets(batch), statistics, strict=True):
-            found = agreement_sums(pred, target, self.valid_at(batch, target), *own)
+            found = agreement_sums(pred, target, self.valid_at(batch, target.shape[-1]), *own)
             sums |= {f"{name}/{key}": value for key, value in found.items()}
         return sums
 
