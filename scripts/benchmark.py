@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import torch
-from benchmark_loop import loop_step, masked_loss
+from benchmark_loop import loop_step, masked_loss, region_and_boundary
 from benchmark_memory import clip_step, frame_memory
 from benchmark_phrases import concept_step, phrases_of_image
 from benchmark_text import text_step
@@ -282,6 +282,7 @@ def vision_pass(student: str, device: torch.device, tiny: bool) -> Sides:
 BENCHMARKS = {
     "loop-step": Benchmark(loop_step, most=5),
     "feature-loss": Benchmark(masked_loss, most=0.5),
+    "jf": Benchmark(region_and_boundary, most=1 / 12),
     "video-step": Benchmark(partial(clip_step, False), most=0.5),
     "memory-step": Benchmark(partial(clip_step, True), most=0.6),
     "memory-frame": Benchmark(frame_memory, most=1.2),

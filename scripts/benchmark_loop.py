@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks of `benchmark.py` that are about a step of training."""
+"""The benchmarks of `benchmark.py` that are about a step of training, and about scoring masks."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import io
+import math
 import shutil
 import tempfile
 from collections.abc import Callable
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from effsam3 import stages, train
+from effsam3.benchmarks.jaccard import TOLERANCE, SavScorer, boundary
 from effsam3.losses.features import feature_loss, mean_over_images, mse_per_position
 from effsam3.recipe.reader import load_recipe
 from effsam3.stages.base import StageBase
@@ -141,3 +144,42 @@ def masked_loss(device: torch.device, tiny: bool) -> Sides:
     # Compiling takes longer than all the rest of a trial of the script.
     more = {} if tiny else {"compiled": lambda: gradient(lambda: compiled(pred, target, valid, "mean"))}
     return sides | more
+
+
+def region_and_boundary(device: torch.device, tiny: bool) -> Sides:
+    """J and F of an object on 5 frames of 480 x 854, and the same by dilating the boundaries of whole frames."""
+    height, width = (60, 100) if tiny else (480, 854)
+    y, x = np.mgrid[:height, :width]
+    rng, pairs = np.random.default_rng(0), []
+    for _ in range(5):
+        (cy, cx), (ry, rx) = rng.uniform(0.3, 0.7, 2) * (height, width), rng.uniform(0.08, 0.25, 2) * height
+        truth = ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1 + 0.3 * np.sin(5 * np.arctan2(y - cy, x - cx))
+        pairs.append((np.roll(truth, rng.integers(-6, 7, 2), (0, 1)), truth))
+    radius = math.ceil(TOLERANCE * math.hypot(height, width))
+
+    def ours() -> list[tuple[float, float]]:
+        scorer = SavScorer("video")
+        for predicted, truth in pairs:
+            scorer.add({1: truth}, {1: predicted})
+        return [(frame.J, frame.F) for frame in scorer.frames[1]]
+
+    def dilated(edge: np.ndarray) -> np.ndarray:
+        sums = np.cumsum(np.pad(edge, ((radius, radius), (radius + 1, radius))), axis=1, dtype=np.int32)
+        found = np.zeros_like(edge)
+        for shift in range(-radius, radius + 1):
+            half, rows = math.isqrt(radius**2 - shift**2), sums[radius + shift : radius + shift + height]
+            start, end = radius - half, radius + half + 1
+            found |= rows[:, end : end + width] > rows[:, start : start + width]
+        return found
+
+    def naive() -> list[tuple[float, float]]:
+        found = []
+        for predicted, truth in pairs:
+            own, other = boundary(predicted), boundary(truth)
+            precision, recall = (own & dilated(other)).sum() / own.sum(), (other & dilated(own)).sum() / other.sum()
+            j = (predicted & truth).sum() / (predicted | truth).sum()
+            found.append((j, 2 * precision * recall / (precision + recall) if precision + recall else 0.0))
+        return found
+
+    assert ours() == naive()
+    return {"objects": ours, "whole frames": naive}

@@ -102,7 +102,7 @@ class PaletteFrames(Annotations):
             except UnreadableAnnotations as fault:
                 faults.append(fault)
                 continue
-            found = set(np.unique(ids_HW).tolist()) - {0}
+            found = _values_in(ids_HW) - {0}
             own_void = VOID if ids_HW.dtype == np.uint8 else IGNORED
             void += [file] if own_void in found else []
             ids |= found - {own_void}
@@ -147,7 +147,7 @@ class PaletteFrames(Annotations):
         """Return the masks of the ids in one PNG."""
         ids_HW = read_png(self._files[number], self.name)
         void = VOID if ids_HW.dtype == np.uint8 else IGNORED
-        found = set(np.unique(ids_HW).tolist()) - {0}
+        found = _values_in(ids_HW) - {0}
         if self.binary and found == {void}:  # an object, if no other PNG has ids
             return super().shown(number)
         return Shown({name: ids_HW == name for name in sorted(found - {void})}, frozenset())
@@ -185,6 +185,13 @@ def _by_number(paths: list[Path], video: str) -> dict[int, Path]:
         if other != path:
             raise UnreadableAnnotations(video, "names", f"{other} and {path.name} have one number; remove one of them")
     return dict(sorted(found.items()))
+
+
+def _values_in(ids_HW: np.ndarray) -> set[int]:
+    """Return the values that there are, 0 among them."""
+    if ids_HW.dtype == np.uint8:  # counted, eight times faster than sorted
+        return {value for value, count in enumerate(Image.fromarray(ids_HW).histogram()) if count}
+    return set(np.unique(ids_HW).tolist())
 
 
 def read_png(path: Path, video: str) -> np.ndarray:
