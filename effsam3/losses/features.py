@@ -76,9 +76,10 @@ def feature_loss(
     With `channels: sum` on raw features this is EfficientSAM3's stage 1 loss: the mean over images of
     sum((p - t)^2 m) / max(sum(m), 1) and of sum((1 - cos) m) / max(sum(m), 1).
     """
-    maps = (pred_BCHW, target_BCHW)
-    maps = [feat.float() if statistics is None else standardise(feat, *statistics) for feat in maps]
-    error_BHW, distance_BHW = _Compared.apply(*maps)
+    pred, target = (
+        feat.float() if statistics is None else standardise(feat, *statistics) for feat in (pred_BCHW, target_BCHW)
+    )
+    error_BHW, distance_BHW = _Compared.apply(pred, target)
     if channels == "mean":
         error_BHW = error_BHW / pred_BCHW.shape[1]
     return {"mse": mean_over_images(error_BHW, valid_B1HW), "cosine": mean_over_images(distance_BHW, valid_B1HW)}
