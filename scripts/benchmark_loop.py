@@ -90,7 +90,7 @@ def loop_step(device: torch.device, tiny: bool) -> Sides:
     steps = 4 if tiny else 1000
     folder = tempfile.mkdtemp(prefix="effsam3-benchmark-")
     atexit.register(shutil.rmtree, folder)
-    hardware = "single" if device.type == "cuda" else "cpu"
+    hardware = "gpu" if device.type == "cuda" else "cpu"
     sizes = [f"train.global_batch_size={4 * MICROS}", "train.micro_batch_size=4", f"train.steps={steps}"]
     rare = [f"train.{name}={steps}" for name in ("eval_every", "save_every")]
     others = [f"hardware={hardware}", f"train.runs={folder}", "train.epochs=null", "data.workers=0"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same learning on a GPU as on a CPU, and on a GPU under ZeRO-2 as without."""
+"""The same learning on a GPU as on a CPU, and on a GPU under ZeRO-2 and ZeRO-3 as without."""
 
 from __future__ import annotations
 
@@ -73,24 +73,27 @@ def test_fp32_on_a_gpu_is_fp32_on_a_cpu(trained):
 
 
 def test_bf16_stays_close(trained):
-    _, folder = trained
+    stage, folder = trained
     reference = losses(folder / "gpu")
     for step, values in losses(folder / "bf16").items():
-        assert values["train/loss"] == pytest.approx(reference[step]["train/loss"], rel=0.05)
+        drift = values["train/loss"] / reference[step]["train/loss"] - 1
+        print(f"{stage}, step {step}: the loss in bf16 is {drift:+.1e} off", flush=True)
+        assert abs(drift) < 0.05
         assert values["train/loss"] != reference[step]["train/loss"]
 
 
-def test_zero2_is_the_same_learning(trained):
-    """One process under ZeRO-2, and what was saved without ZeRO, resumed under it."""
+@pytest.mark.parametrize("zero", (2, 3))
+def test_zero_is_the_same_learning(trained, zero):
+    """One process under ZeRO, and what was saved without ZeRO, resumed under it."""
     pytest.importorskip("deepspeed")
     stage, folder = trained
-    config, script = REPOSITORY / "accelerate_configs/zero2.yaml", REPOSITORY / "scripts/train.py"
+    config, script = REPOSITORY / f"accelerate_configs/zero{zero}.yaml", REPOSITORY / "scripts/train.py"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     line = [*launcher, "--num_processes", "1", "--main_process_port", "0", str(script), *asked(stage, "gpu")]
-    saved = folder / "gpu/runs/run/checkpoints/step-000003"
-    lines = {folder / "zero2": line, folder / "resumed": [*line, "--resume", str(saved)]}
+    saved, name = folder / "gpu/runs/run/checkpoints/step-000003", f"zero{zero}"
+    lines = {folder / name: line, folder / f"{name}-resumed": [*line, "--resume", str(saved)]}
     for printed in train_all(lines):
-        assert "1 x NVIDIA" in printed and "ZeRO-2" in printed
+        assert "1 x NVIDIA" in printed and f"ZeRO-{zero}" in printed
     reference = losses(folder / "gpu")
-    assert_same(reference, losses(folder / "zero2"), 1e-4)
-    assert_same({step: reference[step] for step in range(4, STEPS + 1)}, losses(folder / "resumed"), 1e-4)
+    assert_same(reference, losses(folder / name), 1e-4)
+    assert_same({step: reference[step] for step in range(4, STEPS + 1)}, losses(folder / f"{name}-resumed"), 1e-4)
