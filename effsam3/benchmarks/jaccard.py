@@ -87,8 +87,8 @@ def _extent(one_HW: np.ndarray, other_HW: np.ndarray) -> tuple[slice, slice]:
 
     Objects are small and frames are not: most of the time would go into empty rows.
     """
-    rows = _span(one_HW.any(1) | other_HW.any(1))
-    return rows, _span(one_HW[rows].any(0) | other_HW[rows].any(0))
+    rows = _span(np.logical_or(one_HW.any(1), other_HW.any(1)))
+    return rows, _span(np.logical_or(one_HW[rows].any(0), other_HW[rows].any(0)))
 
 
 def _span(occupied: np.ndarray) -> slice:

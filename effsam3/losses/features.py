@@ -48,7 +48,7 @@ class _Compared(torch.autograd.Function):
         return error_BHW, 1 - cosine_BHW
 
     @staticmethod
-    def backward(ctx, by_error_BHW: Tensor, by_distance_BHW: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch's own is (ctx, *grads)
+    def backward(ctx, by_error_BHW: Tensor, by_distance_BHW: Tensor) -> tuple[Tensor, None]:
         pred_BCHW, target_BCHW, pred_norm_BHW, target_norm_BHW, cosine_BHW = ctx.saved_tensors
         of_pred_BHW = 2 * by_error_BHW + by_distance_BHW * cosine_BHW / pred_norm_BHW.square()
         of_target_BHW = -2 * by_error_BHW - by_distance_BHW / (pred_norm_BHW * target_norm_BHW)
