@@ -131,8 +131,8 @@ def _convert(path):
 
 def test_several_processes_convert_once(saved, tensors, cache, folder, capfd):
     path = saved(tensors)
-    with multiprocessing.get_context("fork").Pool(3) as pool:
-        found = pool.map(_convert, [path] * 3, chunksize=1)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:  # a fork of threads may hang
+        found = pool.map(_convert, [path] * 2, chunksize=1)
     assert len({place for place, _ in found}) == 1
     assert capfd.readouterr().err.count("to transformers' format, once") == 1
     assert_same(read_tensors(Path(found[0][0])), read_tensors(folder))
