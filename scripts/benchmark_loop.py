@@ -93,7 +93,13 @@ def loop_step(device: torch.device, tiny: bool) -> Sides:
     hardware = "gpu" if device.type == "cuda" else "cpu"
     sizes = [f"train.global_batch_size={4 * MICROS}", "train.micro_batch_size=4", f"train.steps={steps}"]
     rare = [f"train.{name}={steps}" for name in ("eval_every", "save_every")]
-    others = [f"hardware={hardware}", f"train.runs={folder}", "train.epochs=null", "data.workers=0"]
+    others = [
+        f"hardware={hardware}",
+        f"train.runs={folder}",
+        "train.epochs=null",
+        "data.workers=0",
+        "optim.warmup_steps=1",
+    ]
     recipe = load_recipe("smoke/image", [*sizes, *rare, *others])
 
     def ours() -> None:
