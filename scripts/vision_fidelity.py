@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from concept_table import fresh
 from torch.nn.functional import cosine_similarity
 
 from effsam3 import embed, evaluate, merge, train
@@ -74,12 +74,6 @@ def learned(title: str, asked: argparse.Namespace) -> dict[str, float]:
     evaluate.run(recipe)
     masks = json.loads((asked.to / run / "eval/masks.json").read_text())["box"]
     return cosines(recipe, asked.sam3, asked.to / run / "merged") | {"boxes": 100 * masks["agreement"], "cpu_s": spent}
-
-
-def fresh() -> None:
-    """Let the next verb make its own accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def cosines(recipe, sam3: str, merged: Path) -> dict[str, float]:
