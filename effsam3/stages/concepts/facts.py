@@ -96,7 +96,7 @@ class ConceptModel(Section):
     # Names of its submodules and parameters, such as vision_encoder.backbone, vision_encoder.neck, text_encoder or
     # detr_decoder: where nothing is called so from the detector on, all that ends in it; `all`: all of it; []: the
     # adapters alone
-    trainable: Annotated[tuple[str, ...], each_once] = ("vision_encoder.backbone",)
+    trainable: Annotated[tuple[str, ...], each_once] = ("vision_encoder.backbone", "vision_encoder.neck")
 
 
 @dataclass(frozen=True, kw_only=True)
