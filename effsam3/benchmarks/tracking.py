@@ -86,11 +86,13 @@ class TrackerRun:
         self.most_tokens = 0  # of memory that one object attended to on one frame
         self.object_frames = 0
 
-    def step(self, index: int, image_HWC: np.ndarray, prompts: Masks) -> Masks:
-        """Track onto the next frame; `prompts` are the masks of new objects, which are shown as `Showing` has it."""
+    def step(self, index: int, pixels_3SS: Tensor, prompts: Masks) -> Masks:
+        """Track onto the next frame, normalised pixels of the model's size; return all masks.
+
+        `prompts` are the masks of new objects, which are shown as `Showing` has it.
+        """
         device = self.tracker.device
-        pixels = normalise(resize_image(image_HWC, self.tracker.config.image_size, "square")[0])
-        self.frames.hold(index, pixels.to(device, self.tracker.dtype))
+        self.frames.hold(index, pixels_3SS.to(device, self.tracker.dtype))
         if prompts:
             self._prompt(index, prompts)
         attention: nn.Module = self.tracker.memory_attention
@@ -206,6 +208,7 @@ def track(runs: dict[str, TrackerRun], video: VosVideo, appearing_later: bool) -
     annotated = set(video.annotated)
     first = min(annotated, default=0)
     known: set[int] = set()
+    sides = {name: run.tracker.config.image_size for name, run in runs.items()}
     for index in range(first, video.frames):
         image_HWC = np.ascontiguousarray(video.read([index])[0].transpose(1, 2, 0))
         truths = video.masks(index) if index in annotated else None
@@ -218,5 +221,9 @@ def track(runs: dict[str, TrackerRun], video: VosVideo, appearing_later: bool) -
                 f"{video.name}: no object is annotated on frame {first}, where tracking starts; track objects that "
                 "appear later, or leave the video out"
             )
-        masks = {name: run.step(index, image_HWC, prompts) if known else {} for name, run in runs.items()}
+        masks: dict[str, Masks] = {name: {} for name in runs}
+        if known:
+            # Once for all trackers of a size: on a GPU it takes longer than scoring them.
+            pixels = {side: normalise(resize_image(image_HWC, side, "square")[0]) for side in set(sides.values())}
+            masks = {name: run.step(index, pixels[sides[name]], prompts) for name, run in runs.items()}
         yield TrackedFrame(index, image_HWC, truths, masks, frozenset(prompts))

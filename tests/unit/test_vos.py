@@ -140,6 +140,22 @@ def test_grey_masks_hold_ids_too(tmp_path):
     assert open_vos(tmp_path)[0].masks(0)[7].all()
 
 
+def test_pngs_of_ids_are_decoded_once(tmp_path):
+    """All of them before the first frame is asked for: what was read then is kept for one look at each frame."""
+    ids = np.random.default_rng(0).choice([0, 1, 7, 254, 255], (8, 10)).astype(np.uint8)
+    others = np.full((8, 10), 3, np.uint8)
+    write_davis(tmp_path, "noise", {0: ids, 1: others}, range(2))
+    (video,) = open_vos(tmp_path)
+    assert video.objects == [1, 3, 7, 254]
+    for png in (tmp_path / "Annotations").rglob("*.png"):
+        png.write_bytes(b"changed since")
+    for index, wanted in enumerate((ids, others)):
+        for number, mask_HW in video.masks(index).items():
+            np.testing.assert_array_equal(mask_HW, wanted == number)
+        with pytest.raises(UnreadableAnnotations):
+            video.masks(index)
+
+
 def refused(video, call, kind=UnreadableAnnotations):
     with pytest.raises(kind, match=f"'{video}'") as caught:
         call()
