@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +135,8 @@ def refuse_unwritable(folder: Path, named_by: str) -> None:
     Raises:
         UserError: it is a file, or it, or where it would be made, cannot be written.
     """
+    import tempfile  # a moment, which `show` does not have to wait
+
     there = folder
     try:
         # A file is really made: permissions alone do not tell of read-only mounts and quotas.

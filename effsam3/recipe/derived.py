@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from pathlib import Path
 
 from effsam3.checked_files import read_json
@@ -55,6 +54,8 @@ def warmup_steps(recipe: StageRecipe, train_samples: int) -> int:
 def _steps(epochs: float | None, recipe: StageRecipe, train_samples: int) -> int:
     assert epochs is not None  # the recipe gives steps or epochs
     # Exact: in floats a product such as 0.7 x 10240 may round up to one step too many.
+    from fractions import Fraction  # a moment, which `show` of a recipe with steps does not have to wait
+
     return math.ceil(Fraction(str(epochs)) * train_samples / recipe.train.global_batch_size)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -199,7 +200,7 @@ def _build(cls: type, tree: Tree, prefix: str, problems: list[str], known: list[
     if not isinstance(tree, Mapping):
         problems.append(f"{prefix[:-1]}: expected keys below it, got {tree} ({tree.where})")
         return None
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls)
     # Unknown keys first, then missing ones: all mistakes are named at once, none hides another.
     names = [field.name for field in fields(cls)]
     for key, node in tree.items():
@@ -229,10 +230,15 @@ def _build(cls: type, tree: Tree, prefix: str, problems: list[str], known: list[
     return instance
 
 
+@functools.cache  # reading them takes as long as all the rest of a recipe's keys
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=True)
+
+
 def _keys(cls: type, prefix: str = "") -> list[str]:
     """Return all dotted keys of a recipe class, sections among them."""
     keys: list[str] = []
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     for name, hint in ((field.name, hints[field.name]) for field in fields(cls)):
         keys += [
             prefix + name,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import pickletools
 import struct
 from collections.abc import Iterator
 from copy import deepcopy
@@ -133,6 +132,8 @@ def _texts_in(file: Path) -> list[str]:
 
     Its pickle is only listed, so this takes neither torch nor trust.
     """
+    import pickletools  # a moment, for this kind of file only
+
     with ZipFile(file) as archive:
         folder = archive.namelist()[0].partition("/")[0]
         listing = pickletools.genops(archive.read(f"{folder}/data.pkl"))
