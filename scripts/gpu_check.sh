@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that can only be seen on a GPU, in under 8 minutes; what was found is left in a folder:
 #   bash scripts/gpu_check.sh [FOLDER]
-# tests.txt: drift in bf16, ZeRO-2 and ZeRO-3 next to none, memory next to `show --budget`; benchmark.md: ratios.
+# tests.txt: drift in bf16, ZeRO-2 and ZeRO-3 next to none, memory next to `show --budget`; rates.md: what
+# the GPU computes in a second; benchmark.md: ratios.
 # Each part has its own limit; the last one to start may be cut short, which its file then says.
 set -uo pipefail
 
@@ -27,6 +28,7 @@ part() { # part FILE SECONDS COMMAND...: what it prints goes to the file too
 }
 
 tests=(tests/gpu/test_gpu_trajectories.py tests/gpu/test_gpu_budget.py tests/gpu/test_gpu_smoke_recipes.py)
-part tests.txt 300 python -m pytest -m gpu "${tests[@]}" -s -v
-part benchmark.md 160 python scripts/benchmark.py --suite gpu --rounds 4 --out "$out/benchmark.json"
+part tests.txt 265 python -m pytest -m gpu "${tests[@]}" -s -v
+part rates.md 80 python scripts/gpu_rates.py --out "$out/rates.json"  # 5 x (5 s, its warm-up and its weights)
+part benchmark.md 120 python scripts/benchmark.py --suite gpu --rounds 4 --out "$out/benchmark.json"
 exit $failed
