@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-SMALL = ("data.synthetic_images=4", "train.global_batch_size=2", "train.micro_batch_size=2", "train.eval_samples=2")
+SMALL = ("data.synthetic_images=12", "train.global_batch_size=2", "train.micro_batch_size=2", "train.eval_samples=2")
 # What a first step of smoke/image cannot go without: torch's optimizers load its compiler, timm all its trunks.
 FLOOR = "import timm.models, torch._dynamo; from transformers import Sam3Model"
 
