@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from effsam3 import stages
 from effsam3.data.loader import worker_failures_explained
+from effsam3.errors import RecipeError
 from effsam3.files import refuse_unwritable, write_text
 from effsam3.hardware.accelerate_configs import read_config
 from effsam3.hardware.accelerator import (
@@ -86,6 +87,9 @@ def run(recipe: StageRecipe, resume: str = AUTO, debug: bool = False) -> None:
         recipe.train.loggers,
         str(folder),
     )
+    if recipe.train.compile and accelerator.state.deepspeed_plugin is not None:
+        # Its steps learn the same; then validation meets what DeepSpeed has put into the student, and fails.
+        raise RecipeError(f"train.compile does not go with DeepSpeed ({recipe.hardware}); set it to false, or use DDP")
     # Before the expensive part: a folder without write access should not cost a model's loading.
     on_main(accelerator, partial(refuse_unwritable, folder, "train.runs"))
     if debug:
