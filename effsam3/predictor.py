@@ -97,6 +97,7 @@ class Predictor:
         box: Sequence = (),
         point: Sequence = (),
         threshold: float | None = None,
+        coarse_masks: bool = False,
     ) -> Instances:
         """Find instances on an image.
 
@@ -107,6 +108,7 @@ class Predictor:
                 several of them.
             point: x, y on the object, with a third number 0 next to it; or several of one object.
             threshold: score from which an instance of a text counts; None: 0.5.
+            coarse_masks: compute every second row and column of a text's masks only: fewer operations.
 
         Returns:
             The instances: of a text best first, objects as they were shown. `masks_OHW` are bool and as large as the
@@ -124,7 +126,7 @@ class Predictor:
             raise PredictError(
                 f"image is {image_HW3.dtype} of {image_HW3.shape}; expected uint8 of (height, width, 3)"
             )
-        asked = Asked(_list(text), _rows(box, 4), _rows(point, 2), None, threshold)
+        asked = Asked(_list(text), _rows(box, 4), _rows(point, 2), None, threshold, coarse_masks)
         # Before the model is loaded, which takes many seconds.
         refuse_misfit(asked, False, image_HW3.shape[:2])
         return together(list(self.on_image(image_HW3, asked)))
@@ -163,7 +165,7 @@ class Predictor:
             pixels_3SS = normalise(resize_image(image_HW3, self.tracker.config.image_size, "square")[0])
             yield of_prompts(*shown_masks(self.tracker, pixels_3SS, size, shown(asked, size)))
             return
-        levels = self.concepts.look(image_HW3)
+        levels = self.concepts.look(image_HW3, asked.coarse_masks)
         threshold = IMAGE_THRESHOLD if asked.threshold is None else asked.threshold
         boxes = torch.tensor([box[:4] for box in asked.boxes]) if asked.boxes else None
         positive = torch.tensor([box[4] == 1 for box in asked.boxes]) if asked.boxes else None
@@ -256,6 +258,11 @@ def refuse_misfit(asked: Asked, is_video: bool, size: tuple[int, int]) -> None:
     if is_video and asked.texts and asked.boxes:
         raise PredictError(
             "example boxes are for images; give a video only --text, or only --box to track what it shows"
+        )
+    if is_video and asked.coarse_masks:
+        raise PredictError(
+            "--coarse-masks is for images: transformers follows texts through videos, and knows no such masks; leave "
+            "it out"
         )
     if not is_video and asked.mask is not None:
         raise PredictError("--mask shows objects on the first frame of a video; an image takes --text, --box, --point")

@@ -270,6 +270,7 @@ VERBS = {
             ),
             arg("--mask", "objects on a video's first frame, one per value above 0", metavar="PNG"),
             arg("--threshold", "of --text; default: 0.5, in a video 0.7", type=float, metavar="SCORE"),
+            flag("--coarse-masks", "of --text on images: compute every second row and column only, which is cheaper"),
             arg("--out", "default: predictions/<name of INPUT>", metavar="FOLDER"),
             arg("--device", "such as cuda:1, mps or cpu; default: a GPU, where there is one", metavar="DEVICE"),
             flag("--images", "the images of a folder are images of their own, not the frames of a video"),

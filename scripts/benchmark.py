@@ -32,8 +32,8 @@ import pyarrow.parquet as parquet
 import torch
 from benchmark_loop import loop_step, masked_loss, region_and_boundary
 from benchmark_memory import clip_step, frame_memory
-from benchmark_phrases import concept_step, phrases_of_image
 from benchmark_start import first_step, imports, show
+from benchmark_phrases import concept_step, phrases_of_image, slim_phrase
 from benchmark_text import text_step
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -305,6 +305,7 @@ BENCHMARKS = {
     "start-package": Benchmark(partial(imports, "effsam3, transformers", "transformers"), most=1.05, on_gpu=False),
     "start-train": Benchmark(partial(imports, "effsam3.train", "torch, transformers"), most=1.3, on_gpu=False),
     "start-step": Benchmark(first_step, most=2, on_gpu=False),
+    "phrase-slim": Benchmark(slim_phrase, most=0.6),
 }
 
 

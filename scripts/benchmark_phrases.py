@@ -16,9 +16,10 @@ from effsam3.hardware.budget.dry_run import DryPlace
 from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import load_whole, read_config
-from effsam3.models.heads.detector import PADDING, answer, ask, detector_levels
+from effsam3.models.heads.detector import PADDING, Asked, answer, ask, detector_levels
 from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.image.student import student_config
+from effsam3.models.inference.concepts import masks_of
 from effsam3.models.registry import SAM3S
 from effsam3.models.text.tokens import PromptTokenizer
 from effsam3.recipe.reader import load_recipe
@@ -58,22 +59,65 @@ def concept_step(device: torch.device, tiny: bool) -> Sides:
     return {"four phrases": step_of(4), "one phrase": step_of(1)}
 
 
+def _side(device: torch.device, tiny: bool) -> int:
+    """Return the side of the images in pixels."""
+    return 112 if tiny else 1008 if device.type == "cuda" else 504
+
+
+def _detector(device: torch.device, side: int, layers: int = 6) -> SimpleNamespace:
+    """Make SAM 3's detector with random weights on the trunk of RepViT-M1.1, with a small text encoder."""
+    config = SAM3S["random"].config().detector_config
+    config.text_config.num_hidden_layers = 1
+    config.detr_encoder_config.num_layers = layers
+    trunk = config.vision_config.backbone_config
+    sizes = {"hidden_size": trunk.hidden_size, "image_size": side, "patch_size": trunk.patch_size}
+    config.vision_config.backbone_config = student_config("repvit_m1_1", "fused", None, **sizes)
+    return SimpleNamespace(detector_model=Sam3Model(config).eval().requires_grad_(False).to(device))
+
+
+def _asked(count: int, device: torch.device) -> Asked:
+    """Ask for phrases of one image, as the text encoder has read them."""
+    asked = ask(["x"] * count, torch.zeros(count, dtype=torch.int64, device=device), PromptTokenizer())
+    return asked._replace(texts_RTC=torch.randn(count, 32, 256, device=device))
+
+
+def slim_phrase(device: torch.device, tiny: bool) -> Sides:
+    """Two phrases of an image that has been looked at, with every second layer of the encoder and coarse masks.
+
+    On a CPU images have 504 px.
+    """
+    side, asked, found = _side(device, tiny), _asked(2, device), torch.arange(5, device=device).repeat(2, 1)
+
+    def answering(layers: int, coarse_masks: bool) -> Callable[[], object]:
+        model = _detector(device, side, layers)
+
+        @torch.no_grad()
+        def call() -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                masks_of(levels, answer(model, levels, asked), found)
+
+        with torch.no_grad():
+            feat_1DGG = torch.randn(1, 1024, side // 14, side // 14, device=device)
+            levels = detector_levels(model, feat_1DGG, coarse_masks=coarse_masks)
+        return call
+
+    return {
+        "half the layers, coarse masks": answering(3, True),
+        "as it is": answering(6, False),
+        "half the layers": answering(3, False),
+        "coarse masks": answering(6, True),
+    }
+
+
 def phrases_of_image(device: torch.device, tiny: bool) -> Sides:
     """Eight phrases on one image, together and in a call each, by SAM 3's detector on the trunk of RepViT-M1.1.
 
     The text encoder is a small one: what it makes of a phrase is remembered. On a CPU images have 504 px.
     """
-    count, side = (2, 112) if tiny else (8, 1008 if device.type == "cuda" else 504)
-    config = SAM3S["random"].config().detector_config
-    config.text_config.num_hidden_layers = 1
-    trunk = config.vision_config.backbone_config
-    sizes = {"hidden_size": trunk.hidden_size, "image_size": side, "patch_size": trunk.patch_size}
-    config.vision_config.backbone_config = student_config("repvit_m1_1", "fused", None, **sizes)
-    model = SimpleNamespace(detector_model=Sam3Model(config).eval().requires_grad_(False).to(device))
-    detector, pixels = model.detector_model, torch.randn(1, 3, side, side, device=device)
-    texts = torch.randn(count, 32, config.detr_encoder_config.hidden_size, device=device)
-    asked = ask(["x"] * count, torch.zeros(count, dtype=torch.int64, device=device), PromptTokenizer())
-    asked = asked._replace(texts_RTC=texts)
+    count, side = 2 if tiny else 8, _side(device, tiny)
+    model, asked = _detector(device, side), _asked(count, device)
+    detector, texts = model.detector_model, asked.texts_RTC
+    pixels = torch.randn(1, 3, side, side, device=device)
     found = torch.arange(5, device=device)[None]  # the queries that find something
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from effsam3.benchmarks.parts import Counter
 from effsam3.models.chassis.classes import empty_model, model_class
 from effsam3.models.chassis.find import config_at_hand
 from effsam3.models.chassis.sizes import first_of
+from effsam3.models.chassis.slim import slim_config
 from effsam3.models.chassis.tensors import read_config
 from effsam3.models.exporting.flow import TRACED, flow
 from effsam3.models.exporting.memory_parts import memory_parts
@@ -91,6 +92,8 @@ def config_of(recipe: Recipe) -> Any:
         else:
             raise MergeError(f"parts.{slot}: there is neither a run nor a model in {folder}")
         config = SLOTS[slot].install(config, own)
+    for trained in learned.values():
+        config = slim_config(config, trained.encoder_layers)
     return config
 
 

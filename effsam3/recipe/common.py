@@ -222,6 +222,7 @@ class StageRecipe(Recipe):
     metric: ClassVar[str]
     compiles: ClassVar[bool] = False  # whether torch.compile takes the stage's students whole
     packages: ClassVar[dict[str, str]] = {}  # that `train` needs: package -> extra of setup.py
+    encoder_layers: ClassVar[int | None] = None  # that the detector's fusion encoder keeps; None: all
     # The model card: how the student learned, title -> key; what it calls a data.source that has another name there
     card_keys: ClassVar[dict[str, str]] = {
         "teacher": "sam3.checkpoint",

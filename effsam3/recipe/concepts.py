@@ -21,6 +21,7 @@ class ConceptEvaluate(Section):
     concept_images: Annotated[tuple[str, ...], each_once] = ()  # folders of their images; []: where the JSON is
     max_pairs: PositiveInt | None = 2000  # pairs of a subset, at most, of whole images; null: all
     absent: NonNegativeInt | None = None  # COCO: categories asked of an image that it does not show; null: all
+    coarse_masks: bool = False  # compute every second row and column of the student's masks only: cheaper phrases
     concept_pictures: NonNegativeInt = 8  # pairs to draw: the worst ones, and as many around the median
 
     @property
@@ -37,6 +38,8 @@ class ConceptEvaluate(Section):
         return (), 0
 
     def check(self) -> Iterator[str]:
+        if self.coarse_masks and not self.measures_concepts:
+            yield "coarse_masks: only concepts asks for phrases, and it is not among evaluate.benchmarks; add it there"
         if self.measures_concepts and self.concepts is None:
             yield "concepts: the benchmark concepts needs pairs of images and phrases: evaluate.concepts=FILE.json"
         if self.concepts is not None and not self.measures_concepts:

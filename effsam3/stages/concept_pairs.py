@@ -101,13 +101,15 @@ def record(asked: ConceptEvaluate, folder: Path, models: Mapping[str, Path], pla
     images, (prompts, most) = recording.images_of(subsets_of(asked)), asked.shown()
     for model, source in models.items():
         found, shown = _journals(folder, model)
+        coarse = asked.coarse_masks and model == "student"  # what it is compared with stays as it is
         if place.process_index == 0:
             weights = fingerprint(map_tensors(source))
-            journal.begin(found.folder, {"weights": weights, "absent": asked.absent})
+            settings = {"weights": weights, "absent": asked.absent}
+            journal.begin(found.folder, settings | ({"coarse_masks": True} if coarse else {}))
             if prompts:  # a text student asks for none, and must not delete the image student's
                 journal.begin(shown.folder, {"weights": weights, "prompts": list(prompts), "masks_per_image": most})
         place.wait_for_everyone()
-        recording.record_found(source, images, found, place, f"concepts, {model}")
+        recording.record_found(source, images, found, place, f"concepts, {model}", coarse)
         if prompts:
             recording.record_shown(source, images, prompts, most, shown, place, f"prompted masks, {model}")
 

@@ -25,7 +25,7 @@ from effsam3.hardware.budget.estimates import FP32, checkpoint_bytes
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import map_tensors, read_config
 from effsam3.models.merging.combine import combine
-from effsam3.models.merging.formats import FORMATS, extras, refuse_other_padding
+from effsam3.models.merging.formats import FORMATS, extras, refuse_fewer_layers, refuse_other_padding
 from effsam3.models.merging.slots import SLOTS, owners_card
 from effsam3.models.registry import is_made_up
 from effsam3.publish.release import refuse_unlicensed, sam_license
@@ -115,7 +115,9 @@ def whole_merge(recipe: StageRecipe) -> str:
     about = {"origin": f"{recipe.name}, untrained", "facts": {}}
     # What is changed in place keeps its name and size: there is nothing that could not fit.
     parts = [stages.merging(slot).untrained_part(recipe, config, about) for slot in recipe.sources()]
-    slots = owners_card(folder, parts)["slots"]
+    card = owners_card(folder, parts)
+    refuse_fewer_layers(card, recipe.merge.formats)
+    slots = card["slots"]
     inherited = tuple(prefix for slot in owners_card(folder, [])["slots"] for prefix in SLOTS[slot].owns)
     # A format may compute with the values of students that are in it already; of all else sizes are enough.
     rest = {

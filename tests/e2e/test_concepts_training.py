@@ -11,6 +11,7 @@ import torch
 from commands import REPOSITORY, metrics, run, run_here
 from concept_students import student_folder
 from safetensors.torch import load_file
+from transformers import Sam3VideoModel
 
 from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import TRUNK, read_tensors
@@ -101,6 +102,33 @@ def test_a_student_learns_from_its_teacher_alone(tmp_path):
     before, after = read_tensors(student), read_tensors(tmp_path / "runs/taught/merged")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith(TRUNK) and "running" not in name for name in changed)
+
+
+def test_a_detector_of_half_the_encoder_is_trained_merged_and_measured(runs):
+    folder, overrides = runs
+    own = (
+        *overrides, "name=slim", "model={encoder_layers: 1, trainable: [detr_encoder, detr_decoder]}",
+        "evaluate.coarse_masks=true",
+    )  # fmt: skip
+    for verb in ("train", "merge", "evaluate"):
+        printed = run_here(folder, verb, *own, recipe=CONCEPTS)
+    assert "| teacher" in printed and "| student" in printed
+    losses = [values["val/loss"] for values in metrics(folder / "runs/slim", "val/loss").values()]
+    assert losses[-1] < losses[0]
+    model, info = Sam3VideoModel.from_pretrained(folder / "runs/slim/merged", output_loading_info=True)
+    assert (
+        len(model.detector_model.detr_encoder.layers) == 1 and not info["missing_keys"] and not info["unexpected_keys"]
+    )
+    # The first of both layers, moved on; the mask decoder stayed.
+    before, after = read_tensors(chassis_folder("tiny_concepts")), read_tensors(folder / "runs/slim/merged")
+    first = "detector_model.detr_encoder.layers.0.mlp.fc1.weight"
+    assert 0 < (before[first] - after[first]).abs().max() < 0.05
+    assert torch.equal(*(one["detector_model.mask_decoder.mask_embedder.layers.0.weight"] for one in (before, after)))
+    settings = {
+        model: json.loads((folder / f"runs/slim/eval/concepts/{model}/found/settings.json").read_text())
+        for model in ("teacher", "student")
+    }
+    assert settings["student"]["coarse_masks"] and "coarse_masks" not in settings["teacher"]
 
 
 def test_adapters_resume_to_the_bit_and_are_folded_in(runs):

@@ -26,7 +26,7 @@ from effsam3.benchmarks.masks import choose_annotations, embeddings_of, iou_each
 from effsam3.data import coco
 from effsam3.data.concepts.pairs import ConceptPair, Subset
 from effsam3.data.unreadable import Unreadable
-from effsam3.models.inference.concepts import PHRASES, ConceptModel
+from effsam3.models.inference.concepts import PHRASES, ConceptModel, masks_of
 from effsam3.models.inference.prompted import at_full_size, load_tracker
 
 MASKS = 16  # made as large as the image at once
@@ -119,7 +119,9 @@ def record(
 # ---- phrases
 
 
-def record_found(folder: Path, images: Sequence[Image], journal: Journal, place: Place, label: str) -> None:
+def record_found(
+    folder: Path, images: Sequence[Image], journal: Journal, place: Place, label: str, coarse_masks: bool = False
+) -> None:
     """Record what the model in a folder finds of all pairs. Collective."""
 
     def make() -> Callable[[np.ndarray, Image], list[dict]]:
@@ -127,7 +129,7 @@ def record_found(folder: Path, images: Sequence[Image], journal: Journal, place:
 
         def on_image(image_HW3: np.ndarray, job: Image) -> list[dict]:
             subset, _, pairs = job
-            records = found_on(model, image_HW3, pairs, pooled=subset.categories is not None)
+            records = found_on(model, image_HW3, pairs, subset.categories is not None, coarse_masks)
             return [{"key": pair_key(subset, pair)} | one for pair, one in zip(pairs, records, strict=True)]
 
         return on_image
@@ -136,14 +138,20 @@ def record_found(folder: Path, images: Sequence[Image], journal: Journal, place:
 
 
 @torch.no_grad()
-def found_on(model: ConceptModel, image_HW3: np.ndarray, pairs: Sequence[ConceptPair], pooled: bool) -> list[dict]:
+def found_on(
+    model: ConceptModel,
+    image_HW3: np.ndarray,
+    pairs: Sequence[ConceptPair],
+    pooled: bool,
+    coarse_masks: bool = False,
+) -> list[dict]:
     """Return a record's `presence` and `queries` for each pair of one image.
 
     Of the queries those are kept that could count with any presence; with masks where something is marked. With
     `pooled`, the best of all pairs together are kept with masks in any case.
     """
     size = (image_HW3.shape[0], image_HW3.shape[1])
-    levels, scale = model.look(image_HW3), torch.tensor([size[1], size[0]] * 2)
+    levels, scale = model.look(image_HW3, coarse_masks), torch.tensor([size[1], size[0]] * 2)
     records: list[dict[str, Any]] = []
     best: list[tuple[float, int, int, Tensor]] = []  # score with presence, pair, query, mask logits
     for start in range(0, len(pairs), PHRASES):
@@ -158,7 +166,7 @@ def found_on(model: ConceptModel, image_HW3: np.ndarray, pairs: Sequence[Concept
             pool = scores_Q.topk(min(POOLED, len(scores_Q))).indices.tolist() if pooled else []
             masked = sorted({*pool, *(counting if pair.marked else ())})
             masked_1F = torch.tensor([masked], dtype=torch.int64, device=scores_Q.device)
-            logits = dict(zip(masked, answers.phrase(place).masks_of(masked_1F)[0], strict=True))
+            logits = dict(zip(masked, masks_of(levels, answers.phrase(place), masked_1F)[0], strict=True))
             rles: list[str | None] = [None] * len(counting)
             if pair.marked and counting:
                 rles = [*_rles(torch.stack([logits[query] for query in counting]), size)]

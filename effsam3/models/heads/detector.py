@@ -7,7 +7,7 @@ the pixels that masks are made of. The answers are those of transformers' detect
 
 Letters: B images, R phrases of all images, T tokens, N example boxes, P tokens of a prompt (a phrase and its boxes),
 D channels of the trunk, G side of the grid, S = G G, C channels of the neck, L decoder layers, Q queries, F some of
-them, M = 4 G side of the masks.
+them, M = 4 G side of the masks (2 G of coarse ones).
 """
 
 from __future__ import annotations
@@ -55,6 +55,11 @@ class Levels(NamedTuple):
     tokens_BNC: Tensor  # what sums up an image, where there is no example box
     known_BN: Tensor  # bool: which of these tokens count
     shares: tuple[Tensor, ...]  # of the finer levels in the pixels, (B, C, ., .) each, finest last
+
+    @property
+    def coarse_masks(self) -> bool:
+        """Whether every second row and column of the masks is left out."""
+        return self.shares[-1].shape[-1] == self.shares[-2].shape[-1]
 
 
 class Answers(NamedTuple):
@@ -105,20 +110,23 @@ def ask(phrases: Sequence[str], image_R: Tensor, tokenizer: PromptTokenizer) -> 
 # ---- once for all phrases of an image
 
 
-def detector_levels(model: Any, feat_BDGG: Tensor, view_BC: Tensor | None = None) -> Levels:
+def detector_levels(
+    model: Any, feat_BDGG: Tensor, view_BC: Tensor | None = None, coarse_masks: bool = False
+) -> Levels:
     """Run on images what does not depend on phrases.
 
     Args:
         model: a `Sam3VideoModel`, or what else has a `detector_model`.
         feat_BDGG: of a trunk, whichever: the model's own does not run.
         view_BC: is added to every level of the neck, see `plus_view`.
+        coarse_masks: answers are to have every second row and column of the masks only, see `pixels.py`.
     """
     maps, places = model.detector_model.vision_encoder.neck(feat_BDGG)
     # SAM 3 leaves out the coarsest of the four.
-    return read_levels(model.detector_model, plus_view(maps, view_BC)[:-1], places[-2][:1])
+    return read_levels(model.detector_model, plus_view(maps, view_BC)[:-1], places[-2][:1], coarse_masks)
 
 
-def read_levels(detector: Any, maps: tuple[Tensor, ...], place_1CGG: Tensor) -> Levels:
+def read_levels(detector: Any, maps: tuple[Tensor, ...], place_1CGG: Tensor, coarse_masks: bool = False) -> Levels:
     """Return what the neck's maps, finest first, are to the detector; `place_1CGG` are the last one's positions."""
     top_BCGG, layer = maps[-1], detector.detr_encoder.layers[0]
     flat_BSC = _flat(top_BCGG)
@@ -133,7 +141,7 @@ def read_levels(detector: Any, maps: tuple[Tensor, ...], place_1CGG: Tensor) -> 
         place_1CGG,
         flat_BSC + layer.dropout(attended_BSC),
         *_geometry(detector, top_BCGG, place_1CGG, boxes_B14, labels_B1),
-        shares_of(detector.mask_decoder.pixel_decoder, maps),
+        shares_of(detector.mask_decoder.pixel_decoder, maps, coarse_masks),
     )
 
 

@@ -26,6 +26,7 @@ from effsam3.models.chassis.classes import model_class
 from effsam3.models.chassis.processor import processor
 from effsam3.models.chassis.tensors import load_whole, read_config
 from effsam3.models.heads.detector import PADDING, Answers, Asked, Levels, answer, detector_levels, encode_texts
+from effsam3.models.heads.pixels import fill_between
 from effsam3.models.heads.trunk import trunk_features
 from effsam3.models.inference.prompted import at_full_size, refuse_nan
 from effsam3.models.memory.session import forget_as_it_tracks
@@ -80,6 +81,12 @@ def load_model(folder: Path) -> Any:
     return model
 
 
+def masks_of(levels: Levels, answers: Answers, query_RF: Tensor) -> Tensor:
+    """Return the masks (R, F, M, M) of some queries of each phrase, of coarse ones with what lies between."""
+    masks = answers.masks_of(query_RF)
+    return fill_between(masks) if levels.coarse_masks else masks
+
+
 class ConceptModel:
     """A whole SAM 3, its image, text or memory replaced or not, prompted by concepts; float32, frozen."""
 
@@ -111,10 +118,14 @@ class ConceptModel:
         self.best_score = max(self.best_score, float((logits_PQ.sigmoid() * presence_P1.sigmoid()).max()))
 
     @torch.no_grad()
-    def look(self, image_HW3: np.ndarray) -> Levels:
-        """Encode an image (uint8 RGB) once for any number of prompts."""
+    def look(self, image_HW3: np.ndarray, coarse_masks: bool = False) -> Levels:
+        """Encode an image (uint8 RGB) once for any number of prompts.
+
+        `coarse_masks`: compute every second row and column of the masks only, for fewer operations.
+        """
         pixels_13SS = self.processor.image_processor(image_HW3, return_tensors="pt").pixel_values
-        return detector_levels(self.model, trunk_features(self.model, pixels_13SS.to(self.model.device)))
+        feat_1DGG = trunk_features(self.model, pixels_13SS.to(self.model.device))
+        return detector_levels(self.model, feat_1DGG, coarse_masks=coarse_masks)
 
     @torch.no_grad()
     def detect(
@@ -205,7 +216,7 @@ class ConceptModel:
                 best = order[scores_Q[order] > threshold]  # best first, as `order` is
                 scale = torch.tensor([width, height] * 2, device=best.device)
                 yield Instances(
-                    masks_OHW=at_full_size(own.masks_of(best[None])[0], size),
+                    masks_OHW=at_full_size(masks_of(levels, own, best[None])[0], size),
                     boxes_O4=(own.boxes_LRQ4[-1, 0, best] * scale).cpu(),
                     scores_O=scores_Q[best].cpu(),
                     ids=list(range(1, len(best) + 1)),

@@ -36,6 +36,7 @@ class Asked:
     points: tuple[tuple[float, ...], ...]  # x, y and 1 on the object, or 0 next to it
     mask: Path | None
     threshold: float | None
+    coarse_masks: bool = False  # of the texts: compute every second row and column only
 
     def __post_init__(self):
         object.__setattr__(self, "texts", tuple(text.strip() for text in self.texts))
@@ -65,15 +66,23 @@ class Asked:
             raise PredictError(f"--threshold {self.threshold}: a score is from 0 to 1")
         if self.threshold is not None and not self.texts:
             raise PredictError("--threshold is for the instances that --text finds; what is shown is always segmented")
+        if self.coarse_masks and not self.texts:
+            raise PredictError("--coarse-masks is for the instances that --text finds; leave it out")
 
     def as_json(self) -> dict:
         """Return the request as predictions.json records it."""
-        found: dict[str, Any] = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        given = {name: value for name, value in vars(self).items() if value not in (None, ())}
+        found: dict[str, Any] = {name: value for name, value in given.items() if value is not False}
         return found | ({} if self.mask is None else {"mask": str(self.mask)})
 
 
 def parse(
-    texts: Sequence[str], boxes: Sequence[str], points: Sequence[str], mask: str | None, threshold: float | None
+    texts: Sequence[str],
+    boxes: Sequence[str],
+    points: Sequence[str],
+    mask: str | None,
+    threshold: float | None,
+    coarse_masks: bool = False,
 ) -> Asked:
     """Read the prompts of the command line.
 
@@ -86,6 +95,7 @@ def parse(
         tuple(_numbers("--point", text, "x,y") for text in points),
         None if mask is None else Path(mask),
         threshold,
+        coarse_masks,
     )
 
 

@@ -33,6 +33,7 @@ class Adapted:
         made_on: `fingerprint` of the same tensors before they were changed.
         facts: what else the model's effsam3.json records of them.
         notes: lines worth telling when they are merged.
+        encoder_layers: of the detector's fusion encoder, as they were made for; None: as many as the model has.
     """
 
     name: str
@@ -41,11 +42,13 @@ class Adapted:
     made_on: str
     facts: dict = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    encoder_layers: int | None = None
 
     def card(self) -> dict:
         """Return what effsam3.json says of them."""
         own = {"name": self.name, "from": self.origin, "made_on": self.made_on, "tensors": sorted(self.tensors)}
-        return own | self.facts
+        slim = {} if self.encoder_layers is None else {"encoder_layers": self.encoder_layers}
+        return own | slim | self.facts
 
 
 def read_adapted(folder: Path) -> Adapted:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from effsam3.models.chassis.classes import empty_tensors
+from effsam3.models.chassis.slim import slim_config, slim_tensors
 from effsam3.models.merging.adapt import Adapted, adapt
 from effsam3.models.merging.slots import SLOTS, MergeError, Part, Slot
 from effsam3.training.report import table
@@ -43,8 +44,12 @@ def combine(
     Raises:
         MergeError: a part is of another size than the chassis, two parts take over the same, a tensor has no owner or
             two, or a changed one does not fit.
+        UserError: changed tensors are of more layers than the chassis has.
     """
     refuse_overlap(parts)
+    layers = layers_to_keep(adapted)
+    rest = {owner: slim_tensors(config, tensors, layers) for owner, tensors in rest.items()}
+    config = slim_config(config, layers)
     dropped = {}
     for part in parts:
         slot = SLOTS[part.slot]
@@ -72,6 +77,21 @@ def combine(
     tensors = {name: offers[owner][name] for name, owner in owners.items()}
     tensors, owners = adapt(tensors, owners, adapted)
     return Merged(config=config, tensors=tensors, owners=owners, dropped=dropped)
+
+
+def layers_to_keep(adapted: Sequence[Adapted]) -> int | None:
+    """Return how many layers of the detector's fusion encoder stay, None: all.
+
+    Raises:
+        MergeError: changed tensors were made for different ones.
+    """
+    asked = {one.encoder_layers: one for one in adapted if one.encoder_layers is not None}
+    if len(asked) > 1:
+        made_for = ", ".join(f"{one.name} for {layers}" for layers, one in asked.items())
+        raise MergeError(
+            f"changed tensors are of fusion encoders of different layers: {made_for}; leave some out (parts.adapted)"
+        )
+    return next(iter(asked), None)
 
 
 def refuse_overlap(parts: Sequence[Part]) -> None:

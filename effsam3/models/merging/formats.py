@@ -74,6 +74,7 @@ def write_model(
     """
     # Convert first: fail before anything is written.
     refuse_unusable(merged.tensors | extra, str(folder), "nothing was written; merge another checkpoint", MergeError)
+    refuse_fewer_layers(card, formats)
     if "efficientsam3" in formats and not allow_padding_mismatch:
         refuse_other_padding(merged, card["slots"])
     files = {name: FORMATS[name](merged, extra, card["slots"]) for name in formats if name in FORMATS}
@@ -155,6 +156,20 @@ def refuse_vision(slots: dict, name: str) -> None:
         raise MergeError(
             f"merge.formats: {name}.pt has the layers of SAM 3's own necks, whose place the student "
             f"{slots['vision']['student']} in the slot vision has taken; write the transformers folder alone "
+            "(merge.formats=[transformers])"
+        )
+
+
+def refuse_fewer_layers(card: dict, formats: Sequence[str]) -> None:
+    """Refuse formats whose readers build all layers of SAM 3's fusion encoder, for a model that has fewer.
+
+    Raises:
+        MergeError: it has.
+    """
+    if "encoder_layers" in card and (other := [name for name in formats if name in FORMATS]):
+        raise MergeError(
+            f"merge.formats: who reads {other[0]}.pt builds all layers of SAM 3's fusion encoder, and this model has "
+            f"{card['encoder_layers']} (model.encoder_layers); write the transformers folder alone "
             "(merge.formats=[transformers])"
         )
 

@@ -22,6 +22,7 @@ from effsam3.checked_files import can_be_path, read_json
 from effsam3.errors import UserError
 from effsam3.models.chassis.card import CARD, CARD_FORM
 from effsam3.models.chassis.sizes import at_image_size
+from effsam3.models.chassis.slim import slim_tensors
 from effsam3.models.chassis.tensors import (
     NECK,
     TRACKER_NECK,
@@ -258,9 +259,15 @@ def owners_card(chassis: Path | None, parts: Sequence[Part], adapted: Sequence[d
             slots[slot] |= {"also": also} if also else {}
     slots |= {part.slot: part.card() for part in parts}
     entries = [_entry(one, lambda name: not name.startswith(replaced)) for one in inside.get("adapted", ())]
+    card = {"slots": slots} | {key: inside[key] for key in ("encoder_layers",) if key in inside}
+    for layers in {one["encoder_layers"] for one in adapted if "encoder_layers" in one}:  # `combine` refuses several
+        card["encoder_layers"] = layers
+        assert chassis is not None  # whose layers were taken out: what stays of them is called otherwise now
+        config = read_config(chassis)
+        entries = [one | {"tensors": [*slim_tensors(config, dict.fromkeys(one["tensors"]), layers)]} for one in entries]
     entries += [entry for part in parts for entry in part.adapted] + list(adapted)
     entries = [entry for entry in entries if entry["tensors"]]
-    return {"slots": slots} | ({"adapted": entries} if entries else {})
+    return card | ({"adapted": entries} if entries else {})
 
 
 def _entry(entry: dict, kept: Callable[[str], bool]) -> dict:

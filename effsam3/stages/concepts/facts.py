@@ -97,6 +97,9 @@ class ConceptModel(Section):
     # detr_decoder: where nothing is called so from the detector on, all that ends in it; `all`: all of it; []: the
     # adapters alone
     trainable: Annotated[tuple[str, ...], each_once] = ("vision_encoder.backbone", "vision_encoder.neck")
+    # Layers of the fusion encoder (`detr_encoder`), which is most of what a phrase costs: evenly spaced ones of those
+    # of sam3.checkpoint, such as every second one of its six with 3; they must learn. null: all of them
+    encoder_layers: PositiveInt | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +203,7 @@ class ConceptsRecipe(AdaptingRecipe):
     card_keys = AdaptingRecipe.card_keys | {
         "teacher": "teacher.checkpoint",
         "trained modules": "model.trainable",
+        "layers of the fusion encoder": "model.encoder_layers",
         "adapters of": "adapters.parts",
         "phrases of an image": "data.phrases",
     }
@@ -238,6 +242,11 @@ class ConceptsRecipe(AdaptingRecipe):
         return {"peft": "lora"} if self.adapters.parts else {}
 
     @property
+    def encoder_layers(self) -> int | None:  # type: ignore[override]  # likewise
+        """How many layers of the fusion encoder stay; None: all."""
+        return self.model.encoder_layers
+
+    @property
     def student_init(self) -> str:  # type: ignore[override]  # likewise
         """What it starts from."""
         return "the chassis' detector"
@@ -259,6 +268,11 @@ class ConceptsRecipe(AdaptingRecipe):
         yield from super().check()
         if not self.model.trainable and not self.adapters.parts:
             yield "model.trainable: nothing would learn; name modules, or parts with adapters.parts"
+        if self.encoder_layers is not None and (other := set(self.merge.formats) - {"transformers"}):
+            yield (
+                f"merge.formats: {min(other)} has all layers of SAM 3's fusion encoder, model.encoder_layers keeps "
+                f"{self.encoder_layers}; write the transformers folder alone (merge.formats=[transformers])"
+            )
         unannotated = self.data.source == "images"
         if unannotated and self.loss.annotations:
             yield f"loss.annotations: {self.loss.annotations:g}, but images have none; set it to 0"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from effsam3.models.chassis.slim import slim_tensors
 from effsam3.models.chassis.tensors import read_config, read_tensors
 from effsam3.models.heads.concept_student import DETECTOR
 from effsam3.models.lora.adapter import PREFIX, fold, kept_line
@@ -27,12 +28,15 @@ def adapted_of_run(
     Raises:
         MergeError: they are not those of the recipe's modules and adapters.
     """
-    wanted = untrained(trained, read_config(chassis)).state_dict().keys()
+    config, layers = read_config(chassis), trained.encoder_layers
+    wanted = untrained(trained, config).state_dict().keys()
     found = adapted_modules(wanted, weights, trained, features, about, DETECTOR.__add__)
+    found = replace(found, encoder_layers=layers)
     if not trained.adapters.parts:
         return found
     plain = {DETECTOR + name: tensor for name, tensor in weights.items() if not name.startswith(PREFIX)}
     low_rank = {name: tensor for name, tensor in weights.items() if name.startswith(PREFIX)}
-    folded, kept = fold(read_tensors(chassis), low_rank, trained.adapters.alpha, trained.adapters.rank)
+    own = slim_tensors(config, read_tensors(chassis), layers)
+    folded, kept = fold(own, low_rank, trained.adapters.alpha, trained.adapters.rank)
     facts = found.facts | {"bf16_keeps": round(kept, 3)}
     return replace(found, tensors=plain | folded, facts=facts, notes=(*found.notes, kept_line(kept)))

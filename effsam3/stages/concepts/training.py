@@ -29,7 +29,8 @@ from effsam3.losses.detection import Instances, annotated_loss
 from effsam3.losses.features import feature_loss
 from effsam3.models.chassis.classes import empty_model
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
-from effsam3.models.chassis.tensors import TRUNK, fingerprint, read_tensors
+from effsam3.models.chassis.slim import slim_config, slim_model, slim_tensors
+from effsam3.models.chassis.tensors import TRUNK, fingerprint, read_config, read_tensors
 from effsam3.models.heads.concept_student import DETECTOR, ConceptStudent, adapted_layers, unused_of
 from effsam3.models.heads.detector import Answers, Asked, answer, ask, detector_levels
 from effsam3.models.heads.trunk import trunk_features
@@ -117,7 +118,8 @@ def trainable_of(recipe: ConceptsRecipe, model: Any) -> dict[str, list[str]]:
 
 def untrained(recipe: ConceptsRecipe, config: Any = None) -> ConceptStudent:
     """Build the recipe's student without the values of its tensors; `config` is that of the whole SAM 3."""
-    return make_student(recipe, empty_model(config or config_at_hand(recipe.sam3.checkpoint)))
+    config = config or config_at_hand(recipe.sam3.checkpoint)
+    return make_student(recipe, empty_model(slim_config(config, recipe.encoder_layers)))
 
 
 class Inputs(NamedTuple):
@@ -178,7 +180,7 @@ class ConceptsStage(StageBase):
         # Before anything is made: a module that is not there fails here.
         store = open_trunk_store(recipe.teacher, recipe.data)
         teacher = load_teacher(recipe) if recipe.is_taught else None
-        stage = cls(recipe, accelerator, load_sam3(folder), teacher)
+        stage = cls(recipe, accelerator, slim_model(load_sam3(folder), recipe.encoder_layers), teacher)
         for part in stage.frozen:
             part.to(accelerator.device)
         stage.student.to(accelerator.device)
@@ -187,7 +189,7 @@ class ConceptsStage(StageBase):
             on_main(accelerator, partial(draw_concepts, recipe.data))
         stage.train_data, stage.val_data = phrases_of(recipe, stage.image_size, MASK_SIDE * stage.grid, store)
         # What `merge` compares with the model that the changes go into: they only fit what they started from.
-        own = read_tensors(folder)
+        own = slim_tensors(read_config(folder), read_tensors(folder), recipe.encoder_layers)
         stage.facts["teacher"] = {
             "checkpoint": recipe.sam3.checkpoint,
             "revision": recipe.sam3.revision,
@@ -200,7 +202,8 @@ class ConceptsStage(StageBase):
         teacher = empty_model(config_at_hand(recipe.teacher.checkpoint)) if recipe.is_taught else None
         if recipe.teacher.store is not None:
             teacher = without_trunk(teacher)
-        return cls(recipe, place, empty_model(config_to_come(recipe.sam3.checkpoint)), teacher)
+        config = slim_config(config_to_come(recipe.sam3.checkpoint), recipe.encoder_layers)
+        return cls(recipe, place, empty_model(config), teacher)
 
     def example(self, samples: int) -> Batch:
         """Return a micro-batch of `samples` images with all phrases, each with as many instances as allowed."""
