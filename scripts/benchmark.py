@@ -32,8 +32,8 @@ import pyarrow.parquet as parquet
 import torch
 from benchmark_loop import loop_step, masked_loss, region_and_boundary
 from benchmark_memory import clip_step, frame_memory
-from benchmark_start import first_step, imports, show
 from benchmark_phrases import concept_step, phrases_of_image, slim_phrase
+from benchmark_start import first_step, imports, show
 from benchmark_text import text_step
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset

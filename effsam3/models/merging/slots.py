@@ -263,8 +263,8 @@ def owners_card(chassis: Path | None, parts: Sequence[Part], adapted: Sequence[d
     for layers in {one["encoder_layers"] for one in adapted if "encoder_layers" in one}:  # `combine` refuses several
         card["encoder_layers"] = layers
         assert chassis is not None  # whose layers were taken out: what stays of them is called otherwise now
-        config = read_config(chassis)
-        entries = [one | {"tensors": [*slim_tensors(config, dict.fromkeys(one["tensors"]), layers)]} for one in entries]
+        own = read_config(chassis)
+        entries = [one | {"tensors": [*slim_tensors(own, dict.fromkeys(one["tensors"]), layers)]} for one in entries]
     entries += [entry for part in parts for entry in part.adapted] + list(adapted)
     entries = [entry for entry in entries if entry["tensors"]]
     return card | ({"adapted": entries} if entries else {})
