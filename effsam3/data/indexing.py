@@ -11,16 +11,20 @@ import datetime
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from effsam3.data.splits import split_code
 from effsam3.data.unreadable import Unreadable
-from effsam3.data.workers import submit_jobs
+from effsam3.data.workers import in_order, progress_bar, run_now
 from effsam3.errors import UserError
 from effsam3.files import atomic_file, refuse_unwritable, write_json
 
+ROWS = 1 << 16  # of a row group of the parquet
 DETAILS = 100  # files of each reason that a report explains in full
 
 
@@ -53,18 +57,37 @@ def read_file(row: dict, folder: Path, what: str, error: type[Unreadable]) -> by
     return data
 
 
-def walk(tops: list[Path], unreadable: Callable[[OSError], object]) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield folders and their files, in sorted order, through links to folders, without hidden ones."""
+def walk(tops: list[Path], unreadable: Callable[[OSError], object]) -> Iterator[tuple[Path, Iterator[Path]]]:
+    """Yield folders, in sorted order and through links to folders, with their files, in any; without hidden ones.
+
+    Files are listed as they are taken: a folder may have millions.
+    """
     visited = set()
-    for top in tops:
-        for parent, folders, files in os.walk(top, followlinks=True, onerror=unreadable):
-            # Links are followed, since data sets are often links to another disk.
-            if os.path.realpath(parent) in visited:  # a link back up
-                folders.clear()
-                continue
-            visited.add(os.path.realpath(parent))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            yield Path(parent), [Path(parent, name) for name in sorted(files) if not name.startswith(".")]
+    waiting = tops[::-1]
+    while waiting:
+        parent = waiting.pop()
+        # Links are followed, since data sets are often links to another disk.
+        if os.path.realpath(parent) in visited:  # a link back up
+            continue
+        visited.add(os.path.realpath(parent))
+        folders: list[Path] = []
+        yield parent, _files_in(parent, folders, unreadable)
+        waiting += sorted(folders, reverse=True)
+
+
+def _files_in(parent: Path, folders: list[Path], unreadable: Callable[[OSError], object]) -> Iterator[Path]:
+    """Yield the files in a folder; add the folders in it to `folders`."""
+    try:
+        with os.scandir(parent) as entries:
+            for entry in entries:
+                path = parent / entry.name
+                if not entry.name.startswith("."):
+                    if os.path.isdir(path) if entry.is_symlink() else entry.is_dir():
+                        folders.append(path)
+                    else:
+                        yield path
+    except OSError as fault:
+        unreadable(fault)
 
 
 # ---- build
@@ -81,49 +104,100 @@ def refuse_options(out: Path, val_fraction: float, check: str) -> None:
     refuse_unwritable(out.parent, "--out")
 
 
-def make_chunks(
-    out: Path,
-    chunks: list[list],
-    make_rows: Callable[..., list[dict]],
-    arguments: tuple,
-    version: int,
-    columns: dict[str, str],
-    submit: Callable[..., Future],
-    unit: str,
-    progress: bool,
-):
-    """Return `make_rows(chunk, *arguments)` of all chunks as one Arrow table in order of their keys.
-
-    What an earlier run with the same `version` and arguments has made of the same entries is read instead.
+class Chunks:
+    """What an index is made of: files of a few rows, which stay until the index is whole.
 
     Args:
-        chunks: of entries, whose `repr` says all that their rows depend on.
-        unit: names the entries in the progress bar.
+        out: the index.
+        size: entries of a chunk, on average.
+        make_rows: `make_rows(entries, *arguments)` returns the rows of a chunk.
+        version: of `make_rows`.
+        columns: of the rows, name: Arrow type.
     """
+
+    def __init__(
+        self,
+        out: Path,
+        size: int,
+        make_rows: Callable[..., list[dict]],
+        arguments: tuple,
+        version: int,
+        columns: dict[str, str],
+    ):
+        self.folder = chunks_of(out)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._size, self._make_rows, self._arguments = size, make_rows, arguments
+        self._version, self._columns = version, columns
+
+    def tables(
+        self,
+        entries: Iterable[tuple],
+        count: int,
+        submit: Callable[..., Future],
+        workers: int,
+        unit: str,
+        progress: bool,
+    ) -> Iterator:
+        """Yield the rows of all entries as Arrow tables, chunk by chunk and in order of their keys.
+
+        What an earlier run with the same version and arguments has made of the same entries is read instead. Only a
+        few chunks for each worker are in memory.
+
+        Args:
+            entries: in order; the first item of each is its name, and its `repr` says all that its rows depend on.
+            count: of the entries.
+            unit: names them in the progress bar.
+        """
+        import pyarrow.parquet as parquet
+
+        schema = arrow_schema(self._columns)
+
+        def made(chunk: list[tuple]) -> Future:
+            file = self._file(chunk)
+            if file.exists():
+                return run_now(lambda: (len(chunk), file))
+            return submit(_make_chunk, self._make_rows, chunk, self._arguments, schema, file)
+
+        with progress_bar(count, unit, progress) as bar:
+            for size, file in in_order(map(made, _divided(entries, self._size)), ahead=4 * workers):
+                bar.update(size)
+                yield parquet.read_table(file, partitioning=None)
+
+    def _file(self, chunk: list[tuple]) -> Path:
+        import xxhash
+
+        # All that a chunk's rows depend on: options, and each file's name, size and time.
+        made_from = repr((self._version, self._arguments, chunk)).encode("utf-8", "backslashreplace")
+        return self.folder / f"{xxhash.xxh3_128_hexdigest(made_from)}.parquet"
+
+
+def _divided(entries: Iterable[tuple], size: int) -> Iterator[list[tuple]]:
+    """Divide entries into chunks: all keys of a chunk, `name` or `name_kind`, come before those of the next one."""
+    chunk: list[tuple] = []
+    for entry in entries:
+        # By a hash of the name: where entries come or go between two runs, most chunks stay as they are.
+        if chunk and split_code(chunk[-1][0]) % size == 0:
+            if not any(entry[0].startswith(f"{name}_") for name, *_ in chunk):
+                yield chunk
+                chunk = []
+        chunk.append(entry)
+    if chunk:
+        yield chunk
+
+
+def _make_chunk(
+    make_rows: Callable[..., list[dict]], chunk: list, arguments: tuple, schema, file: Path
+) -> tuple[int, Path]:
+    """Write a chunk's file; return how many entries it has, and where it is."""
     import pyarrow
-    import pyarrow.parquet as parquet
-    import xxhash
 
-    folder, schema = _chunks_of(out), arrow_schema(columns)
-    folder.mkdir(parents=True, exist_ok=True)
-    # All that a chunk's rows depend on: options, and each file's name, size and time.
-    made_from = [repr((version, arguments, chunk)).encode("utf-8", "backslashreplace") for chunk in chunks]
-    files = [folder / f"{xxhash.xxh3_128_hexdigest(text)}.parquet" for text in made_from]
-    missing = {file: chunk for file, chunk in zip(files, chunks, strict=True) if not file.exists()}
-    jobs = [(make_rows, chunk, arguments, schema, file) for file, chunk in missing.items()]
-    sizes = [len(chunk) for chunk in missing.values()]
-    submit_jobs(submit, _make_chunk, jobs, unit, progress, sizes, sum(map(len, chunks)) - sum(sizes))
-    tables = [parquet.read_table(file, partitioning=None) for file in files]
-    return pyarrow.concat_tables([schema.empty_table(), *tables]).sort_by("key")
+    rows = sorted(make_rows(chunk, *arguments), key=itemgetter("key"))
+    write_parquet(pyarrow.Table.from_pylist(rows, schema), file)
+    return len(chunk), file
 
 
-def _make_chunk(make_rows: Callable[..., list[dict]], chunk: list, arguments: tuple, schema, file: Path) -> None:
-    import pyarrow
-
-    write_parquet(pyarrow.Table.from_pylist(make_rows(chunk, *arguments), schema), file)
-
-
-def _chunks_of(out: Path) -> Path:
+def chunks_of(out: Path) -> Path:
+    """Return the folder of an index's chunks."""
     return out.parent / f"{out.stem}.chunks"
 
 
@@ -132,38 +206,71 @@ def report_of(index: Path) -> Path:
     return index.with_name(f"{index.stem}.report.json")
 
 
+class Counts(Protocol):
+    """What the report says of the rows."""
+
+    def add(self, table: Any) -> None:
+        """Count some rows, usable or not."""
+
+    def report(self) -> dict[str, Any]:
+        """Return the entries of the report."""
+
+
 def write_index(
     out: Path,
-    table,
+    tables: Iterable,
     columns: dict[str, str],
-    report: dict[str, Any],
+    counts: Counts,
+    about: dict[str, Any],
     unit: str,
     summary: Callable[[dict], str],
-    sources: list[Path],
     started: float,
 ) -> dict[str, Any]:
-    """Write the report, then the usable rows as the index; the chunks go. Returns the report.
+    """Write the usable rows of some tables as the index, and the report; the chunks go. Returns the report.
 
     Args:
-        unit: what the report counts by split, under its plural.
+        tables: in order of their keys; of a few rows each.
+        about: more entries of the report, such as `sources`.
+        unit: what `counts` counts by split, under its plural.
         started: `time.monotonic()` at the beginning.
 
     Raises:
         UserError: no row is usable.
     """
-    report |= {
-        "sources": [printable(str(source)) for source in sources],
-        "made": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    # Before the index: where no row is left, the report is all that tells why.
-    write_json(report_of(out), report)
-    if not sum(report[f"{unit}s"].values()):
-        names = ", ".join(report["sources"])
-        raise UserError(f"no usable {unit} in {names}\n{summary(report)}\nreport: {report_of(out)}")
-    write_parquet(table.filter(is_empty(table["excluded"])).select(list(columns)), out)
-    shutil.rmtree(_chunks_of(out))
+    with _atomic_parquet(out, arrow_schema(columns)) as write:
+        for table in tables:
+            counts.add(table)
+            write(table.filter(is_empty(table["excluded"])).select(list(columns)))
+        report = counts.report() | about
+        report["made"] = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        report["seconds"] = round(time.monotonic() - started, 1)
+        # Before the index: where no row is left, the report is all that tells why.
+        write_json(report_of(out), report)
+        if not sum(report[f"{unit}s"].values()):
+            names = ", ".join(report["sources"])
+            raise UserError(f"no usable {unit} in {names}\n{summary(report)}\nreport: {report_of(out)}")
+    shutil.rmtree(chunks_of(out))
     return report
+
+
+@contextmanager
+def _atomic_parquet(path: Path, schema) -> Iterator[Callable]:
+    """Yield a function that adds a table to a parquet file, which is written whole or not at all."""
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    waiting = [schema.empty_table()]
+
+    def add(table) -> None:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= ROWS:
+            rows = pyarrow.concat_tables(waiting).combine_chunks()
+            writer.write_table(rows.slice(0, ROWS))
+            waiting[:] = [rows.slice(ROWS)]
+
+    with atomic_file(path) as partial, parquet.ParquetWriter(partial, schema, write_page_checksum=True) as writer:
+        yield add
+        writer.write_table(pyarrow.concat_tables(waiting).combine_chunks())
 
 
 # ---- tables
@@ -201,27 +308,29 @@ def is_empty(column):
     return compute.equal(column, "")
 
 
-def counted_rows(table, reason: str, name: str, listed: dict[str, list[str]]) -> dict:
-    """Return `counted` of a table's columns of reasons, names and `detail`, after those that were `listed` before."""
-    found = {word: list(names) for word, names in listed.items()}
-    details: dict[str, str] = {}
-    for word, one, detail in zip(*(table[column].to_pylist() for column in (reason, name, "detail")), strict=True):
-        if word:
-            found.setdefault(word, []).append(one)
-        if detail:
-            details[one] = detail
-    return counted(found, details)
+class Reasons:
+    """Names of what is left out by reason, and what is wrong with it in full, where that is known."""
 
+    def __init__(self, names: dict[str, list[str]]):
+        self._names = {reason: list(some) for reason, some in names.items()}
+        self._details: dict[str, str] = {}
 
-def counted(names: dict[str, list[str]], details: dict[str, str]) -> dict:
-    """Return {reason: {"count", "files", "details"}} in alphabetic order, as reports have it.
+    def add(self, table, reason: str, name: str) -> None:
+        """Add a table's rows that have a reason, from its columns of reasons, names and `detail`."""
+        import pyarrow.compute as compute
 
-    `details` holds what is wrong in full with the first DETAILS files, where it is known.
-    """
-    found = {}
-    for reason, some in sorted(names.items()):
-        if some:
-            files = sorted(some)
-            full = {file: details[file] for file in files[:DETAILS] if file in details}
-            found[reason] = {"count": len(files), "files": files} | ({"details": full} if full else {})
-    return found
+        rows = table.filter(compute.invert(is_empty(table[reason])))
+        for word, one, detail in zip(*(rows[column].to_pylist() for column in (reason, name, "detail")), strict=True):
+            self._names.setdefault(word, []).append(one)
+            if detail:
+                self._details[one] = detail
+
+    def report(self) -> dict:
+        """Return {reason: {"count", "files", "details"}} in alphabetic order; details only of the first DETAILS."""
+        found = {}
+        for reason, some in sorted(self._names.items()):
+            if some:
+                files = sorted(some)
+                full = {file: self._details[file] for file in files[:DETAILS] if file in self._details}
+                found[reason] = {"count": len(files), "files": files} | ({"details": full} if full else {})
+        return found

@@ -9,9 +9,11 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any
 
 from effsam3.errors import UserError
 from effsam3.stopping import leave_stopping_to_the_parent, stopped_at_once
@@ -27,7 +29,7 @@ def worker_pool(workers: int) -> Iterator[Callable[..., Future]]:
     """
     if workers == 1:
         with stopped_at_once():
-            yield _run_now
+            yield run_now
         return
     # Not forked: a child of a process with torch's threads may inherit a lock that nobody will release.
     context = multiprocessing.get_context("spawn")
@@ -49,7 +51,8 @@ def worker_pool(workers: int) -> Iterator[Callable[..., Future]]:
         executor.shutdown(cancel_futures=True)
 
 
-def _run_now(function: Callable, *arguments) -> Future:
+def run_now(function: Callable, *arguments) -> Future:
+    """Call a function in this process; return its result as a future."""
     future: Future = Future()
     future.set_result(function(*arguments))
     return future
@@ -70,33 +73,37 @@ def _end_with_parent() -> None:
 
 def run_jobs(function: Callable, jobs: list[tuple], workers: int, unit: str, progress: bool = True) -> list:
     """Call `function(*job)` for every job in worker processes, and return what it returns, in the jobs' order."""
-    with worker_pool(workers) as submit:
-        return submit_jobs(submit, function, jobs, unit, progress)
-
-
-def submit_jobs(
-    submit: Callable[..., Future],
-    function: Callable,
-    jobs: list[tuple],
-    unit: str,
-    progress: bool,
-    sizes: list[int] | None = None,
-    done: int = 0,
-) -> list:
-    """Do the same with the workers of a pool; the bar counts `sizes`, of each job, after the `done` before them."""
-    from tqdm import tqdm
-
-    sizes = [1] * len(jobs) if sizes is None else sizes
-    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
-    with tqdm(total=done + sum(sizes), initial=done, desc=unit, mininterval=interval, disable=not progress) as bar:
+    with worker_pool(workers) as submit, progress_bar(len(jobs), unit, progress) as bar:
         futures = []
-        for job, size in zip(jobs, sizes, strict=True):
+        for job in jobs:
             futures.append(submit(function, *job))
-            futures[-1].add_done_callback(functools.partial(_advance, bar, size))
+            futures[-1].add_done_callback(functools.partial(_advance, bar))
         return [future.result() for future in futures]
 
 
-def _advance(bar, count: int, future: Future) -> None:
-    """Move a progress bar on by `count` when a job has ended well."""
+def _advance(bar, future: Future) -> None:
+    """Move a progress bar on when a job has ended well."""
     if not future.cancelled() and future.exception() is None:
-        bar.update(count)
+        bar.update()
+
+
+def progress_bar(total: int, unit: str, shown: bool = True):
+    """Return a progress bar; a context manager."""
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 30  # seconds; without a terminal each update is a line of a log
+    return tqdm(total=total, desc=unit, mininterval=interval, disable=not shown)
+
+
+def in_order(futures: Iterable[Future], ahead: int) -> Iterator[Any]:
+    """Yield what futures give, in their order; `futures` is asked for at most `ahead` more than have been waited for.
+
+    So jobs that are submitted as they are asked for need not all be in memory.
+    """
+    waiting: deque[Future] = deque()
+    for future in futures:
+        waiting.append(future)
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

@@ -163,6 +163,7 @@ ALLOWED = {
     ("training.meters", "Unreadable.note"): GROWS,
     ("training.not_finite", "NotFinite.loss"): GROWS,
     ("training.loggers", "set_torn_parts_aside"): "renames what wandb has written",
+    ("data.indexing", "_atomic_parquet.add"): INSIDE,
     ("data.mapped", "_make"): INSIDE,
     ("data.store.writer", "_lock"): "makes an empty file",
     ("data.store.writer", "_repair_shard"): GROWS,

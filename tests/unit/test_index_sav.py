@@ -125,6 +125,19 @@ def test_extracted_frames_are_taken_before_the_video(flat, tmp_path):
     assert len(rows(tmp_path / "index.parquet")) == 10
 
 
+def test_rows_are_in_order_of_their_keys_whatever_the_ids(flat, tmp_path, monkeypatch):
+    """Between the two rows of `a` are those of `a_b`."""
+    monkeypatch.setattr(index_sav, "CHUNK_VIDEOS", 1)
+    record = json.loads((flat / "sav_000001_manual.json").read_text())
+    for name in ("a", "a_b", "a_b_c", "ab", "b"):
+        (tmp_path / f"{name}.mp4").symlink_to(flat / "sav_000001.mp4")
+        for kind in ("manual", "auto"):
+            (tmp_path / f"{name}_{kind}.json").write_text(json.dumps(record | {"video_id": name}))
+    build(tmp_path, tmp_path / "index.parquet")
+    keys = [row["key"] for row in rows(tmp_path / "index.parquet")]
+    assert len(keys) == 10 and keys == sorted(keys) and keys[1] == "a_b_auto"
+
+
 def test_an_index_moves_with_its_data(flat, tmp_path):
     (tmp_path / "here").mkdir()
     build([flat], tmp_path / "here" / "index.parquet")
@@ -297,7 +310,11 @@ index_sav.build_index([sys.argv[1]], sys.argv[2], workers=1, progress=False)
 
 def test_a_killed_run_goes_on_and_gives_the_same_bytes(flat, tmp_path, monkeypatch):
     monkeypatch.setattr(index_sav, "CHUNK_VIDEOS", 2)
+    made = []
+    make = index_sav._make_rows
+    monkeypatch.setattr(index_sav, "_make_rows", lambda *arguments: made.append(1) or make(*arguments))
     build(flat, tmp_path / "whole.parquet")
+    whole = len(made)
     out = tmp_path / "index.parquet"
     process = subprocess.Popen([sys.executable, "-c", KILLED, flat, out], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"three\n"
@@ -306,11 +323,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_bytes(flat, tmp_path, monkeypat
     process.stdout.close()
     assert not out.exists() and len(list((tmp_path / "index.chunks").glob("*.parquet"))) == 3
 
-    made = []
-    make = index_sav._make_rows
-    monkeypatch.setattr(index_sav, "_make_rows", lambda *arguments: made.append(1) or make(*arguments))
+    made.clear()
     build(flat, out)
-    assert len(made) == 5 - 3
+    assert len(made) == whole - 3 > 0
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert not (tmp_path / "index.chunks").exists()
 
@@ -329,8 +344,9 @@ def test_chunks_of_changed_files_or_other_options_are_not_reused(tmp_path, monke
         build(data, tmp_path / "index.parquet", **options)
         return len(made)
 
-    assert chunks_made() == 2 and chunks_made() == 0
-    assert chunks_made(check="header") == 2 and chunks_made(check="header") == 0
+    whole = chunks_made()
+    assert whole > 1 and chunks_made() == 0
+    assert chunks_made(check="header") == whole and chunks_made(check="header") == 0
     os.utime(data / "sav_000001.mp4", ns=(1, 1))
     assert chunks_made() == 1
     (data / "sav_000004_manual.json").write_text("{}")

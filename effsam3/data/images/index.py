@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the parquet index of SA-1B (`sa1b.COLUMNS`) from folders or tars, and report what was left out and why.
 
-The sources are listed first, then chunks of CHUNK_IMAGES images are checked in parallel (see indexing.py).
+The sources are listed first, then chunks of about CHUNK_IMAGES images are checked in parallel (see indexing.py). Lists
+are files on the disk: memory does not grow with the images, only with the names in the report.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +20,7 @@ from effsam3.data.images import sa1b
 from effsam3.data.images.decoding import CONVERSIONS, MAX_PIXELS, check_image, image_header
 from effsam3.data.images.sa1b_folders import Entry, Listing, check_sources, list_sources
 from effsam3.data.indexing import printable
+from effsam3.data.sorted_file import SortedFile
 from effsam3.data.splits import SPLITS, split_code, split_of
 from effsam3.data.unreadable import UnreadableAnnotations, UnreadableImage
 from effsam3.data.workers import worker_pool
@@ -69,25 +73,22 @@ def build_index(
     if min_side < 1 or not 1 <= max_pixels <= MAX_PIXELS:
         raise UserError(f"--min-side {min_side} must be 1 or more, --max-pixels {max_pixels} 1 to {MAX_PIXELS}")
 
-    folder = out.parent.resolve()
+    folder, workers = out.parent.resolve(), workers or os.cpu_count() or 1
     options = Check(check == "decode", min_side, max_pixels, val_fraction if own else 0.0)
-    with worker_pool(workers or os.cpu_count() or 1) as submit:
-        listing = list_sources(places, folder, val_fraction, submit, own)
-        chunks = [group[i : i + CHUNK_IMAGES] for group in listing.groups for i in range(0, len(group), CHUNK_IMAGES)]
-        arguments = (folder, options)
-        table = indexing.make_chunks(
-            out, chunks, _make_rows, arguments, VERSION, CHUNK_COLUMNS, submit, "images", progress
-        )
-    if own:
-        table = _without_copies(table, val_fraction)
-    report = _report(table, listing) | {
+    about = {
         "check": check,
         "val_fraction": val_fraction,
         "own": own,
         "min_side": min_side,
         "max_pixels": max_pixels,
+        "sources": [printable(str(source)) for source in places],
     }
-    return indexing.write_index(out, table, sa1b.COLUMNS, report, "image", summary, places, started)
+    chunks = indexing.Chunks(out, CHUNK_IMAGES, _make_rows, (folder, options), VERSION, CHUNK_COLUMNS)
+    with worker_pool(workers) as submit, SortedFile(chunks.folder) as entries:
+        listing = list_sources(places, folder, val_fraction, submit, workers, entries, own)
+        tables = partial(chunks.tables, listing, len(listing), submit, workers, "images")
+        rows = _without_copies(tables, val_fraction, progress, chunks.folder) if own else tables(progress)
+        return indexing.write_index(out, rows, sa1b.COLUMNS, _Counts(listing), about, "image", summary, started)
 
 
 def summary(report: dict) -> str:
@@ -151,45 +152,91 @@ def _check(entry: Entry, folder: Path, options: Check) -> dict:
     return row
 
 
-def _without_copies(table, val_fraction: float):
-    """Leave out all but the first of equal files; hold one image out where chance has held out none."""
+def _without_copies(
+    tables: Callable[[bool], Iterator], val_fraction: float, progress: bool, scratch: Path
+) -> Iterator:
+    """Leave out all but the first of equal files; hold one image out where chance has held out none.
+
+    Args:
+        tables: yields the rows each time it is called, with or without a progress bar.
+    """
     import pyarrow
 
-    columns = {name: table[name].to_pylist() for name in ("excluded", "split", "image_digest")}
-    first: dict[str, int] = {}
-    for place, (reason, digest) in enumerate(zip(columns["excluded"], columns["image_digest"], strict=True)):
-        if not reason and first.setdefault(digest, place) != place:
-            columns["excluded"][place] = "copy"
-    if val_fraction and len(first) > 1 and "val" not in {columns["split"][place] for place in first.values()}:
-        # The lowest code is what a larger share would hold out first: the same image in any order of the files.
-        columns["split"][first[min(first, key=lambda digest: split_code(digest))]] = "val"
-    for name in ("excluded", "split"):
-        table = table.set_column(table.schema.get_field_index(name), name, pyarrow.array(columns[name], "string"))
-    return table
+    held_out = _held_out(tables(progress)) if val_fraction else None
+    with SortedFile(scratch) as seen:
+        for table in tables(progress and not val_fraction):
+            rows = {name: table[name].to_pylist() for name in ("excluded", "split", "image_digest")}
+            for place, digest in enumerate(rows["image_digest"]):
+                if rows["excluded"][place]:
+                    continue
+                if seen.get(digest):
+                    rows["excluded"][place] = "copy"
+                else:
+                    seen[digest] = True
+                    if digest == held_out:
+                        rows["split"][place] = "val"
+            for name in ("excluded", "split"):
+                place = table.schema.get_field_index(name)
+                table = table.set_column(place, name, pyarrow.array(rows[name], "string"))
+            yield table
+
+
+def _held_out(tables: Iterator) -> str | None:
+    """Return the digest of the image to hold out where chance has held out none of several; else None."""
+    ends: set[str] = set()
+    held = False
+    for table in tables:
+        usable = table.filter(indexing.is_empty(table["excluded"]))
+        held |= "val" in usable["split"].to_pylist()
+        digests = sorted(ends.union(usable["image_digest"].to_pylist()), key=split_code)
+        ends = {*digests[:1], *digests[-1:]}
+    # The lowest code is what a larger share would hold out first: the same image in any order of the files.
+    return None if held or len(ends) < 2 else min(ends, key=split_code)
 
 
 # ---- report
 
 
-def _report(table, listing: Listing) -> dict:
-    usable = table.filter(indexing.is_empty(table["excluded"]))
-    splits = usable["split"].to_pylist()
-    converted: dict[str, list[str]] = {}
-    for key, kinds in zip(usable["key"].to_pylist(), usable["converted"].to_pylist(), strict=True):
-        for kind in filter(None, kinds.split(",")):
-            converted.setdefault(kind, []).append(key)
-    excluded = indexing.counted_rows(table, "excluded", "image_name", listing.excluded)
-    problems = indexing.counted_rows(table, "annotation_problem", "annotation_name", listing.annotation_problems)
-    return {
-        "images": {split: splits.count(split) for split in SPLITS},
-        "masks": sum(usable["num_masks"].to_pylist()),
-        "without_annotations": usable["annotation_file"].null_count,
-        "converted": {
-            kind: {"count": len(converted[kind]), "keys": converted[kind][:NAMED_CONVERSIONS]}
-            for kind in CONVERSIONS
-            if kind in converted
-        },
-        "excluded": excluded,
-        "annotation_problems": problems,
-        "tars": indexing.counted(listing.tars, {}),
-    }
+class _Counts:
+    """What a report says of the rows, usable or not, and of what was not even looked at."""
+
+    def __init__(self, listing: Listing):
+        self.images = dict.fromkeys(SPLITS, 0)
+        self.masks = self.without_annotations = 0
+        self.converted: Counter[str] = Counter()
+        self.converted_keys: dict[str, list[str]] = {kind: [] for kind in CONVERSIONS}
+        self.excluded = indexing.Reasons(listing.excluded)
+        self.problems = indexing.Reasons(listing.annotation_problems)
+        self.tars = indexing.Reasons(listing.tars)
+
+    def add(self, table) -> None:
+        """Count some rows."""
+        self.excluded.add(table, "excluded", "image_name")
+        self.problems.add(table, "annotation_problem", "annotation_name")
+        usable = table.filter(indexing.is_empty(table["excluded"]))
+        splits = usable["split"].to_pylist()
+        for split in SPLITS:
+            self.images[split] += splits.count(split)
+        self.masks += sum(usable["num_masks"].to_pylist())
+        self.without_annotations += usable["annotation_file"].null_count
+        for key, kinds in zip(usable["key"].to_pylist(), usable["converted"].to_pylist(), strict=True):
+            for kind in filter(None, kinds.split(",")):
+                self.converted[kind] += 1
+                if self.converted[kind] <= NAMED_CONVERSIONS:
+                    self.converted_keys[kind].append(key)
+
+    def report(self) -> dict:
+        """Return them as the report has them."""
+        return {
+            "images": self.images,
+            "masks": self.masks,
+            "without_annotations": self.without_annotations,
+            "converted": {
+                kind: {"count": self.converted[kind], "keys": self.converted_keys[kind]}
+                for kind in CONVERSIONS
+                if kind in self.converted
+            },
+            "excluded": self.excluded.report(),
+            "annotation_problems": self.problems.report(),
+            "tars": self.tars.report(),
+        }

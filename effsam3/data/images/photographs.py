@@ -15,6 +15,7 @@ from effsam3.data.images.index import build_index, summary
 from effsam3.data.images.sa1b import load_index
 from effsam3.data.images.sa1b_folders import check_sources, list_sources
 from effsam3.data.indexing import report_of
+from effsam3.data.sorted_file import SortedFile
 from effsam3.data.splits import SPLITS
 from effsam3.data.workers import worker_pool
 from effsam3.errors import UserError
@@ -71,10 +72,10 @@ def changes(folder: str, index: Path, report: dict) -> str:
     if not Path(folder).is_dir():
         return f"{folder} is not there"
     check_sources([Path(folder)])
-    with worker_pool(1) as submit:
+    with worker_pool(1) as submit, SortedFile() as entries:
         # Names and sizes only: decoding all photographs at every start would take too long.
-        listing = list_sources([Path(folder)], index.parent.resolve(), 0.0, submit, own=True)
-    files = {entry.image.name: entry for group in listing.groups for entry in group}
+        listing = list_sources([Path(folder)], index.parent.resolve(), 0.0, submit, 1, entries, own=True)
+        files = {entry.image.name: entry for entry in listing}
     now = {entry.key: entry.image.size for entry in files.values()}
     rows = load_index(index)
     then = dict(zip(rows["key"], rows["image_bytes"], strict=True))

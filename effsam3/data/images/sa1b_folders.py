@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 from effsam3.data.images.decoding import EXTENSIONS
 from effsam3.data.indexing import printable, relative, walk
+from effsam3.data.sorted_file import SortedFile
 from effsam3.data.splits import SPLITS, split_of
 from effsam3.data.store.format import storable
+from effsam3.data.workers import in_order
 from effsam3.errors import UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -60,14 +62,29 @@ class TarScan(NamedTuple):
     cut: str  # the member a truncated tar ends in, or ""
 
 
-@dataclass
 class Listing:
-    """What the sources hold, and by reason the names of what cannot be used."""
+    """What the sources hold: entries in order of their keys, and by reason the names of what cannot be used."""
 
-    groups: list[list[Entry]] = field(default_factory=list)  # one per folder or tar; a key occurs once in all of them
-    excluded: dict[str, list[str]] = field(default_factory=dict)
-    annotation_problems: dict[str, list[str]] = field(default_factory=dict)
-    tars: dict[str, list[str]] = field(default_factory=dict)
+    def __init__(self, entries: SortedFile):
+        self._entries = entries
+        self.excluded: dict[str, list[str]] = {}
+        self.annotation_problems: dict[str, list[str]] = {}
+        self.tars: dict[str, list[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        for key, (split, image, annotation) in self._entries.items():
+            yield Entry(key, split, Blob(*image), annotation and Blob(*annotation))
+
+    def add(self, entry: Entry) -> None:
+        """Add an entry; of two images with one key the first stays."""
+        earlier = self._entries.get(entry.key)
+        if earlier is None:
+            self._entries[entry.key] = entry[1:]
+        elif Blob(*earlier[1]) != entry.image:
+            self.excluded.setdefault("duplicate", []).append(entry.image.name)
 
 
 def check_sources(sources: list[Path]) -> None:
@@ -84,55 +101,69 @@ def check_sources(sources: list[Path]) -> None:
 
 
 def list_sources(
-    sources: list[Path], folder: Path, val_fraction: float, submit: Callable, own: bool = False
+    sources: list[Path],
+    folder: Path,
+    val_fraction: float,
+    submit: Callable,
+    workers: int,
+    entries: SortedFile,
+    own: bool = False,
 ) -> Listing:
     """Pair images with their JSON, give each a split, and drop the second of two with the same key.
 
-    `folder` is the parquet's; `submit(function, argument)` returns a future, and is given the tars to scan. With `own`
-    a key is the path below its source, and no split is given.
+    `folder` is the parquet's; `submit(function, argument)` returns a future, and is given the tars to scan; `entries`
+    is empty. With `own` a key is the path below its source, and no split is given.
     """
-    listing = Listing()
-    containers: dict[str, tuple[dict[str, Blob], bool]] = {}  # path: ({name in it: blob}, split by folder?)
+    listing = Listing(entries)
     tars: dict[Path, str] = {}  # path: its path below its source
-    for source in sources:
-        root = source.resolve()
-        if root.is_file():
-            tars[root] = root.name
-            continue
-        images, annotations = root / "images", root / "annotations"
-        # By more than the name: any photographs may be in a folder called images.
-        reorganised = (
-            not own
-            and images.is_dir()
-            and any((part).is_dir() for part in (annotations, *map(images.joinpath, SPLITS)))
-        )
-        blobs = {}
-        for top in (images, annotations) if reorganised else (root,):
-            for path, blob in _walk(top, folder, listing, own):
-                if path.suffix == ".tar":
-                    tars[path] = path.relative_to(top).as_posix()
-                elif path.name.endswith(COMPRESSED):
-                    listing.tars.setdefault("compressed", []).append(blob.name)
-                else:
-                    blobs[path.relative_to(top).as_posix()] = blob
-        containers[str(root)] = blobs, reorganised
-    for path, scan in [(path, submit(scan_tar, path)) for path in sorted(tars)]:
-        containers[str(path)] = _tar_blobs(path, scan.result(), folder, listing), False
-
-    seen: dict[str, Entry] = {}
-    # Sorted, so that which of two images of one name stays does not depend on the order of the sources.
-    for name, (blobs, split_by_folder) in sorted(containers.items()):
-        inside = f"{tars[Path(name)]}/" if Path(name) in tars else ""
-        naming = partial(_own_name, inside) if own else partial(_sa1b_name, split_by_folder, val_fraction)
-        entries = _pair(blobs, naming, listing)
-        listing.groups.append([entry for entry in entries if seen.setdefault(entry.key, entry) is entry])
-        again = [entry.image.name for entry in entries if seen[entry.key].image != entry.image]
-        listing.excluded.setdefault("duplicate", []).extend(again)
+    with ExitStack() as stack:
+        folders: dict[str, tuple[SortedFile, bool]] = {}  # path: (files in it, split by folder?)
+        for root in dict.fromkeys(source.resolve() for source in sources):
+            if root.is_file():
+                tars[root] = root.name
+            else:
+                files = stack.enter_context(SortedFile(entries.folder))
+                folders[str(root)] = files, _list_folder(root, files, tars, folder, listing, own)
+        scans = in_order((submit(scan_tar, Path(name)) for name in sorted(map(str, tars))), ahead=2 * workers)
+        # Sorted, so that which of two images of one name stays does not depend on the order of the sources.
+        for name in sorted([*folders, *map(str, tars)]):
+            files, split_by_folder = folders[name] if name in folders else (None, False)
+            inside = f"{tars[Path(name)]}/" if files is None else ""
+            naming = partial(_own_name, inside) if own else partial(_sa1b_name, split_by_folder, val_fraction)
+            stems = files.items() if files is not None else _tar_stems(Path(name), next(scans), folder, listing)
+            _pair(stems, naming, listing)
     return listing
 
 
+def _list_folder(
+    root: Path, files: SortedFile, tars: dict[Path, str], folder: Path, listing: Listing, own: bool
+) -> bool:
+    """Put a folder's images and JSON into `files` and its tars into `tars`; return whether it is split by folder."""
+    images, annotations = root / "images", root / "annotations"
+    # By more than the name: any photographs may be in a folder called images.
+    reorganised = (
+        not own and images.is_dir() and any((part).is_dir() for part in (annotations, *map(images.joinpath, SPLITS)))
+    )
+    for top in (images, annotations) if reorganised else (root,):
+        for path, blob in _walk(top, folder, listing, own):
+            below = path.relative_to(top)
+            if path.suffix == ".tar":
+                tars[path] = below.as_posix()
+            elif path.name.endswith(COMPRESSED):
+                listing.tars.setdefault("compressed", []).append(blob.name)
+            else:
+                stem = _stem(below)
+                files[stem] = (files.get(stem) or {}) | {path.suffix: blob}
+    return reorganised
+
+
+def _stem(path: PurePath) -> str:
+    """Return a path without its suffix as a key: in order of these are the paths, folder by folder."""
+    return "\0".join(path.with_suffix("").parts)
+
+
 def _walk(top: Path, folder: Path, listing: Listing, own: bool) -> Iterator[tuple[Path, Blob]]:
-    """Yield the files of interest below `top`, in sorted order, through links to folders, without hidden ones.
+    """Yield the files of interest below `top`, through links to folders, without hidden ones.
 
     In a folder of one's own the others are listed, too: they may be photographs in a format that nobody reads here.
     """
@@ -160,7 +191,8 @@ def scan_tar(path: Path) -> TarScan:
         with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             try:
-                for member in tar:
+                while member := tar.next():
+                    tar.members.clear()  # a list of them all, which nobody needs
                     # tarfile would only notice when it reads the data, which nobody does here.
                     if member.offset_data + member.size > size:
                         return TarScan(members, "truncated", member.name)
@@ -179,16 +211,18 @@ def scan_tar(path: Path) -> TarScan:
         return TarScan([], "unreadable", "")
 
 
-def _tar_blobs(path: Path, scan: TarScan, folder: Path, listing: Listing) -> dict[str, Blob]:
+def _tar_stems(path: Path, scan: TarScan, folder: Path, listing: Listing) -> list[tuple[str, dict[str, Blob]]]:
+    """Return the files in a tar by stem, as `_pair` takes them."""
     file, mtime_ns = relative(path, folder), path.stat().st_mtime_ns
     if scan.problem:
         listing.tars.setdefault(scan.problem, []).append(printable(file))
     if scan.cut:
         listing.excluded.setdefault("truncated", []).append(printable(f"{file}:{scan.cut}"))
-    return {
-        str(PurePosixPath(name)): Blob(file, str(PurePosixPath(name)), offset, size, mtime_ns)
-        for name, offset, size in scan.members
-    }
+    stems: dict[str, dict[str, Blob]] = {}
+    for member, offset, size in scan.members:
+        inside = PurePosixPath(member)
+        stems.setdefault(_stem(inside), {})[inside.suffix] = Blob(file, str(inside), offset, size, mtime_ns)
+    return sorted(stems.items())
 
 
 def _sa1b_name(split_by_folder: bool, val_fraction: float, path: PurePosixPath) -> tuple[str, str]:
@@ -202,21 +236,26 @@ def _own_name(inside: str, path: PurePosixPath) -> tuple[str, str]:
     return f"{inside}{path}", ""
 
 
-def _pair(blobs: dict[str, Blob], naming: Callable, listing: Listing) -> list[Entry]:
-    """Pair `a/sa_1.jpg` with `a/sa_1.json`, in sorted order; `naming(path)` returns an image's key and split."""
-    paths = sorted(path for path in map(PurePosixPath, blobs) if not path.name.startswith("."))
-    annotations = {str(path.with_suffix("")): path for path in paths if path.suffix == ".json"}
-    entries = []
-    for path in paths:
-        if path.suffix.lower() not in EXTENSIONS:
+def _pair(stems: Iterable[tuple[str, dict]], naming: Callable, listing: Listing) -> None:
+    """Pair `a/sa_1.jpg` with `a/sa_1.json`; `naming(path)` returns an image's key and split.
+
+    Args:
+        stems: in order, with the files of each by suffix.
+    """
+    for stem, files in stems:
+        path = PurePosixPath(*stem.split("\0"))
+        if path.name.startswith("."):
             continue
-        json_path = annotations.pop(str(path.with_suffix("")), None)
-        if printable(str(path)) != str(path) or not storable(str(path)):  # no parquet or no store can hold it
-            listing.excluded.setdefault("undecodable_name", []).append(blobs[str(path)].name)
-            continue
-        key, split = naming(path)
-        annotation = None if json_path is None else blobs[str(json_path)]
-        entries.append(Entry(key, split, blobs[str(path)], annotation))
-    unpaired = [blobs[str(path)].name for path in annotations.values() if not path.name.endswith(".report.json")]
-    listing.annotation_problems.setdefault("without_image", []).extend(unpaired)
-    return entries
+        blobs = {suffix: Blob(*blob) for suffix, blob in sorted(files.items())}
+        annotation = blobs.pop(".json", None)
+        for suffix, image in blobs.items():
+            if suffix.lower() not in EXTENSIONS:
+                continue
+            name = f"{path}{suffix}"
+            if printable(name) != name or not storable(name):  # no parquet or no store can hold it
+                listing.excluded.setdefault("undecodable_name", []).append(image.name)
+            else:
+                listing.add(Entry(*naming(PurePosixPath(name)), image, annotation))
+            annotation = None
+        if annotation is not None and not path.name.endswith(".report"):
+            listing.annotation_problems.setdefault("without_image", []).append(annotation.name)

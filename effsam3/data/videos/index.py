@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Build the parquet index of SA-V (`sav.COLUMNS`) from folders, and report what was left out and why.
 
-As for SA-1B, chunks of CHUNK_VIDEOS videos are checked in parallel (see indexing.py).
+As for SA-1B, chunks of about CHUNK_VIDEOS videos are checked in parallel (see indexing.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import reprlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 from effsam3.data import indexing
 from effsam3.data.images.decoding import EXTENSIONS
 from effsam3.data.indexing import printable
+from effsam3.data.sorted_file import SortedFile
 from effsam3.data.splits import SPLITS, split_of
 from effsam3.data.unreadable import Unreadable, UnreadableAnnotations
 from effsam3.data.videos.decoder import UnreadableVideo, seeks_agree
@@ -77,16 +78,14 @@ def build_index(
                 f"{source} is not a folder; give the folders with SA-V's mp4 and json files, tars extracted"
             )
     indexing.refuse_options(out, val_fraction, check)
-    folder = out.parent.resolve()
-    entries, unpaired = list_videos(places, folder, val_fraction)
-    chunks = [entries[i : i + CHUNK_VIDEOS] for i in range(0, len(entries), CHUNK_VIDEOS)]
-    with worker_pool(workers or os.cpu_count() or 1) as submit:
-        arguments = (folder, check)
-        table = indexing.make_chunks(
-            out, chunks, _make_rows, arguments, VERSION, CHUNK_COLUMNS, submit, "videos", progress
-        )
-    report = _report(table, unpaired) | {"check": check, "val_fraction": val_fraction}
-    return indexing.write_index(out, table, COLUMNS, report, "video", summary, places, started)
+    folder, workers = out.parent.resolve(), workers or os.cpu_count() or 1
+    chunks = indexing.Chunks(out, CHUNK_VIDEOS, _make_rows, (folder, check), VERSION, CHUNK_COLUMNS)
+    sources = [printable(str(source)) for source in places]
+    about = {"check": check, "val_fraction": val_fraction, "sources": sources}
+    with worker_pool(workers) as submit, SortedFile(chunks.folder) as files:
+        count, unpaired = list_videos(places, folder, files)
+        tables = chunks.tables(_entries(files, val_fraction), count, submit, workers, "videos", progress)
+        return indexing.write_index(out, tables, COLUMNS, _Counts(unpaired), about, "video", summary, started)
 
 
 def summary(report: dict) -> str:
@@ -113,12 +112,13 @@ def summary(report: dict) -> str:
 # ---- sources
 
 
-def list_videos(sources: list[Path], folder: Path, val_fraction: float) -> tuple[list[Entry], dict[str, list[str]]]:
-    """Pair videos with their JSON, in order of their ids; also return what has no partner, by reason.
+def list_videos(sources: list[Path], folder: Path, found: SortedFile) -> tuple[int, dict[str, list[str]]]:
+    """Find videos and their JSON; return how many videos have both, and by reason what cannot be used.
 
-    `folder` is the parquet's.
+    Args:
+        folder: the parquet's.
+        found: is given, in order of their rows' keys, the `File`s of each video by kind: manual, auto, mp4, frames.
     """
-    found: dict[str, dict[str, File]] = {kind: {} for kind in (*KINDS, "mp4", "frames")}
     left: dict[str, list[str]] = {}
 
     def unreadable(fault: OSError) -> None:
@@ -134,32 +134,46 @@ def list_videos(sources: list[Path], folder: Path, val_fraction: float) -> tuple
         blob = File(file, status.st_size if size is None else size, status.st_mtime_ns)
         if printable(file) != file:  # a parquet cannot hold it
             left.setdefault("undecodable_name", []).append(printable(file))
+            return
+        files = found.get(f"{name}_") or {}
         # The first of two videos of one id stays: nothing tells which of them the masks belong to.
-        elif found[kind].setdefault(name, blob).file != file:
+        if kind not in files:
+            found[f"{name}_"] = files | {kind: blob}
+        elif File(*files[kind]).file != file:
             left.setdefault("duplicate", []).append(file)
 
-    for parent, files in indexing.walk([source.resolve() for source in sources], unreadable):
-        for path in files:
+    for parent, paths in indexing.walk([source.resolve() for source in sources], unreadable):
+        images = 0
+        for path in paths:
             video_id, _, kind = path.stem.rpartition("_")
+            images += path.suffix.lower() in EXTENSIONS
             if path.suffix == ".json" and kind in KINDS:
                 note(kind, video_id, path)
             elif path.suffix == ".mp4":
                 note("mp4", path.stem, path)
-        if images := sum(path.suffix.lower() in EXTENSIONS for path in files):
+        if images:
             note("frames", parent.name, parent, images)
 
-    videos = found["mp4"] | found["frames"]
-    entries = []
-    for video_id in sorted(found["manual"].keys() | found["auto"].keys()):
-        annotations = tuple((kind, found[kind][video_id]) for kind in KINDS if video_id in found[kind])
-        if video_id in videos:
-            entries.append(Entry(video_id, split_of(video_id, val_fraction), videos[video_id], annotations))
-        else:
-            left.setdefault("without_video", []).extend(blob.file for _, blob in annotations)
-    paired = {entry.video_id for entry in entries}
-    unpaired = [blob.file for video_id, blob in found["mp4"].items() if video_id not in paired]
-    left.setdefault("without_annotations", []).extend(unpaired)
-    return entries, left
+    count = 0
+    for _, files in found.items():
+        annotations = [files[kind] for kind in KINDS if kind in files]
+        if annotations and ("mp4" in files or "frames" in files):
+            count += 1
+        elif annotations:
+            left.setdefault("without_video", []).extend(File(*blob).file for blob in annotations)
+        elif "mp4" in files:
+            left.setdefault("without_annotations", []).append(File(*files["mp4"]).file)
+    return count, left
+
+
+def _entries(found: SortedFile, val_fraction: float) -> Iterator[Entry]:
+    """Yield the videos that have annotations."""
+    for key, files in found.items():
+        video_id = key.removesuffix("_")
+        video = files.get("frames") or files.get("mp4")
+        annotations = tuple((kind, File(*files[kind])) for kind in KINDS if kind in files)
+        if video and annotations:
+            yield Entry(video_id, split_of(video_id, val_fraction), File(*video), annotations)
 
 
 # ---- chunks
@@ -273,19 +287,35 @@ def _read_video(path: Path, annotations: SavAnnotations, check: str) -> tuple[in
 # ---- report
 
 
-def _report(table, unpaired: dict[str, list[str]]) -> dict:
-    usable = table.filter(indexing.is_empty(table["excluded"]))
-    kinds = usable["kind"].to_pylist()
-    split_by_video = dict(zip(usable["video_id"].to_pylist(), usable["split"].to_pylist(), strict=True))
-    splits = list(split_by_video.values())
-    return {
-        "videos": {split: splits.count(split) for split in SPLITS},
-        "annotations": {kind: kinds.count(kind) for kind in KINDS},
-        "objects": sum(usable["objects"].to_pylist()),
-        "annotated_frames": sum(usable["annotated"].to_pylist()),
-        "unseekable": sum(
-            file.endswith(".mp4") and not seekable
-            for file, seekable in zip(usable["video_file"].to_pylist(), usable["seekable"].to_pylist(), strict=True)
-        ),
-        "excluded": indexing.counted_rows(table, "excluded", "annotation_file", unpaired),
-    }
+class _Counts:
+    """What a report says of the rows, usable or not, and of what was not even looked at."""
+
+    def __init__(self, unpaired: dict[str, list[str]]):
+        self.videos = dict.fromkeys(SPLITS, 0)
+        self.annotations = dict.fromkeys(KINDS, 0)
+        self.objects = self.annotated_frames = self.unseekable = 0
+        self.excluded = indexing.Reasons(unpaired)
+
+    def add(self, table) -> None:
+        """Count some rows, with all rows of each of their videos."""
+        self.excluded.add(table, "excluded", "annotation_file")
+        usable = table.filter(indexing.is_empty(table["excluded"])).to_pylist()
+        splits = list({row["video_id"]: row["split"] for row in usable}.values())
+        for split in SPLITS:
+            self.videos[split] += splits.count(split)
+        for row in usable:
+            self.annotations[row["kind"]] += 1
+            self.objects += row["objects"]
+            self.annotated_frames += row["annotated"]
+            self.unseekable += row["video_file"].endswith(".mp4") and not row["seekable"]
+
+    def report(self) -> dict:
+        """Return them as the report has them."""
+        return {
+            "videos": self.videos,
+            "annotations": self.annotations,
+            "objects": self.objects,
+            "annotated_frames": self.annotated_frames,
+            "unseekable": self.unseekable,
+            "excluded": self.excluded.report(),
+        }
