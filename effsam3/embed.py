@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -21,6 +24,7 @@ from effsam3 import stages
 from effsam3.data.loader import loader
 from effsam3.data.statistics import SAMPLE, FeatureStatistics
 from effsam3.data.store.format import StoreError, create_store, untied
+from effsam3.data.store.key_index import blocks
 from effsam3.data.store.reader import StoreReader
 from effsam3.data.store.writer import StoreWriter, finish_store, repair_store
 from effsam3.errors import UserError
@@ -71,11 +75,8 @@ def run(recipe: FeatureRecipe, check: int | None = None) -> None:
     started = time.monotonic()
     with StoreWriter(root, accelerator.process_index) as writer:
         # Every rank writes as soon as it starts; what is done must be read before anyone adds to it.
-        done = frozenset(writer.done)
         accelerator.wait_for_everyone()
-        embedded = sum(
-            _embed(recipe, dataset, teacher_pass, writer, done, accelerator) for dataset in teacher_pass.datasets
-        )
+        embedded = sum(_embed(recipe, dataset, teacher_pass, writer, accelerator) for dataset in teacher_pass.datasets)
     # A rank that finished early must learn that another was stopped: the store is not complete then.
     counts = torch.tensor([embedded, int(STOP.asked)], device=accelerator.device)
     embedded, asked = accelerator.reduce(counts).tolist()
@@ -101,11 +102,11 @@ def open_store(recipe: FeatureRecipe, root: Path, teacher_pass: TeacherPass, rep
 
 def close_store(root: Path, teacher_pass: TeacherPass, embedded: int, started: float, report: Report) -> None:
     """Complete the store once all ranks have written their records, `embedded` in all, and report what is in it."""
-    expected = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
-    refuse_many_skipped(expected, root, teacher_pass.max_unreadable)
+    refuse_many_skipped(teacher_pass.datasets, root, teacher_pass.max_unreadable)
     # From what was stored, not from what was computed: students learn from the stored values, rounding included.
     parts = [len(dataset) for dataset in teacher_pass.datasets]
-    manifest = finish_store(root, expected, _statistics(root, teacher_pass), parts)
+    keys = (key for some in record_keys(teacher_pass.datasets) for key in some)
+    manifest = finish_store(root, keys, _statistics(root, teacher_pass), parts)
     seconds = time.monotonic() - started
     size = sum(path.stat().st_size for path in root.glob("*.bin"))
     report.say(
@@ -117,6 +118,11 @@ def close_store(root: Path, teacher_pass: TeacherPass, embedded: int, started: f
     report.say(f"next: train with the same recipe. Look inside: effsam3 store show {root}")
 
 
+def record_keys(datasets: Iterable[StoredSamples]) -> Iterator[list[str]]:
+    """Yield the keys of all records, in order, as many at a time as may be in memory."""
+    return (dataset.record_keys(some) for dataset in datasets for some in blocks(len(dataset)))
+
+
 def plan(recipe: FeatureRecipe, root: Path, teacher_pass: TeacherPass) -> dict[str, str]:
     """Return what is to be made, as lines for the header.
 
@@ -124,18 +130,23 @@ def plan(recipe: FeatureRecipe, root: Path, teacher_pass: TeacherPass) -> dict[s
         UserError: the disk cannot hold it.
     """
     reader = StoreReader(root, allow_unfinished=True)
-    keys = [key for dataset in teacher_pass.datasets for key in dataset.store_keys]
-    missing = reader.missing(keys)
-    needed = len(missing) * reader.manifest.stride
+    total = missing = replaced = 0
+    examples: list[str] = []
+    for keys in record_keys(teacher_pass.datasets):
+        absent = reader.missing(keys)
+        names = reader.replaced(absent)
+        total, missing, replaced = total + len(keys), missing + len(absent), replaced + len(names)
+        examples = [*examples, *names][:3]
+    needed = missing * reader.manifest.stride
     refuse_full_disk(
         root,
         needed,
-        f"{len(missing):,} records of {reader.manifest.stride:,} bytes",
+        f"{missing:,} records of {reader.manifest.stride:,} bytes",
         f"{teacher_pass.less_room}data.limit=N takes fewer, teacher=online none; or name another disk with embed.to",
     )
-    line = f"{len(missing):,} of {len(keys):,} records, {gigabytes(needed)}; {gigabytes(free_bytes(root))} are free"
-    if replaced := reader.replaced(missing):
-        line += f"; {len(replaced):,} of them for what was replaced since, such as {', '.join(replaced[:3])}"
+    line = f"{missing:,} of {total:,} records, {gigabytes(needed)}; {gigabytes(free_bytes(root))} are free"
+    if replaced:
+        line += f"; {replaced:,} of them for what was replaced since, such as {', '.join(examples)}"
     return {"to make": line} | ({} if reader.manifest.ties_inputs else {"note": untied(root)})
 
 
@@ -144,21 +155,18 @@ def _embed(
     dataset: StoredSamples,
     teacher_pass: TeacherPass,
     writer: StoreWriter,
-    done: frozenset[str],
     accelerator: Accelerator,
 ) -> int:
     """Write this rank's share of a dataset's missing records; return how many."""
-    todo = [position for position, key in enumerate(dataset.store_keys) if key not in done]
-    # Only missing records are divided, so that a resumed pass keeps all ranks busy.
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    size = recipe.embed.batch_size
-    batches = [mine[start : start + size] for start in range(0, len(mine), size)]
-    bar = tqdm(
-        total=len(mine),
-        unit="record",
-        desc="embed",
-        disable=not (accelerator.is_main_process and sys.stderr.isatty()),
-    )
+
+    def mine() -> Iterator[int]:
+        # Only missing records are divided, so that a resumed pass keeps all ranks busy.
+        return islice(_missing(dataset, writer), accelerator.process_index, None, accelerator.num_processes)
+
+    shown = accelerator.is_main_process and sys.stderr.isatty()
+    bar = tqdm(total=sum(1 for _ in mine()) if shown else None, unit="record", desc="embed", disable=not shown)
+    positions = mine()
+    batches = iter(lambda: list(islice(positions, recipe.embed.batch_size)), [])
     written, checked = 0, False
     # One thread writes while the teacher works on the next batch; waiting for it here bounds the memory to two
     # batches.
@@ -179,13 +187,20 @@ def _embed(
     return written
 
 
+def _missing(dataset: StoredSamples, writer: StoreWriter) -> Iterator[int]:
+    """Yield the positions whose records were not there when the writer was made."""
+    for some in blocks(len(dataset)):
+        yield from (some.start + np.flatnonzero(writer.done.find(dataset.record_keys(some)) < 0)).tolist()
+
+
 def _write(
     teacher_pass: TeacherPass, dataset: StoredSamples, batch: Batch, feat_BCHW: torch.Tensor, writer: StoreWriter
 ) -> int:
     unreadable = dict(batch["unreadable"])
     written = 0
-    for place, position in enumerate(batch["positions"].tolist()):
-        name, key = dataset.keys[position], dataset.store_keys[position]
+    positions = batch["positions"].tolist()
+    keys = zip(dataset.names(positions), dataset.record_keys(positions), strict=True)
+    for place, (name, key) in enumerate(keys):
         if name in unreadable:
             writer.skip(key, unreadable[name])
         else:
@@ -194,18 +209,19 @@ def _write(
     return written
 
 
-def refuse_many_skipped(expected: list[str], root: Path, most: int) -> None:
+def refuse_many_skipped(datasets: Sequence[StoredSamples], root: Path, most: int) -> None:
     """Leave the store unfinished when too much is missing: more likely a lost disk than that many bad images.
 
     Raises:
         StoreError: more than `data.max_unreadable` samples are not in the store.
     """
-    missing = StoreReader(root, allow_unfinished=True).missing(expected)
+    reader = StoreReader(root, allow_unfinished=True)
+    missing = [key for keys in record_keys(datasets) for key in reader.missing(keys)]
     if len(missing) > most:
         raise StoreError(
-            f"{len(missing)} of {len(expected)} images could not be read, more than data.max_unreadable={most} "
-            f"(first: {', '.join(missing[:3])}); see {root}/skipped-*.tsv. Repair them and embed again: it makes "
-            "what is missing"
+            f"{len(missing)} of {sum(map(len, datasets))} images could not be read, more than "
+            f"data.max_unreadable={most} (first: {', '.join(missing[:3])}); see {root}/skipped-*.tsv. Repair them and "
+            "embed again: it makes what is missing"
         )
 
 
@@ -230,7 +246,7 @@ def stored_sample(reader: StoreReader, dataset: StoredSamples, size: int) -> lis
     asked = size
     while True:
         order = dataset.sample(asked)
-        places = reader.find([dataset.store_keys[position] for position in order])
+        places = reader.find(dataset.record_keys(order))
         found = [position for position, place in zip(order, places, strict=True) if place >= 0]
         if len(found) >= size or len(order) == len(dataset):
             return found[:size]
@@ -245,14 +261,14 @@ def _check(
     if not reader.manifest.ties_inputs:
         report.say(untied(recipe.embed.to))
     skipped = {entry["key"] for entry in reader.manifest.skipped}
-    for dataset in teacher_pass.datasets:
+    for keys in record_keys(teacher_pass.datasets):
         # Raises when the index has images that the store lacks: comparing only common ones would hide that.
-        reader.positions([key for key in dataset.store_keys if key not in skipped])
+        reader.positions([key for key in keys if key not in skipped])
     dataset = teacher_pass.datasets[0]
     positions = stored_sample(reader, dataset, samples)
     worst = 1.0
     for batch in loader(dataset, [[position] for position in positions], 0, pin=False):
-        key = dataset.keys[int(batch["positions"][0])]
+        (key,) = dataset.names(batch["positions"].tolist())
         if batch["unreadable"]:
             raise UserError(f"{key} is stored but can no longer be read: {batch['unreadable'][0][1]}")
         made = teacher_pass.features(batch).cpu()

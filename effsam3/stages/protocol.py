@@ -126,10 +126,13 @@ class Stage(Protocol):
 class StoredSamples(Samples, Protocol):
     """A data set whose samples have a record each in a store."""
 
-    keys: Sequence[str]  # names of the samples
-    store_keys: Sequence[str]  # keys of their records
-
     def __len__(self) -> int: ...
+
+    def names(self, positions: Sequence[int]) -> list[str]:
+        """Return the names of samples, as `unreadable` of a batch has them."""
+
+    def record_keys(self, positions: Sequence[int]) -> list[str]:
+        """Return the keys of their records."""
 
     def sample(self, size: int) -> list[int]:
         """Return the positions of up to `size` samples, by a hash of their names: the same in any order."""

@@ -9,7 +9,7 @@ import pytest
 
 from effsam3.data.store import key_index
 from effsam3.data.store.format import Field, StoreError, create_store, open_manifest
-from effsam3.data.store.key_index import KeyIndex
+from effsam3.data.store.key_index import Hashes, KeyIndex
 from effsam3.data.store.reader import StoreReader
 from effsam3.data.store.writer import StoreWriter, finish_store, repair_store
 
@@ -45,6 +45,15 @@ def numbers(reader, keys):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return made(tmp_path_factory.mktemp("store"))
+
+
+def test_a_set_of_hashes_holds_what_was_added(monkeypatch):
+    monkeypatch.setattr(key_index, "LATEST", 30)
+    made = Hashes()
+    for count, key in enumerate(KEYS):
+        assert key not in made and len(made) == count
+        made.add(key)
+    assert all(key in made for key in KEYS) and not any(key in made for key in ABSENT)
 
 
 @pytest.mark.parametrize("bits", [64, 5])

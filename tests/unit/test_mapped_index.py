@@ -143,7 +143,8 @@ def test_every_image_finds_its_record_and_nothing_is_as_long_as_the_index(tmp_pa
     batch = images.__getitems__(positions)  # none of the photographs is there, their features are
     train = [row for row in rows if row["split"] == "train"]
     assert batch["features"][:, 0].tolist() == [train[max(position, 0)]["width"] for position in positions]
-    assert images.store_keys == store_keys(images.index, tied) and images.keys[[1]] == ["sa_000001"]
+    assert images.record_keys(range(len(images))) == store_keys(images.index, tied)
+    assert images.names([1]) == ["sa_000001"]
     assert images.sample(30) == statistics_sample(list(images.keys), 30)
     assert sorted(images.sample(10_000)) == list(range(450))
 

@@ -178,7 +178,7 @@ def test_finish_wants_every_key_and_names_skipped_ones(tmp_path):
         out.skip("b", "cannot\tbe\nread")
         out.skip("c", "first try")
     with StoreWriter(tmp_path, 1) as out:
-        assert out.done == {"a"}
+        assert len(out.done) == 1 and "a" in out.done
         out.write("c", record("c"))
     with pytest.raises(StoreError, match="2 of 5 keys are neither stored nor skipped: d, e"):
         finish_store(tmp_path, ["a", "b", "c", "d", "e"])
@@ -276,7 +276,7 @@ def test_full_disk_is_named_and_harmless(tmp_path):
     out.close()
     assert verify_store(tmp_path).checked == 3
     make_rest = StoreWriter(tmp_path, 0)
-    assert make_rest.done == set(KEYS[:3])
+    assert [key in make_rest.done for key in KEYS] == [True] * 3 + [False] * 7
     for key in KEYS[3:]:
         make_rest.write(key, record(key, big))
     make_rest.close()
@@ -322,7 +322,7 @@ def test_torn_tail_is_cut_and_written_again(tmp_path, suffix, harm, count, lost)
     harm(tmp_path / f"shard-00000-0000.{suffix}", count)
     repair_store(tmp_path)
     with StoreWriter(tmp_path, 1) as out:
-        assert out.done == set(KEYS[: 10 - lost])
+        assert [key for key in KEYS if key in out.done] == KEYS[: 10 - lost] and len(out.done) == 10 - lost
     make(tmp_path)
     assert_holds(tmp_path, KEYS)
     assert verify_store(tmp_path).checked == 10

@@ -6,7 +6,7 @@ Letters: B texts of a batch, L tokens of the longest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from effsam3.data.sampler import PADDING
-from effsam3.data.statistics import statistics_sample
+from effsam3.data.statistics import lowest
 from effsam3.data.store.format import StoreError
+from effsam3.data.store.key_index import blocks, hashes_of
 from effsam3.data.store.reader import StoreReader
 
 
@@ -31,26 +32,22 @@ class CaptionBatches(Dataset):
 
     def __init__(self, texts, encode: Callable[[list[str]], tuple[Tensor, Tensor]], store: StoreReader | None = None):
         self.part, self.encode, self.store = texts, encode, store
-        self._keys: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.part)
 
-    @property
-    def keys(self) -> list[str]:
-        """Key of every position; made on first use."""
-        if self._keys is None:
-            self._keys = self.part.keys(range(len(self.part)))
-        return self._keys
+    def names(self, positions: Sequence[int]) -> list[str]:
+        """Return the keys of texts."""
+        return self.part.keys(positions)
+
+    def record_keys(self, positions: Sequence[int]) -> list[str]:
+        """Return what a store calls texts: a key is the text's own hash, so a changed text is another one."""
+        return self.part.keys(positions)
 
     def sample(self, size: int) -> list[int]:
         """Return the positions of up to `size` texts, the same in any order of them."""
-        return statistics_sample(self.keys, size)
-
-    @property
-    def store_keys(self) -> list[str]:
-        """What a store calls the texts: a key is the text's own hash, so a changed text is another one."""
-        return self.keys
+        parts = (self.part.keys(some) for some in blocks(len(self)))
+        return lowest((hashes_of([key.encode() for key in keys]) for keys in parts), size)
 
     def __getitems__(self, positions: list[int]) -> dict:
         """Return the batch of `positions`, of which `PADDING` ones come out as texts that count nowhere.

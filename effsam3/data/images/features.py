@@ -6,7 +6,6 @@ Letters: B images of a batch, C channels, G grid rows and columns, S image side 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -38,7 +37,7 @@ class ImageFeatures(Dataset):
         image_size: S.
         resize: `square` or `longest_side`, see `transforms.resize_image`.
         store: the teacher's features; None gives images only (teacher pass, online teacher).
-        tied: whether `store_keys` end in the digest of the image's bytes; with a store, it knows.
+        tied: whether `record_keys` end in the digest of the image's bytes; with a store, it knows.
 
     Raises StoreError naming the images that the store has no features of, or only those of another image of that name.
     """
@@ -56,14 +55,13 @@ class ImageFeatures(Dataset):
             refuse_missing(index, store)
         self.pixels_stored = store is not None and "pixels" in store.names
 
-    @functools.cached_property
-    def store_keys(self) -> list[str]:
-        """What a store calls the images. Made when asked for: a gigabyte for all SA-1B, of no use in training."""
-        return [
-            key
-            for start in range(0, len(self), BLOCK)
-            for key in store_keys(self._named[start : start + BLOCK], self.tied)
-        ]
+    def names(self, positions: Sequence[int]) -> list[str]:
+        """Return the keys of images."""
+        return self.keys[positions]
+
+    def record_keys(self, positions: Sequence[int]) -> list[str]:
+        """Return what a store calls images."""
+        return store_keys(self._named[positions], self.tied)
 
     def sample(self, size: int) -> list[int]:
         """Return the positions of up to `size` images, as `statistics_sample` does of all keys."""
@@ -82,9 +80,9 @@ class ImageFeatures(Dataset):
         batch: dict[str, Any] = {"positions": torch.tensor(positions), "unreadable": []}
         if self.store is not None:
             # A record is read for padding, too: fixed shapes, and the valid mask keeps it out of everything.
-            rows = self._named[np.maximum(positions, 0).tolist()]
+            keys = self.record_keys(np.maximum(positions, 0).tolist())
             # Looked up now: the places of all records would be as long as the index, in every process.
-            batch |= self.store.read(self.store.positions(store_keys(rows, self.tied)))
+            batch |= self.store.read(self.store.positions(keys))
         if self.pixels_stored:
             batch["sizes"] = batch["sizes"].long()
             # Size zero: the valid mask then leaves the whole image out.

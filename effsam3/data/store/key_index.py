@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # of the file; another number makes older ones void
 BLOCK = 1 << 20  # keys that are Python objects at a time
+LATEST = 1 << 18  # hashes that are
 
 
 class KeyIndex:
@@ -37,10 +38,10 @@ class KeyIndex:
     @classmethod
     def of(cls, keys: pyarrow.Array) -> KeyIndex:
         """Make one of all keys, no two of which are equal, in order of their positions."""
-        hashes = np.concatenate([np.empty(0, np.uint64), *map(hashes_of, _blocks(keys))])
+        hashes = np.concatenate([np.empty(0, np.uint64), *map(hashes_of, key_blocks(keys))])
         positions = np.argsort(hashes).astype(np.uint64)
         checks = np.empty_like(hashes)
-        for start, block in zip(range(0, len(keys), BLOCK), _blocks(keys), strict=True):
+        for start, block in zip(range(0, len(keys), BLOCK), key_blocks(keys), strict=True):
             checks[start : start + len(block)] = _checks(block, range(start, start + len(block)))
         return cls(np.stack([hashes[positions], positions, checks[positions]]))
 
@@ -62,6 +63,9 @@ class KeyIndex:
     def __len__(self) -> int:
         return len(self.hashes)
 
+    def __contains__(self, key: str) -> bool:
+        return bool(self.find([key])[0] >= 0)
+
     def find(self, keys: Sequence[str]) -> np.ndarray:
         """Return positions, int64, -1 where absent."""
         encoded = [key.encode() for key in keys]
@@ -82,11 +86,38 @@ class KeyIndex:
     def absent(self, hashes: np.ndarray) -> np.ndarray:
         """Return those of the hashes that no key has, ascending: millions are looked up without making their keys."""
         ordered = np.sort(hashes)
-        places = np.searchsorted(self.hashes, ordered)
-        known = np.zeros(len(ordered), bool)
-        inside = places < len(self)
-        known[inside] = self.hashes[places[inside]] == ordered[inside]
-        return ordered[~known]
+        return ordered[~among(self.hashes, ordered)]
+
+
+class Hashes:
+    """A set of keys that grows, 8 bytes each. Keys that share a hash are taken for one."""
+
+    def __init__(self):
+        self._sorted = np.empty(0, np.uint64)
+        self._latest: set[int] = set()  # a number in a set takes as much as ten in an array
+
+    def __len__(self) -> int:
+        return len(self._sorted) + len(self._latest)
+
+    def __contains__(self, key: str) -> bool:
+        codes = hashes_of([key.encode()])
+        return int(codes[0]) in self._latest or bool(among(self._sorted, codes)[0])
+
+    def add(self, key: str) -> None:
+        """Add a key that is not in it."""
+        self._latest.add(int(hashes_of([key.encode()])[0]))
+        if len(self._latest) == LATEST:
+            self._sorted = np.sort(np.concatenate([self._sorted, np.fromiter(self._latest, np.uint64)]))
+            self._latest = set()
+
+
+def among(ordered: np.ndarray, hashes: np.ndarray) -> np.ndarray:
+    """Return which of the hashes are among those that are `ordered`, bool."""
+    places = np.searchsorted(ordered, hashes)
+    known = np.zeros(len(hashes), bool)
+    inside = places < len(ordered)
+    known[inside] = ordered[places[inside]] == hashes[inside]
+    return known
 
 
 def remove(root: Path) -> None:
@@ -117,7 +148,13 @@ def _checks(keys: Iterable[bytes], positions: Sequence[int]) -> np.ndarray:
     )
 
 
-def _blocks(keys: pyarrow.Array) -> Iterator[list[bytes]]:
+def blocks(length: int) -> Iterator[range]:
+    """Divide places 0 to `length` - 1 into stretches whose keys may be in memory together."""
+    return (range(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
+
+
+def key_blocks(keys: pyarrow.Array) -> Iterator[list[bytes]]:
+    """Yield keys a few at a time."""
     return (keys.slice(start, BLOCK).cast("binary").to_pylist() for start in range(0, len(keys), BLOCK))
 
 

@@ -23,13 +23,14 @@ from effsam3.data.store.format import (
     remedy,
     shards_on_disk,
 )
-from effsam3.data.store.key_index import KeyIndex
+from effsam3.data.store.key_index import KeyIndex, among, hashes_of, key_blocks
 
 if TYPE_CHECKING:
     import pyarrow
     import torch
 
 FLOAT16_MAX = 65504.0
+LOOKED_UP = ("_index", "_names")  # what a reader finds out when it is asked
 OPEN_FILES = 512  # per reader; the usual limit is 1024 per process
 
 
@@ -90,7 +91,7 @@ class StoreReader:
 
     def __getstate__(self) -> dict:
         # Data workers are forked or pickled: each opens its own files, so that no file position is shared.
-        return {name: value for name, value in self.__dict__.items() if name != "_index"} | {"_files": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in LOOKED_UP} | {"_files": {}}
 
     @functools.cached_property
     def arrow_keys(self) -> pyarrow.Array:
@@ -131,8 +132,17 @@ class StoreReader:
 
     def replaced(self, missing: Sequence[str]) -> list[str]:
         """Return names of those of the keys, none of which is stored, under whose names other bytes are."""
-        names = {name_of(key) for key in self.keys} if self.manifest.ties_inputs and len(missing) else set()
-        return [name for name in map(name_of, missing) if name in names and name]
+        if not (self.manifest.ties_inputs and missing):
+            return []
+        names = list(map(name_of, missing))
+        stored = among(self._names, hashes_of([name.encode() for name in names])).tolist()
+        return [name for name, there in zip(names, stored, strict=True) if there and name]
+
+    @functools.cached_property
+    def _names(self) -> np.ndarray:
+        """Hashes of the names in all keys, ascending."""
+        codes = [hashes_of([key.rpartition(b"@")[0] for key in some]) for some in key_blocks(self.arrow_keys)]
+        return np.sort(np.concatenate([np.empty(0, np.uint64), *codes]))
 
     def find(self, keys: Sequence[str]) -> np.ndarray:
         """Return positions, int64, -1 where absent."""

@@ -7,7 +7,7 @@ import errno
 import fcntl
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from effsam3.data.store.format import (
     whole_lines,
     write_manifest,
 )
-from effsam3.data.store.key_index import KeyIndex, hashes_of, remove, sum_of
+from effsam3.data.store.key_index import BLOCK, Hashes, KeyIndex, hashes_of, remove, sum_of
 from effsam3.files import free_bytes, sync
 
 SHARD_BYTES = 4 << 30
@@ -128,8 +128,8 @@ def _repair_shard(path: Path, manifest: Manifest, last: bool) -> int:
 class StoreWriter:
     """Appends records to shards of its own; a context manager.
 
-    `done` holds the keys stored by any writer of any run, so that a caller embeds only what is not in it. Skipped
-    keys are not in it: a resumed pass tries them again.
+    `done` holds the keys that any writer had stored when this one was made, so that a caller embeds only what is not
+    in it. Skipped keys are not in it: a resumed pass tries them again.
     Raises StoreError when a live process already is this writer.
     """
 
@@ -143,7 +143,8 @@ class StoreWriter:
         own = sorted(self.root.glob(f"shard-{writer:05d}-*.bin"))
         self._open_shard(int(own[-1].stem.split("-")[2]) if own else 0)
         shards = shards_on_disk(self.root, self.manifest)
-        self.done: set[str] = set(journal_column(self.root, self.manifest, shards, "key").to_pylist())
+        self.done = KeyIndex.of(journal_column(self.root, self.manifest, shards, "key"))
+        self._made = Hashes()
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -157,7 +158,7 @@ class StoreWriter:
         Raises StoreError on a wrong field, a key already stored, or a full disk (nothing stored is damaged by it).
         """
         _check_key(key)
-        if key in self.done:
+        if key in self.done or (key in self._made and self._in_journals(key)):
             raise StoreError(f"key {key!r} is already stored in {self.root}: keys must be unique")
         if record.keys() != {field.name for field in self.manifest.fields}:
             raise StoreError(f"record {key!r} has fields {list(record)}; the manifest has {self.manifest.header[4:]}")
@@ -180,7 +181,7 @@ class StoreWriter:
                     view, offset = view[written:], offset + written
             # Last: the line is what makes the record exist.
             _append(self._journal, f"{key}\t{checksum.hexdigest()}\n")
-            self.done.add(key)
+            self._made.add(key)
             self._count += 1
             self._unsynced += stride
             # Rarely, because each sync waits for the disk; never, and a power cut would cost hours of the teacher's
@@ -189,6 +190,10 @@ class StoreWriter:
                 self._sync()
         except OSError as error:
             raise self._disk_error(key, error) from error
+
+    def _in_journals(self, key: str) -> bool:
+        shards = shards_on_disk(self.root, self.manifest)
+        return key in journal_column(self.root, self.manifest, shards, "key").to_pylist()
 
     def skip(self, key: str, reason: str) -> None:
         """Note that `key` cannot be embedded; the finished manifest names it."""
@@ -227,7 +232,7 @@ class StoreWriter:
     def _disk_error(self, key: str, error: OSError) -> StoreError:
         need = ""
         if self.manifest.expected is not None:
-            missing = self.manifest.expected - len(self.done)
+            missing = self.manifest.expected - len(self.done) - len(self._made)
             need = f" and {missing} records to come need {missing * self.manifest.stride / 2**30:.3g} GiB"
         free = free_bytes(self.root) / 2**30
         return StoreError(
@@ -275,38 +280,54 @@ def finish_store(
     one of these need not look for each of its keys.
     Raises StoreError naming expected keys that are neither stored nor skipped.
     """
-    root, expected = Path(root), list(expected_keys)
+    import pyarrow.compute as compute
+
+    root = Path(root)
     manifest = open_manifest(root)
     shards = shards_on_disk(root, manifest)
     check_sizes(root, manifest, shards)
     keys = journal_column(root, manifest, shards, "key")
-    stored = set(keys.to_pylist())
+    index, records = KeyIndex.of(keys), compute.count_distinct(keys).as_py()
     lines = [line for path in sorted(root.glob("skipped-*.tsv")) for line in whole_lines(path).decode().splitlines()]
     reasons = dict(line.split("\t", 1) for line in lines)
-    # Skipped ones are accounted for; anything else means that a writer has not done its share.
-    missing = [key for key in expected if key not in stored and key not in reasons]
+    expected, missing, first_missing = 0, 0, []
+    skipped: list[dict[str, str]] = []
+
+    def stored(part: Iterator[str]) -> Iterator[np.ndarray]:
+        """Yield the hashes of those keys that are stored, and note the others."""
+        nonlocal expected, missing
+        while some := list(islice(part, BLOCK)):
+            expected += len(some)
+            there = index.find(some) >= 0
+            for key in (some[place] for place in np.flatnonzero(~there).tolist()):
+                # Skipped ones are accounted for; anything else means that a writer has not done its share.
+                if key in reasons:
+                    skipped.append({"key": key, "reason": reasons[key]})
+                else:
+                    missing += 1
+                    first_missing.extend([key] if missing <= 5 else [])
+            yield hashes_of([some[place].encode() for place in np.flatnonzero(there).tolist()])
+
+    rest = iter(expected_keys)
+    whole = dict(sum_of(stored(islice(rest, size))) for size in parts)
+    sum_of(stored(rest))
     if missing:
         raise StoreError(
-            f"{root}: {len(missing)} of {len(expected)} keys are neither stored nor skipped: {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''}. Run the same command again: it writes only what is missing"
+            f"{root}: {missing} of {expected} keys are neither stored nor skipped: {', '.join(first_missing)}"
+            f"{', ...' if missing > 5 else ''}. Run the same command again: it writes only what is missing"
         )
-    skipped = tuple({"key": key, "reason": reasons[key]} for key in expected if key in reasons and key not in stored)
-    whole, rest = {}, iter(expected)
-    for size in parts:
-        total, count = sum_of([hashes_of([key.encode() for key in islice(rest, size) if key in stored])])
-        whole[total] = count
     manifest = replace(
         manifest,
-        expected=len(expected),
-        records=len(stored),
-        skipped=skipped,
+        expected=expected,
+        records=records,
+        skipped=tuple(skipped),
         # A store that grows keeps its first ones: a run that resumes has learned by them.
         statistics=manifest.statistics or statistics,
         whole=whole,
         shards=shards,
     )
-    if len(keys) == len(stored):  # a key that two writers have is left to the reader
+    if len(keys) == records:  # a key that two writers have is left to the reader
         # Before the manifest: whoever sees a finished store finds the index there.
-        KeyIndex.of(keys).write(root, shards)
+        index.write(root, shards)
     write_manifest(root, manifest)
     return manifest

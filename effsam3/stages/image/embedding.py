@@ -106,6 +106,5 @@ class TeacherPass:
             resized_size(height, width, dataset.image_size, dataset.resize)
             for height, width in zip(rows["height"], rows["width"], strict=True)
         ]
-        keys = [dataset.store_keys[position] for position in positions]
-        features = stored_features(reader.read(reader.positions(keys)))
+        features = stored_features(reader.read(reader.positions(dataset.record_keys(positions))))
         return features, valid_mask(torch.tensor(sizes), self.teacher.image_size, self.teacher.grid)

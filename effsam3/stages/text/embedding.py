@@ -86,7 +86,7 @@ class TeacherPass:
 
     def stored(self, reader: StoreReader, dataset: CaptionBatches, positions: list[int]) -> tuple[Tensor, Tensor]:
         """Read features (B, C, 1, L) and valid mask (B, 1, 1, L) of some texts back."""
-        record = reader.read(reader.positions([dataset.keys[position] for position in positions]))
+        record = reader.read(reader.positions(dataset.record_keys(positions)))
         features_BLC = record["features"].float()
         valid_BL = torch.arange(features_BLC.shape[1]) < record["length"]
         return as_map(features_BLC), valid_BL.float()[:, None, None]
