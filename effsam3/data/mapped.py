@@ -9,13 +9,14 @@ the parquet's size and time: of another parquet the copies are made anew, and th
 from __future__ import annotations
 
 import atexit
+import fcntl
 import functools
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,10 @@ def load_rows(
     if not path.is_file():
         raise UserError(f"no index at {path}; make it with: {command}")
     copies = _copies_of(path, (columns, later, codes))
-    if not all(copy.is_file() for copy in copies.values()):
-        _make(copies, _tables(path, columns, what, command, later or {}), columns, codes or {})
-        _remove_older(path, copies)
+    with _one_at_a_time(path, copies):
+        if not _are_there(copies):
+            _make(copies, _tables(path, columns, what, command, later or {}), columns, codes or {})
+            _remove_older(path, copies)
     parts = {name: Dataset.from_file(str(copy)) for name, copy in copies.items()}
     if split is not None and not len(parts[split]):
         counts = {name: len(part) for name, part in parts.items()}
@@ -88,6 +90,25 @@ def _copies_of(path: Path, form: tuple) -> dict[str, Path]:
     return {split: folder / f".{path.stem}.{stamp}.{split}.arrow" for split in SPLITS}
 
 
+def _are_there(copies: dict[str, Path]) -> bool:
+    return all(copy.is_file() for copy in copies.values())
+
+
+@contextmanager
+def _one_at_a_time(path: Path, copies: dict[str, Path]) -> Iterator[None]:
+    """Wait until no other process makes the copies, if they have to be made: all ranks of a run open an index at once.
+
+    Where a disk has no locks, each of them makes the same.
+    """
+    shared = copies[SPLITS[0]].parent == path.parent
+    with ExitStack() as stack:
+        if shared and not _are_there(copies):
+            with suppress(OSError):
+                # Ends when the file is closed, be it by the end of its process.
+                fcntl.flock(stack.enter_context(open(path, "rb")), fcntl.LOCK_EX)
+        yield
+
+
 @functools.cache
 def _own_folder() -> Path:
     folder = tempfile.mkdtemp(prefix="effsam3-index-")
@@ -98,7 +119,7 @@ def _own_folder() -> Path:
 def _make(
     copies: dict[str, Path], tables: Iterator, columns: dict[str, str], codes: Mapping[str, Sequence[str]]
 ) -> None:
-    """Write the copies. Several processes may do so at once: each writes the same under names of its own."""
+    """Write the copies. Several processes may do so at once, such as on a disk without locks: all write the same."""
     import pyarrow
     import pyarrow.compute as compute
 

@@ -101,11 +101,17 @@ def test_a_full_disk_is_not_called_a_damaged_index(tmp_path, monkeypatch):
 
 
 def _open(path: Path, barrier, answers) -> None:
+    made, make = [], mapped._make
+    mapped._make = lambda *arguments: made.append(1) or make(*arguments)
     barrier.wait()
-    answers.put(sa1b.load_index(path, "train")["key"][:])
+    answers.put((sa1b.load_index(path, "train")["key"][:], len(made)))
 
 
-def test_many_processes_may_open_it_at_once(tmp_path):
+@pytest.mark.parametrize("locks", [True, False])
+def test_many_processes_may_open_it_at_once(tmp_path, monkeypatch, locks):
+    """One makes the copies and the others wait; on a disk without locks several may make them."""
+    if not locks:
+        monkeypatch.setattr(mapped.fcntl, "LOCK_EX", -1)  # which the kernel refuses
     rows = write(tmp_path / "index.parquet", 3000)
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(4), context.Queue()
@@ -113,7 +119,9 @@ def test_many_processes_may_open_it_at_once(tmp_path):
     for process in processes:
         process.start()
     wanted = [row["key"] for row in rows if row["split"] == "train"]
-    assert [answers.get(timeout=60) == wanted for _ in processes] == [True] * 4
+    found = [answers.get(timeout=60) for _ in processes]
+    assert [keys == wanted for keys, _ in found] == [True] * 4
+    assert sum(made for _, made in found) == 1 or not locks
     for process in processes:
         process.join()
     assert len(list(tmp_path.iterdir())) == 3  # nothing half written
