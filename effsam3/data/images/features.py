@@ -57,7 +57,7 @@ class ImageFeatures(Dataset):
 
     def names(self, positions: Sequence[int]) -> list[str]:
         """Return the keys of images."""
-        return self.keys[positions]
+        return self._named[positions]["key"]
 
     def record_keys(self, positions: Sequence[int]) -> list[str]:
         """Return what a store calls images."""

@@ -127,10 +127,14 @@ def list_sources(
         scans = in_order((submit(scan_tar, Path(name)) for name in sorted(map(str, tars))), ahead=2 * workers)
         # Sorted, so that which of two images of one name stays does not depend on the order of the sources.
         for name in sorted([*folders, *map(str, tars)]):
-            files, split_by_folder = folders[name] if name in folders else (None, False)
-            inside = f"{tars[Path(name)]}/" if files is None else ""
+            stems: Iterable[tuple[str, dict]]
+            if name in folders:
+                files, split_by_folder = folders[name]
+                inside, stems = "", files.items()
+            else:
+                inside, split_by_folder = f"{tars[Path(name)]}/", False
+                stems = _tar_stems(Path(name), next(scans), folder, listing)
             naming = partial(_own_name, inside) if own else partial(_sa1b_name, split_by_folder, val_fraction)
-            stems = files.items() if files is not None else _tar_stems(Path(name), next(scans), folder, listing)
             _pair(stems, naming, listing)
     return listing
 
@@ -192,7 +196,7 @@ def scan_tar(path: Path) -> TarScan:
             size = os.fstat(file.fileno()).st_size
             try:
                 while member := tar.next():
-                    tar.members.clear()  # a list of them all, which nobody needs
+                    tar.members.clear()  # type: ignore[attr-defined]  # a list of them all; typeshed does not know it
                     # tarfile would only notice when it reads the data, which nobody does here.
                     if member.offset_data + member.size > size:
                         return TarScan(members, "truncated", member.name)
@@ -255,7 +259,8 @@ def _pair(stems: Iterable[tuple[str, dict]], naming: Callable, listing: Listing)
             if printable(name) != name or not storable(name):  # no parquet or no store can hold it
                 listing.excluded.setdefault("undecodable_name", []).append(image.name)
             else:
-                listing.add(Entry(*naming(PurePosixPath(name)), image, annotation))
+                key, split = naming(PurePosixPath(name))
+                listing.add(Entry(key, split, image, annotation))
             annotation = None
         if annotation is not None and not path.name.endswith(".report"):
             listing.annotation_problems.setdefault("without_image", []).append(annotation.name)

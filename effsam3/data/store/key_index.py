@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 VERSION = 1  # of the file; another number makes older ones void
-BLOCK = 1 << 20  # keys that are Python objects at a time
+BLOCK = 1 << 16  # keys that are Python objects at a time
 LATEST = 1 << 18  # hashes that are
 
 
