@@ -25,7 +25,7 @@ from effsam3.data.indexing import write_parquet
 from effsam3.data.splits import split_of
 from effsam3.data.synthetic.images import make_synthetic_sa1b, sa1b_record
 from effsam3.data.unreadable import UnreadableImage
-from effsam3.data.workers import in_order, run_now, worker_pool
+from effsam3.data.workers import worker_pool
 from effsam3.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -368,21 +368,8 @@ def test_many_rows_are_in_row_groups(flat, tmp_path, monkeypatch):
     monkeypatch.setattr(indexing, "ROWS", 8)
     monkeypatch.setattr(index_sa1b, "CHUNK_IMAGES", 4)
     build(flat, tmp_path / "several.parquet")
-    file = parquet.ParquetFile(tmp_path / "several.parquet")
-    assert [file.metadata.row_group(number).num_rows for number in range(4)] == [8, 8, 8, 6]
-    assert file.read() == table
-
-
-def test_jobs_are_not_asked_for_before_there_is_room():
-    asked = []
-
-    def futures():
-        for number in range(9):
-            asked.append(number)
-            yield run_now(int, number)
-
-    for number, given in enumerate(in_order(futures(), ahead=3)):
-        assert given == number and len(asked) == min(number + 4, 9)
+    found = parquet.ParquetFile(tmp_path / "several.parquet")
+    assert [found.metadata.row_group(n).num_rows for n in range(4)] == [8, 8, 8, 6] and found.read() == table
 
 
 def test_a_killed_worker_is_a_clear_error():

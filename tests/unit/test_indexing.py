@@ -8,6 +8,7 @@ import pytest
 from effsam3.data.images import sa1b
 from effsam3.data.indexing import arrow_schema, write_parquet
 from effsam3.data.videos import sav
+from effsam3.data.workers import in_order, run_now
 from effsam3.errors import UserError
 
 VALUES = {
@@ -40,3 +41,15 @@ def test_damage_is_found(kind, tmp_path):
             assert "make it" in str(error) or "--val-fraction" in str(error)
             found += 1
     assert found > 150
+
+
+def test_jobs_are_not_asked_for_before_there_is_room():
+    asked = []
+
+    def futures():
+        for number in range(9):
+            asked.append(number)
+            yield run_now(int, number)
+
+    for number, given in enumerate(in_order(futures(), ahead=3)):
+        assert given == number and len(asked) == min(number + 4, 9)
