@@ -207,6 +207,14 @@ def test_a_full_disk_ends_the_run_and_room_lets_it_resume(shared, whole, disk, t
     assert_same(whole, mine, 1e-4)
 
 
+def test_compiling_is_refused_under_deepspeed(shared):
+    folder, overrides = shared
+    more = ("hardware=zero2_cpu", "name=compiled", "train.compile=true")
+    printed = run(folder, "train", *overrides, *SHORT, *more, launch=True, code=1)
+    assert "train.compile does not go with DeepSpeed (zero2_cpu); set it to false" in printed
+    assert not (folder / "runs/compiled").exists()
+
+
 def test_what_rank_0_alone_refuses_ends_both_ranks(shared):
     """The other one would wait for it in a collective, and end in a traceback of its own."""
     folder, overrides = shared
