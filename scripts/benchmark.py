@@ -2,20 +2,23 @@
 """Measures what effsam3 claims about its speed, each claim as a ratio of two ways of doing the same.
 
     python scripts/benchmark.py [--suite cpu|gpu] [--only NAME] [--rounds 7] [--tiny] [--out benchmark.json]
+        [--baseline-module FILE.py]
 
 All sides of a benchmark run in one process, in turn, so that a busy machine slows all of them alike; the first round
 is dropped. The ratio is that of CPU times (medians) in the suite `cpu`, and of the best wall times in the suite `gpu`.
-`--tiny` only shows that everything runs.
+`--tiny` only shows that everything runs. With `--baseline-module` the naive side of a benchmark such as
+`image-loading` is what `image_loading(device, tiny)` of that file returns, a function without arguments; it may import
+the modules here.
 """
 
 from __future__ import annotations
 
 import argparse
 import atexit
-import io
 import json
 import os
 import resource
+import runpy
 import shutil
 import statistics
 import tempfile
@@ -30,16 +33,15 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet as parquet
 import torch
+from benchmark_images import decoding, image_loading, pixels
 from benchmark_loop import loop_step, masked_loss, region_and_boundary
 from benchmark_memory import clip_step, frame_memory
 from benchmark_phrases import concept_step, phrases_of_image, slim_phrase
 from benchmark_start import first_step, imports, show
 from benchmark_text import text_step
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from effsam3.benchmarks.speed import device_name
-from effsam3.data.images.decoding import decode_image
 from effsam3.data.images.features import ImageFeatures, store_keys
 from effsam3.data.images.sa1b import COLUMNS, load_index
 from effsam3.data.indexing import arrow_schema, write_parquet
@@ -81,23 +83,25 @@ class Measured:
     """Seconds of one side."""
 
     cpu_s: float  # median
+    main_s: float  # of it in this process, median
     wall_s: float  # best
 
 
 def measure(sides: Sides, rounds: int, device: torch.device) -> dict[str, Measured]:
     """Run all sides round after round; the first round warms up and is dropped."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in sides.items():
-            cpu, wall = _cpu_seconds(), time.perf_counter()
+            cpu, main, wall = _cpu_seconds(), time.process_time(), time.perf_counter()
             side()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            times[name].append((_cpu_seconds() - cpu, time.perf_counter() - wall))
-    kept = {name: taken[1:] for name, taken in times.items()}
+            spent = _cpu_seconds() - cpu, time.process_time() - main, time.perf_counter() - wall
+            times[name].append(spent)
+    kept = {name: zip(*taken[1:], strict=True) for name, taken in times.items()}
     return {
-        name: Measured(statistics.median(cpu for cpu, _ in taken), min(wall for _, wall in taken))
-        for name, taken in kept.items()
+        name: Measured(statistics.median(cpu), statistics.median(main), min(wall))
+        for name, (cpu, main, wall) in kept.items()
     }
 
 
@@ -194,21 +198,6 @@ def index_opening(device: torch.device, tiny: bool) -> Sides:
     return {"mapped": ours, "in memory": naive}
 
 
-def decoding(device: torch.device, tiny: bool) -> Sides:
-    """Decode a JPEG as large as SA-1B's (1500 x 2250, quality 87) as training does, and as Pillow does."""
-    side = 64 if tiny else 1500
-    rows, columns = np.mgrid[:side, : side * 3 // 2]
-    noise = np.random.default_rng(0).normal(0, 9, (*rows.shape, 3))
-    shown = np.stack([rows % 256, columns % 256, (rows // 40 + columns // 60) % 2 * 160 + 40], -1) + noise
-    file = io.BytesIO()
-    Image.fromarray(shown.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=87)
-    data = file.getvalue()
-    return {
-        "decode_image": lambda: decode_image(data),
-        "Pillow": lambda: np.array(Image.open(io.BytesIO(data)).convert("RGB")),
-    }
-
-
 def loading(device: torch.device, tiny: bool) -> Sides:
     """Read stored features of SAM 3's trunk in batches of 8 by two data workers: 30 batches of 81 MiB.
 
@@ -293,7 +282,9 @@ BENCHMARKS = {
     "memory-frame": Benchmark(frame_memory, most=1.2),
     "lora-step": Benchmark(lora_step, most=1.3),
     "decoding": Benchmark(decoding, most=0.85),
+    "pixels": Benchmark(pixels, most=0.5),
     "loading": Benchmark(loading, most=1 / 3),
+    "image-loading": Benchmark(image_loading, most=0.5),
     "key-lookup": Benchmark(key_lookup, most=1 / 100),
     "index-opening": Benchmark(index_opening, most=1 / 10),
     "text-step": Benchmark(text_step, most=0.5),
@@ -315,6 +306,7 @@ def main() -> None:
     parser.add_argument("--only", choices=tuple(BENCHMARKS), help="run one benchmark")
     parser.add_argument("--rounds", type=int, default=7, help="the first one is dropped")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: a test of the script")
+    parser.add_argument("--baseline-module", type=Path, metavar="FILE.py", help="other naive sides, by benchmark")
     parser.add_argument("--out", type=Path, default=Path("benchmark.json"), help="where the numbers are written")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
@@ -322,11 +314,15 @@ def main() -> None:
     if arguments.suite == "cpu":
         torch.set_num_threads(1)
     device = torch.device("cuda" if arguments.suite == "gpu" else "cpu")
+    baselines = runpy.run_path(str(arguments.baseline_module)) if arguments.baseline_module else {}
     found, rows = {}, []
     for name, (sides, most, on_gpu) in BENCHMARKS.items():
         if arguments.only != name and (arguments.only or (arguments.suite == "gpu" and not on_gpu)):
             continue
-        times = measure(sides(device, arguments.tiny), arguments.rounds, device)
+        ways = sides(device, arguments.tiny)
+        if baseline := baselines.get(name.replace("-", "_")):
+            ways[list(ways)[1]] = baseline(device, arguments.tiny)
+        times = measure(ways, arguments.rounds, device)
         key = "wall_s" if arguments.suite == "gpu" else "cpu_s"
         ours, naive, *_ = (getattr(one, key) for one in times.values())
         found[name] = {
@@ -336,9 +332,11 @@ def main() -> None:
         }
         for place, (side, one) in enumerate(times.items()):
             ratio = [f"{ours / naive:.2f}", f"{most:.2f}"] if not place else ["", ""]
-            rows.append([name if not place else "", side, f"{one.cpu_s:.3f}", f"{one.wall_s:.3f}", *ratio])
+            rows.append(
+                [name if not place else "", side, f"{one.cpu_s:.3f}", f"{one.main_s:.3f}", f"{one.wall_s:.3f}", *ratio]
+            )
     print(f"{device_name(device)}, load average {os.getloadavg()[0]:.1f}, {arguments.rounds - 1} rounds\n")
-    print(table(rows, ["benchmark", "side", "CPU s", "best wall s", "ratio", "at most"], text_columns=2))
+    print(table(rows, ["benchmark", "side", "CPU s", "in main", "best wall s", "ratio", "at most"], text_columns=2))
     about = {"device": device_name(device), "suite": arguments.suite, "rounds": arguments.rounds - 1}
     write_text(arguments.out, json.dumps(about | {"tiny": arguments.tiny, "benchmarks": found}, indent=1) + "\n")
     print(f"\nnumbers in {arguments.out}")

@@ -39,6 +39,19 @@ def test_every_benchmark_runs_and_is_written(tmp_path, monkeypatch, capsys):
         assert all(side in printed for side in one["sides"])
 
 
+def test_another_file_gives_the_naive_side(tmp_path, monkeypatch):
+    module, out, calls = tmp_path / "outside.py", tmp_path / "benchmark.json", tmp_path / "calls"
+    module.write_text(
+        "from benchmark_images import drawn_jpeg, naive_pixels\n"
+        f"def pixels(device, tiny):\n    def run():\n        open({str(calls)!r}, 'a').write('x')\n"
+        "        return naive_pixels(drawn_jpeg(tiny), 32)\n    return run\n"
+    )
+    asked = ["--tiny", "--rounds", "3", "--only", "pixels", "--out", str(out), "--baseline-module", str(module)]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *asked])
+    benchmark.main()
+    assert calls.read_text() == "xxx" and list(json.loads(out.read_text())["benchmarks"]) == ["pixels"]
+
+
 def test_sides_take_turns_and_the_first_round_is_dropped():
     calls = []
     times = benchmark.measure({side: lambda side=side: calls.append(side) for side in "ab"}, 3, torch.device("cpu"))
