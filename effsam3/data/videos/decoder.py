@@ -32,6 +32,8 @@ from effsam3.data.videos.declared_length import declared_bytes
 TABLES = 128  # of the files read last, kept by each process; 16 bytes a frame
 FPS = 24  # of pictures without times, such as images in a folder
 KEYS_TRIED = 2  # before a frame is looked for from the beginning of the file
+# Titles that are not UTF-8 leave a video readable. From PyAV 19 on that needs no argument, and there is none.
+METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 
 class UnreadableVideo(Unreadable):
@@ -244,7 +246,7 @@ class Source:
         try:
             # A playlist that is called .mp4 does not make us fetch what it lists.
             options = {"protocol_whitelist": "file"}
-            self._container = av.open(str(path), options=options, metadata_errors="replace")
+            self._container = av.open(str(path), options=options, **METADATA)
         except av.FFmpegError as fault:
             raise UnreadableVideo(path.name, "corrupt", str(fault.strerror)) from fault
         # PyAV's containers and streams hold each other: many would stay open until the garbage collector comes.
