@@ -18,6 +18,7 @@ from checked_data import (
     image_folder,
     segmentation,
 )
+from numbered_videos import write_video
 from own_videos import H, W, box, coco_video, moving, rle, square, write_frames, youtube_vis
 from PIL import Image
 from test_data_check_concepts import HARMLESS, HURTING
@@ -26,7 +27,7 @@ from vos_folders import save
 import effsam3
 from effsam3.cli import main
 from effsam3.data.problems import HURT, NOTES
-from effsam3.data.videos.checking import check_video, jumps
+from effsam3.data.videos.checking import check_video, frames_per_second, jumps
 from effsam3.data.videos.own_clips import OwnClips
 from effsam3.data.videos.vos import open_vos
 from effsam3.recipe.reader import load_recipe
@@ -329,3 +330,9 @@ def test_a_long_video_is_read_in_parts(tmp_path, monkeypatch):
     read, sizes = type(video).read, []
     monkeypatch.setattr(type(video), "read", lambda self, some: sizes.append(len(some)) or read(self, some))
     assert not check_video(video).problems and sizes == [1, 2, 2]
+
+
+def test_the_rate_of_a_video_is_what_its_file_says(tmp_path):
+    write_video(tmp_path / "whole.mp4", 3, rate=25)
+    write_video(tmp_path / "one.ts", 1)  # a transport stream says nothing, and one picture does not tell
+    assert [frames_per_second(tmp_path / name) for name in ("whole.mp4", "one.ts")] == [25, None]

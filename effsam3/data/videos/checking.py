@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import av
 import numpy as np
 
 from effsam3.data.problems import Note, mask_problems, problems_of
+from effsam3.data.videos.decoder import Source
 from effsam3.data.videos.vos_video import VosVideo
 from effsam3.errors import UserError
 
@@ -150,9 +150,9 @@ def _guesses(check: VideoCheck) -> Iterator[Note]:
 
 def frames_per_second(path: Path) -> float | None:
     """Return what a video file says of itself, if it does."""
-    with av.open(str(path)) as container:
-        rate = container.streams.video[0].average_rate
-    return None if rate is None else float(rate)
+    source = Source(path)  # kept, because what is closed may not be asked
+    rate = source.stream.average_rate
+    return float(rate) if rate else None  # where it says nothing: None up to PyAV 18, 0 / 0 since
 
 
 def _frame(video: VosVideo, index: int) -> str:

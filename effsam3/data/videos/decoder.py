@@ -165,7 +165,7 @@ class Decoder:
     def time_s(self, index: int) -> float:
         """Return when a frame is shown, in seconds from the first one."""
         times_T, base = self.table.times_T, self._source.stream.time_base
-        if times_T is None or base is None:
+        if times_T is None or not base:  # one that is not known: None up to PyAV 18, 0 / 1 since
             return index / FPS
         return float((times_T[index] - times_T[0]) * base)
 
@@ -349,7 +349,7 @@ class Source:
 
     def _truncated(self, detail: str) -> UnreadableVideo:
         place = "at its beginning"
-        if self._last_dts is not None and self.stream.time_base is not None:
+        if self._last_dts is not None and self.stream.time_base:
             place = f"{float(self._last_dts * self.stream.time_base):.3f} s"
         return UnreadableVideo(self.path.name, "truncated", f"does not decode to its end ({place}): {detail}")
 
