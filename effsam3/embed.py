@@ -34,6 +34,7 @@ from effsam3.recipe.common import FeatureRecipe
 from effsam3.stages import needs
 from effsam3.stages.protocol import Batch, StoredSamples, TeacherPass
 from effsam3.stopping import STOP, STOPPED
+from effsam3.training.compiling import compiling_explained
 from effsam3.training.report import Report
 
 # Recomputed features differ by rounding only: float16's or int8's payload, and kernels that depend on the batch.
@@ -64,6 +65,12 @@ def run(recipe: FeatureRecipe, check: int | None = None) -> None:
         on_main(accelerator, partial(refuse_unwritable, Path(recipe.embed.to), "embed.to"))
     on_main(accelerator, partial(refuse_unwritable, recipe.folder, "train.runs"))
     report = Report(recipe.folder, accelerator.is_main_process)
+    with compiling_explained(recipe.train.compile):
+        _make_or_check(recipe, accelerator, report, check)
+
+
+def _make_or_check(recipe: FeatureRecipe, accelerator: Accelerator, report: Report, check: int | None) -> None:
+    """Run the teacher, as `run` says."""
     teacher_pass: TeacherPass = stages.embedding(recipe.stage).TeacherPass(recipe, accelerator)
     if check is not None:
         _check(recipe, teacher_pass, accelerator, report, check)

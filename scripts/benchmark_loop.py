@@ -65,6 +65,13 @@ class NextToNothing(StageBase):
     def from_recipe(cls, recipe, report, accelerator) -> NextToNothing:
         return cls(recipe, accelerator)
 
+    @classmethod
+    def from_shapes(cls, recipe, place) -> NextToNothing:
+        return cls(recipe, place)
+
+    def example(self, samples: int) -> dict:
+        return {}
+
     def describe(self) -> dict[str, str]:
         return {}
 

@@ -76,7 +76,7 @@ class Train(Section):
     find_micro_batch: bool = False  # on GPUs: start with the largest micro_batch_size that fits, found by trying
     # of the forward; weights and optimizer stay fp32. fp16 scales the loss and skips steps whose gradient overflows
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    compile: bool = False  # torch.compile the student (image and vision): minutes at the start, then faster steps
+    compile: bool = False  # torch.compile student and teacher (image, vision; `embed` too): a slow start, then faster
     seed: NonNegativeInt = 0  # seed of initialisation and sample order
     ema: Decay = 0.0  # decay per step of the averaged weights; 0: no averaging
     log_every: PositiveInt = 20  # steps between lines of numbers

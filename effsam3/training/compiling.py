@@ -16,7 +16,7 @@ def compiling_explained(asked: bool) -> Iterator[None]:
     """Turn an error of torch.compile into one that tells what to do; nothing unless it is `asked` for.
 
     Raises:
-        UserError: torch.compile is switched off, or cannot compile the student or its loss.
+        UserError: torch.compile is switched off, or cannot compile student, teacher or loss.
     """
     if not asked:
         yield

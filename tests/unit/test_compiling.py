@@ -10,9 +10,11 @@ import torch._inductor.config as inductor
 from counting import made_up_stage, one_process
 from safetensors.torch import load_file
 
-from effsam3 import train
+from effsam3 import embed, train
 from effsam3.errors import RecipeError, UserError
+from effsam3.models.chassis.tiny import tiny_config
 from effsam3.models.image.student import StudentTrunk, student_config
+from effsam3.models.image.teacher import Teacher
 from effsam3.recipe.reader import load_recipe
 from effsam3.stages.base import StageBase
 from effsam3.training.compiling import compiling_explained
@@ -21,13 +23,20 @@ STEPS = ("train.steps=4", "train.eval_every=4", "train.save_every=2", "train.log
 
 
 @pytest.fixture
-def basket(tmp_path, monkeypatch):
-    """A recipe of the stage `counting`; what is compiled goes into the test's own folder."""
+def fresh_graphs(tmp_path, monkeypatch):
+    """What is compiled goes into the test's own folder."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def basket(tmp_path, monkeypatch, fresh_graphs):
+    """A recipe of the stage `counting`."""
     with inductor.patch(compile_threads=1):  # else a pool of processes is started
         yield from made_up_stage(tmp_path, monkeypatch)
-    torch._dynamo.reset()
 
 
 def learn(basket, *overrides, **options):
@@ -88,6 +97,26 @@ def test_image_students_are_compiled_whole():
     student, pixels = StudentTrunk(config).eval(), torch.randn(1, 3, 112, 112)
     whole = torch.compile(student, fullgraph=True, backend="eager")
     torch.testing.assert_close(whole(pixels).last_hidden_state, student(pixels).last_hidden_state)
+
+
+def test_a_teacher_takes_two_graphs(fresh_graphs):
+    """One of its layers with windows, one of those without, however many there are."""
+    teacher, pixels = Teacher(tiny_config().detector_config.vision_config), torch.rand(2, 3, 224, 224) * 2 - 1
+    features = teacher(pixels)
+    teacher.compile_layers()
+    with torch.compiler.set_stance(force_backend="eager"):  # what is compiled is looked at, not the compiler
+        torch.testing.assert_close(teacher(pixels), features)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_embed_compiles_its_teacher_or_ends(tmp_path, monkeypatch, fresh_graphs):
+    monkeypatch.chdir(tmp_path)
+    one_process()
+    recipe = load_recipe("smoke/image", ["train.compile=true", "data.synthetic_images=8"])
+    told = r"train.compile: torch.compile failed, \w+: .*C\+\+ compiler.*=false"
+    broken = inductor.patch({"cpp.cxx": ("no-such-compiler",), "compile_threads": 1})
+    with pytest.raises(UserError, match=told), broken:
+        embed.run(recipe)
 
 
 def test_other_stages_are_refused_with_the_recipe():

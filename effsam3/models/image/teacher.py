@@ -94,6 +94,12 @@ class Teacher(nn.Module):
         """Stay in eval mode whatever mode the loop sets."""
         return super().train(False)
 
+    def compile_layers(self) -> None:
+        """Let torch.compile each layer of the trunk where it is; its tensors keep their names."""
+        # Not the whole trunk: two graphs, of layers with and without windows, serve all of them and are soon compiled.
+        for layer in self.trunk.layers:
+            layer.compile(fullgraph=True)
+
     @torch.no_grad()
     def forward(self, pixels_B3SS: Tensor) -> Tensor:
         """Return features (B, C, G, G), float32."""

@@ -125,6 +125,8 @@ def make_teacher(recipe: ImagesRecipe, accelerator: Accelerator) -> Teacher:
     folder = chassis_folder(sam3.checkpoint, sam3.revision)
     teacher = Teacher.from_folder(folder, recipe.embed.tap, recipe.embed.grid)
     check_weights(teacher, sam3.checkpoint, sam3.fingerprint)
+    if recipe.train.compile:
+        teacher.compile_layers()
     return teacher.to(accelerator.device)
 
 
