@@ -139,7 +139,7 @@ def _texture(yx_2HW: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     v_HW = (yx_2HW[0] * np.cos(turn) - yx_2HW[1] * np.sin(turn)) / period
     u_HW = (yx_2HW[0] * np.sin(turn) + yx_2HW[1] * np.cos(turn)) / period
     noise_HW = _noise(yx_2HW.shape[1:], rng)
-    kind = rng.choice(["stripes", "checks", "dots", "noise", "gradient", "wood", "plain"])
+    kind = str(rng.choice(["stripes", "checks", "dots", "noise", "gradient", "wood", "plain"]))
     pattern_HW = {
         "stripes": 0.5 + 0.5 * np.tanh(3 * np.sin(2 * np.pi * u_HW)),
         "checks": 0.5 + 0.5 * np.sign(np.sin(np.pi * u_HW) * np.sin(np.pi * v_HW)),
