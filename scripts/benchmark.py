@@ -259,7 +259,7 @@ def vision_pass(student: str, device: torch.device, tiny: bool) -> Sides:
     """An image through a vision student, from pixels to all maps of both necks, and through its trunk alone."""
     sam3 = SAM3S["tiny" if tiny else "random"]
     encoder: Any = sam3.config().detector_config.vision_config
-    model = build_vision_student(encoder, student, (32, 64, 256), None).to(device).eval()
+    model = build_vision_student(encoder, student, (96, 32, 64, 96), None).to(device).eval()
     side = sam3.sizes.image_size
     pixels = torch.rand(1, 3, side, side, device=device) * 2 - 1
 

@@ -62,7 +62,7 @@ def image_run(
 
 def vision_run(runs: Path, name: str = "vision", student: str = "tiny_convnext") -> Path:
     """A run of stage vision on the tiny chassis."""
-    asked = [f"name={name}", f"student={student}", "widths=[4,8,12]", f"train.runs={runs}", "sam3.checkpoint=tiny"]
+    asked = [f"name={name}", f"student={student}", "widths=[16,4,8,12]", f"train.runs={runs}", "sam3.checkpoint=tiny"]
     recipe, sizes = load_recipe(RECIPES / "smoke/vision.yaml", asked), sam3_of("tiny").sizes
     torch.manual_seed(3)
     encoder = read_config(chassis_folder("tiny")).detector_config.vision_config

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from effsam3.errors import UserError
 from effsam3.models.memory.token_counts import CHANNELS
-from effsam3.models.registry import FUSED_MAPS, FUSED_WIDTH, SAM3, ImageStudent, Sam3, TextStudent
+from effsam3.models.registry import FUSED_MAPS, FUSED_WIDTH, HEAD_BLOCKS, SAM3, ImageStudent, Sam3, TextStudent
 
 # What a model is used for, and the parts that this takes.
 USES = {
@@ -84,32 +84,24 @@ def head_flops(head: str, student: ImageStudent, seen: int, grid: int, width: in
 
 
 def vision_gflop(student: ImageStudent, widths: tuple[int, ...], seen: int, sam3: Sam3) -> dict[str, float]:
-    """Return the GFLOP of a vision student, as `trunk_gflop`: {part: GFLOP}; its pyramid belongs to the trunk.
+    """Return the GFLOP of a vision student, as `trunk_gflop`: {part: GFLOP}; its head belongs to the trunk.
 
-    What the mask decoder makes of the fine and the middle map, once an image, counts with the tracker's neck.
+    `widths` are those of its recipe. What the mask decoder makes of the fine and the middle map, once an image, counts
+    with the tracker's neck.
     """
     grid, channels = sam3.sizes.grid, sam3.sizes.fpn_hidden_size
-    pyramid = pyramid_flops(student, widths, seen, grid)
-    narrowed = 2 * ((4 * grid) ** 2 * channels * channels // 8 + (2 * grid) ** 2 * channels * channels // 4) / 1e9
-    neck = (
-        2 * sum((scale * grid) ** 2 * width * channels for width, scale in zip(widths, (4, 2, 1), strict=True)) / 1e9
-    )
-    trunk = trunk_gflop(student, seen) + pyramid / 1e9
-    return {"trunk": trunk, "detector_neck": neck, "tracker_neck": neck + narrowed}
-
-
-def pyramid_flops(student: ImageStudent, widths: tuple[int, ...], seen: int, grid: int) -> int:
-    """Count the operations of a vision student's pyramid with maps of these `widths`: fine, middle and top."""
-    fine, middle, top = widths
-    sides = {stride: -(-seen // stride) for stride in student.strides}  # rounded up
-    own = dict(zip(student.strides, student.channels, strict=True))
-    total = grid**2 * top * (7 * 7 + 4 * top)
-    for stride in student.strides[-FUSED_MAPS:]:
-        total += min(sides[stride], grid) ** 2 * own[stride] * top
-    for scale, coarser, width, stride in ((2, top, middle, 8), (4, middle, fine, 4)):
-        total += (scale // 2 * grid) ** 2 * coarser * 4 * width + (scale * grid) ** 2 * width * (3 * 3 + 2 * width)
-        total += sides[stride] ** 2 * own[stride] * width if stride in own else 0
-    return 2 * total
+    narrowed = (4 * grid) ** 2 * channels * channels // 8 + (2 * grid) ** 2 * channels * channels // 4
+    own, fine, middle, top = widths
+    units = 2 * fine
+    neck = grid**2 * (own + 1) * (9 * top + 16 * middle + 4 * units) + (2 * grid) ** 2 * (units + 1) * 16 * fine
+    for width, scale in ((fine, 4), (middle, 2), (top, 1)):
+        neck += (scale * grid) ** 2 * width * channels
+    W, sides = FUSED_WIDTH, [-(-seen // stride) for stride in student.strides]  # rounded up
+    head = grid**2 * W * (HEAD_BLOCKS * (7 * 7 + 4 * W) + own)
+    for side, width in list(zip(sides, student.channels, strict=True))[-FUSED_MAPS:]:
+        head += min(side, grid) ** 2 * width * W
+    trunk = trunk_gflop(student, seen) + 2 * head / 1e9
+    return {"trunk": trunk, "detector_neck": 2 * neck / 1e9, "tracker_neck": 2 * (neck + narrowed) / 1e9}
 
 
 def text_gflop(student: TextStudent, tokens: int, channels: int) -> float:

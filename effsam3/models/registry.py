@@ -20,8 +20,9 @@ from effsam3.models.chassis.tiny import full_config, tiny_config, vision_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-FUSED_WIDTH = 256  # channels inside the fused head
-FUSED_MAPS = 3  # it reads at most this many of the coarsest maps: strides 8, 16 and 32
+FUSED_WIDTH = 256  # channels inside the fused head, and inside a vision student's
+HEAD_BLOCKS = 2  # of the latter
+FUSED_MAPS = 3  # they read at most this many of the coarsest maps: strides 8, 16 and 32
 
 
 # ---- SAM 3
@@ -378,22 +379,14 @@ def head_params(head: str, channels: tuple[int, ...], width: int) -> int:
     return laterals + max(1, len(fused) - 1) * block + output
 
 
-def pyramid_params(
-    channels: tuple[int, ...], strides: tuple[int, ...], widths: tuple[int, ...], neck: int
-) -> tuple[int, int]:
-    """Count the parameters of a vision student's pyramid on maps with `channels` (finest first), and of both necks.
+def vision_params(channels: tuple[int, ...], widths: tuple[int, ...], neck: int) -> tuple[int, int]:
+    """Count the parameters of a vision student's head on maps with `channels` (finest first), and of both necks.
 
-    `widths` are those of its maps, fine, middle and top; `neck` is the number of channels that the necks put out.
+    `widths` are those of its recipe; `neck` is the number of channels that the necks put out.
     """
-    fine, middle, top = widths
-    own = dict(zip(strides, channels, strict=True))
-
-    def block(width: int, side: int, hidden: int) -> int:
-        return width * (side * side + 1) + (width + 1) * hidden + (hidden + 1) * width
-
-    used = channels[-FUSED_MAPS:]
-    total = (sum(used) + len(used)) * top + 2 * top + block(top, 7, 2 * top)  # laterals, LayerNorm, block
-    for coarser, width, stride in ((top, middle, 8), (middle, fine, 4)):
-        lateral = (own[stride] + 1) * width if stride in own else 0
-        total += (coarser + 1) * 4 * width + lateral + block(width, 3, width)
-    return total, 2 * sum((width + 1) * neck for width in widths)
+    W, (own, fine, middle, top) = FUSED_WIDTH, widths
+    used, units = channels[-FUSED_MAPS:], 2 * fine
+    block = W * (7 * 7 + 1) + (W + 1) * 2 * W + (2 * W + 1) * W
+    head = (sum(used) + len(used)) * W + 2 * W + HEAD_BLOCKS * block + (W + 1) * own  # and LayerNorm
+    inner = (own + 1) * (9 * top + 16 * middle + 4 * units) + (units + 1) * 16 * fine + top + middle + units + fine
+    return head, 2 * (inner + sum((width + 1) * neck for width in (fine, middle, top)))

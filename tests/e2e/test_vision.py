@@ -94,7 +94,7 @@ def test_a_fresh_process_computes_what_was_trained(runs, tmp_path):
     student.load_state_dict(checkpoint.read_weights(checkpoint.chosen(run_folder / "checkpoints", "best")))
     pixels = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
     with torch.no_grad():
-        wanted = student.eval()(pixels)
+        _, wanted = student.eval()(pixels)
     found = load_file(tmp_path / "maps.safetensors")
     for place, expected in enumerate(wanted):
         torch.testing.assert_close(found[str(place)], expected, rtol=1e-5, atol=1e-5)

@@ -62,7 +62,7 @@ def test_it_teaches_the_maps_that_detector_and_tracker_read(own):
         torch.testing.assert_close(layer.feature_mean, expected.mean((0, 2, 3)), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(layer.feature_scale, expected.std((0, 2, 3), correction=0), rtol=1e-3, atol=1e-5)
     loss = stored.loss(stored.student, stored.train_data.__getitems__([0, 1, 2, 3]))
-    assert 0.5 < loss["mse"] < 3 and loss["loss"] == loss["mse"] + loss["cosine"]
+    assert 0.5 < loss["mse"] < 3 and loss["loss"] == loss["mse"] + loss["cosine"] + loss["trunk"]
 
 
 def test_maps_of_smaller_images_are_averaged(own):
@@ -76,7 +76,7 @@ def test_maps_of_smaller_images_are_averaged(own):
     assert [target.shape[-1] for target in found] == [36, 18, 9] * 2
     pixels = functional.resize(small.pixels(batch), [126, 126], antialias=True)
     torch.testing.assert_close(small.student_pixels(batch), pixels, rtol=1e-4, atol=1e-4)
-    assert [feat.shape for feat in small.student(pixels)] == [target.shape for target in found]
+    assert [feat.shape for feat in small.student(pixels)[1]] == [target.shape for target in found]
     assert small.loss(small.student, batch)["loss"].isfinite()
 
 
@@ -88,11 +88,26 @@ def test_a_perfect_student_is_told(own):
     maps = stage.targets(batch)
     for feat in maps:
         feat[1] = 7.0
-    found = stage.summarise(stage.validate(lambda pixels: maps, batch))
+    found = stage.summarise(stage.validate(lambda pixels: (None, maps), batch))
     assert found["val/cosine"] == pytest.approx(1, abs=1e-6) and found["val/mse"] == pytest.approx(0, abs=1e-9)
     assert {name for name in found if name.startswith("val/cosine_d")} == {
         f"val/cosine_{name}" for name in MAPS if name.startswith("detector")
     }
+
+
+def test_a_run_begins_with_the_teachers_necks(own):
+    """On the teacher's own components all terms of its loss are small; a resumed run learns the same components."""
+    stage, again = stage_of(own, "name=begun"), stage_of(own, "name=begun", "train.seed=3")
+    assert torch.equal(stage.components.rows_KC, again.components.rows_KC)
+    batch = stage.train_data.__getitems__([0, 1, 2, 3])
+    components = stage.components(stage.target(batch))
+    found = stage.loss(lambda pixels: (components, stage.student.necks(components)), batch)
+    assert found["trunk"] < 1e-6 and found["cosine"] < 0.2
+    untrained = stage.loss(stage.student, batch)
+    assert untrained["trunk"] > 0.9 and untrained["cosine"] > 0.5
+    # As wide as the teacher's, the top level makes the teacher's very map.
+    top = MAPS.index("tracker_top")
+    torch.testing.assert_close(stage.student.necks(components)[top], stage.targets(batch)[top], rtol=1e-3, atol=1e-4)
 
 
 def test_means_count_maps_alike():
@@ -114,7 +129,7 @@ def test_what_does_not_fit_is_said(own):
 def test_show_counts_all_that_it_replaces(own):
     recipe = load_recipe("stage1/vision/es_rv_m")
     line = recipe.student_line()
-    assert line.startswith("7,774,864 trunk + 602,208 pyramid + 181,760 necks = 8,558,832 parameters, 98.15 % fewer")
+    assert line.startswith("7,774,864 trunk + 806,752 head + 582,848 necks = 9,164,464 parameters, 98.02 % fewer")
     assert line.endswith("than the 461,840,896 they replace")
     assert recipe.derived()["store"]().startswith("10,616,832 bytes per image (1024 x 72 x 72 float16)")
-    assert replace(recipe, widths=(16, 64, 256)).student_line() != line
+    assert replace(recipe, widths=(64, 32, 64, 128)).student_line() != line

@@ -4,6 +4,7 @@
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,16 @@ from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_config, read_tensors
 from effsam3.models.flops import vision_gflop
 from effsam3.models.image.backbones import feature_maps
-from effsam3.models.image.teacher import parameter_count, to_map
+from effsam3.models.image.teacher import parameter_count
 from effsam3.models.merging.slots import SLOTS, MergeError
-from effsam3.models.registry import IMAGE_STUDENTS, SAM3, SAM3S, pyramid_params
+from effsam3.models.registry import IMAGE_STUDENTS, SAM3, SAM3S, vision_params
 from effsam3.models.vision.slot import build_vision_student, encoder_config, start_vision_from
-from effsam3.models.vision.student import PyramidNeck, packed_channels
-from effsam3.models.vision.training import MAPS, Necks, in_whole_model
+from effsam3.models.vision.start import begin_as, principal_components
+from effsam3.models.vision.student import SlimNeck
+from effsam3.models.vision.training import Necks, in_whole_model
 from effsam3.recipe.reader import load_recipe
 
-WIDTHS = (4, 8, 12)
+WIDTHS = (16, 4, 8, 12)
 NECK = 128  # channels of the tiny chassis' necks
 FAMILIES = {row.family: name for name, row in IMAGE_STUDENTS.items()}
 
@@ -47,10 +49,10 @@ def pixels(count=2):
 def test_counts_are_what_the_registry_says(name):
     row = IMAGE_STUDENTS[name]
     with torch.device("meta"):
-        student = build_vision_student(encoder("random"), name, (32, 64, 256), None)
-    pyramid, necks = pyramid_params(row.channels, row.strides, (32, 64, 256), 256)
+        student = build_vision_student(encoder("random"), name, (128, 32, 64, 96), None)
+    head, necks = vision_params(row.channels, (128, 32, 64, 96), 256)
     assert parameter_count(student.trunk.trunk) == row.trunk_params
-    assert (parameter_count(student.trunk.head), parameter_count(student.necks)) == (pyramid, necks)
+    assert (parameter_count(student.trunk.head), parameter_count(student.necks)) == (head, necks)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES.values() if IMAGE_STUDENTS[name].published_millions])
@@ -60,13 +62,13 @@ def test_operations_are_counted_as_they_run(name):
         student = build_vision_student(encoder("random"), name, WIDTHS, None).eval()
         pixels = torch.empty(1, 3, sizes.image_size, sizes.image_size)
         maps = feature_maps(student.trunk.trunk, pixels)
-        with FlopCounterMode(display=False) as pyramid:
-            packed = student.trunk.head(maps, (sizes.grid, sizes.grid))
+        with FlopCounterMode(display=False) as head:
+            feat = student.trunk.head(maps, (sizes.grid, sizes.grid))
         with FlopCounterMode(display=False) as necks:
-            student.necks(packed)
+            student.necks(feat)
     row = replace(IMAGE_STUDENTS[name], trunk_gflop=0.0)
     found = vision_gflop(row, WIDTHS, sizes.image_size, sam3)
-    assert found["trunk"] == pytest.approx(pyramid.get_total_flops() / 1e9)
+    assert found["trunk"] == pytest.approx(head.get_total_flops() / 1e9)
     # The mask decoder's convolutions of the tracker's maps are what the counts of SAM 3's necks differ by.
     decoder = SAM3.gflop["tracker_neck"] - SAM3.gflop["detector_neck"]
     assert found["detector_neck"] + found["tracker_neck"] - decoder == pytest.approx(
@@ -89,7 +91,7 @@ def test_every_parameter_gets_a_finite_gradient(name):
     for parameter in student.parameters():
         if not parameter.any():  # RepViT and TinyViT begin with some scales at zero, which would hide what they scale
             torch.nn.init.normal_(parameter, std=0.1)
-    maps = student(pixels())
+    _, maps = student(pixels())
     assert [tuple(feat.shape) for feat in maps] == [(2, NECK, side, side) for side in (64, 32, 16)] * 2
     sum(feat.square().mean() for feat in maps).backward()
     idle = [key for key, value in student.named_parameters() if value.grad is None or not value.grad.any()]
@@ -97,28 +99,52 @@ def test_every_parameter_gets_a_finite_gradient(name):
 
 
 @torch.no_grad()
-def test_a_neck_finds_each_map_where_it_was_packed():
-    """By position and channel, against loops over what the pyramid made before it was packed."""
-    student, made = build().eval(), []
-    for finer in student.trunk.head.finer:
-        finer.register_forward_hook(lambda module, given, level: made.append(level))
-    student.trunk.head.block.register_forward_hook(lambda module, given, level: made.append(level))
-    mean, deviation = torch.randn(len(MAPS) * NECK), torch.rand(len(MAPS) * NECK) + 0.5
-    student.set_feature_statistics(mean, deviation)
-    maps = student(pixels(1))
-    levels = {"fine": made[2], "middle": made[1], "top": made[0]}
-    for place, (name, found) in enumerate(zip(MAPS, maps, strict=True)):
-        layer, level = student.necks.layers[place], levels[name.partition("_")[2]]
-        own = F.conv2d(level, layer.weight, layer.bias)
-        statistics = (one[place * NECK : (place + 1) * NECK, None, None] for one in (deviation, mean))
-        scale, shift = statistics
-        torch.testing.assert_close(found, own * scale + shift)
-    packed = to_map(student.trunk(pixels(1)).last_hidden_state)
-    assert packed.shape[1] == packed_channels(WIDTHS) == student.trunk.config.hidden_size
-    fine, offset = levels["fine"], 12 + 4 * 8  # after the top map and the middle one
-    for channel, row, column in ((0, 0, 0), (3, 5, 6), (1, 63, 2), (2, 30, 61)):
-        at = offset + channel * 16 + (row % 4) * 4 + column % 4
-        assert packed[0, at, row // 4, column // 4] == fine[0, channel, row, column]
+def test_necks_begin_as_sam3s_own():
+    """With room for everything they make the same maps, borders included; with less, better ones than by chance."""
+    torch.manual_seed(2)
+    necks = Necks(encoder()).eval()
+    for parameter in necks.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # biases too
+    scale, mean = torch.rand(2, 64, 1, 1) * torch.tensor([3, 1])[:, None, None, None]
+    feat, valid = torch.randn(3, 64, 16, 16) * scale + mean, torch.ones(3, 1, 16, 16)
+    valid[0, :, :, 9:] = 0  # what is there counts nowhere
+    feat[0, :, :, 9:] = 1e3
+    used = valid[:, 0] > 0
+    wanted, seen = necks(feat), feat[1:]
+    statistics = [(one.mean((0, 2, 3)), one.std((0, 2, 3))) for one in wanted]
+    close = []  # of every map, by the widths
+    for widths in ((64, 128, 128, 128), (80, 140, 140, 140), (64, 16, 32, 64), (32, 16, 32, 64)):
+        student = build(widths=widths)
+        student.set_feature_statistics(*(torch.cat(each) for each in zip(*statistics, strict=True)))
+        components = principal_components(feat.permute(0, 2, 3, 1)[used], widths[0])
+        by_chance = cosines(student.necks(components(seen)), wanted)
+        begin_as(student, necks, components, feat, valid)
+        found = student.necks(components(seen))
+        close.append(cosines(found, wanted))
+        assert all(close[-1] > by_chance)
+        if len(close) <= 2:
+            for one, own in zip(found, wanted, strict=True):
+                torch.testing.assert_close(one, own[1:], rtol=1e-3, atol=1e-3 * float(own[1:].std()))
+    assert all(close[1] > close[2]) and all(close[2] > close[3])
+
+
+def cosines(found, wanted):
+    """Mean cosine of each map of all but the first image."""
+    pairs = zip(found, wanted, strict=True)
+    return torch.stack([F.cosine_similarity(one, own[1:], dim=1).mean() for one, own in pairs])
+
+
+@torch.no_grad()
+def test_components_are_those_of_numpy():
+    """By singular values of standardised channels; numbers of deviation 1 that lead back to the map."""
+    values = torch.randn(500, 5) @ torch.randn(5, 12) * torch.logspace(-1, 1, 12) + torch.arange(12)
+    found = principal_components(values, 5)
+    standard = (values.double() - values.double().mean(0)) / values.double().std(0, correction=0)
+    _, sizes, _ = np.linalg.svd(standard.numpy(), full_matrices=False)
+    np.testing.assert_allclose(found.shares_K, (sizes**2 / (sizes**2).sum())[:5], rtol=1e-3)
+    numbers = found(values[None, :, None].permute(0, 3, 1, 2))[0, :, :, 0].T
+    torch.testing.assert_close(numbers.std(0, correction=0), torch.ones(5), rtol=1e-3, atol=0)
+    torch.testing.assert_close(numbers @ found.columns_CK.T + found.mean_C, values, rtol=1e-2, atol=1e-2)
 
 
 @torch.no_grad()
@@ -134,8 +160,8 @@ def test_transformers_models_have_its_necks_and_sam3s_positions():
     model = Sam3VideoModel(deepcopy(whole)).eval()
     own = {name: value for name, value in tensors.items() if not name.startswith(SLOTS["vision"].owns)}
     model.load_state_dict(own | in_whole_model(student.state_dict()))
-    wanted = student(pixels())
-    assert isinstance(model.tracker_neck, PyramidNeck)
+    _, wanted = student(pixels())
+    assert isinstance(model.tracker_neck, SlimNeck)
     seen = model.detector_model.get_vision_features(pixels())
     for found, expected in zip(seen.fpn_hidden_states[:-1], wanted[:3], strict=True):
         assert torch.equal(found, expected)
@@ -157,13 +183,13 @@ def test_sam3s_own_models_keep_their_necks():
     assert sum(parameter.numel() for parameter in necks.parameters()) == 2 * SAM3S["tiny"].sizes.neck_params
     model = Sam3Model(SAM3S["tiny"].config().detector_config)
     assert "vision_encoder.neck.fpn_layers.0.proj2.weight" in model.state_dict()
-    assert not isinstance(model.vision_encoder.neck, PyramidNeck)
+    assert not isinstance(model.vision_encoder.neck, SlimNeck)
 
 
 @torch.no_grad()
 def test_it_sees_smaller_images_by_itself():
     student = build(seen=112).eval()
-    assert [feat.shape[-1] for feat in student(pixels(1))] == [64, 32, 16] * 2
+    assert [feat.shape[-1] for feat in student(pixels(1))[1]] == [64, 32, 16] * 2
 
 
 # ---- merged, and back
@@ -181,7 +207,7 @@ def test_a_merged_run_is_one_model_and_starts_the_next(tmp_path):
     )
     student = build()
     start_vision_from(student, folder)
-    wanted = student.eval()(pixels())
+    _, wanted = student.eval()(pixels())
     for found, expected in zip(
         detector.eval().get_vision_features(pixels()).fpn_hidden_states, [*wanted[:3], None], strict=True
     ):
@@ -192,7 +218,7 @@ def test_a_merged_run_is_one_model_and_starts_the_next(tmp_path):
     with pytest.raises(
         MergeError, match=r"tensors are not those of the recipe's student \(student_init: it is tiny_c"
     ):
-        start_vision_from(build(widths=(8, 8, 12)), folder)
+        start_vision_from(build(widths=(16, 8, 8, 12)), folder)
 
 
 def test_it_starts_from_an_image_students_trunk(tmp_path):

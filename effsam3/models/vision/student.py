@@ -1,20 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision student: a timm trunk with a light pyramid, and necks that are one 1x1 convolution a level.
+"""The vision student: a timm trunk with a light head, and necks that are SAM 3's own in fewer channels.
 
-SAM 3's necks make their fine maps from 1024 coarse channels, with 3x3 convolutions of 256 channels at 288 x 288: 215
-GFLOP each. A trunk with strides 4, 8, 16 and 32 has fine maps of its own. The pyramid brings them to SAM 3's grids in
-few channels, which both necks read.
+SAM 3's necks make every map from the trunk's one of 1024 channels, by 2x2 and 3x3 convolutions of up to 1024 channels:
+215 GFLOP each. All but one GELU of theirs is linear. So a neck on a map of few channels, with as few inside, can begin
+as the very same function of the part of the trunk's map that those channels span; start.py makes it so.
 
-The three maps travel as one, *packed*: a position of the trunk's grid holds its own channels, those of the 2 x 2
-middle positions and of the 4 x 4 fine ones. So trunk and necks stand where SAM 3's stand, and what is built around
-them (video, prompts, training through heads, exports) sees one feature map and two necks, as ever.
-
-Letters: B images, S their side in pixels, D packed channels, C the necks' channels, G side of the trunk's grid.
+Letters: B images, S their side in pixels, D channels of the trunk's map, C the necks' channels, G side of the trunk's
+grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,29 +24,26 @@ from transformers.models.sam3_video import modeling_sam3_video
 
 from effsam3.models.image.backbones import image_student
 from effsam3.models.image.student import LayerNorm2d, StudentBackbone, StudentTrunkConfig, resize_BCHW
-from effsam3.models.registry import FUSED_MAPS
+from effsam3.models.registry import FUSED_MAPS, FUSED_WIDTH, HEAD_BLOCKS
 
 SCALES = (4, 2, 1)  # positions of the fine, the middle and the top map to one of the trunk's grid, along a side
 
 
-def packed_channels(widths: Iterable[int]) -> int:
-    """Return the channels of maps with these `widths` (fine, middle, top) when they are packed."""
-    return sum(width * scale**2 for width, scale in zip(widths, SCALES, strict=True))
-
-
 class VisionTrunkConfig(StudentTrunkConfig):
-    """What a vision student's trunk is; `hidden_size` is `packed_channels(widths)`."""
+    """What a vision student's trunk is, `hidden_size` channels of its map, and how wide its necks are inside."""
 
     model_type = "effsam3_vision_trunk"
 
-    head: str = "pyramid"
-    widths: list[int] | tuple[int, ...] = (32, 64, 256)  # channels of the maps: fine, middle, top
+    head: str = "light"
+    widths: list[int] | tuple[int, ...] = (32, 64, 96)  # channels inside the necks: fine, middle, top
 
 
 def vision_trunk_config(
     student: str, widths: tuple[int, ...], seen: int | None, image_size: int, patch_size: int
 ) -> VisionTrunkConfig:
     """Return the config of a student by its name in recipes; `seen` is its `student_image_size`.
+
+    `widths` are the channels of the trunk's map and, inside the necks, of the fine, the middle and the top level.
 
     Raises:
         UserError: there is no such student, or it cannot be one at this size.
@@ -60,8 +53,8 @@ def vision_trunk_config(
         timm_name=row.timm_name.partition(".")[0],
         out_indices=row.out_indices,
         student_image_size=seen,
-        widths=tuple(widths),
-        hidden_size=packed_channels(widths),
+        hidden_size=widths[0],
+        widths=tuple(widths[1:]),
         image_size=image_size,
         patch_size=patch_size,
     )
@@ -80,39 +73,15 @@ class SeparableBlock(nn.Module):
         return feat_BCHW + self.narrow(F.gelu(self.widen(self.depthwise(feat_BCHW))))
 
 
-class Finer(nn.Module):
-    """A map of twice the side: the coarser one unfolded, and the trunk's own of about that side, where it has one."""
+class LightHead(nn.Module):
+    """A trunk's coarsest three maps, coarse to fine, to one of `width` channels on SAM 3's grid: (B, D, G, G)."""
 
-    def __init__(self, coarser: int, own: int | None, width: int):
+    def __init__(self, channels: tuple[int, ...], width: int):
         super().__init__()
-        self.unfold = nn.Conv2d(coarser, 4 * width, 1)
-        self.lateral = None if own is None else nn.Conv2d(own, width, 1)
-        self.block = SeparableBlock(width, 3, width)
-
-    def forward(self, coarser_BCHW: Tensor, own_BCHW: Tensor | None) -> Tensor:
-        feat_BCHW = F.pixel_shuffle(self.unfold(coarser_BCHW), 2)
-        if self.lateral is not None and own_BCHW is not None:
-            feat_BCHW = feat_BCHW + resize_BCHW(self.lateral(own_BCHW), (feat_BCHW.shape[-2], feat_BCHW.shape[-1]))
-        return self.block(feat_BCHW)
-
-
-class PyramidHead(nn.Module):
-    """A trunk's maps to the three of `widths` on SAM 3's grids (4 G, 2 G and G a side), packed: (B, D, G, G).
-
-    The coarsest three make the top map, coarse to fine; those of strides 8 and 4 are each read once more, at their
-    own detail.
-    """
-
-    def __init__(self, channels: tuple[int, ...], strides: tuple[int, ...], widths: tuple[int, ...]):
-        super().__init__()
-        fine, middle, top = widths
-        places = {stride: place for place, stride in enumerate(strides)}
-        self.places = [places.get(8), places.get(4)]  # which maps the finer levels read
-        self.laterals = nn.ModuleList(nn.Conv2d(width, top, 1) for width in channels[-FUSED_MAPS:])
-        self.norm = LayerNorm2d(top)
-        self.block = SeparableBlock(top, 7, 2 * top)
-        own = [None if place is None else channels[place] for place in self.places]
-        self.finer = nn.ModuleList([Finer(top, own[0], middle), Finer(middle, own[1], fine)])
+        self.laterals = nn.ModuleList(nn.Conv2d(own, FUSED_WIDTH, 1) for own in channels[-FUSED_MAPS:])
+        self.norm = LayerNorm2d(FUSED_WIDTH)
+        self.blocks = nn.Sequential(*(SeparableBlock(FUSED_WIDTH, 7, 2 * FUSED_WIDTH) for _ in range(HEAD_BLOCKS)))
+        self.project = nn.Conv2d(FUSED_WIDTH, width, 1)
 
     def forward(self, maps: list[Tensor], grid: tuple[int, int]) -> Tensor:
         top: Tensor | None = None
@@ -122,16 +91,11 @@ class PyramidHead(nn.Module):
             own = lateral(resize_BCHW(feat, size))
             top = own if top is None else own + resize_BCHW(top, size)
         assert top is not None
-        level = self.block(self.norm(resize_BCHW(top, grid)))
-        packed = [level]
-        for scale, place, finer in zip((2, 4), self.places, self.finer, strict=True):
-            level = finer(level, None if place is None else maps[place])
-            packed.append(F.pixel_unshuffle(level, scale))
-        return torch.cat(packed, 1)
+        return self.project(self.blocks(self.norm(resize_BCHW(top, grid))))
 
 
 class VisionTrunk(StudentBackbone):
-    """Normalised pixels (B, 3, S, S) to packed maps (B, N, D), row-major over the trunk's grid."""
+    """Normalised pixels (B, 3, S, S) to features (B, N, D), row-major over the trunk's grid."""
 
     config_class = VisionTrunkConfig
 
@@ -140,7 +104,7 @@ class VisionTrunk(StudentBackbone):
         self.post_init()
 
     def make_head(self, channels: tuple[int, ...], strides: tuple[int, ...]) -> nn.Module:
-        return PyramidHead(channels, strides, tuple(self.config.widths))
+        return LightHead(channels, self.config.hidden_size)
 
     def forward(self, pixel_values: Tensor, **kwargs) -> BaseModelOutput:
         """Return `last_hidden_state` (B, N, D) for pixels in -1..1; N = (S / patch_size) squared."""
@@ -150,28 +114,50 @@ class VisionTrunk(StudentBackbone):
 # ---- necks
 
 
-class PyramidLevel(nn.Conv2d):
-    """One of the packed maps to a map of the neck's, in place of SAM 3's layer for it.
+class WithOnes(nn.Module):
+    """A map and one more channel, of ones, by which a convolution can treat the border as SAM 3's does.
+
+    There zeros are padded where the mean is not zero; it also has a bias of its own for each place that a transposed
+    convolution makes.
+    """
+
+    def forward(self, feat_BCHW: Tensor) -> Tensor:
+        return F.pad(feat_BCHW, (0, 0, 0, 0, 0, 1), value=1.0)
+
+
+class SlimLevel(nn.Module):
+    """The trunk's map to a map of the neck's, in place of SAM 3's layer for it.
 
     `feature_scale` and `feature_mean` are the deviation and mean of the teacher's map per channel, so that the layer
     learns in standardised units, whatever the size of the teacher's channels.
     """
 
-    def __init__(self, start: int, width: int, scale: int, channels: int):
-        """`start` is the first of its channels among the packed ones."""
-        super().__init__(width, channels, 1)
-        self.packed, self.scale = slice(start, start + width * scale**2), scale
+    def __init__(self, inputs: int, width: int, scale: int, channels: int):
+        """From `inputs` channels through `width` to `channels`, on a grid `scale` times as fine."""
+        super().__init__()
+        if scale == 4:
+            units = 2 * width
+            first = nn.ConvTranspose2d(inputs + 1, units, 2, stride=2)
+            inputs, before = units, [WithOnes(), first, nn.GELU()]
+        else:
+            before = []
+        last = (
+            nn.Conv2d(inputs + 1, width, 3, padding=1)
+            if scale == 1
+            else nn.ConvTranspose2d(inputs + 1, width, 4, stride=2, padding=1)
+        )
+        self.inner = nn.Sequential(*before, WithOnes(), last)
+        self.widen = nn.Conv2d(width, channels, 1)
         self.feature_mean: Tensor
         self.feature_scale: Tensor
         self.register_buffer("feature_mean", torch.zeros(channels))
         self.register_buffer("feature_scale", torch.ones(channels))
 
     def forward(self, feat_BDGG: Tensor) -> Tensor:
-        own = F.pixel_shuffle(feat_BDGG[:, self.packed], self.scale) if self.scale > 1 else feat_BDGG[:, self.packed]
         # The statistics go into the weights: a map of 256 x 288 x 288 takes longer to scale than to make.
-        bias: Any = self.bias
-        weight = self.weight * self.feature_scale.view(-1, 1, 1, 1)
-        return F.conv2d(own, weight, bias * self.feature_scale + self.feature_mean)
+        bias: Any = self.widen.bias
+        weight = self.widen.weight * self.feature_scale.view(-1, 1, 1, 1)
+        return F.conv2d(self.inner(feat_BDGG), weight, bias * self.feature_scale + self.feature_mean)
 
 
 class Unread(nn.Module):
@@ -181,27 +167,25 @@ class Unread(nn.Module):
         return feat_BDGG[:, :1, ::2, ::2]
 
 
-class PyramidNeck(Sam3VisionNeck):
+class SlimNeck(Sam3VisionNeck):
     """A neck on a vision student's trunk: maps of `fpn_hidden_size` channels, positions as SAM 3's."""
 
     def __init__(self, config: Sam3VisionConfig):
         nn.Module.__init__(self)  # SAM 3's layers are not built
         self.config = config
-        half: int = config.fpn_hidden_size // 2
-        self.position_encoding = Sam3SinePositionEmbedding(num_position_features=half, normalize=True)
+        channels: int = config.fpn_hidden_size
+        self.position_encoding = Sam3SinePositionEmbedding(num_position_features=channels // 2, normalize=True)
         trunk: Any = config.backbone_config
-        layers: list[nn.Module] = [Unread()]
-        start = 0
-        for width, scale in reversed(list(zip(trunk.widths, SCALES, strict=True))):
-            layers.insert(0, PyramidLevel(start, width, scale, config.fpn_hidden_size))
-            start += width * scale**2
-        self.fpn_layers = nn.ModuleList(layers)
+        levels = zip(trunk.widths, SCALES, strict=True)
+        self.fpn_layers = nn.ModuleList(
+            [*(SlimLevel(trunk.hidden_size, width, scale, channels) for width, scale in levels), Unread()]
+        )
 
 
 def vision_neck(config: Sam3VisionConfig) -> Sam3VisionNeck:
     """Build the neck for the trunk that the config of a vision encoder names: a vision student's, or SAM 3's own."""
     student = isinstance(config.backbone_config, VisionTrunkConfig)
-    return PyramidNeck(config) if student else Sam3VisionNeck(config)
+    return SlimNeck(config) if student else Sam3VisionNeck(config)
 
 
 # On import, so that a release's config finds its classes. transformers builds necks by the class's name, not by a

@@ -54,7 +54,7 @@ class Necks(nn.Module):
 
 
 class VisionStudent(nn.Module):
-    """A student in the place of trunk and necks: normalised pixels (B, 3, S, S) to `MAPS`."""
+    """A student in the place of trunk and necks: normalised pixels (B, 3, S, S) to its trunk's map and `MAPS`."""
 
     def __init__(self, config: Sam3VisionConfig):
         """`config` is a vision encoder's whose backbone is a `VisionTrunkConfig`."""
@@ -63,8 +63,9 @@ class VisionStudent(nn.Module):
         self.trunk = VisionTrunk(trunk)
         self.necks = Necks(config)
 
-    def forward(self, pixels_B3SS: Tensor) -> list[Tensor]:
-        return self.necks(to_map(self.trunk(pixels_B3SS).last_hidden_state))
+    def forward(self, pixels_B3SS: Tensor) -> tuple[Tensor, list[Tensor]]:
+        feat_BDGG = to_map(self.trunk(pixels_B3SS).last_hidden_state)
+        return feat_BDGG, self.necks(feat_BDGG)
 
     @torch.no_grad()
     def set_feature_statistics(self, mean_M: Tensor, deviation_M: Tensor) -> None:

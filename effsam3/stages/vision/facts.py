@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from effsam3.models.flops import vision_gflop
-from effsam3.models.registry import ImageStudent, pyramid_params
+from effsam3.models.registry import ImageStudent, vision_params
 from effsam3.models.registry import Sam3 as Sam3Row
 from effsam3.recipe.common import Merge, Optim, Sam3, Train
 from effsam3.recipe.push import Push
@@ -26,14 +26,15 @@ from effsam3.stages.image.facts import ImageData, ImageEmbed, ImageEvaluate, Ima
 
 @dataclass(frozen=True, kw_only=True)
 class VisionLoss(Section):
-    """Weights of the terms of the loss, each the mean over the six maps, in standardised channels."""
+    """Weights of the terms of the loss; mse and cosine are means over the six maps, in standardised channels."""
 
     mse: NonNegativeFloat = 1.0  # mean squared error per position
     cosine: NonNegativeFloat = 1.0  # 1 - cosine similarity per position
+    trunk: NonNegativeFloat = 1.0  # error of the trunk's map, as a share of what SAM 3's varies in as many components
 
     def check(self) -> Iterator[str]:
         if self.mse == self.cosine == 0:
-            yield "mse: both weights (mse, cosine) are 0; nothing would be learned"
+            yield "mse: both weights (mse, cosine) are 0; the necks would not learn"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +55,8 @@ class VisionRecipe(ImagesRecipe):
     student_image_size: Annotated[int, student_side] | None = None  # px that it sees of these; null: all
     # imagenet, random, weights file, or a model's folder: of a run of this stage, or of stage image for its trunk
     student_init: Annotated[str, initialisation] = "imagenet"
-    # Channels of the pyramid's maps, which both necks read: of 288, 144 and 72 a side
-    widths: tuple[PositiveInt, PositiveInt, PositiveInt] = (32, 64, 256)
+    # Channels of the trunk's map, where SAM 3's has 1024; inside each neck, of its fine, its middle and its top level
+    widths: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = (96, 32, 64, 96)
     teacher: Literal["stored", "online"] = "stored"  # stored: reads embed.to; online: runs the teacher next to it
     sam3: Sam3 = Sam3()
     data: ImageData
@@ -77,8 +78,8 @@ class VisionRecipe(ImagesRecipe):
 
     def counted(self, row: ImageStudent) -> tuple[dict[str, int], int]:
         sizes = self.sizes
-        pyramid, necks = pyramid_params(row.channels, row.strides, self.widths, sizes.fpn_hidden_size)
-        parts = {"trunk": row.trunk_params, "pyramid": pyramid, "necks": necks}
+        head, necks = vision_params(row.channels, self.widths, sizes.fpn_hidden_size)
+        parts = {"trunk": row.trunk_params, "head": head, "necks": necks}
         return parts, sizes.trunk_params + 2 * sizes.neck_params
 
     def replaced_gflop(self, row: ImageStudent, seen: int, sam3: Sam3Row) -> dict[str, float]:

@@ -42,7 +42,10 @@ def describe(config: PreTrainedConfig) -> dict[str, Any]:
     name = student_name(config.timm_name)
     called = f"{IMAGE_STUDENTS[name].label} ({name})" if name in IMAGE_STUDENTS else name
     seen = "" if config.student_image_size is None else f", sees {config.student_image_size} px"
-    return {"student": name, "is": f"{called} with maps of {', '.join(map(str, config.widths))} channels{seen}"}
+    return {
+        "student": name,
+        "is": f"{called}, {config.hidden_size} channels, {', '.join(map(str, config.widths))} in its necks{seen}",
+    }
 
 
 def card(filled: dict, config: PreTrainedConfig, model: Path) -> CardEntry:

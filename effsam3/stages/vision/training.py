@@ -11,25 +11,30 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from effsam3.data.statistics import FeatureStatistics
-from effsam3.hardware.accelerator import frozen_autocast
-from effsam3.losses.features import agreement_sums, map_means
+from effsam3.data.store.reader import StoreReader
+from effsam3.files import atomic_file
+from effsam3.hardware.accelerator import frozen_autocast, on_main
+from effsam3.losses.features import agreement_sums, map_means, mean_over_images
 from effsam3.models.chassis.find import chassis_folder, config_at_hand
 from effsam3.models.chassis.sizes import at_image_size, sam3_of
-from effsam3.models.chassis.tensors import fingerprint, read_tensors
+from effsam3.models.chassis.tensors import fingerprint, load_part, read_tensors
 from effsam3.models.image.backbones import image_student
 from effsam3.models.image.student import load_timm_weights, resize_BCHW
 from effsam3.models.image.teacher import Teacher
 from effsam3.models.merging.slots import SLOTS
 from effsam3.models.vision.slot import build_vision_student
+from effsam3.models.vision.start import Components, begin_as, principal_components
 from effsam3.models.vision.training import MAPS, Necks, VisionStudent
 from effsam3.recipe.rules import names_a_model
 from effsam3.stages.base import untied_note
 from effsam3.stages.image.training import ImagesStage, Taught, both_splits
 from effsam3.stages.protocol import Batch, Place, Stage
 from effsam3.stages.vision.facts import VisionRecipe
+from effsam3.tensor_files import read_safetensors
 from effsam3.training.report import Report
 
 
@@ -70,6 +75,7 @@ class VisionStage(ImagesStage):
     ):
         """`facts` describe the trunk's features; `necks` are the teacher's."""
         self.necks = necks.eval().requires_grad_(False)
+        self.components = Components(facts["channels"], recipe.widths[0])
         super().__init__(recipe, place, facts, student, teacher)
         self.max_unreadable = recipe.data.max_unreadable
 
@@ -91,6 +97,27 @@ class VisionStage(ImagesStage):
         stage.notes |= untied_note(taught.store)
         return stage
 
+    def begin(self, store: StoreReader | None, report: Report, accelerator: Accelerator) -> None:
+        self.set_statistics(self.online_statistics(report, accelerator))
+        some = next(iter(self.statistics_batches()))
+        feat_BCGG, valid_B1GG = self.target(some), self.valid_at(some, self.facts["grid"])
+        count, teacher = self.recipe.widths[0], self.facts["teacher"]["fingerprint"][:12]
+        path = report.folder / f"trunk_components_{count}_{teacher}.safetensors"
+
+        def make() -> None:
+            if not path.is_file():
+                values_PC = feat_BCGG.permute(0, 2, 3, 1)[valid_B1GG[:, 0] > 0]
+                found = principal_components(values_PC, count).state_dict()
+                with atomic_file(path) as partial:
+                    save_file({name: value.cpu() for name, value in found.items()}, partial)
+
+        # Once: components of like variance could come out otherwise on other hardware, and the run has learned these.
+        on_main(accelerator, make)
+        found = read_safetensors(path, "delete it and the run's checkpoints, and start again")
+        load_part(self.components, found).to(accelerator.device)
+        begin_as(self.student, self.necks, self.components, feat_BCGG, valid_B1GG)
+        self.notes = self.initialise_from_model()
+
     @classmethod
     def from_shapes(cls, recipe: VisionRecipe, place: Place) -> VisionStage:
         sizes, config = sam3_of(recipe.sam3.checkpoint).sizes, config_at_hand(recipe.sam3.checkpoint)
@@ -105,7 +132,7 @@ class VisionStage(ImagesStage):
 
     @property
     def frozen(self) -> list[nn.Module]:
-        return [*super().frozen, self.necks]
+        return [*super().frozen, self.necks, self.components]
 
     def describe(self) -> dict[str, str]:
         seen = self.recipe.seen
@@ -129,10 +156,17 @@ class VisionStage(ImagesStage):
     @torch.no_grad()
     def targets(self, batch: Batch) -> list[Tensor]:
         """Return what the teacher's necks make of its trunk's features, `MAPS`, of the sizes of the student's."""
+        return self.maps_of(self.target(batch))
+
+    def maps_of(self, feat_BCGG: Tensor) -> list[Tensor]:
+        """The same of features of the teacher's trunk."""
         with frozen_autocast(self.device, self.recipe.train.precision):
-            maps = self.necks(self.target(batch))
-        side, own = self.recipe.side, self.facts["image_size"]
-        return [resize_BCHW(feat, (feat.shape[-1] * side // own,) * 2) for feat in maps]
+            maps = self.necks(feat_BCGG)
+        return [self.of_students_size(feat) for feat in maps]
+
+    def of_students_size(self, feat_BCHW: Tensor) -> Tensor:
+        """A map of the teacher's, resized where the student is for smaller images."""
+        return resize_BCHW(feat_BCHW, (feat_BCHW.shape[-1] * self.recipe.side // self.facts["image_size"],) * 2)
 
     def measured_statistics(self) -> dict[str, list[float]]:
         each = [FeatureStatistics(self.channels // len(MAPS)) for _ in MAPS]
@@ -143,23 +177,27 @@ class VisionStage(ImagesStage):
         return {name: [value for result in found for value in result[name]] for name in ("mean", "deviation")}
 
     def loss(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        weights, targets = self.recipe.loss, self.targets(batch)
+        weights, feat_BCGG = self.recipe.loss, self.target(batch)
+        with torch.no_grad():
+            targets = self.maps_of(feat_BCGG)
+            wanted_BDGG = self.of_students_size(self.components(feat_BCGG))
         terms: dict[str, list[Tensor]] = {"mse": [], "cosine": []}
         with self.place.autocast():
-            preds = student(self.student_pixels(batch))
+            pred_BDGG, preds = student(self.student_pixels(batch))
         statistics = zip(self.mean_C.chunk(len(MAPS)), self.deviation_C.chunk(len(MAPS)), strict=True)
         for pred, target, own in zip(preds, targets, statistics, strict=True):
             valid = self.valid_at(batch, target.shape[-1])
             for name, value in self.feature_loss(pred, target, valid, "mean", own).items():
                 terms[name].append(value)
         means = {name: torch.stack(values).mean() for name, values in terms.items()}
-        total = weights.mse * means["mse"] + weights.cosine * means["cosine"]
-        return {"loss": total, **means}
+        error_BGG = torch.einsum("bdgh,d->bgh", (pred_BDGG.float() - wanted_BDGG).square(), self.components.shares_K)
+        means["trunk"] = mean_over_images(error_BGG, self.valid_at(batch, pred_BDGG.shape[-1]))
+        return {"loss": sum(getattr(weights, name) * value for name, value in means.items()), **means}
 
     @torch.no_grad()
     def validate(self, student: nn.Module, batch: Batch) -> dict[str, Tensor]:
         with self.place.autocast():
-            preds = student(self.student_pixels(batch))
+            _, preds = student(self.student_pixels(batch))
         statistics = zip(self.mean_C.chunk(len(MAPS)), self.deviation_C.chunk(len(MAPS)), strict=True)
         sums: dict[str, Tensor] = {}
         for name, pred, target, own in zip(MAPS, preds, self.targets(batch), statistics, strict=True):
