@@ -91,6 +91,20 @@ def test_a_doubled_map_is_convolved_without_doubling_it(shape, monkeypatch):
         torch.testing.assert_close(torch.autograd.grad((found * scale).sum(), (coarse, weight)), wanted)
 
 
+@pytest.mark.parametrize("boxes", [False, True])
+def test_on_a_cpu_phrases_are_answered_one_after_the_other(model, feat, boxes):
+    """Without gradients, so that what they make fits its caches; the answers are the same."""
+    sizes, given = [], asked(boxes)
+    decoder = model.detector_model.detr_decoder
+    decoder.register_forward_pre_hook(lambda _, __, own: sizes.append(len(own["vision_features"])), with_kwargs=True)
+    expected = plain(model, feat, given)
+    with torch.no_grad():
+        found = shared(model, feat, given)
+    assert sizes == [len(ASKED)] + [1] * len(ASKED)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("boxes", [False, True])
 def test_answers_and_all_gradients_are_those_of_transformers_detector(model, feat, boxes, recompute):

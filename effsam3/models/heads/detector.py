@@ -175,10 +175,12 @@ def answer(model: Any, levels: Levels, asked: Asked, recompute: bool = False) ->
     """
     if not len(asked.image_R):
         raise ValueError("no phrase is asked for, and transformers cannot answer none")
-    if not recompute:
-        return _answer(model.detector_model, levels, asked)
+    own = partial(_answer, model.detector_model)
+    # What many phrases make at once is too large for a CPU's caches, which costs it more than calls do.
+    if not recompute and (torch.is_grad_enabled() or asked.image_R.device.type != "cpu"):
+        return own(levels, asked)
     alone = [asked.each(itemgetter(slice(row, row + 1))) for row in range(len(asked.image_R))]
-    found = [checkpoint(partial(_answer, model.detector_model), levels, one, use_reentrant=False) for one in alone]
+    found = [checkpoint(own, levels, one, use_reentrant=False) if recompute else own(levels, one) for one in alone]
     return Answers(*(torch.cat(own, dim) for own, dim in zip(zip(*found, strict=True), PHRASE_DIMS, strict=True)))
 
 
