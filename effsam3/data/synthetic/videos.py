@@ -64,7 +64,8 @@ def mp4_bytes(frames_THW3: np.ndarray) -> bytes:
 
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        options = {"crf": "16", "preset": "veryfast", "threads": "1"}  # one thread: the same bytes everywhere
+        # One thread: the same bytes on every machine, as long as PyAV is the same.
+        options = {"crf": "16", "preset": "veryfast", "threads": "1"}
         stream = container.add_stream("libx264", rate=VIDEO_FPS, options=options)
         stream.height, stream.width, stream.pix_fmt = *frames_THW3.shape[1:3], "yuv420p"
         for image_HW3 in frames_THW3:
