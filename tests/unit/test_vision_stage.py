@@ -110,6 +110,16 @@ def test_a_run_begins_with_the_teachers_necks(own):
     torch.testing.assert_close(stage.student.necks(components)[top], stage.targets(batch)[top], rtol=1e-3, atol=1e-4)
 
 
+def test_images_that_cannot_be_read_do_not_count_for_the_start(own, monkeypatch):
+    """The first eight that can be read, of batches of three."""
+    stage = stage_of(own, "name=few", "embed.batch_size=3")
+    batches = list(stage.statistics_batches())
+    batches[0]["sizes"][:] = 0
+    monkeypatch.setattr(stage, "statistics_batches", lambda: iter(batches))
+    feat, valid = stage.some_features()
+    assert torch.equal(feat, torch.cat([stage.target(batch) for batch in batches[1:4]])) and len(valid) == len(feat)
+
+
 def test_means_count_maps_alike():
     sums = {"a/x": torch.tensor(8.0), "a/positions": torch.tensor(4.0), "b/x": torch.tensor(1.0)}
     means, by_map = map_means(sums | {"b/positions": torch.tensor(1.0)})

@@ -56,6 +56,7 @@ def untrained(recipe: VisionRecipe) -> VisionStudent:
 
 
 NEEDS = (both_splits,)
+FEW = 8  # images whose features show what SAM 3's trunk varies in: 41,000 positions of 1024 channels
 
 
 class VisionStage(ImagesStage):
@@ -99,8 +100,7 @@ class VisionStage(ImagesStage):
 
     def begin(self, store: StoreReader | None, report: Report, accelerator: Accelerator) -> None:
         self.set_statistics(self.online_statistics(report, accelerator))
-        some = next(iter(self.statistics_batches()))
-        feat_BCGG, valid_B1GG = self.target(some), self.valid_at(some, self.facts["grid"])
+        feat_BCGG, valid_B1GG = self.some_features()
         count, teacher = self.recipe.widths[0], self.facts["teacher"]["fingerprint"][:12]
         path = report.folder / f"trunk_components_{count}_{teacher}.safetensors"
 
@@ -117,6 +117,17 @@ class VisionStage(ImagesStage):
         load_part(self.components, found).to(accelerator.device)
         begin_as(self.student, self.necks, self.components, feat_BCGG, valid_B1GG)
         self.notes = self.initialise_from_model()
+
+    def some_features(self) -> tuple[Tensor, Tensor]:
+        """The teacher trunk's features of a few training images that can be read, and their valid masks."""
+        found: list[tuple[Tensor, Tensor]] = []
+        for batch in self.statistics_batches():
+            readable = batch["sizes"][:, 0] > 0
+            found.append((self.target(batch)[readable], self.valid_at(batch, self.facts["grid"])[readable]))
+            if sum(len(feat) for feat, _ in found) >= FEW:
+                break
+        feats, masks = zip(*found, strict=True)
+        return torch.cat(feats), torch.cat(masks)
 
     @classmethod
     def from_shapes(cls, recipe: VisionRecipe, place: Place) -> VisionStage:
