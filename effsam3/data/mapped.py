@@ -155,7 +155,8 @@ def _tables(path: Path, columns: dict[str, str], what: str, command: str, later:
     errors = (pyarrow.ArrowException, OSError, UnicodeDecodeError)
     damaged = f"{path} is not a parquet file, or is damaged ({{}}); make it with: {command}"
     try:
-        file = parquet.ParquetFile(path, page_checksum_verification=True)
+        # Without the buffer that pyarrow 25 turned on: it keeps all that was read, to the end of the file.
+        file = parquet.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
         found = {field.name: field.type for field in file.schema_arrow}
     except errors as error:
         raise UserError(damaged.format(error)) from error

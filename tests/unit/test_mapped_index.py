@@ -222,3 +222,20 @@ def test_memory_does_not_grow_with_the_number_of_rows(tmp_path):
         process.join()
     table = parquet.read_table(tmp_path / "60000/index.parquet")
     assert grown[60_000] - grown[2_000] < table.nbytes / 4  # what one copy of the rows takes
+
+
+def test_copies_are_made_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    """Whatever the number of rows; pyarrow would keep all it has read."""
+    monkeypatch.setattr(mapped, "ROWS", 500)
+    path = tmp_path / "index.parquet"
+    write(path, 20_000)
+    parquet.write_table(parquet.read_table(path), path, row_group_size=500, compression="none", use_dictionary=False)
+    start, taken, hashes = pyarrow.total_allocated_bytes(), [], mapped.hashes_of
+
+    def watched(keys):
+        taken.append(pyarrow.total_allocated_bytes() - start)
+        return hashes(keys)
+
+    monkeypatch.setattr(mapped, "hashes_of", watched)
+    assert len(sa1b.load_index(path, "train")) == 18_000
+    assert len(taken) == 2 * 40 and max(taken) < path.stat().st_size / 4

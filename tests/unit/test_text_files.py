@@ -4,11 +4,14 @@
 import csv
 import io
 import json
+import os
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
+from effsam3.data.captions import text_files
 from effsam3.data.captions.sources import open_captions
 from effsam3.data.captions.text_files import READERS, Unusable, read_texts
 from effsam3.errors import UserError
@@ -242,3 +245,18 @@ def test_every_kind_is_captions_too(tmp_path):
         column = "" if suffix in (".txt", ".json") else " (note)"
         assert captions.summary().startswith(f"6 captions{column}, 0 held out")
         file.unlink()
+
+
+def test_a_parquet_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
+    """Whatever the number of its rows; pyarrow would keep all it has read."""
+    monkeypatch.setattr(text_files, "ROWS", 500)
+    path = tmp_path / "many.parquet"
+    table = pa.table({"text": [os.urandom(100).hex() for _ in range(20_000)]})
+    parquet.write_table(table, path, row_group_size=500, compression="none")
+    del table
+    tracemalloc.start()  # what is read by a file object of Python's is Python's
+    start = pa.total_allocated_bytes()
+    taken = [pa.total_allocated_bytes() - start for _ in read_texts(str(path)).values]
+    by_python = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(taken) == 20_000 and max(taken) + by_python < path.stat().st_size / 2

@@ -327,7 +327,8 @@ def _parquet_rows(file: str, names: tuple[str, ...]) -> Iterator[tuple]:
     import pyarrow.parquet as parquet
 
     with whole_parquet(file), open(file, "rb") as opened:
-        for batch in parquet.ParquetFile(opened).iter_batches(ROWS, columns=list(names)):
+        # The buffer would keep all that was read, to the end of the file.
+        for batch in parquet.ParquetFile(opened, pre_buffer=False).iter_batches(ROWS, columns=list(names)):
             yield from zip(*(_values(batch.column(name)) for name in names), strict=True)
 
 
