@@ -2,6 +2,7 @@
 """The mapped index of a store's keys against a dict, and that no old or damaged one leads to another's record."""
 
 import pickle
+import tracemalloc
 
 import numpy as np
 import pyarrow
@@ -9,7 +10,7 @@ import pytest
 
 from effsam3.data.store import key_index
 from effsam3.data.store.format import Field, StoreError, create_store, open_manifest
-from effsam3.data.store.key_index import Hashes, KeyIndex
+from effsam3.data.store.key_index import Hashes, KeyIndex, key_blocks
 from effsam3.data.store.reader import StoreReader
 from effsam3.data.store.writer import StoreWriter, finish_store, repair_store
 
@@ -31,6 +32,15 @@ def made(root, keys=KEYS):
     write(root, keys)
     finish_store(root, keys)
     return root
+
+
+def some_of(keys):
+    """The same a few at a time, as journals give them."""
+    return key_blocks(pyarrow.array(keys, "string"))
+
+
+def index_of(keys):
+    return KeyIndex.of(some_of(keys), len(keys))
 
 
 def index_file(root):
@@ -62,11 +72,28 @@ def test_it_finds_what_a_dict_finds(monkeypatch, bits):
     strong, mask = key_index.hashes_of, np.uint64(2**bits - 1)
     monkeypatch.setattr(key_index, "hashes_of", lambda keys: strong(keys) & mask)
     monkeypatch.setattr(key_index, "BLOCK", 700)
-    index = KeyIndex.of(pyarrow.array(KEYS))
+    index = index_of(KEYS)
     truth = {key: number for number, key in enumerate(KEYS)}
     asked = [*KEYS[::-3], *ABSENT, KEYS[5], KEYS[5]]
     assert index.find(asked).tolist() == [truth.get(key, -1) for key in asked]
-    assert index.find([]).dtype == np.int64 and KeyIndex.of(pyarrow.array([], "string")).find(["a"]).tolist() == [-1]
+    assert index.find([]).dtype == np.int64 and index_of([]).find(["a"]).tolist() == [-1]
+    for twice in ([], KEYS[:1], KEYS[-1:], [*KEYS[7:900:3], KEYS[10], KEYS[10]]):
+        keys = KEYS + twice
+        assert index_of(keys).distinct(some_of(keys)) == len(KEYS)
+    assert index_of([]).distinct([]) == 0
+
+
+def test_making_it_takes_forty_bytes_a_key():
+    """Of a hundred million keys a process cannot hold all."""
+    keys, count = (
+        ([b"%d" % number for number in range(start, start + 500)] for start in range(0, 200_000, 500)),
+        200_000,
+    )
+    tracemalloc.start()
+    index = KeyIndex.of(keys, count)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(index) == count and peak < 45 * count
 
 
 def test_the_file_serves_without_the_journals_and_as_they_do(store, monkeypatch):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
-from effsam3.data.store.format import Shard
+from effsam3.data.store.format import Manifest, Shard, journal_column
 from effsam3.files import write_bytes
 
 if TYPE_CHECKING:
@@ -36,14 +36,21 @@ class KeyIndex:
         self.hashes, self._positions, self._checks = table_3N
 
     @classmethod
-    def of(cls, keys: pyarrow.Array) -> KeyIndex:
-        """Make one of all keys, no two of which are equal, in order of their positions."""
-        hashes = np.concatenate([np.empty(0, np.uint64), *map(hashes_of, key_blocks(keys))])
-        positions = np.argsort(hashes).astype(np.uint64)
-        checks = np.empty_like(hashes)
-        for start, block in zip(range(0, len(keys), BLOCK), key_blocks(keys), strict=True):
-            checks[start : start + len(block)] = _checks(block, range(start, start + len(block)))
-        return cls(np.stack([hashes[positions], positions, checks[positions]]))
+    def of(cls, keys: Iterable[list[bytes]], count: int) -> KeyIndex:
+        """Make one of `count` keys, which come a few at a time in order of their positions; 40 bytes a key."""
+        hashes, positions, checks = table_3N = np.empty((3, count), np.uint64)
+        start = 0
+        for some in keys:
+            places = range(start, start + len(some))
+            hashes[start : places.stop] = hashes_of(some)
+            checks[start : places.stop] = _checks(some, places)
+            start = places.stop
+        assert start == count, (start, count)
+        order_N = np.argsort(hashes)
+        positions[:] = order_N
+        for row_N in (hashes, checks):
+            row_N[:] = row_N[order_N]
+        return cls(table_3N)
 
     @classmethod
     def open(cls, root: Path, shards: Sequence[Shard], count: int) -> KeyIndex | None:
@@ -82,6 +89,19 @@ class KeyIndex:
             # Other keys may have the same hash: they follow each other.
             asked, places = asked[~right], places[~right] + 1
         return found
+
+    def distinct(self, keys: Iterable[list[bytes]]) -> int:
+        """Return how many of the keys that it was made of are different; `keys` are these again."""
+        same, alike_N = self.hashes[1:] == self.hashes[:-1], np.zeros(len(self), bool)
+        alike_N[1:] = same
+        alike_N[:-1] |= same
+        alike = np.sort(self._positions[alike_N])
+        found, start = set(), 0
+        for some in keys if len(alike) else ():
+            first, last = np.searchsorted(alike, (start, start + len(some)))
+            found |= {some[place - start] for place in alike[first:last].tolist()}
+            start += len(some)
+        return len(self) - len(alike) + len(found)
 
     def absent(self, hashes: np.ndarray) -> np.ndarray:
         """Return those of the hashes that no key has, ascending: millions are looked up without making their keys."""
@@ -151,6 +171,12 @@ def _checks(keys: Iterable[bytes], positions: Sequence[int]) -> np.ndarray:
 def blocks(length: int) -> Iterator[range]:
     """Divide places 0 to `length` - 1 into stretches whose keys may be in memory together."""
     return (range(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
+
+
+def stored_keys(root: Path, manifest: Manifest, shards: Iterable[Shard]) -> Iterator[list[bytes]]:
+    """Yield the keys of all shards in order, those of a shard at a time or fewer."""
+    for shard in shards:
+        yield from key_blocks(journal_column(root, manifest, [shard], "key"))
 
 
 def key_blocks(keys: pyarrow.Array) -> Iterator[list[bytes]]:

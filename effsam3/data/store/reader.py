@@ -155,7 +155,7 @@ class StoreReader:
     @functools.cached_property
     def _index(self) -> KeyIndex:
         mapped = KeyIndex.open(self.root, self._shards, self.manifest.records or 0)
-        return KeyIndex.of(self.arrow_keys) if mapped is None else mapped
+        return KeyIndex.of(key_blocks(self.arrow_keys), len(self)) if mapped is None else mapped
 
     def read(self, positions: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """Field name -> CPU tensor [N, *shape]. Raises StoreError naming a truncated shard."""

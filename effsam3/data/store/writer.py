@@ -20,7 +20,6 @@ from effsam3.data.store.format import (
     Manifest,
     StoreError,
     check_sizes,
-    journal_column,
     journal_lines,
     open_manifest,
     shards_on_disk,
@@ -28,7 +27,7 @@ from effsam3.data.store.format import (
     whole_lines,
     write_manifest,
 )
-from effsam3.data.store.key_index import BLOCK, Hashes, KeyIndex, hashes_of, remove, sum_of
+from effsam3.data.store.key_index import BLOCK, Hashes, KeyIndex, hashes_of, remove, stored_keys, sum_of
 from effsam3.files import free_bytes, sync
 
 SHARD_BYTES = 4 << 30
@@ -143,7 +142,7 @@ class StoreWriter:
         own = sorted(self.root.glob(f"shard-{writer:05d}-*.bin"))
         self._open_shard(int(own[-1].stem.split("-")[2]) if own else 0)
         shards = shards_on_disk(self.root, self.manifest)
-        self.done = KeyIndex.of(journal_column(self.root, self.manifest, shards, "key"))
+        self.done = KeyIndex.of(stored_keys(self.root, self.manifest, shards), sum(shard.records for shard in shards))
         self._made = Hashes()
 
     def __enter__(self) -> StoreWriter:
@@ -193,7 +192,7 @@ class StoreWriter:
 
     def _in_journals(self, key: str) -> bool:
         shards = shards_on_disk(self.root, self.manifest)
-        return key in journal_column(self.root, self.manifest, shards, "key").to_pylist()
+        return any(key.encode() in some for some in stored_keys(self.root, self.manifest, shards))
 
     def skip(self, key: str, reason: str) -> None:
         """Note that `key` cannot be embedded; the finished manifest names it."""
@@ -280,14 +279,12 @@ def finish_store(
     one of these need not look for each of its keys.
     Raises StoreError naming expected keys that are neither stored nor skipped.
     """
-    import pyarrow.compute as compute
-
     root = Path(root)
     manifest = open_manifest(root)
     shards = shards_on_disk(root, manifest)
     check_sizes(root, manifest, shards)
-    keys = journal_column(root, manifest, shards, "key")
-    index, records = KeyIndex.of(keys), compute.count_distinct(keys).as_py()
+    index = KeyIndex.of(stored_keys(root, manifest, shards), sum(shard.records for shard in shards))
+    records = index.distinct(stored_keys(root, manifest, shards))
     lines = [line for path in sorted(root.glob("skipped-*.tsv")) for line in whole_lines(path).decode().splitlines()]
     reasons = dict(line.split("\t", 1) for line in lines)
     expected, missing, first_missing = 0, 0, []
@@ -326,7 +323,7 @@ def finish_store(
         whole=whole,
         shards=shards,
     )
-    if len(keys) == records:  # a key that two writers have is left to the reader
+    if len(index) == records:  # a key that two writers have is left to the reader
         # Before the manifest: whoever sees a finished store finds the index there.
         index.write(root, shards)
     write_manifest(root, manifest)
