@@ -6,6 +6,7 @@ Every side is a process of its own; `scripts/benchmark.py` counts the CPU time o
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,9 @@ FLOOR = "import timm.models, torch._dynamo; from transformers import Sam3Model"
 
 
 def python(*arguments: str) -> None:
-    """Run Python to its end, in silence."""
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """Run Python to its end, in silence and with one thread, as this process: threads that wait use a processor."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([sys.executable, *arguments], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
 
 
 def imports(ours: str, others: str, device: torch.device, tiny: bool) -> dict[str, Callable[[], object]]:
