@@ -62,6 +62,8 @@ def _introduction(release: Release) -> str:
     replaced = " and ".join(f"the {stages.recipe_class(slot).replaces}" for slot in release.merged["slots"])
     changed = [f"students have taken the place of {replaced}"] if replaced else []
     changed += ["some tensors have been adapted"] if "adapted" in release.merged else []
+    if layers := release.merged.get("encoder_layers"):
+        changed.append(f"the detector's fusion encoder keeps {layers} of its layers")
     rest = (
         f"in which {' and '.join(changed)}. It takes text, boxes, points and masks as prompts, on images and in "
         "videos. Made with effsam3."

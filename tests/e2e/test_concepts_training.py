@@ -113,6 +113,9 @@ def test_a_detector_of_half_the_encoder_is_trained_merged_and_measured(runs):
     for verb in ("train", "merge", "evaluate"):
         printed = run_here(folder, verb, *own, recipe=CONCEPTS)
     assert "| teacher" in printed and "| student" in printed
+    run_here(folder, "push", *own, "--dry-run", recipe=CONCEPTS)
+    card = (folder / "runs/slim/merged/README.md").read_text()
+    assert "adapted and the detector's fusion encoder keeps 1 of its layers." in card
     losses = [values["val/loss"] for values in metrics(folder / "runs/slim", "val/loss").values()]
     assert losses[-1] < losses[0]
     model, info = Sam3VideoModel.from_pretrained(folder / "runs/slim/merged", output_loading_info=True)

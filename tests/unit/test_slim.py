@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 
 import pytest
@@ -19,7 +20,7 @@ from effsam3.models.chassis.find import chassis_folder
 from effsam3.models.chassis.tensors import read_config, read_tensors
 from effsam3.models.heads.detector import answer, ask, detector_levels
 from effsam3.models.merging.adapt import Adapted
-from effsam3.models.merging.combine import combine
+from effsam3.models.merging.combine import combine, slot_table
 from effsam3.models.merging.formats import write_model
 from effsam3.models.merging.slots import MergeError, owners_card
 from effsam3.models.text.tokens import PromptTokenizer
@@ -111,6 +112,9 @@ def test_learned_merged_and_loaded_by_transformers_alone(tmp_path):
     made_on = stage.facts["teacher"]["fingerprint"]
     changed = Adapted(name="slim", origin="slim/1", tensors=weights, made_on=made_on, encoder_layers=1)
     merged = combine(config, {"chassis": tensors}, [], [changed])
+    gone = [tensor.numel() for name, tensor in tensors.items() if name.startswith(f"{slim.ENCODER}1.")]
+    row = rf"\| dropped +\| layers of the detector's fusion encoder +\| +{len(gone)} \| +-{sum(gone) / 1e6:.2f} M"
+    assert re.search(row, slot_table(merged, {}))
     card = owners_card(chassis, [], [changed.card()]) | {"chassis": "tiny_concepts", "revision": None}
     write_model(merged, tmp_path / "merged", card, chassis, {})
     loaded, info = Sam3VideoModel.from_pretrained(tmp_path / "merged", output_loading_info=True)

@@ -28,7 +28,7 @@ class Merged:
     config: PreTrainedConfig
     tensors: dict[str, Tensor]
     owners: dict[str, str]
-    dropped: dict[str, list[int]]  # slot -> elements of every tensor that a student replaced
+    dropped: dict[str, list[int]]  # what is no longer there -> elements of each of its tensors
 
 
 def combine(
@@ -48,16 +48,18 @@ def combine(
     """
     refuse_overlap(parts)
     layers = layers_to_keep(adapted)
-    rest = {owner: slim_tensors(config, tensors, layers) for owner, tensors in rest.items()}
+    whole, rest = rest, {owner: slim_tensors(config, tensors, layers) for owner, tensors in rest.items()}
+    stay = {id(tensor) for tensors in rest.values() for tensor in tensors.values()}
+    gone = [tensor.numel() for tensors in whole.values() for tensor in tensors.values() if id(tensor) not in stay]
+    dropped = {"layers of the detector's fusion encoder": gone}
     config = slim_config(config, layers)
-    dropped = {}
     for part in parts:
         slot = SLOTS[part.slot]
         refuse_misfit(part, slot.config_of(config), slot)
         # Configs change one after the other, because the model that the result must fit depends on all of them.
         config = slot.install(config, part.config)
         # Counted before they go, so that the table of a merge shows what a student has saved.
-        dropped[part.slot] = [
+        dropped[f"what stood in the slot {part.slot}"] = [
             tensor.numel()
             for tensors in rest.values()
             for name, tensor in tensors.items()
@@ -183,8 +185,8 @@ def slot_table(merged: Merged, origins: dict[str, str]) -> str:
     rows = [
         [owner, origin, f"{tensors[owner]:,}", f"{elements[owner] / 1e6:.2f} M"] for owner, origin in origins.items()
     ]
-    for slot, gone in merged.dropped.items():
+    for what, gone in merged.dropped.items():
         if gone:
-            rows.append(["dropped", f"what stood in the slot {slot}", f"{len(gone):,}", f"-{sum(gone) / 1e6:.2f} M"])
+            rows.append(["dropped", what, f"{len(gone):,}", f"-{sum(gone) / 1e6:.2f} M"])
     rows.append(["merged", "", f"{len(merged.owners):,}", f"{sum(elements.values()) / 1e6:.2f} M"])
     return table(rows, ["slot", "from", "tensors", "elements"], text_columns=2)
