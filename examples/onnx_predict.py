@@ -12,13 +12,16 @@ mask_001.png and so on, and predictions.json, into --out.
 
 import argparse
 import json
+import os
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
-from PIL import Image
-from tokenizers import Tokenizer
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before it is imported: else it tells Microsoft of each session
+
+import numpy as np  # noqa: E402
+import onnxruntime  # noqa: E402
+from PIL import Image  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
 
 NO_BOX = -10  # label of an example box that is none
 UPPER_LEFT, LOWER_RIGHT = 2, 3  # labels of a box's corners, which are points to the mask decoder

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parts of an export compute what `predict` does, and a file that does not is seen. Whole exports: tests/e2e."""
 
+import sys
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
+from commands import ENVIRONMENT, run_line
 from lively_trackers import SIDE, efficient, lively_tracker, moving_video, trained
 from torch import nn
 from transformers.models.sam3_lite_text.modeling_sam3_lite_text import Sam3LiteTextTextModel
@@ -265,6 +268,34 @@ def test_openvino_computes_the_same(neck, tmp_path):
     (tmp_path / "neck.onnx").unlink()
     found = OpenVinoPart(tmp_path / "neck.xml")(example.inputs)
     assert max(differences(example, found).values()) < 1e-4
+
+
+USED = """
+import sys
+from pathlib import Path
+import torch
+from effsam3.models.exporting.onnx_files import OnnxPart
+from effsam3.models.exporting.openvino_files import OpenVinoPart, write_openvino
+folder, inputs = Path(sys.argv[1]), {"x": torch.ones(2)}
+write_openvino(folder / "double.onnx", folder / "double.xml", half=False)
+for part in (OnnxPart(folder / "double.onnx"), OpenVinoPart(folder / "double.xml")):
+    assert part(inputs)["y"].tolist() == [2, 2]
+"""
+
+
+def test_the_runtimes_tell_nobody_that_they_are_used(tmp_path):
+    """Both would leave the number of this machine in the home folder first."""
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "x"], ["y"])], "double", [x], [y])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "double.onnx")
+    home = tmp_path / "home"
+    home.mkdir()
+    silent = ("CI", "TF_BUILD", "JENKINS_URL", "ORT_DISABLE_TELEMETRY")  # with these they tell nothing anyway
+    environment = {name: value for name, value in ENVIRONMENT.items() if name not in silent}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+    run_line(tmp_path, [sys.executable, "-c", USED, str(tmp_path)], environment=environment)
+    assert [path.name for path in home.rglob("*") if path.is_file()] == []
 
 
 def test_agreement_counts_masks():
