@@ -50,13 +50,14 @@ def assert_same(reference: dict[int, dict], other: dict[int, dict], tolerance: f
 
 @pytest.fixture(scope="module", params=OWN)
 def trained(request, tmp_path_factory) -> tuple[str, Path]:
-    """A stage, and a folder with its trainings in `cpu` and `gpu`, fp32 both, and `bf16`."""
+    """A stage, and a folder with its trainings in `cpu`, `gpu` and `again` on the GPU, fp32 all, and `bf16`."""
     stage, folder = request.param, tmp_path_factory.mktemp(request.param)
-    own = {"cpu": asked(stage, "cpu"), "gpu": asked(stage, "gpu"), "bf16": asked(stage, "gpu", "train.precision=bf16")}
+    own = {name: asked(stage, hardware) for name, hardware in (("cpu", "cpu"), ("gpu", "gpu"), ("again", "gpu"))}
+    own["bf16"] = asked(stage, "gpu", "train.precision=bf16")
     train = [sys.executable, "-m", "effsam3.cli", "train"]
     printed = train_all({folder / name: [*train, *arguments] for name, arguments in own.items()})
-    assert ["1 x cpu" in text for text in printed] == [True, False, False]
-    assert ["1 x NVIDIA" in text for text in printed] == [False, True, True]
+    assert ["1 x cpu" in text for text in printed] == [True, False, False, False]
+    assert ["1 x NVIDIA" in text for text in printed] == [False, True, True, True]
     return stage, folder
 
 
@@ -94,6 +95,12 @@ def test_zero_is_the_same_learning(trained, zero):
     lines = {folder / name: line, folder / f"{name}-resumed": [*line, "--resume", str(saved)]}
     for printed in train_all(lines):
         assert "1 x NVIDIA" in printed and f"ZeRO-{zero}" in printed
-    reference = losses(folder / "gpu")
-    assert_same(reference, losses(folder / name), 1e-4)
-    assert_same({step: reference[step] for step in range(4, STEPS + 1)}, losses(folder / f"{name}-resumed"), 1e-4)
+    # A GPU adds up gradients of interpolated maps in any order: the same training twice is not the same to the bit.
+    reference, again = losses(folder / "gpu"), losses(folder / "again")
+    noise = max(abs(again[step][key] - one[key]) / one[key] for step, one in reference.items() for key in KEYS[:2])
+    print(f"{stage}: the same training twice is {noise:.1e} apart", flush=True)
+    assert noise < 1e-3
+    tolerance = max(1e-4, 3 * noise)
+    assert_same(reference, losses(folder / name), tolerance)
+    resumed = {step: reference[step] for step in range(4, STEPS + 1)}
+    assert_same(resumed, losses(folder / f"{name}-resumed"), tolerance)
