@@ -33,6 +33,6 @@ for name in trajectories budget smoke_recipes; do # at the same time: nothing in
     jobs+=($!)
 done
 for job in "${jobs[@]}"; do wait "$job" || failed=1; done
-part rates.md 80 python scripts/gpu_rates.py --out "$out/rates.json" || failed=1
-part benchmark.md 120 python scripts/benchmark.py --suite gpu --rounds 4 --out "$out/benchmark.json" || failed=1
+part rates.md 95 python scripts/gpu_rates.py --out "$out/rates.json" || failed=1
+part benchmark.md 115 python scripts/benchmark.py --suite gpu --rounds 4 --out "$out/benchmark.json" || failed=1
 exit $failed

@@ -47,12 +47,14 @@ class Work(NamedTuple):
     run: Callable[[], object]
 
 
-def trunk(device: torch.device, tiny: bool) -> Work:
-    """SAM 3's trunk forward in bfloat16, as `embed` and an online teacher run it."""
+def trunk(device: torch.device, tiny: bool, compiled: bool = False) -> Work:
+    """SAM 3's trunk forward in bfloat16, as `embed` and an online teacher run it; `compiled` is `train.compile`."""
     sam3, count = SAM3S["tiny" if tiny else "random"], 1 if tiny else BATCH
     with torch.device(device):
         teacher = Teacher(sam3.config().detector_config.vision_config)
         pixels = torch.rand(count, 3, teacher.image_size, teacher.image_size) * 2 - 1
+    if compiled:
+        teacher.compile_layers()
 
     def run() -> None:
         with frozen_autocast(device, "bf16"):
@@ -91,6 +93,7 @@ def rates(device: torch.device, tiny: bool, seconds: float) -> Iterator[dict]:
     works = {"teacher trunk, images": trunk}
     works |= {f"step of {name}, images": partial(step, f"stage1/image/{name}", SMALL) for name in STUDENTS}
     works["step of memory, clips"] = partial(step, "smoke/memory" if tiny else "stage2/memory", SHORT)
+    works["teacher trunk compiled, images"] = partial(trunk, compiled=True)  # last: it takes long to compile
     for name, make in works.items():
         work = make(device, tiny)
         for _ in range(1 if tiny else 3):  # kernels are chosen and memory is taken

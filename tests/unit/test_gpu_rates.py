@@ -24,7 +24,7 @@ def test_every_rate_is_measured_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu_rates.py", "--tiny", "--out", str(out)])
     gpu_rates.main()
     rows, printed = json.loads(out.read_text())["rates"], capsys.readouterr().out
-    assert len(rows) == 2 + len(gpu_rates.STUDENTS) and all(row["per_s"] > 0 for row in rows)
+    assert len(rows) == 3 + len(gpu_rates.STUDENTS) and all(row["per_s"] > 0 for row in rows)
     assert all(f"| {row['what']} " in printed for row in rows)
     steps = [row for row in rows if "images" in row["what"] and "step" in row["what"]]
     assert all(row["tflops"] > 0 for row in steps)
