@@ -85,10 +85,8 @@ def test_it_finds_what_a_dict_finds(monkeypatch, bits):
 
 def test_making_it_takes_forty_bytes_a_key():
     """Of a hundred million keys a process cannot hold all."""
-    keys, count = (
-        ([b"%d" % number for number in range(start, start + 500)] for start in range(0, 200_000, 500)),
-        200_000,
-    )
+    count = 200_000
+    keys = ([b"%d" % number for number in range(start, start + 500)] for start in range(0, count, 500))
     tracemalloc.start()
     index = KeyIndex.of(keys, count)
     peak = tracemalloc.get_traced_memory()[1]
